@@ -1,0 +1,84 @@
+# Two commands: `make run` shows what the library does, `make test` checks that it does it. `make help` lists the rest.
+# Needs python3 with venv (Debian: python3 and python3-venv) and make; everything else goes into .venv.
+#
+#   PYTHON=python3.12       another interpreter for the environment
+#   VENV=/tmp/env           another place for it
+#   TORCH_INDEX=URL         where to take torch from (the address that pytorch.org's selector shows for your platform)
+#   TOUR="--skip learning"  options for the tour
+
+PYTHON ?= python3
+VENV   ?= .venv
+TOUR   ?=
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
+
+.PHONY: help run test check venv lint types suite format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make run      the tour: five minutes with attention masks (makes $(VENV) first)'
+	@echo 'make test     lint, types and the whole suite'
+	@echo 'make check    the fastest part of the tests'
+	@echo 'make format   let ruff format and fix what it can; redraw the pictures and the map'
+	@echo 'make clean    remove $(VENV), caches and reports'
+
+run: $(VENV)/.run-stamp
+	$(BIN)/truemask tour $(TOUR)
+
+test: lint types suite
+
+# The environment: one stamp for the library and its peers, one for the tools on top of it.
+venv: $(VENV)/.test-stamp
+
+$(VENV)/.venv-stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'truemask needs Python 3.10 or newer: make PYTHON=python3.12 ...'; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'python venv is missing: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
+	@touch $@
+
+# Torch comes first and alone, so that the message about its CUDA build can be shown before anything is fetched.
+$(VENV)/.torch-stamp: $(VENV)/.venv-stamp constraints.txt
+	@start=$$(date +%s); sh tools/install_torch.sh $(BIN)/python '$(TORCH_INDEX)' && \
+	echo "torch ready after $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+$(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml
+	@start=$$(date +%s); echo 'installing truemask, matplotlib and x-transformers into $(VENV) ...'; \
+	$(PIP) hatchling && $(PIP) --no-build-isolation --editable '.[plot,peers]' && \
+	echo "installed in $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+$(VENV)/.test-stamp: $(VENV)/.run-stamp
+	@start=$$(date +%s); echo 'installing the test tools into $(VENV) ...'; \
+	$(PIP) --no-build-isolation --editable '.[test]' && \
+	echo "installed in $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+lint: $(VENV)/.test-stamp
+	@echo '== lint'
+	@$(BIN)/ruff format --check --quiet . || { echo 'not formatted: make format'; $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.test-stamp
+	@echo '== types'
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+suite: $(VENV)/.test-stamp
+	@echo '== tests'
+	@$(BIN)/python -m pytest -n $(JOBS) --durations 10
+
+# In 90 seconds: lint, and the tests that are not marked slow, stopping at the first that fails.
+check: $(VENV)/.test-stamp
+	@$(MAKE) --no-print-directory lint
+	@echo '== tests, without the slow ones'
+	@$(BIN)/python -m pytest -n $(JOBS) -q -x -m 'not slow'
+
+format: $(VENV)/.test-stamp
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/python docs/make_pictures.py
+	@$(BIN)/python docs/make_map.py
+
+clean:
+	rm -rf $(VENV) build dist report.html .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

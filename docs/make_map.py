@@ -1,0 +1,73 @@
+"""Writes the map of the house into CONTRIBUTING.md: each file with the first sentence of its own docstring."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "CONTRIBUTING.md"
+BEGIN, END = "<!-- map: begin -->\n```text\n", "```\n<!-- map: end -->"
+
+# What is not Python says here what it is; a folder stands for everything in it.
+OTHERS = {
+    "Makefile": "the commands: run, test, check, format, clean",
+    "pyproject.toml": "the package, its extras, and the settings of ruff, pyright and pytest",
+    "constraints.txt": "one tested version of every dependency",
+    "tools/install_torch.sh": "torch first, with a word before a CUDA build is fetched for nothing",
+    ".ci/run": "what a change must pass: `make test`",
+    ".pre-commit-config.yaml": "the same checks before a commit",
+    "README.md": "what it is, in English",
+    "README.zh-CN.md": "what it is, in Chinese",
+    "CHANGELOG.md": "what changed for users",
+    "CITATION.cff": "how to cite it",
+    "docs/conventions.md": "the laws, each once, and the table of conventions",
+    "docs/language.md": "every mask: name, formula, picture",
+    "docs/article.md": "the article that this project started from, line by line, run as written",
+    "docs/from_x_transformers.md": "names kept, names changed",
+    "docs/pictures/": "pictures that the library drew",
+}
+
+
+def said(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+    sentence, dot, _ = text.partition(". ")
+    return sentence + "." if dot else text
+
+
+def drawn(stairs: list[str]) -> str:
+    """The map: the package in the order of the stairs, then tests, documents and the rest."""
+    source, tests = ROOT / "src" / "truemask", ROOT / "tests"
+    rooms = [
+        ("src/truemask/, from the ground floor up", [(name, said(source / name)) for name in stairs]),
+        ("tests/", [(p.relative_to(tests).as_posix(), said(p)) for p in sorted(tests.rglob("*.py")) if said(p)]),
+        ("docs/ (scripts)", [(p.name, said(p)) for p in sorted((ROOT / "docs").glob("*.py"))]),
+        ("the rest", [(name, what) for name, what in OTHERS.items() if (ROOT / name).exists()]),
+    ]
+    lines = []
+    for title, entries in rooms:
+        width = max(len(name) for name, _ in entries) + 2
+        lines += ["", title, *(f"  {name:<{width}}{what}".rstrip() for name, what in entries)]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def in_page(page: str) -> str:
+    """The map that stands between the marks of the page."""
+    return page.partition(BEGIN)[2].partition(END)[0]
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    from tests.test_house import STAIRS
+
+    head, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{PAGE} has lost the marks of the map: {BEGIN.strip()!r} and {END.strip()!r}")
+    PAGE.write_text(head + begin + drawn(STAIRS) + end + tail, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

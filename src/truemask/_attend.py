@@ -1,0 +1,146 @@
+"""`attend`: check, plan, run."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from truemask._call import read_call
+from truemask._plan import CACHE
+from truemask.backends.base import Request, Result
+from truemask.errors import ConventionWarning
+from truemask.masks.biases import Bias
+from truemask.masks.core import Mask
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | Bias | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | Bias | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | Bias | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention under a mask, by the cheapest correct way to run it.
+
+    With s = scale * q.k; s = softcap * tanh(s / softcap); s + bias; the mask; softmax with `sink_logits` as one more
+    column; dropout: `out [b, hq, q, dv]` is that times v.
+
+    Args:
+        q: `[b, hq, q, d]`, any of float32, bfloat16, float16 and float64, like k and v.
+        k: `[b, hkv, k, d]`; hq is a multiple of hkv, and query heads share key heads in blocks, as in LLaMA.
+        v: `[b, hkv, k, dv]`.
+        mask: a mask expression, a bool tensor `[q, k]` or `[b, h, q, k]` (True = may attend), or None for everything.
+            Row i of q is the mask's query i: if q continues earlier rows, say `mask.at(q_start=...)`.
+        bias: added to the scores: floats that broadcast to `[b, hq, q, k]`, `alibi(...)`, `relative(...)`.
+        scale: default 1 / sqrt(d).
+        softcap: bounds scores to (-softcap, softcap); None does not.
+        sink_logits: `[hq]`, a logit that takes part in each row's softmax and has no value.
+        dropout: the share of weights dropped, in [0, 1). `torch.manual_seed` repeats it; every backend drops the same.
+        backend: a name from `backends()`; None lets the plan choose (`plan(q, k, v, mask, ...)` says which and why).
+        return_lse: also `[b, hq, q]`, the natural log of the sum of exp(s) over visible keys, without the sink;
+            fp64 for doubles, else fp32.
+        return_weights: also `[b, hq, q, k]`, what was multiplied by v: after sinks and dropout.
+
+    Returns:
+        out, or the tuple (out[, lse][, weights]). A query that may attend to nothing gets zeros, lse -inf and zero
+        gradients (law 5); what it may not see cannot reach it, NaN included (law 6).
+
+    Raises:
+        MaskError: the mask cannot mean these sizes. PlanError: no backend can run the call. ValueError and TypeError:
+        other arguments. A `ConventionWarning` says when a look-back mask is likely misaligned.
+
+    >>> import torch
+    >>> from truemask.masks.positional import causal, window
+    >>> q = k = v = torch.ones(1, 2, 5, 8)
+    >>> attend(q, k, v, causal & window(3)).shape
+    torch.Size([1, 2, 5, 8])
+    >>> out, lse = attend(q, k, v, causal, scale=0.0, return_lse=True)
+    >>> lse.exp()[0, 0]  # how many keys each row may see
+    tensor([1., 2., 3., 4., 5.])
+    """
+    call = read_call(
+        q,
+        k,
+        v,
+        mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        dropout=dropout,
+        return_lse=return_lse,
+        return_weights=return_weights,
+        device=torch.device("cpu") if isinstance(q, Tensor) and q.is_meta else None,
+    )
+    entry = CACHE.entry(call.mask, call.request, backend)
+    if entry.plan.warning:
+        warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=2)
+    if q.is_meta:
+        return _answer(_shapes(call.request), call.request)
+    inputs = call.inputs
+    if inputs.dropout:
+        inputs = inputs._replace(seed=int(torch.randint(1 << 32, ())))
+    result = entry.backend.run(CACHE.lowered(entry), inputs, entry.plan.job)
+    return _answer(result, call.request)
+
+
+def _answer(result: Result, request: Request) -> Tensor | tuple[Tensor, ...]:
+    """out alone, or with what else was asked for."""
+    if not (request.return_lse or request.return_weights):
+        return result.out
+    wanted = (True, request.return_lse, request.return_weights)
+    return tuple(x for x, asked in zip(result, wanted, strict=True) if asked and x is not None)
+
+
+def _shapes(r: Request) -> Result:
+    """Results on the meta device: shapes and dtypes without numbers."""
+    out = torch.empty(r.batch, r.heads, r.q_len, r.value_dim, dtype=r.dtype, device="meta")
+    lse = torch.empty(out.shape[:3], dtype=torch.float64 if r.dtype == torch.float64 else torch.float32, device="meta")
+    return Result(out, lse, torch.empty(*out.shape[:3], r.kv_len, dtype=r.dtype, device="meta"))

@@ -1,0 +1,119 @@
+"""One call of `attend`, read once: checked arguments, the mask as an expression, and the request that plans are found by."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from truemask._door import (
+    as_mask,
+    check_bias,
+    check_dropout,
+    check_number,
+    check_qkv,
+    check_sinks,
+    check_weights,
+)
+from truemask.backends.base import Inputs, Request
+from truemask.masks.biases import Bias
+from truemask.masks.core import Mask
+
+
+class Call(NamedTuple):
+    """What `attend` was given, in the form that plans and backends speak."""
+
+    mask: Mask
+    request: Request
+    inputs: Inputs
+
+
+def read_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: object = None,
+    *,
+    bias: object = None,
+    scale: object = None,
+    softcap: object = None,
+    sink_logits: object = None,
+    dropout: object = 0.0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    device: torch.device | None = None,
+) -> Call:
+    """Check everything but the mask's own data (that is done once for each plan) and say what is asked.
+
+    `device` overrides that of q, k and v, for plans made of meta tensors.
+    """
+    check_qkv(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    device = device or q.device
+    (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
+    sizes = (b, hq, nq, nk)
+    mask = as_mask(mask, *sizes)
+    given_scale = 1 / math.sqrt(d) if scale is None else check_number("scale", scale)
+    cap = None if softcap is None else check_number("softcap", softcap, positive=True)
+    rate = check_dropout(dropout) if dropout else 0.0
+    added = check_bias(bias, sizes, device) if bias is not None else None
+    sinks = check_sinks(sink_logits, hq, device) if sink_logits is not None else None
+    if return_weights:
+        check_weights(sizes, q.dtype)
+    tracked = torch.is_grad_enabled()
+    bias_grad = tracked and added is not None and added.requires_grad
+    grad = tracked and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or bias_grad
+        or (sinks is not None and sinks.requires_grad)
+    )
+    request = Request(
+        b,
+        hq,
+        hk,
+        nq,
+        nk,
+        d,
+        dv,
+        q.dtype,
+        device,
+        grad,
+        "" if added is None else "object" if isinstance(added, Bias) else "tensor",
+        _bias_shape(added, sizes),
+        bias_grad,
+        cap is not None,
+        sinks is not None,
+        rate > 0,
+        bool(return_lse),
+        bool(return_weights),
+        transform(),
+    )
+    return Call(mask, request, Inputs(q, k, v, given_scale, cap, added, sinks, rate))
+
+
+def _bias_shape(bias: Tensor | Bias | None, sizes: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """What a bias would be as a tensor; a bias object may tell samples apart only through the mask's positions."""
+    if bias is None:
+        return ()
+    return tuple(bias.shape) if isinstance(bias, Tensor) else (1, bias.head_count, *sizes[2:])
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k and v in its dtype, as `F.scaled_dot_product_attention` takes them; doubles stay."""
+    kind = q.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def transform() -> str:
+    """The function transform that the call stands inside of, or nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return "vmap or torch.func"
+    return "forward mode" if forward_ad._current_level >= 0 else ""

@@ -1,0 +1,194 @@
+"""The contract between the plan, which chooses, and the backends, which compute; and the laws that bind each of them.
+
+A backend answers five questions about a `Job` (a mask and a `Request`: sizes, kinds and flags, never tensors):
+
+* `objections(job)`: every reason why it cannot run the job, in words; an empty list is a promise to run it. No data is
+  touched, nothing large is built, and no reason depends on the values of tensors;
+* `cost(job)`: predicted seconds on this kind of machine, of the forward, and of the backward too if `request.grad`;
+* `way(job)`: how it would run the job, in a few words for the plan's table; asked only if it has no objection;
+* `lower(job)`: whatever can be worked out before the tensors come (a dense mask, lists of tiles). It happens once for
+  each plan, its result is immutable, shared between threads and layers, and says its own size in bytes;
+* `run(lowered, inputs, job)`: the attention.
+
+What `run` owes (the numbers are those of the laws in `docs/conventions.md`):
+
+* 3: sizes were checked at the door. `q_len`, `kv_len` and `batch` may be zero; heads and head size may not.
+* 5: a query that may attend to nothing, or whose visible scores are all -inf, gets zeros, lse -inf and zero gradients.
+* 6: row q's results depend on row q, its incoming gradient and the keys it may see; what reaches a key comes from the
+  rows that see it. On the CPU that holds with NaN, infinity and 3e38 planted anywhere, forward and backward.
+* 7: `Bias` objects are asked about `job.mask.positions`, tensors are indexed by row and column.
+* 9: everything in `inputs` is honoured. What a backend cannot honour it must object to. Derivatives that it lacks are
+  refused with a message that names a backend that has them.
+* 10: its error against fp64 stays within 1.5 times that of `F.scaled_dot_product_attention` in the same dtype.
+
+Dropout drops the cells that `truemask.backends.dropping.kept` names, whoever runs it and in both directions.
+A new backend is one file, one entry in `registry.py` and one row in `tests/backends/test_agree.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from truemask.geometry.tiles import TileMap
+from truemask.masks.biases import Bias
+from truemask.masks.combine import everything
+from truemask.masks.core import Mask
+from truemask.masks.positional import causal
+
+SMALL = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
+
+
+class Request(NamedTuple):
+    """What a call asks, without its tensors and numbers: hashable, so that a plan can be found again."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    grad: bool = False
+    bias: str = ""  # "", "tensor" or "object"
+    bias_shape: tuple[int, ...] = ()  # of the tensor, or [1, heads, q, k] of the object
+    bias_grad: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    return_lse: bool = False
+    return_weights: bool = False
+    transform: str = ""  # "vmap or torch.func" or "forward mode": what the call stands inside of
+
+    @property
+    def cells(self) -> int:
+        """Scores of the whole call."""
+        return self.batch * self.heads * self.q_len * self.kv_len
+
+
+class Inputs(NamedTuple):
+    """The tensors and numbers of one call; shapes `b h q d`, `b h k d`, as checked at the door."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float | None = None
+    bias: Tensor | Bias | None = None  # a tensor has four axes here
+    sink_logits: Tensor | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class Result(NamedTuple):
+    """`out [b, hq, q, dv]`; `lse [b, hq, q]` and `weights [b, hq, q, k]` where they were asked for."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class Lowered(NamedTuple):
+    """A job worked out ahead of its tensors, and how many bytes that holds."""
+
+    data: Any = None
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A mask and a request, and what geometry knows of the two, worked out once and only if somebody asks."""
+
+    mask: Mask
+    request: Request
+
+    @cached_property
+    def tiles(self) -> TileMap:
+        """The mask's tiles at the request's sizes."""
+        r = self.request
+        return self.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
+
+    @cached_property
+    def pattern(self) -> str:
+        """"everything" or "causal" if the mask is proven to be that at these sizes, else "other"."""
+        if self.is_same_as(everything):
+            return "everything"
+        return "causal" if self.is_same_as(causal) else "other"
+
+    def is_same_as(self, other: Mask) -> bool:
+        """Whether the mask lets the same pairs through as `other`: exact, and cheap where they are far apart.
+
+        The cells where they differ are `mask ^ other`. A FULL tile of that refutes; MIXED tiles (of `causal`: those on
+        the diagonal) are evaluated, after a few probes.
+        """
+        if self.mask == other:
+            return True
+        r = self.request
+        differs = self.mask ^ other
+        sizes = {"batch": r.batch, "heads": r.heads}
+        if r.q_len * r.kv_len * self.mask_batch * self.mask_heads <= SMALL:
+            return not differs.to_dense(r.q_len, r.kv_len, **sizes).any()
+        if self._probe(differs):
+            return False
+        tiles = differs.tiles(r.q_len, r.kv_len, **sizes)
+        return not tiles.counts.full and not any(part.cells.any() for part in tiles.evaluated())
+
+    @property
+    def mask_batch(self) -> int:
+        """Samples that the mask tells apart: 1 if it does not vary."""
+        return 1 if self.mask.batch_size == 1 else self.request.batch
+
+    @property
+    def mask_heads(self) -> int:
+        """Heads that the mask tells apart: 1 if it does not vary."""
+        return 1 if self.mask.head_count == 1 else self.request.heads
+
+    def _probe(self, differs: Mask, places: int = 16) -> bool:
+        """Whether one of a few hundred cells, spread evenly and along the diagonal, is True."""
+        r = self.request
+        q = torch.linspace(0, r.q_len - 1, places).long()
+        k = torch.linspace(0, r.kv_len - 1, places).long()
+        diagonal = torch.stack([q, q + 1, q - 1], 1).clamp(0, r.kv_len - 1)
+        keys = torch.cat([k.expand(places, places), diagonal], 1)
+        zero = torch.zeros((), dtype=torch.int64)
+        return bool(differs.truth(zero, zero, q[:, None], keys).any())
+
+
+class Backend(Protocol):
+    """One way to compute attention; the module's docstring says what each method owes."""
+
+    @property
+    def name(self) -> str:
+        """What `backend=` calls it."""
+        ...
+
+    @property
+    def last_resort(self) -> bool:
+        """Whether it is chosen only by name, or when nobody else is willing."""
+        ...
+
+    def objections(self, job: Job) -> list[str]:
+        """Why it cannot run the job; empty if it can."""
+        ...
+
+    def cost(self, job: Job) -> float:
+        """Predicted seconds."""
+        ...
+
+    def way(self, job: Job) -> str:
+        """How it would run the job, in words."""
+        ...
+
+    def lower(self, job: Job) -> Lowered:
+        """The job, worked out as far as it goes without tensors."""
+        ...
+
+    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
+        """The attention."""
+        ...

@@ -1,0 +1,171 @@
+"""Attention in plain torch, by chunks of rows: what `reference` is, and what contains a NaN when a fast kernel cannot.
+
+Everything between the two products is ordinary differentiable torch, and the products are those of `trilinear`, so no
+value crosses a masked cell in any direction, and second derivatives, forward mode and `vmap` work. Scores exist for one
+chunk at a time; with several chunks in training, each is computed again in the backward rather than kept.
+
+Shapes: b samples, h query heads = y key heads x g, q rows (n of a chunk), k keys, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from truemask.backends.base import Inputs, Result
+from truemask.backends.dropping import kept
+from truemask.backends.trilinear import gather, outer
+from truemask.masks.biases import Bias
+from truemask.masks.core import Mask
+from truemask.masks.questions import indices
+
+CHUNK_BYTES = 1 << 23  # of the scores of one chunk; about eight tensors of this size live at once
+
+
+class _Call(NamedTuple):
+    """What every chunk of one call shares, in the dtype of the computation."""
+
+    inputs: Inputs
+    mask: Mask
+    k: Tensor  # b y k d
+    v: Tensor  # b y k d
+    heads: tuple[int, int]  # y, g
+    positions: tuple[Tensor, Tensor] | None  # of rows and keys, for a bias object
+    want_weights: bool
+
+
+def eager_attention(
+    inputs: Inputs,
+    mask: Mask,
+    *,
+    want_weights: bool = False,
+    compute: torch.dtype | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    recompute: bool = True,
+) -> Result:
+    """The attention of design section 3, in `compute` (default: fp64 for doubles, otherwise fp32).
+
+    `recompute=False` keeps every chunk's scores for the backward, which forward mode and `vmap` need.
+    """
+    compute = compute or (torch.float64 if inputs.q.dtype == torch.float64 else torch.float32)
+    (b, hq, rows), (y, keys) = inputs.q.shape[:3], inputs.k.shape[1:3]
+    with _no_autocast(inputs.q.device):
+        positions = mask.positions(rows, keys) if isinstance(inputs.bias, Bias) else None
+        k, v = inputs.k.to(compute), inputs.v.to(compute)
+        call = _Call(inputs, mask, k, v, (y, hq // y), positions, want_weights)
+        q = inputs.q.to(compute).unflatten(1, call.heads)
+        step = max(1, chunk_bytes // max(1, b * hq * keys * k.element_size()))
+        ways = _chunk
+        if recompute and rows > step and torch.is_grad_enabled():
+            ways = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
+        parts = [ways(call, q[:, :, :, first : first + step], first) for first in range(0, max(rows, 1), step)]
+        return _joined(parts, inputs.q.dtype, want_weights)
+
+
+Chunk = Callable[[_Call, Tensor, int], tuple[Tensor, ...]]
+
+
+def _joined(parts: list[tuple[Tensor, ...]], dtype: torch.dtype, want_weights: bool) -> Result:
+    """The chunks one after the other, query heads on one axis again."""
+    out, lse, *weights = (torch.cat(column, 3).flatten(1, 2) for column in zip(*parts, strict=True))
+    return Result(out.to(dtype), lse, weights[0].to(dtype) if want_weights else None)
+
+
+def _chunk(call: _Call, q: Tensor, first: int) -> tuple[Tensor, ...]:
+    """Rows `first`, `first + 1`, ... `q [b, y, g, n, d]`: their out, lse and, if wanted, weights."""
+    inputs = call.inputs
+    allowed = _allowed(call, first, q.shape[-2])
+    s = outer(q, call.k, allowed) * inputs.scale
+    if inputs.softcap is not None:
+        s = inputs.softcap * torch.tanh(s / inputs.softcap)
+    if inputs.bias is not None:
+        s = s + torch.where(allowed, _bias(call, first, q), 0)
+    p, lse = _softmax(torch.where(allowed, s, -torch.inf))
+    if inputs.sink_logits is not None:
+        p = p * beside_sink(lse, inputs.sink_logits.to(p.dtype).view(*call.heads, 1))[..., None]
+    if inputs.dropout:
+        p = p * _kept(call, first, q) / (1 - inputs.dropout)
+    out = gather(p, call.v, allowed)
+    return (out, lse, torch.where(allowed, p, 0)) if call.want_weights else (out, lse)
+
+
+def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights over the last axis and their log-sum-exp; a row of -inf only has weights 0 and lse -inf (law 5)."""
+    if s.shape[-1] == 0:
+        return s, s.new_full(s.shape[:-1], -torch.inf) + s.sum(-1)
+    highest = s.detach().amax(-1, keepdim=True)
+    dead = highest == -torch.inf
+    e = torch.exp(s - highest.masked_fill(dead, 0))
+    total = e.sum(-1, keepdim=True).masked_fill(dead, 1)
+    lse = (highest + torch.log(total)).masked_fill(dead, -torch.inf)
+    return e / total, lse.squeeze(-1)
+
+
+def beside_sink(lse: Tensor, sink: Tensor) -> Tensor:
+    """The share of a row's softmax that its keys keep beside a sink: exp(lse) / (exp(lse) + exp(sink)); 0 if dead."""
+    dead = lse == -torch.inf
+    return torch.sigmoid(lse.masked_fill(dead, 0) - sink).masked_fill(dead, 0)
+
+
+def _grouped(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """`[b, h, n, k]` as `[b, y, g, n, k]`, for h the number of query heads or 1."""
+    return x.unsqueeze(1) if x.shape[1] == 1 else x.unflatten(1, heads)
+
+
+def _allowed(call: _Call, first: int, rows: int) -> Tensor:
+    """The mask of the chunk's rows, `[b, y, g, n, k]` with 1 where it does not vary."""
+    mask, (samples, heads) = call.mask, call.inputs.q.shape[:2]
+    b, h, q, k = indices(
+        1 if mask.batch_size == 1 else samples,
+        1 if mask.head_count == 1 else heads,
+        rows,
+        call.k.shape[2],
+        call.k.device,
+    )
+    return _grouped(mask.truth(b, h, q + first, k), call.heads)
+
+
+def _kept(call: _Call, first: int, q: Tensor) -> Tensor:
+    """The cells of the chunk that dropout keeps, `[b, y, g, n, k]`."""
+    inputs = call.inputs
+    b, h, rows, k = indices(q.shape[0], inputs.q.shape[1], q.shape[-2], call.k.shape[2], q.device)
+    return _grouped(kept(inputs.seed, inputs.dropout, b, h, rows + first, k), call.heads)
+
+
+def _bias(call: _Call, first: int, q: Tensor) -> Tensor:
+    """The bias of the chunk's rows, `[b, y, g, n, k]` with 1 where it does not vary."""
+    bias, rows = call.inputs.bias, slice(first, first + q.shape[-2])
+    if isinstance(bias, Bias):
+        value = bias_values(bias, call.positions, rows, call.inputs.q.shape[:2], q.device)
+    else:
+        assert bias is not None
+        value = bias if bias.shape[2] == 1 else bias[:, :, rows]
+    return _grouped(value.to(q.dtype), call.heads)
+
+
+def bias_values(
+    bias: Bias,
+    positions: tuple[Tensor, Tensor] | None,
+    rows: slice,
+    sizes: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    """A bias object at the positions of some rows and all keys: `[b, h, n, k]`, or 1 for an axis it does not know."""
+    assert positions is not None
+    q, k = (side.to(device) for side in positions)
+    q = q[..., rows]
+    b, h, *_ = indices(*sizes, 1, 1, device)
+    return bias.value(b, h, q.view(-1, 1, q.shape[-1], 1), k.view(-1, 1, 1, k.shape[-1]))
+
+
+def _no_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Keeps autocast from rounding the products of a computation whose dtype is chosen."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

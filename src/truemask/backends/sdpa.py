@@ -1,0 +1,177 @@
+"""The backend that every torch has: `scaled_dot_product_attention`'s kernels with no mask, a flag, or a dense mask.
+
+| the mask, at these sizes      | how it runs                                    |
+|-------------------------------|------------------------------------------------|
+| lets everything through       | no mask                                        |
+| is `causal`                   | the kernel's own flag, which skips half        |
+| is anything else              | dense, of size 1 where it does not vary        |
+
+On the CPU the kernel is called directly, because it gives the log-sum-exp too (for `return_lse` and sinks) and because
+`contain` must see its results. On other devices the call is `F.scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result
+from truemask.backends.contain import Flash, flash_attention
+from truemask.backends.costs import SDPA, seconds
+from truemask.backends.eager import beside_sink, bias_values
+from truemask.masks.biases import Bias
+from truemask.masks.combine import everything
+from truemask.masks.core import Mask
+
+DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many
+
+
+class Dense(NamedTuple):
+    """A mask as numbers: 0 where allowed and -inf elsewhere, and the rows that see nothing (None: there are none)."""
+
+    additive: Tensor
+    dead: Tensor | None
+
+
+class Sdpa:
+    """Torch's fused attention."""
+
+    name = "sdpa"
+    last_resort = False
+
+    def objections(self, job: Job) -> list[str]:
+        r = job.request
+        lacks = [
+            (r.softcap, "softcap: the kernel has no soft cap"),
+            (r.dropout, "dropout: the kernel cannot drop the cells that other backends drop"),
+            (r.return_weights, "return_weights: the kernel never holds the weights"),
+            (r.bias_grad, "the gradient of a bias: the kernel has none"),
+            (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
+            (r.return_lse and r.device.type != "cpu", "return_lse: the kernel gives it on the CPU only"),
+            (r.sinks and r.device.type != "cpu", "sink_logits: they need the kernel's lse, which the CPU's gives"),
+        ]
+        return [reason for lacking, reason in lacks if lacking] + _too_large(job)
+
+    def cost(self, job: Job) -> float:
+        r = job.request
+        return seconds(SDPA, r, r.cells * (causal_share(r) if _flag(job) else 1.0))
+
+    def way(self, job: Job) -> str:
+        if _flag(job):
+            return "the causal flag"
+        if job.pattern == "everything" and not job.request.bias:
+            return "no mask"
+        cells, itemsize = _dense_cells(job), 4 if job.request.bias else job.request.dtype.itemsize
+        what = "bias" if job.pattern == "everything" else "mask and bias" if job.request.bias else "mask"
+        return f"dense {what}, {cells * itemsize / 2**20:.1f} MiB"
+
+    def lower(self, job: Job) -> Lowered:
+        if _flag(job):
+            return Lowered(True)
+        if job.pattern == "everything":
+            return Lowered()
+        dense = lower_dense(job)
+        return Lowered(dense, sum(x.nbytes for x in dense if x is not None))
+
+    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
+        causal = lowered.data is True
+        dense = lowered.data if isinstance(lowered.data, Dense) else None
+        if inputs.bias is not None:
+            dense = with_bias(dense, inputs, job)
+        if inputs.q.device.type != "cpu":
+            return Result(front_end(inputs, dense, causal))
+        out, lse = _flash(inputs, dense, causal, job)
+        if inputs.sink_logits is not None:
+            share = beside_sink(lse, inputs.sink_logits.to(lse.dtype)[:, None])
+            out = (out * share[..., None]).to(out.dtype)
+        return Result(out, lse if job.request.return_lse else None)
+
+
+def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple[Tensor, Tensor]:
+    """The CPU kernel; it wants one head size, and columns of zeros change nothing."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    width, own = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    if q.shape[-1] != own:
+        q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    additive, dead = dense or (None, None)
+    if job.request.kv_len == 0:
+        dead = torch.ones(1, 1, 1, dtype=torch.bool)
+    call = Flash(inputs.scale, causal, additive, dead, job.mask, inputs.bias)
+    out, lse = flash_attention(call, q, k, v, grad=job.request.grad)
+    return (out if width == own else out[..., :own]), lse
+
+
+def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
+    """`F.scaled_dot_product_attention`, with dead rows opened before it, so that no kernel meets one, and zeroed after."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    additive, dead = dense or (None, None)
+    if additive is not None:
+        additive = additive if dead is None else additive.masked_fill(dead[..., None], 0)
+        additive = additive.to(q.dtype)
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=additive, is_causal=causal, scale=inputs.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out if dead is None else out.masked_fill(dead[..., None], 0)
+
+
+# -- dense masks and biases ------------------------------------------------------------------------------------------
+
+
+def lower_dense(job: Job) -> Dense:
+    """The mask in the dtype of q, one row for all queries if it does not vary with them."""
+    r, mask = job.request, job.mask
+    rows = r.q_len if mask.varies_with_query else min(r.q_len, 1)
+    allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
+    additive = torch.zeros(allowed.shape, dtype=r.dtype, device=r.device).masked_fill_(~allowed, -torch.inf)
+    return Dense(additive, _dead(additive))
+
+
+def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
+    """Bias where the mask allows, -inf elsewhere; in fp32 for half-precision dtypes."""
+    bias = inputs.bias
+    if isinstance(bias, Bias):
+        r = job.request
+        positions = job.mask.positions(r.q_len, r.kv_len)
+        bias = bias_values(bias, positions, slice(None), (r.batch, r.heads), inputs.q.device)
+    assert bias is not None
+    bias = bias.detach().to(torch.float64 if inputs.q.dtype == torch.float64 else torch.float32)
+    if dense is not None:
+        bias = torch.where(dense.additive == 0, bias, -torch.inf)
+    return Dense(bias, _dead(bias))
+
+
+def _dead(additive: Tensor) -> Tensor | None:
+    dead = (additive == -torch.inf).all(-1)
+    return dead if bool(dead.any()) else None
+
+
+def _flag(job: Job) -> bool:
+    """Whether the kernel's causal flag says all there is to say."""
+    return not job.request.bias and job.pattern == "causal"
+
+
+def _too_large(job: Job) -> list[str]:
+    """An objection if what would be dense is larger than the limit."""
+    nbytes = _dense_cells(job) * (4 if job.request.bias else job.request.dtype.itemsize)
+    if nbytes <= DENSE_LIMIT or (not job.request.bias and job.pattern != "other"):
+        return []
+    return [f"a dense mask of {nbytes / 2**30:.1f} GiB: the limit is {DENSE_LIMIT / 2**30:.0f} GiB"]
+
+
+def _dense_cells(job: Job) -> int:
+    """The numbers in the dense mask, joined with the bias."""
+    r, mask = job.request, job.mask
+    rows = r.q_len if mask.varies_with_query else 1
+    sizes = (1, 1, 1, 1) if mask == everything else (job.mask_batch, job.mask_heads, rows, r.kv_len)
+    return math.prod(map(max, sizes, r.bias_shape or sizes))
+
+
+def causal_share(r: Request) -> float:
+    """The share of a `[q, k]` rectangle that `causal` lets through."""
+    full = min(r.q_len, r.kv_len)
+    pairs = full * (full + 1) / 2 + max(0, r.q_len - r.kv_len) * r.kv_len
+    return pairs / max(1, r.q_len * r.kv_len)

@@ -1,0 +1,112 @@
+"""Act 2: the same inverted mask, and the row that it leaves without a key, given to every library.
+
+The mask was meant to be causal and is upside down: every row sees only what comes after it, and the last row sees
+nothing. What a library makes of that is measured from outside, by changing inputs and looking at outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from truemask.cli.tour.peers import DIM, PEERS, Peer, Run
+from truemask.cli.tour.stage import Act, Part, Stage
+from truemask.errors import ConventionWarning
+
+N = 13  # tokens
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one library did: largest relative changes of outputs that should not have moved."""
+
+    dead_nan: bool  # the last row, which may see nothing, is NaN
+    dead_moved: float  # it moves when other rows change
+    leaked: float  # row 0 moves when the future changes
+    bad_gradients: int  # input rows whose gradient is NaN after backward through every other row
+    warning: str
+
+
+def play(stage: Stage) -> None:
+    stage.say(
+        'In half of these libraries True means "may attend", in the other half "masked out". So a causal mask arrives '
+        "upside down: every row sees only its future, the last row sees nothing. We change inputs and watch outputs."
+    )
+    rows: list[list[Part]] = []
+    for peer in PEERS:
+        if peer.missing:
+            rows.append([peer.name, ("not installed: pip install 'truemask[peers]'", "dim"), "", "", ""])
+            continue
+        found = examine(peer)
+        rows.append([peer.name, peer.given, dead_row(found), future(found), said(found)])
+    stage.table(["library", "was given", "the row that sees nothing", "rows that read the future", "it said"], rows)
+    stage.say(
+        "What truemask adds: a row without keys is zeros in every backend, dtype and direction; a Decoder never reads "
+        "the future, whatever it is given; and a mask says what it is (",
+        ("print(~causal)", "code"),
+        "), so the flip shows. Foreign tensors come in by name: ",
+        ("tm.from_torch_mha(t)", "code"),
+        ".",
+    )
+
+
+def examine(peer: Peer) -> Found:
+    """Measure one library; nothing is known here of how it works."""
+    torch.manual_seed(0)
+    run, x = peer.build(N), torch.randn(1, N, DIM)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = run(x).detach()
+    said = next((str(w.message) for w in caught if issubclass(w.category, ConventionWarning)), "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        others, later = x.clone(), x.clone()
+        others[:, :-1] = torch.randn(1, N - 1, DIM)
+        later[:, 1:] = torch.randn(1, N - 1, DIM)
+        return Found(
+            dead_nan=bool(before[0, -1].isnan().any()),
+            dead_moved=_moved(before[0, -1], run(others).detach()[0, -1]),
+            leaked=_moved(before[0, 0], run(later).detach()[0, 0]),
+            bad_gradients=_bad_gradients(run, x),
+            warning=said,
+        )
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    if bool(before.isnan().any() | after.isnan().any()):
+        return 0.0
+    return float((after - before).norm() / before.norm().clamp(min=1e-9))
+
+
+def _bad_gradients(run: Run, x: Tensor) -> int:
+    """Rows of the input whose gradient is not finite although the loss leaves the dead row out."""
+    leaf = x.clone().requires_grad_()
+    out = run(leaf)
+    if not out.requires_grad:
+        return 0
+    out[:, :-1].square().sum().backward()
+    assert leaf.grad is not None
+    return int((~leaf.grad[0].isfinite().all(-1)).sum())
+
+
+def dead_row(found: Found) -> Part:
+    poisoned = f"; gradients of {found.bad_gradients} of {N} tokens NaN" if found.bad_gradients else ""
+    if found.dead_nan:
+        return (f"NaN{poisoned}", "bad")
+    if found.dead_moved:
+        return (f"silent average of all {N} keys (moves by {found.dead_moved:.0%}){poisoned}", "bad")
+    return (f"reads nothing{poisoned}", "bad" if poisoned else "good")
+
+
+def future(found: Found) -> Part:
+    return (f"yes, by {found.leaked:.0%}", "bad") if found.leaked else ("none", "good")
+
+
+def said(found: Found) -> Part:
+    return found.warning or ("nothing", "dim")
+
+
+ACT = Act("inverted", "One inverted mask, every library", play)

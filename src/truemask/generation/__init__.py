@@ -1,0 +1,1 @@
+"""Generation: the key/value cache, sampling, and the autoregressive wrapper. The public names are in `truemask`."""

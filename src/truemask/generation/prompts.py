@@ -1,0 +1,97 @@
+"""Prompts of different lengths become one batch: left padded and seen through `mask.padded`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from truemask.errors import MaskError, describe
+from truemask.masks.combine import everything
+from truemask.masks.core import Mask
+from truemask.masks.data import keys
+from truemask.nn.doors import require_bool
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokens (b, n) with pads on the left, the mask of prompt and answer, and how they were given."""
+
+    tokens: Tensor
+    mask: Mask
+    single: bool  # one prompt without a batch axis
+
+
+def read_prompts(
+    prompts: Tensor | Sequence[Tensor], mask: Mask | Tensor | None, *, pad_value: int, answer: int
+) -> Prompts:
+    """Prompts as `generate` takes them, with `mask` an expression or bool flags over the prompt.
+
+    Raises ValueError on prompts without tokens or of a wrong shape, MaskError on flags that do not fit.
+    """
+    if isinstance(prompts, Tensor):
+        rows, flags, single = _read_tensor(prompts, mask)
+    else:
+        rows, flags, single = _read_list(prompts, mask), None, False
+    base = mask if isinstance(mask, Mask) else everything
+    width = max(len(row) for row in rows)
+    if flags is not None and not all(bool(row.all()) for row in flags):
+        base = base & keys(_left_aligned(flags, width + answer))
+    starts = [width - len(row) for row in rows]
+    tokens = torch.stack([F.pad(row, (width - len(row), 0), value=pad_value) for row in rows])
+    return Prompts(tokens, base.padded(starts) if any(starts) else base, single)
+
+
+def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tensor], list[Tensor] | None, bool]:
+    if prompts.ndim not in (1, 2) or prompts.is_floating_point() or prompts.numel() == 0:
+        raise ValueError(
+            f"prompts are {describe(prompts)}; expected token ids [n], [b, n] or a list of [n], with at least one "
+            "token each: to begin from nothing pass a start token"
+        )
+    single = prompts.ndim == 1
+    tokens = prompts[None] if single else prompts
+    if not isinstance(mask, Tensor):
+        if mask is not None and not isinstance(mask, Mask):
+            raise MaskError(f"mask= is {describe(mask)}; expected a mask expression or bool flags over the prompt")
+        return list(tokens), None, single
+    require_bool("mask", mask, prompts)
+    flags = mask[None] if single and mask.ndim == 1 else mask
+    if flags.shape != tokens.shape:
+        raise MaskError(
+            f"mask= is {describe(mask)}; a tensor speaks of the prompt's tokens, bool {list(prompts.shape)}. "
+            "A rule for prompt and answer is an expression, such as mask=tm.window(256)"
+        )
+    spans = [_real(row, index) for index, row in enumerate(flags)]
+    rows, kept = ([row[s] for row, s in zip(part, spans, strict=True)] for part in (tokens, flags))
+    return rows, kept, single
+
+
+def _real(flags: Tensor, index: int) -> slice:
+    """From the first real token of a prompt to its last."""
+    places = flags.nonzero().flatten().tolist()
+    if not places:
+        raise MaskError(f"mask= marks every token of prompt {index} as padding; each prompt needs at least one token")
+    return slice(places[0], places[-1] + 1)
+
+
+def _read_list(prompts: Sequence[Tensor], mask: Mask | Tensor | None) -> list[Tensor]:
+    if isinstance(mask, Tensor):
+        raise MaskError(f"mask= is {describe(mask)}; a list of prompts holds no padding, so pass an expression")
+    rows = list(prompts)
+    wrong = [row for row in rows if not _is_prompt(row)]
+    if wrong or not rows:
+        got = describe(wrong[0]) if wrong else "an empty list"
+        raise ValueError(f"a list of prompts is a list of token ids [n], at least one token each; got {got}")
+    return rows
+
+
+def _is_prompt(row: object) -> bool:
+    return isinstance(row, Tensor) and row.ndim == 1 and row.numel() > 0 and not row.is_floating_point()
+
+
+def _left_aligned(flags: list[Tensor], length: int) -> Tensor:
+    """Flags of each prompt from its first token on, True behind it: bool [b, length]."""
+    return torch.stack([F.pad(row, (0, length - len(row)), value=True) for row in flags])

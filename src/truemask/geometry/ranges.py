@@ -1,0 +1,111 @@
+"""Questions about ranges of a table, answered for many ranges at once in constant time each."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class RangeTable:
+    """Minimum and maximum of `values[row, lo:hi]` for arrays of (row, lo, hi), by a sparse table of powers of two.
+
+    Building costs O(n log n), a question two look-ups. `values` is `[rows, n]`; a single row serves every `row`.
+
+    >>> low, high = RangeTable(np.array([[3, 1, 4, 1, 5]])).between(np.array(0), np.array([0, 2]), np.array([2, 5]))
+    >>> low.tolist(), high.tolist()
+    ([1, 1], [3, 5])
+    """
+
+    def __init__(self, values: Ints) -> None:
+        self.rows, self.size = values.shape
+        self.low, self.high = [values], [values]
+        width = 1
+        while 2 * width <= self.size:
+            last, top = self.low[-1], self.high[-1]
+            self.low.append(np.minimum(last[:, :-width], last[:, width:]))
+            self.high.append(np.maximum(top[:, :-width], top[:, width:]))
+            width *= 2
+
+    def between(self, row: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
+        """Minimum and maximum over `[lo, hi)`; every range must be non-empty and inside the table."""
+        row = np.minimum(row, self.rows - 1)
+        row, lo, hi = np.broadcast_arrays(row, lo, hi)
+        level = np.frexp((hi - lo).astype(np.float64))[1] - 1
+        low, high = np.empty(lo.shape, np.int64), np.empty(lo.shape, np.int64)
+        for step in np.unique(level):
+            at = level == step
+            r, first, last = row[at], lo[at], hi[at] - (1 << int(step))
+            low[at] = np.minimum(self.low[step][r, first], self.low[step][r, last])
+            high[at] = np.maximum(self.high[step][r, first], self.high[step][r, last])
+        return low, high
+
+
+class RunTable:
+    """A table stored as runs: `values[row, i]` holds on `[ends[row, i - 1], ends[row, i])`.
+
+    The sparse tables are as long as the runs are many; one small integer per position finds a position's run.
+    """
+
+    def __init__(self, ends: Ints, values: Ints) -> None:
+        self.rows, self.size = ends.shape[0], int(ends[0, -1])
+        lengths = np.diff(ends, axis=1, prepend=0)
+        runs = np.arange(ends.shape[1], dtype=np.int32)
+        self.run = np.stack([np.repeat(runs, row) for row in lengths])
+        self.table = RangeTable(values)
+
+    def between(self, row: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
+        """Minimum and maximum of the values over positions `[lo, hi)`, which must be inside the table."""
+        row = np.minimum(row, self.rows - 1)
+        first, last = self.run[row, lo].astype(np.int64), self.run[row, hi - 1].astype(np.int64)
+        return self.table.between(row, first, last + 1)
+
+
+class Counts:
+    """How many flags are set in `[lo, hi)`: prefix sums of `flags [rows, n]`; beyond the table nothing is set.
+
+    >>> Counts(np.array([[True, False, True]])).between(np.array(0), np.array([0, 1]), np.array([3, 9])).tolist()
+    [2, 1]
+    """
+
+    def __init__(self, flags: NDArray[np.bool_]) -> None:
+        self.rows, self.size = flags.shape
+        self.sums = np.zeros((self.rows, self.size + 1), np.int64)
+        np.cumsum(flags, axis=1, out=self.sums[:, 1:])
+
+    def between(self, row: Ints, lo: Ints, hi: Ints) -> Ints:
+        row = np.minimum(row, self.rows - 1)
+        return self.sums[row, np.minimum(hi, self.size)] - self.sums[row, np.minimum(lo, self.size)]
+
+
+class Areas:
+    """How many cells are set in rectangles of `cells [samples, heads, rows, columns]`: a summed-area table.
+
+    (F. Crow, Summed-area tables for texture mapping, 1984.) Large tensors keep sums of `grain` x `grain` blocks only;
+    `covering` then answers for the smallest rectangle of whole blocks around the one asked about.
+    """
+
+    def __init__(self, cells: NDArray[np.bool_], most: int = 1 << 22) -> None:
+        self.samples, self.heads, self.height, self.width = cells.shape
+        self.grain = 1
+        while cells.size // self.grain**2 > most:
+            self.grain *= 2
+        rows, columns = (np.arange(0, max(n, 1), self.grain) for n in (self.height, self.width))
+        shape = (self.samples, self.heads, len(rows) + 1, len(columns) + 1)
+        self.sums = np.zeros(shape, np.int64)
+        if cells.size:
+            for sample in range(self.samples):  # one sample at a time: the blocks' sums are wide integers
+                blocks = np.add.reduceat(np.add.reduceat(cells[sample], rows, -2, dtype=np.int64), columns, -1)
+                self.sums[sample, :, 1:, 1:] = blocks.cumsum(-2).cumsum(-1)
+
+    def covering(self, b: Ints, h: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints) -> tuple[Ints, Ints]:
+        """Cells set in, and size of, the whole blocks that cover `[q0, q1) x [k0, k1)`."""
+        b, h = np.minimum(b, self.samples - 1), np.minimum(h, self.heads - 1)
+        g = self.grain
+        top, left, bottom, right = q0 // g, k0 // g, -(-q1 // g), -(-k1 // g)
+        s = self.sums
+        inside = s[b, h, bottom, right] - s[b, h, top, right] - s[b, h, bottom, left] + s[b, h, top, left]
+        height = np.minimum(bottom * g, self.height) - top * g
+        width = np.minimum(right * g, self.width) - left * g
+        return inside, height * width

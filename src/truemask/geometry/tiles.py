@@ -1,0 +1,278 @@
+"""Rectangles of (query, key) cells, and the map that says of each tile whether it is EMPTY, MIXED or FULL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from truemask.geometry.logic import EMPTY, FULL, MIXED, States
+
+Ints = NDArray[np.int64]
+BATCH_CELLS = 1 << 22  # cells evaluated at once: a few tens of megabytes of 64-bit indices
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """Many non-empty rectangles `[q0, q1) x [k0, k1)` of sample b and head h: int64 arrays that broadcast together."""
+
+    b: Ints
+    h: Ints
+    q0: Ints
+    q1: Ints
+    k0: Ints
+    k1: Ints
+
+    def moved(self, **changes: Ints) -> Rectangles:
+        """The same rectangles with some of their arrays replaced."""
+        return replace(self, **changes)
+
+
+Classify = Callable[[Rectangles], States]
+Evaluate = Callable[[Ints, Ints, Ints, Ints], NDArray[np.bool_]]
+
+
+class TileCounts(NamedTuple):
+    """Tiles of each state over the distinct samples and heads."""
+
+    empty: int
+    mixed: int
+    full: int
+
+
+class Run(NamedTuple):
+    """Tiles `[start, stop)` of one row of tiles, all in the same state (MIXED 1 or FULL 2)."""
+
+    start: int
+    stop: int
+    state: int
+
+
+class Evaluated(NamedTuple):
+    """A batch of MIXED tiles with the truth of their cells: `cells [tile, q, k]`, False beyond the true lengths."""
+
+    b: Ints
+    h: Ints
+    i: Ints
+    j: Ints
+    cells: NDArray[np.bool_]
+    area: Ints
+
+
+class TileRows:
+    """Runs of tiles per row of tiles: `rows[b, h, i]` is a list of `Run`s without the EMPTY ones."""
+
+    def __init__(self, tiles: TileMap) -> None:
+        self._tiles = tiles
+
+    def __len__(self) -> int:
+        return self._tiles.shape[2]
+
+    def __getitem__(self, place: tuple[int, int, int]) -> list[Run]:
+        row = int(np.ravel_multi_index(place, self._tiles.shape[:3]))
+        lo, hi = self._tiles.row_starts[row], self._tiles.row_starts[row + 1]
+        return [Run(*map(int, run)) for run in self._tiles.runs[lo:hi]]
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """Which tiles of a mask are EMPTY, MIXED or FULL, stored as runs; sound always, exact after `refine()`.
+
+    `shape` is (samples, heads, rows of tiles, columns of tiles), with 1 where the mask does not vary. The last tiles
+    are cut at the true lengths, so one that is all True within them is FULL.
+    """
+
+    q_len: int
+    kv_len: int
+    block: tuple[int, int]
+    shape: tuple[int, int, int, int]
+    row_starts: Ints  # [samples * heads * rows + 1]: where each row's runs begin
+    runs: Ints  # [runs, 3]: start, stop, state; EMPTY ones left out
+    evaluate: Evaluate
+    exact: bool = False
+
+    @property
+    def rows(self) -> TileRows:
+        """`rows[b, h, i]`: the runs (start, stop, state) of row i of the tiles."""
+        return TileRows(self)
+
+    @cached_property
+    def counts(self) -> TileCounts:
+        """How many tiles are empty, mixed and full."""
+        sizes = self.runs[:, 1] - self.runs[:, 0]
+        mixed, full = (int(sizes[self.runs[:, 2] == state].sum()) for state in (MIXED, FULL))
+        return TileCounts(math.prod(self.shape) - mixed - full, mixed, full)
+
+    @property
+    def unsure(self) -> int:
+        """MIXED tiles that are not proven to hold both values; 0 after `refine()`."""
+        return 0 if self.exact else self.counts.mixed
+
+    @property
+    def state(self) -> States:
+        """The dense view, int8 `[b, h, rows, columns]`: 0 EMPTY, 1 MIXED, 2 FULL."""
+        flat = np.zeros((math.prod(self.shape[:3]), self.shape[3] + 1), np.int8)
+        row = np.repeat(np.arange(len(flat)), np.diff(self.row_starts))
+        np.add.at(flat, (row, self.runs[:, 0]), self.runs[:, 2].astype(np.int8))
+        np.add.at(flat, (row, self.runs[:, 1]), -self.runs[:, 2].astype(np.int8))
+        return np.cumsum(flat, axis=1, dtype=np.int8)[:, :-1].reshape(self.shape)
+
+    def mixed(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """The places (b, h, i, j) of the MIXED tiles, in row order."""
+        return self._places(MIXED)
+
+    def full(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """The places (b, h, i, j) of the FULL tiles, in row order."""
+        return self._places(FULL)
+
+    def _places(self, state: np.int8) -> tuple[Ints, Ints, Ints, Ints]:
+        keep = self.runs[:, 2] == state
+        start, size = self.runs[keep, 0], self.runs[keep, 1] - self.runs[keep, 0]
+        row = np.repeat(np.arange(len(self.row_starts) - 1), np.diff(self.row_starts))[keep]
+        within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+        b, h, i = (x.astype(np.int64) for x in np.unravel_index(np.repeat(row, size), self.shape[:3]))
+        return b, h, i, np.repeat(start, size) + within
+
+    def extents(self, i: Ints, j: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """`q0, q1, k0, k1` of tiles (i, j), cut at the true lengths."""
+        (bq, bk) = self.block
+        return i * bq, np.minimum((i + 1) * bq, self.q_len), j * bk, np.minimum((j + 1) * bk, self.kv_len)
+
+    def evaluated(self) -> Iterator[Evaluated]:
+        """The MIXED tiles in batches, with every cell's truth."""
+        b, h, i, j = self.mixed()
+        bq, bk = min(self.block[0], self.q_len), min(self.block[1], self.kv_len)
+        step = max(1, BATCH_CELLS // max(1, bq * bk))
+        for first in range(0, len(b), step):
+            part = slice(first, first + step)
+            yield self._evaluate_batch(b[part], h[part], i[part], j[part], bq, bk)
+
+    def _evaluate_batch(self, b: Ints, h: Ints, i: Ints, j: Ints, bq: int, bk: int) -> Evaluated:
+        q0, q1, k0, k1 = self.extents(i, j)
+        q = q0[:, None, None] + np.arange(bq)[None, :, None]
+        k = k0[:, None, None] + np.arange(bk)[None, None, :]
+        inside = (q < self.q_len) & (k < self.kv_len)
+        q, k = np.minimum(q, self.q_len - 1), np.minimum(k, self.kv_len - 1)
+        cells = self.evaluate(b[:, None, None], h[:, None, None], q, k) & inside
+        return Evaluated(b, h, i, j, cells, (q1 - q0) * (k1 - k0))
+
+    def dense(self) -> NDArray[np.bool_]:
+        """Every cell, bool `[b, h, q, k]`: FULL runs are filled, MIXED tiles evaluated."""
+        out = np.zeros((*self.shape[:2], self.q_len, self.kv_len), bool)
+        keep = np.flatnonzero(self.runs[:, 2] == FULL)
+        b, h, i = np.unravel_index(np.searchsorted(self.row_starts, keep, "right") - 1, self.shape[:3])
+        q0, q1, k0, k1 = self.extents(i, self.runs[keep, 0])
+        k1 = np.minimum(self.runs[keep, 1] * self.block[1], self.kv_len)
+        for place in zip(b, h, q0, q1, k0, k1, strict=True):
+            out[place[0], place[1], place[2] : place[3], place[4] : place[5]] = True
+        for part in self.evaluated():
+            q0, q1, k0, k1 = self.extents(part.i, part.j)
+            for n, place in enumerate(zip(part.b, part.h, q0, q1, k0, k1, strict=True)):
+                height, width = place[3] - place[2], place[5] - place[4]
+                out[place[0], place[1], place[2] : place[3], place[4] : place[5]] = part.cells[n, :height, :width]
+        return out
+
+    def refine(self) -> TileMap:
+        """The exact map: every MIXED tile is evaluated and called what it is."""
+        if self.exact:
+            return self
+        b, h, i, j = self.mixed()
+        found = np.full(len(b), MIXED)
+        done = 0
+        for part in self.evaluated():
+            seen = part.cells.sum((1, 2))
+            found[done : done + len(seen)] = np.where(seen == 0, EMPTY, np.where(seen == part.area, FULL, MIXED))
+            done += len(seen)
+        state = self.state
+        state[b, h, i, j] = found
+        starts, runs = runs_of(state)
+        return replace(self, row_starts=starts, runs=runs, exact=True)
+
+
+def runs_of(state: States) -> tuple[Ints, Ints]:
+    """`state [..., columns]` as (row starts, runs), the EMPTY runs left out."""
+    flat = state.reshape(math.prod(state.shape[:-1]), state.shape[-1])
+    if flat.size == 0:
+        return np.zeros(len(flat) + 1, np.int64), np.zeros((0, 3), np.int64)
+    first = np.ones(flat.shape, bool)
+    first[:, 1:] = flat[:, 1:] != flat[:, :-1]
+    start = np.flatnonzero(first)
+    row, column = np.divmod(start, flat.shape[1])
+    stop = np.append(start[1:], flat.size) - row * flat.shape[1]
+    value = flat.reshape(-1)[start]
+    keep = value != EMPTY
+    runs = np.stack([column, stop, value.astype(np.int64)], axis=1)[keep]
+    starts = np.zeros(len(flat) + 1, np.int64)
+    np.cumsum(np.bincount(row[keep], minlength=len(flat)), out=starts[1:])
+    return starts, runs
+
+
+def build_tile_map(
+    classify: Classify,
+    evaluate: Evaluate,
+    *,
+    q_len: int,
+    kv_len: int,
+    block: tuple[int, int],
+    batch: int,
+    heads: int,
+    exact: bool,
+) -> TileMap:
+    """Ask `classify` about coarse tiles first and about fine ones only inside the coarse tiles that stay MIXED."""
+    rows, columns = -(-q_len // block[0]), -(-kv_len // block[1])
+    grid = _Grid(classify, q_len, kv_len, block, batch, heads)
+    factor = 1 << (max(rows, columns).bit_length() // 2)
+    starts, runs, found = [np.zeros((batch * heads, 1), np.int64)], [], 0
+    parts = (grid.strip(first, min(first + factor, rows), columns, factor) for first in range(0, rows, factor))
+    shape = (batch, heads, rows, columns)
+    if batch * heads == 1:  # strips are already in row order: keep runs, never the dense map
+        for part in map(runs_of, parts):
+            starts.append(part[0][None, 1:] + found)
+            runs.append(part[1])
+            found += len(part[1])
+        row_starts = np.concatenate(starts, axis=1)[0]
+        all_runs = np.concatenate(runs) if runs else np.zeros((0, 3), np.int64)
+    else:
+        state = np.concatenate(list(parts), axis=2) if rows else np.zeros(shape, np.int8)
+        row_starts, all_runs = runs_of(state)
+    return TileMap(q_len, kv_len, block, shape, row_starts, all_runs, evaluate, exact)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    classify: Classify
+    q_len: int
+    kv_len: int
+    block: tuple[int, int]
+    batch: int
+    heads: int
+
+    def ask(self, rows: Ints, columns: Ints, scale_q: int, scale_k: int) -> States:
+        """States `[b, h, rows, columns]` of tiles `scale` times as large as a block."""
+        bq, bk = self.block[0] * scale_q, self.block[1] * scale_k
+        i, j = rows[None, None, :, None], columns[None, None, None, :]
+        rectangles = Rectangles(
+            np.arange(self.batch)[:, None, None, None],
+            np.arange(self.heads)[None, :, None, None],
+            i * bq,
+            np.minimum((i + 1) * bq, self.q_len),
+            j * bk,
+            np.minimum((j + 1) * bk, self.kv_len),
+        )
+        return np.broadcast_to(self.classify(rectangles), (self.batch, self.heads, len(rows), len(columns)))
+
+    def strip(self, first: int, last: int, columns: int, factor: int) -> States:
+        """The states of rows of tiles `[first, last)`, with `first` a multiple of `factor`."""
+        rows = np.arange(first, last)
+        coarse = self.ask(np.array([first // factor]), np.arange(-(-columns // factor)), factor, factor)
+        state = np.repeat(np.repeat(coarse, factor, axis=3)[..., :columns], last - first, axis=2)
+        asked = np.flatnonzero((state[:, :, 0] == MIXED).any((0, 1)))
+        if len(asked):
+            known = state[..., asked]
+            state[..., asked] = np.where(known == MIXED, self.ask(rows, asked, 1, 1), known)
+        return state

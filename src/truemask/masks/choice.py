@@ -1,0 +1,131 @@
+"""One mask for each head, or for each sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truemask.errors import MaskError, describe
+from truemask.geometry.logic import MIXED, States
+from truemask.geometry.tiles import Rectangles
+from truemask.masks.core import ATOM, Mask, Written, operand
+from truemask.masks.reindex import look_up
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Choice(Mask):
+    """One mask for each entry of an axis; equal ones are asked once."""
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise MaskError(f"{self.kind} needs a mask for each {self.axis}, got none")
+        super().__post_init__()
+
+    axis: ClassVar[str]
+
+    @cached_property
+    def _distinct(self) -> tuple[tuple[Mask, ...], np.ndarray]:
+        order = {mask: place for place, mask in enumerate(dict.fromkeys(self.masks))}
+        return tuple(order), np.array([order[mask] for mask in self.masks])
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {"which": torch.from_numpy(self._distinct[1])}
+
+    def _bind(self, device: torch.device) -> Mask:
+        new = super()._bind(device)
+        distinct, place = self._distinct
+        new.__dict__["_distinct"] = tuple(mask.bound(device) for mask in distinct), place
+        return new
+
+    def _choose(self, entry: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        which = look_up(self.table("which"), entry, entry)
+        parts = [(which == i) & mask._truth(b, h, q, k) for i, mask in enumerate(self._distinct[0])]
+        return reduce(torch.logical_or, parts)
+
+    def _sort(self, entry: np.ndarray, r: Rectangles) -> States:
+        distinct, place = self._distinct
+        which = place[np.minimum(entry, len(place) - 1)]
+        return np.select([which == i for i in range(len(distinct))], [m._tile(r) for m in distinct], MIXED).astype(
+            np.int8
+        )
+
+    def kv_len_for(self, q_len: int) -> int:
+        return max(mask.kv_len_for(q_len) for mask in self.masks)
+
+    def _write(self) -> Written:
+        return f"{self.kind}([{', '.join(m.text for m in self.masks)}])", ATOM
+
+
+class PerHead(_Choice):
+    """A mask for each query head."""
+
+    kind: ClassVar[str] = "per_head"
+    axis: ClassVar[str] = "head"
+
+    @cached_property
+    def head_count(self) -> int:
+        if any(mask.head_count > 1 and mask.head_count != len(self.masks) for mask in self.masks):
+            raise MaskError(
+                f"per_head got {len(self.masks)} masks, one of which holds data for another number of heads"
+            )
+        return len(self.masks)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self._choose(h, b, h, q, k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return self._sort(r.h, r)
+
+
+class PerSample(_Choice):
+    """A mask for each sample of the batch."""
+
+    kind: ClassVar[str] = "per_sample"
+    axis: ClassVar[str] = "sample"
+
+    @cached_property
+    def batch_size(self) -> int:
+        if any(mask.batch_size > 1 and mask.batch_size != len(self.masks) for mask in self.masks):
+            raise MaskError(
+                f"per_sample got {len(self.masks)} masks, one of which holds data for another number of samples"
+            )
+        return len(self.masks)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self._choose(b, b, h, q, k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return self._sort(r.b, r)
+
+
+def per_head(masks: Any) -> Mask:
+    """A mask for each query head, in order.
+
+    >>> from truemask.masks.positional import causal, window
+    >>> per_head([causal, window(2)]).to_dense(3).int().tolist()
+    [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [0, 1, 1]]]]
+    """
+    return PerHead(_masks(masks, "per_head"))
+
+
+def per_sample(masks: Any) -> Mask:
+    """A mask for each sample of the batch, in order.
+
+    >>> from truemask.masks.combine import everything, nothing
+    >>> per_sample([everything, nothing]).count(3).tolist()
+    [[9], [0]]
+    """
+    return PerSample(_masks(masks, "per_sample"))
+
+
+def _masks(masks: Any, name: str) -> tuple[Mask, ...]:
+    if isinstance(masks, Mask) or not hasattr(masks, "__iter__"):
+        raise MaskError(f"{name} takes a list of masks, got {describe(masks)}")
+    return tuple(operand(name, mask) for mask in masks)

@@ -1,0 +1,169 @@
+"""Masks combined: everything, nothing, and the operators `&`, `|`, `^`, `-`, `~` in Kleene's three-valued logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
+from truemask.geometry.tiles import Rectangles
+from truemask.masks.core import AND, ATOM, MINUS, NOT, OR, XOR, Mask, Written, operand, within
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Everything(Mask):
+    """Every query may attend to every key."""
+
+    kind: ClassVar[str] = "everything"
+    _tiles_exact: ClassVar[bool] = True
+
+    @property
+    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q == q) & (k == k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return np.broadcast_to(FULL, np.broadcast_shapes(r.q0.shape, r.k0.shape))
+
+    def _write(self) -> Written:
+        return "everything", ATOM
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Nothing(Mask):
+    """No query may attend to any key."""
+
+    kind: ClassVar[str] = "nothing"
+    _tiles_exact: ClassVar[bool] = True
+
+    @property
+    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q != q) & (k != k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return np.broadcast_to(EMPTY, np.broadcast_shapes(r.q0.shape, r.k0.shape))
+
+    def _write(self) -> Written:
+        return "nothing", ATOM
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Combination(Mask):
+    """Two or more masks under one associative operator, flat."""
+
+    terms: tuple[Mask, ...]
+    sign: ClassVar[str]
+    level: ClassVar[int]
+    fold: ClassVar[Callable[[States, States], States]]
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        """Flat: `(a & b) & c` and `a & (b & c)` are the same three terms."""
+        masks = [operand(cls.sign, mask) for mask in args]
+        return cls(tuple(term for m in masks for term in (m.terms if isinstance(m, cls) else (m,))))
+
+    def _tile(self, r: Rectangles) -> States:
+        return reduce(type(self).fold, [term._tile(r) for term in self.terms])
+
+    def _write(self) -> Written:
+        return f" {self.sign} ".join(within(term, self.level + 1) for term in self.terms), self.level
+
+    def kv_len_for(self, q_len: int) -> int:
+        return max(term.kv_len_for(q_len) for term in self.terms)
+
+
+class And(_Combination):
+    """What every term lets through. Tiles: the minimum."""
+
+    kind: ClassVar[str] = "and"
+    sign, level, fold = "&", AND, staticmethod(kleene_and)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_and, [term._truth(b, h, q, k) for term in self.terms])
+
+
+class Or(_Combination):
+    """What any term lets through. Tiles: the maximum."""
+
+    kind: ClassVar[str] = "or"
+    sign, level, fold = "|", OR, staticmethod(kleene_or)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_or, [term._truth(b, h, q, k) for term in self.terms])
+
+
+class Xor(_Combination):
+    """What an odd number of terms lets through. Tiles: decided where all are."""
+
+    kind: ClassVar[str] = "xor"
+    sign, level, fold = "^", XOR, staticmethod(kleene_xor)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return reduce(torch.logical_xor, [term._truth(b, h, q, k) for term in self.terms])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Minus(Mask):
+    """What `left` lets through and `right` does not: `left & ~right`."""
+
+    left: Mask
+    right: Mask
+    kind: ClassVar[str] = "minus"
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        left, right = (operand("-", mask) for mask in args)
+        return cls(left, right)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left._truth(b, h, q, k) & ~self.right._truth(b, h, q, k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return kleene_and(self.left._tile(r), kleene_not(self.right._tile(r)))
+
+    def _write(self) -> Written:
+        left = self.left.text if isinstance(self.left, Minus) else within(self.left, MINUS)
+        return f"{left} - {within(self.right, MINUS)}", MINUS
+
+    def kv_len_for(self, q_len: int) -> int:
+        return max(self.left.kv_len_for(q_len), self.right.kv_len_for(q_len))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Not(Mask):
+    """What `base` does not let through. Tiles: EMPTY and FULL change places."""
+
+    base: Mask
+    kind: ClassVar[str] = "not"
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        base = operand("~", args[0])
+        return base.base if isinstance(base, cls) else cls(base)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.base._truth(b, h, q, k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return kleene_not(self.base._tile(r))
+
+    def _write(self) -> Written:
+        return f"~{within(self.base, NOT)}", NOT
+
+    def kv_len_for(self, q_len: int) -> int:
+        return self.base.kv_len_for(q_len)
+
+
+everything: Mask = Everything()
+nothing: Mask = Nothing()

@@ -1,0 +1,389 @@
+"""What a mask is: an immutable expression that answers `truth` for cells and `tile` for rectangles.
+
+True means "may attend" and positions are logical, 0-based and absolute (docs/conventions.md). A kind of mask is a
+frozen dataclass that says
+
+* `_truth(b, h, q, k)`: the meaning, index arithmetic on tensors that broadcast together. It is called on a *bound*
+  copy, in which numbers are 0-d tensors and `self.table(name)` is data on the right device;
+* `_tile(rectangles)`: EMPTY, MIXED or FULL for whole rectangles, soundly;
+* how large its data is (`_check`, `batch_size`, `head_count`) and how it is written (`_write`).
+
+What the operators and the re-indexing methods build lives in `combine.py` and `reindex.py`; they are found through the
+registry of kinds.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import cached_property
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from truemask.errors import MaskError, describe
+from truemask.geometry.logic import States
+from truemask.geometry.tiles import Rectangles
+from truemask.masks.data_store import Data
+from truemask.masks.questions import ANY, Questions
+
+KINDS: dict[str, type[Mask]] = {}
+DEEPEST = 200  # nesting of an expression: far more than anyone writes, far less than Python's own limit
+
+# How tightly each form of text binds; Python's own order.
+OR, XOR, AND, MINUS, NOT, ATOM = range(6)
+Written = tuple[str, int]
+
+
+class Mask(Questions):
+    """A rule that says which query may attend to which key, in each sample and head.
+
+    Masks are values: immutable, hashable, picklable; `==` compares expressions, `equivalent` compares meaning. Combine
+    them with `&`, `|`, `~`, `^` and `-` (and not); re-index them with `at`, `take`, `select`, `packed`, `padded`, `T`.
+
+    >>> from truemask.masks.positional import causal, window
+    >>> from truemask.masks.data import prefix
+    >>> mask = causal & (window(3) | prefix(1))
+    >>> mask
+    causal & (window(3) | prefix(1))
+    >>> mask.to_dense(5)[0, 0].int().tolist()
+    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 1, 1, 1]]
+    """
+
+    kind: ClassVar[str] = ""
+    _numbers: ClassVar[tuple[str, ...]] = ()  # fields that reach `_truth` as 0-d tensors
+
+    def __init_subclass__(cls) -> None:
+        if cls.kind:
+            KINDS[cls.kind] = cls
+
+    # -- what each kind says ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Bool tensor that broadcasts with the indices."""
+
+    @abstractmethod
+    def _write(self) -> Written:
+        """The text of this expression and how tightly it binds."""
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        """Raise if positions below `q_stop` and `k_stop` are more than the data answers for."""
+        for child in self.children:
+            child._check(q_stop, k_stop)
+
+    def _tables(self) -> dict[str, Tensor]:
+        """The tensors that `_truth` looks things up in, on the CPU."""
+        return {name: part.tensor for name, part in self.parts.items() if isinstance(part, Data)}
+
+    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Logical positions of rows `q` and keys `k` if this mask re-indexes them; `[n]` or `[b, n]`."""
+        found = [pair for child in self.children if (pair := child._logical(q, k)) is not None]
+        same = found and all(all(map(torch.equal, pair, found[0])) for pair in found[1:])
+        return found[0] if same else None
+
+    @cached_property
+    def batch_size(self) -> int:
+        """1 if all samples have the same mask, 0 if it varies without holding a number of samples, else that number."""
+        return joined("samples", self.children, [child.batch_size for child in self.children])
+
+    @cached_property
+    def head_count(self) -> int:
+        """1 if all heads have the same mask, 0 if it varies without holding a number of heads, else that number."""
+        return joined("heads", self.children, [child.head_count for child in self.children])
+
+    @cached_property
+    def varies_with_query(self) -> bool:
+        """False only if every query provably sees the same keys."""
+        return any(child.varies_with_query for child in self.children) or not self.children
+
+    def kv_len_for(self, q_len: int) -> int:
+        """What `kv_len=None` means for `q_len` queries: as many keys as positions have passed."""
+        return q_len
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def __and__(self, other: Mask) -> Mask:
+        return KINDS["and"].make(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return KINDS["or"].make(self, other)
+
+    def __xor__(self, other: Mask) -> Mask:
+        return KINDS["xor"].make(self, other)
+
+    def __sub__(self, other: Mask) -> Mask:
+        return KINDS["minus"].make(self, other)
+
+    def __invert__(self) -> Mask:
+        return KINDS["not"].make(self)
+
+    def __rand__(self, other: object) -> Mask:
+        return KINDS["and"].make(other, self)
+
+    def __ror__(self, other: object) -> Mask:
+        return KINDS["or"].make(other, self)
+
+    def __rxor__(self, other: object) -> Mask:
+        return KINDS["xor"].make(other, self)
+
+    def __rsub__(self, other: object) -> Mask:
+        return KINDS["minus"].make(other, self)
+
+    def __bool__(self) -> bool:
+        raise MaskError(
+            f"the mask `{self}` is neither true nor false: Python's `and`, `or`, `not` and `if` cannot combine masks. "
+            "Use `&`, `|` and `~`"
+        )
+
+    def __call__(self, *args: object, **kwargs: object) -> Mask:
+        name = self.text
+        raise MaskError(
+            f"`{name}` is a value, not a function: write `{name}` without parentheses (its cells are `mask[q, k]`, "
+            "its meaning on index tensors `mask.truth(b, h, q, k)`)"
+        )
+
+    # -- re-indexing -------------------------------------------------------------------------------------------------
+
+    @property
+    def T(self) -> Mask:
+        """Queries and keys change places."""
+        return KINDS["transposed"].make(self)
+
+    def at(self, q_start: int = 0, k_start: int = 0) -> Mask:
+        """The same mask for rows that start at position `q_start` and keys that start at `k_start`.
+
+        Row i of the result is position q_start + i. This is how chunks, prefill and decoding ask: never rewrite a
+        mask, re-index it (law 2). `m.at(a).at(b)` is `m.at(a + b)`.
+
+        >>> from truemask.masks.positional import causal
+        >>> causal.at(q_start=3).to_dense(1)[0, 0].int().tolist()  # decoding position 3: four keys so far
+        [[1, 1, 1, 1]]
+        """
+        return KINDS["at"].make(self, q_start, k_start)
+
+    def take(self, q: object = None, k: object = None) -> Mask:
+        """The same mask for any rows and keys: logical positions, int64 `[n]` or `[b, n]`; None keeps an axis."""
+        return KINDS["take"].make(self, q, k)
+
+    def select(self, samples: object = None, heads: object = None) -> Mask:
+        """The same mask for chosen samples and heads, in that order (beams, compaction, tensor parallel)."""
+        return KINDS["select"].make(self, samples, heads)
+
+    def packed(self, lengths: object, kv_lengths: object = None) -> Mask:
+        """The same document, and this mask at positions that restart in each document (law 2).
+
+        `lengths` are tokens per document, `[m]` or one list per sample; `kv_lengths` for packed cross-attention.
+
+        >>> from truemask.masks.positional import causal
+        >>> causal.packed([2, 3]).to_dense(5)[0, 0].int().tolist()
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+        """
+        return KINDS["packed"].make(self, lengths, kv_lengths)
+
+    def padded(self, starts: object) -> Mask:
+        """Left padding: sample b begins at position `starts[b]`, and this mask counts from there; pads see nothing."""
+        return KINDS["padded"].make(self, starts)
+
+    def prepended(self, q: int = 0, k: int = 0, seen: Mask | None = None) -> Mask:
+        """With `q` extra rows and `k` extra keys before the mask's own, which do not count them (registers, memory).
+
+        The extra keys are seen by every row. The extra rows see them, and those of the mask's own keys that `seen`
+        lets through (default: all); `seen` must be the same for every query.
+        """
+        return KINDS["prepended"].make(self, q, k, KINDS["everything"].make() if seen is None else seen)
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        """Build from what a user may write; kinds with canonical fields override it."""
+        return cls(*args)
+
+    # -- meaning -----------------------------------------------------------------------------------------------------
+
+    def truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may attend to key k in sample b and head h: int64 tensors that broadcast, to bool.
+
+        It has the signature of FlexAttention's `mask_mod`. Indices beyond the mask's data are the caller's to avoid.
+        """
+        shape = torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape)
+        return self.bound(q.device)._truth(b, h, q, k).expand(shape)
+
+    def tile(self, rectangles: Rectangles) -> States:
+        """EMPTY (0), MIXED (1) or FULL (2) for whole rectangles; EMPTY and FULL are proofs."""
+        return self._tile(rectangles)
+
+    def bound(self, device: torch.device | str) -> Mask:
+        """This mask with its numbers and data as tensors on `device`; made once."""
+        cache = self.__dict__.setdefault("_bound", {})
+        place = str(device)
+        if place not in cache:
+            cache[place] = self._bind(torch.device(device))
+        return cache[place]
+
+    def _bind(self, device: torch.device) -> Mask:
+        new = copy.copy(self)
+        place = new.__dict__
+        for name in self._numbers:
+            place[name] = torch.tensor(getattr(self, name), device=device)
+        for name in self._child_fields:
+            value = getattr(self, name)
+            place[name] = value.bound(device) if isinstance(value, Mask) else tuple(m.bound(device) for m in value)
+        place["_bound_tables"] = {name: table.to(device) for name, table in self._tables().items()}
+        return new
+
+    def table(self, name: str) -> Tensor:
+        """A table of the bound mask."""
+        return self.__dict__["_bound_tables"][name]
+
+    def check(self, q_len: int, kv_len: int, *, batch: int | None = None, heads: int | None = None) -> None:
+        """The door: raise a MaskError if the mask cannot answer for these sizes."""
+        for name, size, own in (("samples", batch, self.batch_size), ("heads", heads, self.head_count)):
+            if size is not None and own not in (ANY, 1, size):
+                raise MaskError(f"the mask `{self}` holds data for {own} {name}, but was asked about {size}")
+        self._check(q_len, kv_len)
+
+    def equivalent(
+        self, other: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> bool:
+        """Whether both masks let the same pairs through at these sizes; `==` compares the expressions instead.
+
+        >>> from truemask.masks.positional import causal, window
+        >>> window(8).equivalent(causal, 8), window(8).equivalent(causal, 9)
+        (True, False)
+        """
+        kv_len = self.kv_len_for(q_len) if kv_len is None else kv_len
+        return not bool((self ^ operand("equivalent", other)).count(q_len, kv_len, batch=batch, heads=heads).any())
+
+    def positions(self, q_len: int, kv_len: int | None = None) -> tuple[Tensor, Tensor]:
+        """The logical positions of rows and keys, int64 `[n]` or `[b, n]`: what rotary embeddings need.
+
+        >>> from truemask.masks.positional import causal
+        >>> causal.packed([2, 3]).positions(5)[0].tolist()
+        [0, 1, 0, 1, 2]
+        """
+        kv_len = self.kv_len_for(q_len) if kv_len is None else kv_len
+        q, k = torch.arange(q_len), torch.arange(kv_len)
+        self._check(q_len, kv_len)
+        return self._logical(q, k) or (q, k)
+
+    # -- the expression as a value -------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The fields that the expression is made of, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
+
+    @cached_property
+    def _child_fields(self) -> tuple[str, ...]:
+        return tuple(name for name, part in self.parts.items() if _holds_masks(part))
+
+    @cached_property
+    def children(self) -> tuple[Mask, ...]:
+        """The masks that this one is made of."""
+        values = (getattr(self, name) for name in self._child_fields)
+        return tuple(m for value in values for m in ((value,) if isinstance(value, Mask) else value))
+
+    @cached_property
+    def depth(self) -> int:
+        """How deeply the expression is nested; a leaf has depth 1."""
+        return 1 + max((child.depth for child in self.children), default=0)
+
+    def walk(self) -> Iterator[Mask]:
+        """This mask and all those below it, outermost first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def __post_init__(self) -> None:
+        if self.depth > DEEPEST:
+            raise MaskError(
+                f"this expression is nested more than {DEEPEST} deep: combine masks of one kind flatly instead"
+            )
+        _ = self.batch_size, self.head_count  # parts that hold data for different numbers of samples are an error here
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        return (self.kind, *self.parts.values())
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Mask) and hash(self) == hash(other) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        if "_hash" not in self.__dict__:
+            self.__dict__["_hash"] = hash(self._key)
+        return self.__dict__["_hash"]
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.parts
+
+    @cached_property
+    def text(self) -> str:
+        """The expression as text; `tm.parse` reads it back if `has_text`."""
+        return self._write()[0]
+
+    @cached_property
+    def has_text(self) -> bool:
+        """Whether the text is complete: no data too large to write, no function."""
+        own = all(part.complete for part in self.parts.values() if isinstance(part, Data))
+        return own and all(child.has_text for child in self.children)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def operand(sign: str, value: object) -> Mask:
+    """`value` if it is a mask, or an error that says how to make one of it."""
+    if isinstance(value, Mask):
+        return value
+    way = (
+        "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
+        if isinstance(value, Tensor)
+        else ("call it with its arguments first" if callable(value) else "`everything` and `nothing` are the constants")
+    )
+    raise MaskError(f"`{sign}` combines masks with masks, got {describe(value)}: {way}")
+
+
+def joined(axis: str, masks: Iterable[Mask], sizes: Iterable[int]) -> int:
+    """The common size of an axis: 1 gives way to any, ANY to a number, and two numbers must agree."""
+    known: dict[int, Mask] = {}
+    unknown = False
+    for mask, size in zip(masks, sizes, strict=True):
+        unknown |= size == ANY
+        if size > 1:
+            known.setdefault(size, mask)
+    if len(known) > 1:
+        (a, first), (b, second), *_ = known.items()
+        raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
+    return next(iter(known), ANY if unknown else 1)
+
+
+def call(name: str, *args: object, **options: object) -> Written:
+    """The text of a call of the language: `name(args, key=value)`; options that are None are left out."""
+    parts = [_shown(a) for a in args] + [f"{key}={_shown(v)}" for key, v in options.items() if v is not None]
+    return f"{name}({', '.join(parts)})", ATOM
+
+
+def method(base: Mask, tail: str) -> Written:
+    """The text of a method of the language: `base.tail`, with parentheses where they are needed."""
+    return f"{within(base, ATOM)}.{tail}", ATOM
+
+
+def within(mask: Mask, level: int) -> str:
+    """The text of a part inside an operator of this level; mixed `-` always gets its parentheses."""
+    text, own = mask._write()  # pyright: ignore[reportPrivateUsage]
+    mixed = MINUS in (own, level) and own not in (NOT, ATOM)
+    return f"({text})" if own < level or mixed else text
+
+
+def _shown(value: object) -> str:
+    return value.text if isinstance(value, Data) else str(value) if isinstance(value, Mask) else repr(value)
+
+
+def _holds_masks(value: object) -> bool:
+    return isinstance(value, Mask) or (isinstance(value, tuple) and bool(value) and isinstance(value[0], Mask))

@@ -1,0 +1,138 @@
+"""Data: the immutable, hashable tensor that a mask holds, and the checks that every argument passes at the door."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from truemask.errors import MaskError, describe
+
+LARGEST = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
+SHOWN = 64  # data of at most this many numbers is written out in a mask's text
+
+
+class Data:
+    """A tensor copied to the CPU once, compared and hashed by its digest, never changed.
+
+    >>> Data(torch.tensor([1, 2])) == Data(torch.tensor([1, 2]))
+    True
+    """
+
+    __slots__ = ("__dict__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach().to("cpu", copy=True).contiguous()
+
+    @cached_property
+    def digest(self) -> str:
+        """BLAKE2 of dtype, shape and bytes, as 16 hexadecimal digits."""
+        head = f"{self.tensor.dtype} {tuple(self.tensor.shape)} ".encode()
+        return hashlib.blake2b(head + self.array.tobytes(), digest_size=8).hexdigest()
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The same numbers for numpy, read-only."""
+        view = self.tensor.numpy()
+        view.flags.writeable = False
+        return view
+
+    @property
+    def text(self) -> str:
+        """The numbers themselves if they are few, otherwise dtype, shape and digest: `bool [2, 300] #0f3a...`."""
+        if self.complete:
+            return str(self.tensor.tolist())
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        return f"<{dtype} {list(self.tensor.shape)} #{self.digest}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether `text` holds every number."""
+        return self.tensor.numel() <= SHOWN
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Data) and (self is other or self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __getstate__(self) -> Tensor:
+        return self.tensor
+
+    def __setstate__(self, state: Tensor) -> None:
+        self.tensor = state
+
+    def __repr__(self) -> str:
+        return f"Data({self.text})"
+
+
+def whole(value: object, name: str, least: int = 0) -> int:
+    """`value` as a Python int of at least `least`, or an error that names the argument."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        raise MaskError(f"{name} must be a whole number, got {describe(value)}")
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError):
+        raise MaskError(f"{name} must be a whole number, got {describe(value)}") from None
+    if not least <= number < LARGEST:
+        shown = number if abs(number) < 1 << 80 else f"a number of {number.bit_length()} bits"
+        raise MaskError(f"{name} must be at least {least} and below 2**40, got {shown}")
+    return number
+
+
+def _tensor(value: object, name: str, meaning: str) -> Tensor:
+    """Lists, arrays and tensors as a tensor; what is none of these is an error."""
+    if isinstance(value, Data):
+        return value.tensor
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)):
+        raise MaskError(f"{name} must be {meaning}, got {describe(value)}")
+    try:
+        return torch.as_tensor(value if isinstance(value, np.ndarray) else _plain(value))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise MaskError(f"{name} must be {meaning}, got {describe(value)}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Nested sequences that may hold arrays or tensors, as nested lists."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (Sequence, np.ndarray)) else value
+
+
+def flags(value: object, name: str, dims: tuple[int, ...] = (1, 2), shape: str = "[n] or [b, n]") -> Data:
+    """Booleans, True = may attend, of one of the allowed numbers of dimensions."""
+    tensor = _tensor(value, name, f"a bool tensor {shape}")
+    if tensor.dtype != torch.bool and tensor.numel() == 0:
+        tensor = tensor.bool()
+    if tensor.dtype != torch.bool:
+        raise MaskError(
+            f"{name} must be bool (True = may attend), got {describe(tensor)}. A mask of numbers says nothing of what "
+            "they mean: for 1 = real use `from_huggingface_2d`, for 0 and -inf use `from_additive`, for torch's "
+            "MultiheadAttention (True = masked out) use `from_torch_mha`; other floats are a bias (`attend(bias=)`)"
+        )
+    return Data(_dims(tensor, name, dims, shape))
+
+
+def integers(value: object, name: str, dims: tuple[int, ...] = (1, 2), shape: str = "[n] or [b, n]") -> Data:
+    """64-bit integers of one of the allowed numbers of dimensions."""
+    tensor = _tensor(value, name, f"whole numbers {shape}")
+    if tensor.numel() == 0 and not tensor.dtype.is_complex and tensor.dtype != torch.bool:
+        tensor = tensor.long()
+    if tensor.dtype == torch.bool or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        raise MaskError(f"{name} must be whole numbers {shape}, got {describe(tensor)}")
+    return Data(_dims(tensor.long(), name, dims, shape))
+
+
+def _dims(tensor: Tensor, name: str, dims: tuple[int, ...], shape: str) -> Tensor:
+    if tensor.ndim not in dims:
+        raise MaskError(f"{name} must be {shape}, got {describe(tensor)}")
+    return tensor[0] if tensor.ndim == 2 and dims == (1, 2) and len(tensor) == 1 else tensor

@@ -1,0 +1,210 @@
+"""Masks of documents and labels: who belongs together, kept as runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truemask.errors import MaskError, describe
+from truemask.geometry.logic import States, three
+from truemask.geometry.ranges import RunTable
+from truemask.geometry.tiles import Ints, Rectangles
+from truemask.masks.combine import everything
+from truemask.masks.core import Mask, Written, call, joined
+from truemask.masks.data import beyond
+from truemask.masks.data_store import Data, integers
+from truemask.masks.packing import document_lengths
+from truemask.masks.reindex import look_up, rows_of
+
+
+class Labels:
+    """A label for each position, `[n]` or `[b, n]`, stored as runs of equal labels."""
+
+    def __init__(self, ends: Data, values: Data) -> None:
+        self.ends, self.values = np.atleast_2d(ends.array), np.atleast_2d(values.array)
+        self.size = int(self.ends[0, -1]) if self.ends.size else 0
+        lengths = np.diff(self.ends, axis=1, prepend=0)
+        each = np.stack([np.repeat(v, n) for v, n in zip(self.values, lengths, strict=True)])
+        self.each = torch.from_numpy(each[0] if ends.tensor.ndim == 1 else each)
+
+    @cached_property
+    def runs(self) -> RunTable:
+        return RunTable(self.ends, self.values)
+
+    @property
+    def lengths(self) -> Data:
+        """Tokens of each run, in the shape of the labels."""
+        sizes = torch.from_numpy(np.diff(self.ends, axis=1, prepend=0))
+        return Data(sizes if self.each.ndim == 2 else sizes[0])
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the labels are 0, 1, 2, ... from left to right, each in one run, as many in every sample."""
+        runs = self.ends.shape[1]
+        return bool(runs and (self.values == np.arange(runs)).all() and (self.lengths.tensor > 0).all())
+
+
+def as_runs(labels: Tensor) -> tuple[Data, Data]:
+    """Labels `[n]` or `[b, n]` as (ends, values) of their runs; shorter lists of runs repeat their last one."""
+    rows = np.atleast_2d(labels.numpy())
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for row in rows:
+        last = np.flatnonzero(np.append(row[1:] != row[:-1], True)) if row.size else np.zeros(0, np.int64)
+        found.append((last + 1, row[last]))
+    most = max(len(ends) for ends, _ in found)
+    padded = [[np.pad(x, (0, most - len(x)), "edge") if len(x) else x for x in pair] for pair in found]
+    ends, values = (torch.from_numpy(np.stack(column)) for column in zip(*padded, strict=True))
+    return (Data(ends), Data(values)) if labels.ndim == 2 else (Data(ends[0]), Data(values[0]))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Labelled(Mask):
+    """Equal labels of q and k; the labels are kept as runs (ends, values)."""
+
+    ends: Data
+    values: Data
+    kv_ends: Data | None
+    kv_values: Data | None
+
+    @cached_property
+    def _sides(self) -> tuple[Labels, Labels]:
+        q = Labels(self.ends, self.values)
+        return q, q if self.kv_ends is None or self.kv_values is None else Labels(self.kv_ends, self.kv_values)
+
+    @cached_property
+    def batch_size(self) -> int:
+        return joined("samples", [everything] * 2, [rows_of(self.ends), rows_of(self.kv_ends or self.ends)])
+
+    def _tables(self) -> dict[str, Tensor]:
+        q, k = self._sides
+        return {"q": q.each, "k": k.each}
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return look_up(self.table("q"), b, q) == look_up(self.table("k"), b, k)
+
+    def _extremes(self, r: Rectangles) -> tuple[Ints, Ints, Ints, Ints]:
+        q, k = self._sides
+        return *q.runs.between(r.b, r.q0, r.q1), *k.runs.between(r.b, r.k0, r.k1)
+
+    def _tile(self, r: Rectangles) -> States:
+        qa, qb, ka, kb = self._extremes(r)
+        return three((qb < ka) | (kb < qa), (qa == qb) & (ka == kb) & (qa == ka))
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        q, k = self._sides
+        beyond(self, q.size, q_stop, "queries")
+        beyond(self, k.size, k_stop, "keys")
+
+    def kv_len_for(self, q_len: int) -> int:
+        return q_len if self.kv_ends is None else self._sides[1].size
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Documents(_Labelled):
+    """q and k in the same document."""
+
+    kind: ClassVar[str] = "documents"
+
+    @cached_property
+    def _shown(self) -> tuple[Data, Data | None]:
+        """Lengths where the documents are numbered 0, 1, 2, ..., otherwise ids."""
+        q, k = (side.lengths if self._numbered else Data(side.each) for side in self._sides)
+        return q, k if self.kv_ends else None
+
+    @cached_property
+    def _numbered(self) -> bool:
+        q, k = self._sides
+        return q.numbered and k.numbered and q.ends.shape == k.ends.shape
+
+    @property
+    def has_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(side is None or side.complete for side in self._shown)
+
+    def _write(self) -> Written:
+        q, k = self._shown
+        return call("documents", q, kv_lengths=k) if self._numbered else call("documents", ids=q, kv_ids=k)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Same(_Labelled):
+    """Equal labels that are not `none`."""
+
+    none: int = -1
+    kind: ClassVar[str] = "same"
+    _numbers: ClassVar[tuple[str, ...]] = ("none",)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        label = look_up(self.table("q"), b, q)
+        return (label == look_up(self.table("k"), b, k)) & (label != self.none)
+
+    def _tile(self, r: Rectangles) -> States:
+        qa, qb, ka, kb = self._extremes(r)
+        none = self.none
+        apart = (qb < ka) | (kb < qa) | ((qa == none) & (qb == none)) | ((ka == none) & (kb == none))
+        return three(apart, (qa == qb) & (ka == kb) & (qa == ka) & (qa != none))
+
+    @cached_property
+    def _shown(self) -> tuple[Data, Data | None]:
+        q, k = self._sides
+        return Data(q.each), Data(k.each) if self.kv_ends else None
+
+    @property
+    def has_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(side is None or side.complete for side in self._shown)
+
+    def _write(self) -> Written:
+        q, k = self._shown
+        return call("same", q, none=None if self.none == -1 else self.none, kv_labels=k)
+
+
+def documents(lengths: object = None, ids: object = None, kv_lengths: object = None, kv_ids: object = None) -> Mask:
+    """q and k in the same document of a packed row; `lengths` in tokens, or an id for each token.
+
+    `lengths` is `[m]`, or one list per sample of the same total; `ids` is `[n]` or `[b, n]` in any order. `kv_lengths`
+    and `kv_ids` are for packed cross-attention. Positions do not restart: `causal.packed(lengths)` does that (law 2).
+
+    >>> documents([1, 2]).to_dense(3)[0, 0].int().tolist()
+    [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
+    """
+    if (lengths is None) == (ids is None):
+        raise MaskError("documents needs one of `lengths` (tokens per document) and `ids=` (a document for each token)")
+    if (kv_lengths is not None and lengths is None) or (kv_ids is not None and ids is None):
+        raise MaskError("documents: `kv_lengths` goes with `lengths`, and `kv_ids` with `ids`")
+    if lengths is not None:
+        q, k = document_lengths(lengths, kv_lengths)
+        if k is None and q.tensor.ndim == 1:  # documents without tokens change nothing
+            q = Data(q.tensor[q.tensor > 0])
+        sides = [None if side is None else _ids_of(side.tensor) for side in (q, k)]
+    else:
+        sides = [
+            None if side is None else integers(side, f"documents({n}=...)").tensor
+            for side, n in ((ids, "ids"), (kv_ids, "kv_ids"))
+        ]
+    assert sides[0] is not None
+    return Documents(*as_runs(sides[0]), *((None, None) if sides[1] is None else as_runs(sides[1])))
+
+
+def _ids_of(lengths: Tensor) -> Tensor:
+    """The number of its document for each token."""
+    rows = [torch.repeat_interleave(torch.arange(len(row)), row) for row in torch.atleast_2d(lengths)]
+    return torch.stack(rows) if lengths.ndim == 2 else rows[0]
+
+
+def same(labels: object, none: int = -1, kv_labels: object = None) -> Mask:
+    """Equal labels, and not the label `none`: image tokens, speakers, groups, in any order.
+
+    >>> same([0, -1, 0, 1]).to_dense(4)[0, 0].int().tolist()
+    [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    """
+    if isinstance(none, bool) or not isinstance(none, int):
+        raise MaskError(
+            f"same(none=...) is the label of tokens that belong to nothing, a whole number; got {describe(none)}"
+        )
+    q = integers(labels, "same(labels)").tensor
+    k = None if kv_labels is None else integers(kv_labels, "same(kv_labels=...)").tensor
+    return Same(*as_runs(q), *((None, None) if k is None else as_runs(k)), none)

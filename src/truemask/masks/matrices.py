@@ -1,0 +1,238 @@
+"""Masks that hold data over both axes: dense tensors, block patterns, trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truemask.errors import MaskError, describe
+from truemask.geometry.logic import States, three
+from truemask.geometry.ranges import Areas, RangeTable
+from truemask.geometry.tiles import Rectangles
+from truemask.masks.core import Mask, Written, call
+from truemask.masks.data import beyond
+from truemask.masks.data_store import Data, flags, integers, whole
+from truemask.masks.reindex import look_up, rows_of
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Mask):
+    """`tensor[b, h, q, k]`, with size 1 where it does not vary."""
+
+    tensor: Data
+    kind: ClassVar[str] = "dense"
+
+    @property
+    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.tensor.tensor.shape[0]
+
+    @property
+    def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.tensor.tensor.shape[1]
+
+    @cached_property
+    def _areas(self) -> Areas:
+        return Areas(self.tensor.array)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        table = self.table("tensor")
+        b, h, q, k = (i.clamp(0, n - 1) if n > 1 else i * 0 for i, n in zip((b, h, q, k), table.shape, strict=True))
+        return table[b, h, q, k]
+
+    def _tile(self, r: Rectangles) -> States:
+        seen, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
+        return three(seen == 0, seen == area)
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        beyond(self, self.tensor.tensor.shape[2], q_stop, "queries")
+        beyond(self, self.tensor.tensor.shape[3], k_stop, "keys")
+
+    @property
+    def has_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.tensor.complete
+
+    def _write(self) -> Written:
+        return call("dense", self.tensor)
+
+
+AXES = {"qk": 2, "bqk": 3, "hqk": 3, "bhqk": 4}
+
+
+def dense(tensor: object, axes: str | None = None) -> Mask:
+    """A boolean tensor as a mask, True = may attend: `[q, k]`, or `[b, h, q, k]` with size 1 where it does not vary.
+
+    A 3-D tensor must say what its first axis is: `axes="bqk"` or `axes="hqk"`. The tensor is copied. A tensor of
+    numbers is an error that names the importer for it.
+
+    >>> dense([[True, False], [True, True]])[1, 0]
+    True
+    """
+    data = flags(tensor, "dense(tensor)", (2, 3, 4), "[q, k] or [b, h, q, k]").tensor
+    if axes is not None and axes not in AXES:
+        raise MaskError(f"dense(axes=...) is one of {', '.join(map(repr, AXES))}, got {describe(axes)}")
+    if axes is not None and AXES[axes] != data.ndim:
+        raise MaskError(f"dense(axes={axes!r}) needs {AXES[axes]} dimensions, got {describe(data)}")
+    if data.ndim == 3 and axes is None:
+        n = data.shape[0]
+        raise MaskError(
+            f"dense(tensor) got {describe(data)}, which can be read two ways: axes='bqk' ({n} samples, heads alike) or "
+            f"axes='hqk' ({n} heads, samples alike; x-transformers' reading). Say which"
+        )
+    shape = {2: (1, 1), 3: (1, len(data)) if axes == "hqk" else (len(data), 1)}.get(data.ndim, data.shape[:2])
+    if 0 in shape:
+        raise MaskError(f"dense(tensor) needs at least one sample and one head, got {describe(data)}")
+    return Dense(Data(data.reshape(*shape, *data.shape[-2:])))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockPattern(Mask):
+    """`matrix[h, q // size, k // size]`."""
+
+    matrix: Data
+    size: int
+    kind: ClassVar[str] = "block_pattern"
+    _numbers: ClassVar[tuple[str, ...]] = ("size",)
+
+    @property
+    def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.matrix.tensor.shape[0] if self.matrix.tensor.ndim == 3 else 1
+
+    @cached_property
+    def _areas(self) -> Areas:
+        return Areas(self.matrix.array.reshape(1, self.head_count, *self.matrix.array.shape[-2:]))
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix.tensor.reshape(self.head_count, *self.matrix.tensor.shape[-2:])}
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        table = self.table("matrix")
+        row, column = ((i // self.size).clamp(0, n - 1) for i, n in zip((q, k), table.shape[1:], strict=True))
+        return table[h.clamp(0, len(table) - 1) if len(table) > 1 else 0, row, column]
+
+    def _tile(self, r: Rectangles) -> States:
+        n = self.size
+        seen, area = self._areas.covering(r.b * 0, r.h, r.q0 // n, (r.q1 - 1) // n + 1, r.k0 // n, (r.k1 - 1) // n + 1)
+        return three(seen == 0, seen == area)
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        rows, columns = self.matrix.tensor.shape[-2:]
+        beyond(self, rows * self.size, q_stop, "queries")
+        beyond(self, columns * self.size, k_stop, "keys")
+
+    def _write(self) -> Written:
+        return call("block_pattern", self.matrix, self.size)
+
+
+def block_pattern(matrix: object, size: int) -> Mask:
+    """Any pattern of blocks: `matrix[q // size, k // size]`, bool `[rows, columns]` or `[h, rows, columns]`.
+
+    >>> block_pattern([[True, False], [True, True]], 2).to_dense(4)[0, 0].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    """
+    data = flags(matrix, "block_pattern(matrix)", (2, 3), "[rows, columns] or [h, rows, columns]")
+    if data.tensor.numel() == 0:
+        raise MaskError(f"block_pattern(matrix) needs at least one block, got {describe(data.tensor)}")
+    return BlockPattern(data, whole(size, "block_pattern(size)", 1))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tree(Mask):
+    """k is q or an ancestor of q."""
+
+    parents: Data
+    lengths: Data | None
+    kind: ClassVar[str] = "tree"
+
+    @property
+    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return max(rows_of(self.parents), 1 if self.lengths is None else rows_of(self.lengths))
+
+    @cached_property
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        """For each token, where its subtree begins and ends in depth-first order."""
+        parents = np.atleast_2d(self.parents.array)
+        lengths = np.ones_like(parents) if self.lengths is None else np.atleast_2d(self.lengths.array)
+        rows = [token_spans(p, n) for p, n in zip(*np.broadcast_arrays(parents, lengths), strict=True)]
+        first, stop = (torch.from_numpy(np.stack(side)) for side in zip(*rows, strict=True))
+        return (first, stop) if self.batch_size > 1 else (first[0], stop[0])
+
+    @cached_property
+    def _ranges(self) -> tuple[RangeTable, RangeTable]:
+        first, stop = (RangeTable(np.atleast_2d(side.numpy())) for side in self._spans)
+        return first, stop
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {"first": self._spans[0], "stop": self._spans[1]}
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        first, stop = self.table("first"), self.table("stop")
+        row = look_up(first, b, q)
+        return (look_up(first, b, k) <= row) & (row < look_up(stop, b, k))
+
+    def _tile(self, r: Rectangles) -> States:
+        first, stop = self._ranges
+        q_low, q_high = first.between(r.b, r.q0, r.q1)
+        k_low, k_high = first.between(r.b, r.k0, r.k1)
+        stop_low, stop_high = stop.between(r.b, r.k0, r.k1)
+        return three((stop_high <= q_low) | (k_low > q_high), (k_high <= q_low) & (q_high < stop_low))
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        beyond(self, self._spans[0].shape[-1], max(q_stop, k_stop), "positions")
+
+    def _write(self) -> Written:
+        return call("tree", self.parents, lengths=self.lengths)
+
+
+def token_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Depth-first spans of every token: a segment is a chain, its children hang on its last token."""
+    count = len(parents)
+    children: list[list[int]] = [[] for _ in range(count + 1)]  # the last entry is the forest's root
+    for node, parent in enumerate(parents.tolist()):
+        children[parent if parent >= 0 else count].append(node)
+    first, stop = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    clock, seen, stack = 0, 0, [(node, False) for node in reversed(children[count])]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            stop[node] = clock
+            continue
+        first[node], clock, seen = clock, clock + int(lengths[node]), seen + 1
+        stack.append((node, True))
+        stack.extend((child, False) for child in reversed(children[node]))
+    if seen < count:
+        raise MaskError(f"tree(parents): {count - seen} nodes are their own ancestors, so they hang on no root (-1)")
+    within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    return np.repeat(first, lengths) + within, np.repeat(stop, lengths)
+
+
+def tree(parents: object, lengths: object = None) -> Mask:
+    """k is q or an ancestor of q: speculative drafts, or shared prefixes.
+
+    `parents[i]` is the parent of node i, -1 for a root; `[n]` or `[b, n]`. With `lengths` each node is a segment of
+    that many tokens, causal inside, and its children go on from its end: one prompt with many completions in one row.
+
+    >>> tree([-1, 0, 0]).to_dense(3)[0, 0].int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    >>> tree([-1, 0, 0], lengths=[2, 1, 2]).to_dense(5)[0, 0, 3:].int().tolist()  # the second completion
+    [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+    """
+    data = integers(parents, "tree(parents)")
+    nodes = data.tensor.shape[-1]
+    if nodes == 0 or int(data.tensor.min()) < -1 or int(data.tensor.max()) >= nodes:
+        raise MaskError(f"tree(parents) are indices of nodes, or -1 for a root: {nodes} nodes, got {data.text}")
+    sizes = None if lengths is None else integers(lengths, "tree(lengths=...)")
+    if sizes is not None and (sizes.tensor.shape[-1] != nodes or int(sizes.tensor.min()) < 0):
+        raise MaskError(f"tree(lengths=...) are the tokens of each of the {nodes} nodes, 0 or more; got {sizes.text}")
+    totals = {1} if sizes is None else set(torch.atleast_2d(sizes.tensor).sum(-1).tolist())
+    if len(totals) > 1 or totals == {0}:
+        raise MaskError(
+            f"tree(lengths=...) must add up to the same number of tokens in each sample, got {sorted(totals)}"
+        )
+    mask = Tree(data, sizes)
+    _ = mask._spans  # a cycle is an error here, not later
+    return mask

@@ -1,0 +1,270 @@
+"""Re-indexing: the same mask asked about other rows, keys, samples and heads (law 2: re-indexed, never rewritten)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from truemask.errors import MaskError
+from truemask.geometry.logic import States
+from truemask.geometry.ranges import RangeTable
+from truemask.geometry.tiles import Rectangles
+from truemask.masks.combine import nothing
+from truemask.masks.core import KINDS, Mask, Written, call, joined, method
+from truemask.masks.data_store import Data, integers, whole
+from truemask.masks.questions import ANY
+
+
+def look_up(table: Tensor, b: Tensor, i: Tensor) -> Tensor:
+    """`table[b, i]` of `[n]` or `[b, n]`; places beyond it (padding of a kernel's last tile) read the last entry."""
+    i = i.clamp(0, max(table.shape[-1] - 1, 0))
+    return table[i] if table.ndim == 1 else table[b, i]
+
+
+def rows_of(data: Data) -> int:
+    """For how many samples `[n]` or `[b, n]` data speaks."""
+    return data.tensor.shape[0] if data.tensor.ndim == 2 else 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class At(Mask):
+    """`base` for rows from position `q_start` and keys from `k_start` on."""
+
+    base: Mask
+    q_start: int
+    k_start: int
+    kind: ClassVar[str] = "at"
+    _numbers: ClassVar[tuple[str, ...]] = ("q_start", "k_start")
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        base, q_start, k_start = args[0], whole(args[1], "q_start"), whole(args[2], "k_start")
+        if isinstance(base, At):
+            return cls(base.base, base.q_start + q_start, base.k_start + k_start)
+        return cls(base, q_start, k_start)
+
+    @property
+    def _tiles_exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base._tiles_exact
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.base._truth(b, h, q + self.q_start, k + self.k_start)
+
+    def _tile(self, r: Rectangles) -> States:
+        q, k = np.int64(self.q_start), np.int64(self.k_start)
+        return self.base._tile(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        self.base._check(q_stop + self.q_start, k_stop + self.k_start)
+
+    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = q + self.q_start, k + self.k_start
+        return self.base._logical(q, k) or (q, k)
+
+    def kv_len_for(self, q_len: int) -> int:
+        return max(0, self.base.kv_len_for(self.q_start + q_len) - self.k_start)
+
+    def _write(self) -> Written:
+        options = [f"{name}={value}" for name in ("q_start", "k_start") if (value := getattr(self, name))]
+        return method(self.base, f"at({', '.join(options)})")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Take(Mask):
+    """`base` for rows and keys at any positions."""
+
+    base: Mask
+    q: Data | None
+    k: Data | None
+    kind: ClassVar[str] = "take"
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        base, q, k = args
+        return cls(base, _positions(q, "q"), _positions(k, "k"))
+
+    def __post_init__(self) -> None:
+        if self.q is None and self.k is None:
+            raise MaskError("take needs positions: `take(q=positions)`, `take(k=positions)` or both")
+        super().__post_init__()
+        self.base._check(*(0 if side is None else _stop(side) for side in (self.q, self.k)))
+
+    @cached_property
+    def batch_size(self) -> int:
+        sides = [rows_of(side) for side in (self.q, self.k) if side is not None]
+        return joined("samples", [self.base, *[self.base] * len(sides)], [self.base.batch_size, *sides])
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q = q if self.q is None else look_up(self.table("q"), b, q)
+        k = k if self.k is None else look_up(self.table("k"), b, k)
+        return self.base._truth(b, h, q, k)
+
+    @cached_property
+    def _ranges(self) -> tuple[RangeTable | None, RangeTable | None]:
+        q, k = (None if side is None else RangeTable(np.atleast_2d(side.array)) for side in (self.q, self.k))
+        return q, k
+
+    def _tile(self, r: Rectangles) -> States:
+        """The rectangle around the positions taken: what holds on all of it holds on those."""
+        q, k = self._ranges
+        (q0, q1), (k0, k1) = (r.q0, r.q1), (r.k0, r.k1)
+        if q is not None:
+            low, high = q.between(r.b, q0, q1)
+            q0, q1 = low, high + 1
+        if k is not None:
+            low, high = k.between(r.b, k0, k1)
+            k0, k1 = low, high + 1
+        return self.base._tile(r.moved(q0=q0, q1=q1, k0=k0, k1=k1))
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        for side, stop, name in ((self.q, q_stop, "queries"), (self.k, k_stop, "keys")):
+            if side is not None and stop > side.tensor.shape[-1]:
+                raise MaskError(f"`{self}` takes {side.tensor.shape[-1]} {name}, but was asked about {stop}")
+        self.base._check(0 if self.q else q_stop, 0 if self.k else k_stop)
+
+    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q = q if self.q is None else self.q.tensor[..., q]
+        k = k if self.k is None else self.k.tensor[..., k]
+        return self.base._logical(q, k) or (q, k)
+
+    def kv_len_for(self, q_len: int) -> int:
+        if self.k is not None:
+            return self.k.tensor.shape[-1]
+        return self.base.kv_len_for(q_len if self.q is None else _stop(self.q))
+
+    def _write(self) -> Written:
+        return method(self.base, call("take", q=self.q, k=self.k)[0])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Select(Mask):
+    """`base` for chosen samples and heads."""
+
+    base: Mask
+    samples: Data | None
+    heads: Data | None
+    kind: ClassVar[str] = "select"
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        base, samples, heads = args
+        sides = [
+            None if x is None else integers(x, name, (1,), "[n]")
+            for x, name in ((samples, "samples"), (heads, "heads"))
+        ]
+        return cls(base, *sides)
+
+    def __post_init__(self) -> None:
+        if self.samples is None and self.heads is None:
+            raise MaskError("select needs indices: `select(samples=[...])`, `select(heads=[...])` or both")
+        for name, side, own in (
+            ("samples", self.samples, self.base.batch_size),
+            ("heads", self.heads, self.base.head_count),
+        ):
+            low, high = low_high(side)
+            if low < 0 or (own > 1 and high >= own):
+                size = f"holds {own}" if own > 1 else "numbers them from 0"
+                raise MaskError(f"select: {name} {side.text if side else ''} are out of range, the mask {size}")
+        super().__post_init__()
+
+    @cached_property
+    def batch_size(self) -> int:
+        return _chosen(self.base.batch_size, self.samples)
+
+    @cached_property
+    def head_count(self) -> int:
+        return _chosen(self.base.head_count, self.heads)
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        b = b if self.samples is None else look_up(self.table("samples"), b, b)
+        h = h if self.heads is None else look_up(self.table("heads"), h, h)
+        return self.base._truth(b, h, q, k)
+
+    def _tile(self, r: Rectangles) -> States:
+        return self.base._tile(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
+
+    def kv_len_for(self, q_len: int) -> int:
+        return self.base.kv_len_for(q_len)
+
+    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.base._logical(q, k)
+        if found is None or self.samples is None:
+            return found
+        chosen = self.samples.tensor
+        first, second = (x if x.ndim == 1 else x[chosen] for x in found)
+        return first, second
+
+    def _write(self) -> Written:
+        return method(self.base, call("select", samples=self.samples, heads=self.heads)[0])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transposed(Mask):
+    """Queries and keys change places."""
+
+    base: Mask
+    kind: ClassVar[str] = "transposed"
+
+    @classmethod
+    def make(cls, *args: Any) -> Mask:
+        (base,) = args
+        return base.base if isinstance(base, cls) else cls(base)
+
+    @property
+    def _tiles_exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base._tiles_exact
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.base._truth(b, h, k, q)
+
+    def _tile(self, r: Rectangles) -> States:
+        return self.base._tile(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
+
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        self.base._check(k_stop, q_stop)
+
+    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.base._logical(k, q)
+        return None if found is None else (found[1], found[0])
+
+    @property
+    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not isinstance(self.base, (type(nothing), KINDS["everything"]))
+
+    def _write(self) -> Written:
+        return method(self.base, "T")
+
+
+def _positions(value: object, name: str) -> Data | None:
+    if value is None:
+        return None
+    data = integers(value, f"take({name}=...)")
+    if low_high(data)[0] < 0:
+        raise MaskError(
+            f"take({name}=...): positions are 0 or more, got {low_high(data)[0]}; leave out rows that do not exist"
+        )
+    return data
+
+
+def low_high(data: Data | None) -> tuple[int, int]:
+    """The smallest and largest number of the data, (0, 0) of none."""
+    if data is None or data.tensor.numel() == 0:
+        return 0, 0
+    low, high = data.tensor.aminmax()
+    return int(low), int(high)
+
+
+def _stop(data: Data) -> int:
+    return low_high(data)[1] + 1 if data.tensor.numel() else 0
+
+
+def _chosen(own: int, chosen: Data | None) -> int:
+    return own if chosen is None or own == 1 else (len(chosen.tensor) or ANY)
+
+
+def _pick(chosen: Data | None, index: np.ndarray) -> np.ndarray:
+    return index if chosen is None else chosen.array[np.minimum(index, len(chosen.array) - 1)]

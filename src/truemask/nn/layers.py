@@ -1,0 +1,178 @@
+"""The stacks: `Decoder` (causal) and `Encoder`, under x-transformers' names.
+
+Shapes: b batch, n rows of this call, j keys, d features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from truemask.errors import describe
+from truemask.masks.core import Mask
+from truemask.nn.attention import Attention, LayerCache
+from truemask.nn.config import LayersConfig
+from truemask.nn.feedforward import FeedForward
+from truemask.nn.masking import Layout, combine, read_masks, token_positions, with_registers
+from truemask.nn.norms import LayerNorm, RMSNorm
+from truemask.nn.positions import RotaryEmbedding, Rotation
+
+
+class Cache(Protocol):
+    """Keys and values of all layers; the layers append, the owner advances."""
+
+    @property
+    def length(self) -> int:
+        """How many keys each layer holds, registers and memories included."""
+        ...
+
+    def layer(self, index: int) -> LayerCache:
+        """The cache of one layer."""
+        ...
+
+
+class Layer(nn.Module):
+    """Attention and feedforward, each behind its norm and added to the stream (pre-norm)."""
+
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config)
+        self.ff_norm = make_norm(config)
+        self.ff = FeedForward(config.dim, config.ff)
+
+    def forward(self, x: Tensor, mask: Mask, rotation: Rotation | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), mask, rotation, cache)  # b n d
+        return x + self.ff(self.ff_norm(x))  # b n d
+
+
+def make_norm(config: LayersConfig) -> LayerNorm | RMSNorm:
+    """The norm that the config names."""
+    kind = RMSNorm if config.use_rmsnorm else LayerNorm
+    return kind(config.dim, unit_offset=config.norm_add_unit_offset)
+
+
+class AttentionLayers(nn.Module):
+    """A stack of layers built from a `LayersConfig`; `Decoder` and `Encoder` are the two ways to get one.
+
+    Called with `x` (b, n, d), it gives (b, n, d):
+
+    * `mask`: bool (b, n), True = a real token: padding is not read, and reads nothing. Or a mask expression.
+    * `attn_mask`: bool (q, k), (h, q, k) or (b, h, q, k), size 1 broadcasts. Or a mask expression. Both are ANDed.
+    * `causal`: overrides, for this call, whether rows may read later keys; on every backend.
+    * `pos`: int64 (n) or (b, n), positions for rotary; by default the mask's own, which restart in `packed` documents.
+    * `registers`: the sequence begins with so many rows that masks and positions do not count and every row reads.
+    * `cache`: `x` holds the rows after the cached ones; masks speak of both. The caller advances the cache.
+
+    A row that may read nothing gets zeros from every attention (law 5 in docs/conventions.md). Raises MaskError on a
+    mask that does not fit, ValueError on an `x` that does not.
+    """
+
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = config.dim
+        self.depth = config.depth
+        self.causal = config.causal
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.final_norm = make_norm(config)
+        self.rotary = (
+            RotaryEmbedding(
+                config.rotary_dim,
+                interpolation_factor=config.rotary_interpolation_factor,
+                base_rescale_factor=config.rotary_base_rescale_factor,
+            )
+            if config.rotary_pos_emb
+            else None
+        )
+
+    def layout(self, batch: int, rows: int, cache: Cache | None, registers: int = 0) -> Layout:
+        """Where `rows` rows, registers included, lie among the tokens, given what the cache holds."""
+        stored = cache.length if cache is not None else 0
+        memories = self.config.attn.num_mem_kv
+        return Layout(
+            batch=batch,
+            heads=self.config.heads,
+            new=rows if stored else rows - registers,
+            past=stored - memories - registers if stored else 0,
+            registers=registers,
+            memories=memories,
+            begun=stored > 0,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask | Tensor | None = None,
+        attn_mask: Mask | Tensor | None = None,
+        *,
+        causal: bool | None = None,
+        pos: Tensor | None = None,
+        registers: int = 0,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        self._check_input(x, registers, cache)
+        layout = self.layout(x.shape[0], x.shape[1], cache, registers)
+        user = read_masks(mask, attn_mask, layout, x)
+        full = combine(user, layout, causal_too=self.causal if causal is None else causal)  # n j, for all layers
+        rotation = None
+        if self.rotary is not None:
+            positions = with_registers(token_positions(user, layout, pos), layout)  # (b) n
+            rotation = self.rotary(positions.to(x.device), x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, full, rotation, None if cache is None else cache.layer(index))  # b n d
+        return self.final_norm(x)
+
+    def _check_input(self, x: Tensor, registers: int, cache: Cache | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"{type(self).__name__} takes features (b, n, {self.dim}), got {describe(x)}"
+                + ("; token ids go through a TransformerWrapper" if not x.is_floating_point() else "")
+            )
+        if registers and (cache is None or cache.length == 0) and x.shape[1] < registers:
+            raise ValueError(f"registers={registers}, but the input has only {x.shape[1]} rows")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache is for inference: call the model under torch.no_grad() or inference_mode()")
+
+
+class Decoder(AttentionLayers):
+    """A causal stack: row i reads keys up to i, ANDed with the masks of the call. See `AttentionLayers` for these.
+
+    `attn_` keywords go to every attention, `ff_` ones to every feedforward; see `LayersConfig` for all of them.
+
+    >>> decoder = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    >>> decoder(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int = 8, **keywords: Any) -> None:
+        super().__init__(_config("Decoder", True, dim=dim, depth=depth, heads=heads, **keywords))
+
+
+class Encoder(AttentionLayers):
+    """A stack in which every row reads every key that the masks of the call let through. See `AttentionLayers`.
+
+    >>> encoder = Encoder(dim=16, depth=1, heads=2, attn_dim_head=8, use_rmsnorm=True)
+    >>> encoder(torch.randn(2, 5, 16), mask=torch.tensor([[True] * 5, [True] * 3 + [False] * 2])).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int = 8, **keywords: Any) -> None:
+        super().__init__(_config("Encoder", False, dim=dim, depth=depth, heads=heads, **keywords))
+
+
+def _config(caller: str, causal: bool, **keywords: Any) -> LayersConfig:
+    if "causal" in keywords:
+        raise TypeError(
+            f"{caller}() has no keyword 'causal': a Decoder is causal and an Encoder is not; "
+            "to change it for one call pass causal= in the call"
+        )
+    return LayersConfig.from_keywords(caller, causal=causal, **keywords)
+
+
+def layers_from_config(config: LayersConfig) -> AttentionLayers:
+    """The Decoder or Encoder that a config describes."""
+    values = config.to_dict()
+    return Decoder(**values) if values.pop("causal") else Encoder(**values)

@@ -1,0 +1,171 @@
+"""From what a caller passes to the one mask that every layer of a forward runs.
+
+    rows of the call   =  [registers]  tokens           (registers only while nothing is cached)
+    keys of the call   =  memories  registers  tokens   (cached and new; memories are attn_num_mem_kv)
+
+The user's mask speaks of tokens only, at logical positions, cached ones included (law 2 in docs/conventions.md);
+registers and memories are prepended to it and seen by all. What a register itself sees follows one rule:
+**a register reads a token only if every query may read it**, so it never carries to a query what the mask hides. In an
+`Encoder` with key padding that is every real token; under `causal` or packed documents it is nothing but registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+
+import torch
+from torch import Tensor
+
+from truemask.errors import MaskError, describe
+from truemask.masks.combine import And, Minus, Nothing, Or, everything, nothing
+from truemask.masks.core import Mask
+from truemask.masks.data import Padding, Queries
+from truemask.masks.positional import Causal, Window, causal
+from truemask.masks.packing import Packed, Padded
+from truemask.nn.doors import read_matrix, read_padding, warn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows and keys of one call lie. `past` counts tokens cached before this call."""
+
+    batch: int
+    heads: int
+    new: int
+    past: int = 0
+    registers: int = 0
+    memories: int = 0
+    begun: bool = False  # whether the cache holds keys, so that registers and memories are among them
+
+    @property
+    def total(self) -> int:
+        """Tokens in all, cached and new: what the user's mask speaks of."""
+        return self.past + self.new
+
+    @property
+    def first_row(self) -> int:
+        """The index of the first row of this call among registers and tokens."""
+        return self.registers + self.past if self.begun else 0
+
+
+def read_masks(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, layout: Layout, x: Tensor) -> Mask:
+    """The AND of what the caller passed as `mask=` and `attn_mask=`, checked against the call's sizes."""
+    user = everything
+    for name, value in (("mask", mask), ("attn_mask", attn_mask)):
+        if value is not None:
+            term = _read(name, value, layout, x)
+            term.check(layout.total, layout.total, batch=layout.batch, heads=layout.heads)
+            user = _and(user, term)
+    return user
+
+
+def _read(name: str, value: Mask | Tensor, layout: Layout, x: Tensor) -> Mask:
+    if isinstance(value, Mask):
+        return value
+    if not isinstance(value, Tensor):
+        raise MaskError(f"{name}= is {describe(value)}; expected a bool tensor or a mask expression, such as tm.causal")
+    if name == "mask":
+        return read_padding(value, x, layout.batch, layout.total, layout.registers)
+    return read_matrix(value, x, layout.batch, layout.heads, layout.total)
+
+
+def _and(left: Mask, right: Mask) -> Mask:
+    """`left & right`, without the terms that say nothing."""
+    if nothing in (left, right):
+        return nothing
+    if left == everything:
+        return right
+    return left if right == everything else left & right
+
+
+def seen_by_all(mask: Mask) -> Mask:
+    """Keys that every query of `mask` sees, not counting queries that see nothing at all; sound, not always complete.
+
+    >>> from truemask.masks.data import padding, prefix
+    >>> seen_by_all(prefix(4)), seen_by_all(causal), seen_by_all(padding(lengths=[3, 5]))
+    (prefix(4), nothing, padding(lengths=[3, 5], on='keys'))
+    """
+    if not mask.varies_with_query:
+        return mask
+    match mask:
+        case And():
+            return reduce(_and, map(seen_by_all, mask.terms))
+        case Queries():
+            return everything
+        case Padding():
+            return everything if mask.on == "queries" else Padding(mask.lengths, mask.starts, "keys")
+        case Padded() if seen_by_all(mask.base) == everything:
+            return Padding(None, mask.starts, "keys")
+        case _:
+            return nothing
+
+
+def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
+    """The mask of this call's rows over all keys: causal if the module is, behind registers and memories."""
+    if causal_too and layout.past == 0:
+        _warn_if_ahead(user, layout)
+    mask = _and(causal, user) if causal_too else user
+    extra = layout.registers + layout.memories
+    if extra:
+        mask = mask.prepended(q=layout.registers, k=extra, seen=seen_by_all(mask))
+    return mask.at(q_start=layout.first_row) if layout.first_row else mask
+
+
+def _warn_if_ahead(user: Mask, layout: Layout) -> None:
+    if not any(isinstance(node, Causal) for node in user.walk()) or looks_back(user):
+        return
+    pairs = pairs_ahead(user, layout.total, layout.batch, layout.heads)
+    if pairs:
+        warn(
+            f"the mask `{user}` lets queries see later keys, but this module is causal, which removed {pairs:,} of its "
+            f"pairs at length {layout.total}. To run the mask as it is written pass causal=False in the call"
+        )
+
+
+def looks_back(mask: Mask) -> bool:
+    """Whether the form of the expression proves that no query sees a later key; False proves nothing."""
+    match mask:
+        case Causal() | Window() | Nothing():
+            return True
+        case And():
+            return any(map(looks_back, mask.terms))
+        case Or():
+            return all(map(looks_back, mask.terms))
+        case Minus():
+            return looks_back(mask.left)
+        case Packed():
+            return mask.kv_lengths is None and looks_back(mask.base)
+        case Padded():
+            return looks_back(mask.base)
+        case _:
+            return False
+
+
+@lru_cache(maxsize=64)
+def pairs_ahead(mask: Mask, n: int, batch: int, heads: int) -> int:
+    """How many (query, key) pairs with key > query the mask lets through, over its distinct samples and heads."""
+    return int((mask - causal).count(n, n, batch=batch, heads=heads).sum())
+
+
+def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
+    """Logical positions of this call's tokens, int64 [n] or [b, n]: the caller's, or the mask's."""
+    if pos is None:
+        rows = user.at(q_start=layout.past) if layout.past else user
+        return rows.positions(layout.new, layout.total)[0]
+    if pos.is_floating_point() or pos.dtype == torch.bool:
+        raise ValueError(f"pos= is {describe(pos)}; positions are whole numbers, int64 [n] or [b, n]")
+    if tuple(pos.shape) not in {(layout.new,), (1, layout.new), (layout.batch, layout.new)}:
+        raise ValueError(
+            f"pos= is {describe(pos)}; expected the positions of this call's tokens, [{layout.new}] or "
+            f"[{layout.batch}, {layout.new}]"
+        )
+    return pos
+
+
+def with_registers(positions: Tensor, layout: Layout) -> Tensor:
+    """Positions of this call's rows: registers stand before position 0, which packed documents share."""
+    if layout.begun or not layout.registers:
+        return positions
+    before = torch.arange(-layout.registers, 0, device=positions.device)
+    return torch.cat((before.expand(*positions.shape[:-1], -1), positions), dim=-1)

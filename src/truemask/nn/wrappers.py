@@ -1,0 +1,153 @@
+"""`TransformerWrapper`: tokens in, logits out, around a `Decoder` or an `Encoder`.
+
+Shapes: b batch, n tokens of this call, m registers, d features, v tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from truemask.errors import describe
+from truemask.masks.core import Mask
+from truemask.nn.config import LayersConfig, reject_unknown
+from truemask.nn.foreign_names import WRAPPER
+from truemask.nn.layers import AttentionLayers, Cache, layers_from_config
+from truemask.nn.masking import read_masks, token_positions
+from truemask.nn.positions import AbsolutePositionalEmbedding
+
+
+class TransformerWrapper(nn.Module):
+    """Tokens (b, n) to logits (b, n, v), around a `Decoder` or an `Encoder`.
+
+    num_tokens         size of the vocabulary
+    max_seq_len        how many positions the absolute embedding learns; with rotary or no positions it limits nothing
+    attn_layers        the Decoder or Encoder
+    num_memory_tokens  registers: learned rows before the tokens, which every row reads and no mask or position counts
+                       (what they read themselves: `truemask.nn.masking`); they are not in the output
+    tie_embedding      the logits use the token embedding, scaled by tie_embedding_scale (default dim ** -0.5)
+    use_abs_pos_emb    a learned vector per position, unless the layers are rotary
+    emb_dropout        dropout on the embedded tokens
+
+    The masks of a call are those of `AttentionLayers`: they speak of the n tokens, not of registers.
+
+    >>> from truemask.nn.layers import Decoder
+    >>> decoder = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    >>> net = TransformerWrapper(num_tokens=11, max_seq_len=7, attn_layers=decoder, num_memory_tokens=2)
+    >>> net(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 11])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        max_seq_len: int,
+        attn_layers: AttentionLayers,
+        num_memory_tokens: int | None = 0,
+        tie_embedding: bool = False,
+        tie_embedding_scale: float | None = None,
+        use_abs_pos_emb: bool = True,
+        emb_dropout: float = 0.0,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        reject_unknown("TransformerWrapper", unknown, inspect.signature(TransformerWrapper).parameters, WRAPPER)
+        self._check_arguments(num_tokens, max_seq_len, attn_layers, num_memory_tokens)
+        dim = attn_layers.dim
+        self.num_tokens = num_tokens
+        self.max_seq_len = max_seq_len
+        self.num_memory_tokens = num_memory_tokens or 0
+        self.tie_embedding = tie_embedding
+        self.tie_embedding_scale = dim**-0.5 if tie_embedding_scale is None else tie_embedding_scale
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        nn.init.kaiming_normal_(self.token_emb.weight)
+        absolute = use_abs_pos_emb and max_seq_len > 0 and not attn_layers.config.rotary_pos_emb
+        self.pos_emb = AbsolutePositionalEmbedding(dim, max_seq_len) if absolute else None
+        self.emb_dropout = nn.Dropout(emb_dropout)
+        if self.num_memory_tokens:
+            self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim))
+        self.attn_layers = attn_layers
+        if not tie_embedding:
+            self.project_out = nn.Linear(dim, num_tokens, bias=False)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Mask | Tensor | None = None,
+        attn_mask: Mask | Tensor | None = None,
+        *,
+        causal: bool | None = None,
+        pos: Tensor | None = None,
+        cache: Cache | None = None,
+        return_embeddings: bool = False,
+    ) -> Tensor:
+        self._check_ids(ids)
+        registers = self.num_memory_tokens
+        begins = cache is None or cache.length == 0  # then registers and memories come first
+        layout = self.attn_layers.layout(len(ids), ids.shape[1] + (registers if begins else 0), cache, registers)
+        x = self.token_emb(ids)  # b n d
+        user = read_masks(mask, attn_mask, layout, x)
+        if self.pos_emb is not None:
+            x = x + self.pos_emb(token_positions(user, layout, pos))  # b n d
+        x = self.emb_dropout(x)
+        if registers and begins:
+            x = torch.cat((self.memory_tokens.expand(len(ids), -1, -1), x), dim=1)  # b m+n d
+        x = self.attn_layers(x, user, causal=causal, pos=pos, registers=registers, cache=cache)
+        if registers and begins:
+            x = x[:, registers:]  # b n d
+        return x if return_embeddings else self.to_logits(x)
+
+    def to_logits(self, x: Tensor) -> Tensor:
+        """Features (..., d) to logits (..., v)."""
+        if self.tie_embedding:
+            return F.linear(x, self.token_emb.weight) * self.tie_embedding_scale
+        return self.project_out(x)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that `from_dict` needs to build this model again, as JSON knows it; weights are not in it."""
+        return {
+            "num_tokens": self.num_tokens,
+            "max_seq_len": self.max_seq_len,
+            "num_memory_tokens": self.num_memory_tokens,
+            "tie_embedding": self.tie_embedding,
+            "tie_embedding_scale": self.tie_embedding_scale,
+            "use_abs_pos_emb": self.pos_emb is not None,
+            "emb_dropout": self.emb_dropout.p,
+            "attn_layers": self.attn_layers.config.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerWrapper:
+        """An untrained model of the same make; the inverse of `to_dict`."""
+        layers = layers_from_config(LayersConfig.from_dict(values["attn_layers"]))
+        return cls(**{**values, "attn_layers": layers})
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"ids are {describe(ids)}; expected whole numbers, int64 [batch, tokens]"
+                + (". For one sequence pass ids[None]" if ids.ndim == 1 else "")
+            )
+        if ids.device.type == "cpu" and ids.numel():  # elsewhere looking would stop the device
+            low, high = (int(end) for end in ids.aminmax())
+            if low < 0 or high >= self.num_tokens:
+                raise ValueError(
+                    f"token {low if low < 0 else high} is outside the vocabulary: num_tokens={self.num_tokens}, so ids "
+                    f"are 0 to {self.num_tokens - 1}"
+                )
+
+    @staticmethod
+    def _check_arguments(num_tokens: int, max_seq_len: int, attn_layers: object, registers: int | None) -> None:
+        if not isinstance(attn_layers, AttentionLayers):
+            raise TypeError(f"attn_layers= is {describe(attn_layers)}; expected a Decoder or an Encoder")
+        if num_tokens < 1 or max_seq_len < 0 or (registers or 0) < 0:
+            raise ValueError(
+                f"num_tokens={num_tokens} must be above 0, max_seq_len={max_seq_len} and "
+                f"num_memory_tokens={registers} not below"
+            )

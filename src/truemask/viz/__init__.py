@@ -1,0 +1,1 @@
+"""Pictures of masks of any size, in text, as SVG and as PNG."""

@@ -1,0 +1,31 @@
+"""The face: the public names, written down. A name comes or goes on purpose, with a line here and in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import truemask
+
+NAMES = """
+""".split()
+
+
+def public() -> list[str]:
+    """What `truemask` offers: its names without a leading underscore that are not modules."""
+    return [
+        name
+        for name, value in vars(truemask).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+    ]
+
+
+def test_the_public_names_are_those_written_here() -> None:
+    assert sorted(public()) == sorted(NAMES)
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    for name in public():
+        value = getattr(truemask, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), f"truemask.{name} has no docstring"
