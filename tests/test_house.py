@@ -1,6 +1,6 @@
 """The house: imports run down the stairs only, files and functions stay small, the map shows what is there.
 
-`STAIRS` is the order: a file of the package imports only from files above it in the list. A new file gets its place here.
+`STAIRS` is the order: a file of the package imports only from files above it. A new file gets its place in the list.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ print(tm.plan(mask, q_len=7).backend, tm.Decoder(dim=16, depth=1, heads=2)(torch
 def test_the_map_shows_the_house() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from make_map import PAGE, drawn, in_page  # pyright: ignore[reportMissingImports]
+        from make_map import PAGE, drawn, in_page
     finally:
         sys.path.pop(0)
     assert in_page(PAGE.read_text(encoding="utf-8")) == drawn(STAIRS), (

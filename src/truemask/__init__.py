@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from truemask._attend import attend as attend
+from truemask._plan import Plan as Plan
+from truemask._plan import plan as plan
+from truemask.backends.registry import backends as backends
 from truemask.errors import ConventionWarning as ConventionWarning
 from truemask.errors import MaskError as MaskError
 from truemask.errors import PlanError as PlanError
 from truemask.errors import TruemaskError as TruemaskError
+from truemask.generation.autoregressive import AutoregressiveWrapper as AutoregressiveWrapper
 from truemask.geometry.tiles import TileMap as TileMap
+from truemask.masks.biases import Bias as Bias
+from truemask.masks.biases import alibi as alibi
+from truemask.masks.biases import relative as relative
 from truemask.masks.choice import per_head as per_head
 from truemask.masks.choice import per_sample as per_sample
 from truemask.masks.combine import everything as everything
@@ -46,5 +54,8 @@ from truemask.masks.predicate import predicate as predicate
 from truemask.masks.serial import load_mask as load_mask
 from truemask.masks.serial import save_mask as save_mask
 from truemask.masks.text import parse as parse
+from truemask.nn.layers import Decoder as Decoder
+from truemask.nn.layers import Encoder as Encoder
+from truemask.nn.wrappers import TransformerWrapper as TransformerWrapper
 
 __version__ = "0.1.0"

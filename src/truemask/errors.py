@@ -44,5 +44,8 @@ def describe(value: object) -> str:
     """
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an int of more than 4300 digits
+        return f"{type(value).__name__} with a number too long to print"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

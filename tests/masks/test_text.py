@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-import warnings
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ WORDS = {
     "per_sample([causal, ~causal])": tm.per_sample([tm.causal, ~tm.causal]),
     "documents([2, 3])": tm.documents([2, 3]),
     "documents([2, 3], kv_lengths=[1, 4])": tm.documents([2, 3], kv_lengths=[1, 4]),
-    "documents(ids=[0, 0, 1])": tm.documents(ids=[0, 0, 1]),
+    "documents(ids=[0, 1, 0])": tm.documents(ids=[0, 1, 0]),
     "causal.T": tm.causal.T,
     "causal.at(q_start=3)": tm.causal.at(q_start=3),
     "causal.at(3, 2)": tm.causal.at(3, 2),
@@ -63,7 +62,7 @@ def test_every_word_parses_and_prints_back(text: str) -> None:
     assert tm.parse(str(mask)) == mask
 
 
-@pytest.mark.parametrize("text", [t for t in WORDS if "documents([" not in t and "at(3, 2)" not in t])
+@pytest.mark.parametrize("text", [t for t in WORDS if t != "causal.at(3, 2)"])
 def test_the_text_of_a_word_is_the_word(text: str) -> None:
     assert str(tm.parse(text)).replace("'", '"') == text
 
@@ -270,7 +269,7 @@ HOSTILE = {
     "one long word and parenthesis": "a" * 19_999 + "(",
     "long word, known start": "window" * 3_000,
     "long string": "padding(lengths=[1], on='" + "x" * 19_000 + "')",
-    "unicode": "causal & ｗindow３",
+    "unicode": "causal & \uff57indow\uff13",
     "emoji": "🙂" * 5_000,
     "right to left": "causal \u202e& window(3)",
     "surrogate": "causal & \ud800",
@@ -305,12 +304,12 @@ def test_hostile_text_is_a_mask_error_at_once(name: str) -> None:
     text = HOSTILE[name]
     tracemalloc.start()
     start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    try:
         with pytest.raises(tm.MaskError) as caught:
             tm.parse(text)
-    took, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+        took, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert took < 1
     assert peak < 60_000_000 + 8 * len(text)
     message = str(caught.value)
@@ -377,12 +376,10 @@ def test_any_rearrangement_of_the_language_is_a_mask_or_a_mask_error(pieces: lis
 
 
 def assert_answers(text: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            mask = tm.parse(text)
-        except tm.MaskError:
-            return
+    try:
+        mask = tm.parse(text)
+    except tm.MaskError:
+        return
     assert tm.parse(mask.text) == mask
 
 
@@ -392,7 +389,7 @@ def test_only_text_is_text(value: object) -> None:
         tm.parse(value)  # pyright: ignore[reportArgumentType]
 
 
-def test_parsing_runs_nothing(tmp_path: object) -> None:
+def test_parsing_runs_nothing() -> None:
     for text in ("exec('x = 1')", "eval('1')", "open('/etc/passwd')", "print(1)", "tm.causal", "torch.ones(3)"):
         with pytest.raises(tm.MaskError):
             tm.parse(text)

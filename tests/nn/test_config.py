@@ -46,7 +46,9 @@ def test_an_unknown_keyword_names_what_was_meant(keywords: dict[str, object], sa
 
 
 def test_the_wrapper_refuses_unknown_keywords_too() -> None:
-    with pytest.raises(TypeError, match=r"TransformerWrapper\(\) has no keyword 'num_token', did you mean 'num_tokens'"):
+    with pytest.raises(
+        TypeError, match=r"TransformerWrapper\(\) has no keyword 'num_token', did you mean 'num_tokens'"
+    ):
         TransformerWrapper(num_tokens=3, max_seq_len=5, attn_layers=Decoder(**SMALL), num_token=3)
     with pytest.raises(TypeError, match="'emb_dim': x-transformers has it"):
         TransformerWrapper(num_tokens=3, max_seq_len=5, attn_layers=Decoder(**SMALL), emb_dim=3)

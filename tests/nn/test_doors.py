@@ -28,7 +28,9 @@ def test_the_article_runs_as_written_and_says_what_its_mask_does() -> None:
     x = torch.randn(1, 256, 512)
     mask = torch.ones(1, 256).bool().triu(1)
     mask = ~mask
-    with pytest.warns(ConventionWarning, match="keeps exactly one key, the first: a .1, n. tensor is key padding") as seen:
+    with pytest.warns(
+        ConventionWarning, match="keeps exactly one key, the first: a .1, n. tensor is key padding"
+    ) as seen:
         output = decoder(x, mask=mask)
     assert output.shape == x.shape
     assert not output.isnan().any()
@@ -94,7 +96,9 @@ def test_three_axes_are_heads_where_they_can_only_be_heads() -> None:
 
 @pytest.mark.parametrize("size", [BATCH, 5])
 def test_three_axes_that_are_not_heads_show_both_readings(size: int) -> None:
-    with pytest.raises(MaskError, match=r"two readings: per head.*attn_mask\[None\], or per sample.*attn_mask\[:, None\]"):
+    with pytest.raises(
+        MaskError, match=r"two readings: per head.*attn_mask\[None\], or per sample.*attn_mask\[:, None\]"
+    ):
         encoder()(X, attn_mask=torch.ones(size, N, N, dtype=torch.bool))
 
 
@@ -120,7 +124,10 @@ def test_three_axes_that_could_be_both_are_never_guessed() -> None:
         (torch.ones(N, dtype=torch.bool), r"pass mask\[None\]"),
         (torch.ones(BATCH, 1, N, N, dtype=torch.bool), "goes into attn_mask="),
         (torch.ones(BATCH + 2, N, dtype=torch.bool), "Is another batch meant"),
-        (torch.ones(BATCH, N, dtype=torch.bool, device="meta"), r"on meta and the input is on cpu: pass mask.to\('cpu'\)"),
+        (
+            torch.ones(BATCH, N, dtype=torch.bool, device="meta"),
+            r"on meta and the input is on cpu: pass mask.to\('cpu'\)",
+        ),
         ([[True] * N] * BATCH, "expected a bool tensor or a mask expression, such as tm.causal"),
         (keys(FLAGS[:2]), "holds data for 2 samples, but was asked about 3"),
         (keys(FLAGS[:, :7]), "holds data for 7 keys, but was asked about 11"),
@@ -134,8 +141,11 @@ def test_a_mask_that_does_not_fit_is_refused(mask: object, said: str) -> None:
 @pytest.mark.parametrize(
     ("attn_mask", "said"),
     [
-        (torch.zeros(N, N), r"attn_mask= is float32 \[11, 11\]; a mask is bool.*from_additive\(attn_mask\)"),
-        (torch.ones(N, N - 1, dtype=torch.bool), r"expected \(q, k\) = \[11, 11\] or \(b, h, q, k\) = \[3, 4, 11, 11\]"),
+        (torch.zeros(N, N), r"attn_mask= is float32 \[11, 11\] on cpu; a mask is bool.*from_additive\(attn_mask\)"),
+        (
+            torch.ones(N, N - 1, dtype=torch.bool),
+            r"expected \(q, k\) = \[11, 11\] or \(b, h, q, k\) = \[3, 4, 11, 11\]",
+        ),
         (torch.ones(BATCH, N, dtype=torch.bool), r"\(b, n\) key padding goes into mask="),
         (torch.ones(2, HEADS, N, N, dtype=torch.bool), r"bool \[2, 4, 11, 11\]"),
         (torch.ones(1, 1, 1, N, N, dtype=torch.bool), r"bool \[1, 1, 1, 11, 11\]"),

@@ -22,7 +22,7 @@ from truemask.errors import PlanError
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -59,18 +59,16 @@ class FlashFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        with torch.no_grad():
-            grads = None if ctx.contained else _backward(ctx.call, (q, k, v, out, lse), dout, dlse)
-            if grads is None:
-                grads = _contained_backward(ctx.call, (q, k, v), dout, dlse)
-        if torch.is_grad_enabled():  # only if the caller asked for a graph of the gradients
-            links = [x for x in (q, k, v, dout, dlse) if x is not None]
-            grads = _OnlyOnce.apply(*grads, *links)
-        return None, *grads  # pyright: ignore[reportReturnType]
+        saved = ctx.saved_tensors
+        dout = torch.zeros_like(saved[3]) if dout is None else dout
+        if not torch.is_grad_enabled():
+            return None, *_gradients(ctx.call, ctx.contained, saved, dout, dlse)
+        with torch.no_grad():  # the caller asked for a graph of the gradients
+            grads = _gradients(ctx.call, ctx.contained, saved, dout, dlse)
+        links = [x for x in (*saved[:3], dout, dlse) if x is not None]
+        return None, *_OnlyOnce.apply(*grads, *links)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _OnlyOnce(Function):
@@ -105,6 +103,14 @@ def _visible(call: Flash, lse: Tensor) -> Tensor:
     return lse if call.dead is None else lse.masked_fill(call.dead, -torch.inf)
 
 
+def _gradients(
+    call: Flash, contained: bool, saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Of q, k and v, by the kernel if its results are finite."""
+    grads = None if contained else _backward(call, saved, dout, dlse)
+    return _contained_backward(call, saved[:3], dout, dlse) if grads is None else grads
+
+
 def _backward(call: Flash, saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...] | None:
     """The kernel's gradients, or None if they are not finite."""
     q, k, v, out, lse = saved
@@ -117,7 +123,7 @@ def _backward(call: Flash, saved: tuple[Tensor, ...], dout: Tensor, dlse: Tensor
     grads = BACKWARD(dout, q, k, v, out, lse, 0.0, call.causal, attn_mask=call.additive, scale=call.scale)
     if not _finite(*grads):
         return None
-    return tuple(grad[..., : saved[0].shape[-1]] for grad in grads)
+    return grads if dlse is None else tuple(grad[..., : saved[0].shape[-1]] for grad in grads)
 
 
 def _with_lse_gradient(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
@@ -155,9 +161,8 @@ def _detached(bias: Tensor | Bias | None) -> Tensor | Bias | None:
 
 
 def _finite(*tensors: Tensor) -> bool:
-    """Whether the sum of everything is finite: one number, one synchronisation."""
-    total = sum(x.sum(dtype=_wide(x.dtype)) for x in tensors)
-    return math.isfinite(total)
+    """Whether the sum of everything is finite."""
+    return math.isfinite(sum(x.sum(dtype=_wide(x.dtype)).item() for x in tensors))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from typer.core import TyperGroup
 from truemask.cli.console import show_error
 from truemask.cli.explain import explain
 from truemask.cli.generate import generate
+from truemask.cli.machine import version_of
 from truemask.cli.show import show
 from truemask.cli.tour.tour import tour
 from truemask.cli.train import train
@@ -44,7 +44,7 @@ for command in (tour, show, explain, train, generate):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"truemask {importlib.metadata.version('truemask')}")
+        typer.echo(f"truemask {version_of('truemask')}")
         raise typer.Exit
 
 

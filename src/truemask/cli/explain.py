@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from truemask._plan import plan
@@ -20,7 +20,6 @@ from truemask.masks.text import parse
 from truemask.viz.panels import text_of
 
 PICTURE_COLUMNS = 32
-BLOCK = 128
 HEADS = 8  # of the call that is planned, where neither the mask nor the user says
 
 
@@ -46,7 +45,8 @@ def explain(
     """Say how many pairs a mask lets through, which rows are dead, and which kernel would run it, and why."""
     mask, console = parse(expression), make_console()
     kv_len = mask.kv_len_for(length) if kv_length is None else kv_length
-    console.print(facts(mask, length, kv_len, batch, heads))
+    for name, value in facts(mask, length, kv_len, batch, heads):
+        console.print(Text.assemble((f"{name:<16}", "bold"), value), soft_wrap=True)
     plain(console, "")
     chosen = plan(
         mask,
@@ -61,29 +61,18 @@ def explain(
     plain(console, str(chosen))
     plain(console, "")
     ascii = needs_ascii(console)
-    plain(console, text_of(mask, length, kv_len, batch=batch, heads=heads, columns=PICTURE_COLUMNS, ascii=ascii))
+    plain(
+        console, text_of(mask, length, kv_len, batch=batch, heads=heads, columns=PICTURE_COLUMNS, ascii=ascii, title="")
+    )
 
 
-def facts(mask: Mask, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None) -> Table:
-    """What can be counted, as a table of two columns."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in fact_rows(mask, q_len, kv_len, batch, heads):
-        table.add_row(name, value)
-    return table
-
-
-def fact_rows(
+def facts(
     mask: Mask, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
 ) -> list[tuple[str, str]]:
     """Names and values of what can be counted; means over samples and heads where they differ."""
     count = mask.count(q_len, kv_len, batch=batch, heads=heads)
     pairs, cells = float(count.double().mean()), q_len * kv_len
-    tiles = mask.tiles(q_len, kv_len, BLOCK, batch=batch, heads=heads)
-    counts = tiles.counts
     return [
-        ("mask", mask.text),
         ("size", f"{q_len:,} queries x {kv_len:,} keys"),
         ("varies over", _varies(mask)),
         ("pairs", f"{pairs:,.10g} of {cells:,} ({percent(pairs, cells)}){_spread(count)}"),
@@ -93,7 +82,6 @@ def fact_rows(
             dead(mask.dead_queries(q_len, kv_len, batch=batch, heads=heads), "see nothing: their output is 0"),
         ),
         ("dead keys", dead(mask.dead_keys(q_len, kv_len, batch=batch, heads=heads), "are seen by nobody")),
-        (f"tiles of {BLOCK}", f"{counts.empty:,} empty, {counts.mixed:,} mixed, {counts.full:,} full"),
     ]
 
 

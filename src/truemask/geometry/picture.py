@@ -105,17 +105,17 @@ def shades_picture(cut: Shares, *, title: str = "", ascii: bool = False) -> str:
     lines = ["".join(_shade(value, signs) for value in row) for row in cut.density]
     body = _with_axes(lines, (cut.q_len, cut.kv_len), q_step=cut.q_step, k_step=cut.k_step, pitch=1)
     some = f"{signs.shades[4]} all, {signs.shades[1:4]} some, {signs.shades[0]} none"
-    legend = f"a sign is {cut.q_step} queries by {cut.k_step} keys: {some}"
-    return "\n".join([*_head(title), *body, _legend(cut.pairs, cut.q_len * cut.kv_len, legend)])
+    legend = _legend(cut.pairs, cut.q_len * cut.kv_len)
+    return "\n".join([*_head(title), *body, legend, f"a sign is {cut.q_step} queries by {cut.k_step} keys: {some}"])
 
 
 def _head(title: str) -> list[str]:
     return [title] if title else []
 
 
-def _legend(pairs: int | None, cells: int, signs: str) -> str:
-    counted = "" if pairs is None else f"{pairs} of {cells} pairs ({percent(pairs, cells)}); "
-    return f"{counted}queries down, keys across; {signs}"
+def _legend(pairs: int | None, cells: int, *signs: str) -> str:
+    counted = [] if pairs is None else [f"{pairs} of {cells} pairs ({percent(pairs, cells)})"]
+    return "; ".join([*counted, "queries down, keys across", *signs])
 
 
 def _dots(array: np.ndarray, signs: _Signs) -> list[str]:
@@ -183,7 +183,7 @@ def svg_picture(cuts: list[Shares], *, title: str = "", labels: list[str] | None
         raise ValueError(f"the picture has {len(cuts)} panels but {len(names)} labels; give one label per panel")
     lengths = (cuts[0].q_len, cuts[0].kv_len) if cuts else (1, 1)
     tall, wide = _extent(*lengths)
-    pitch, panel_top = max(wide, 60.0) + 24, 40.0
+    pitch, panel_top = max(wide, 60.0) + 24, 40.0 if title else 20.0
     panels = [
         _panel(cut, name, 16 + i * pitch, panel_top) for i, (cut, name) in enumerate(zip(cuts, names, strict=True))
     ]

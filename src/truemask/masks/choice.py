@@ -41,7 +41,7 @@ class _Choice(Mask):
     def _bind(self, device: torch.device) -> Mask:
         new = super()._bind(device)
         distinct, place = self._distinct
-        new.__dict__["_distinct"] = tuple(mask.bound(device) for mask in distinct), place
+        vars(new)["_distinct"] = tuple(mask.bound(device) for mask in distinct), place
         return new
 
     def _choose(self, entry: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

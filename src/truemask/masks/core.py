@@ -27,7 +27,7 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.data_store import Data
+from truemask.masks.data_store import Data, whole
 from truemask.masks.questions import ANY, Questions
 
 KINDS: dict[str, type[Mask]] = {}
@@ -197,9 +197,9 @@ class Mask(Questions):
         return KINDS["prepended"].make(self, q, k, KINDS["everything"].make() if seen is None else seen)
 
     @classmethod
-    def make(cls, *args: Any) -> Mask:
+    def make(cls, *args: Any, **parts: Any) -> Mask:
         """Build from what a user may write; kinds with canonical fields override it."""
-        return cls(*args)
+        return cls(*args, **parts)
 
     # -- meaning -----------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class Mask(Questions):
 
     def bound(self, device: torch.device | str) -> Mask:
         """This mask with its numbers and data as tensors on `device`; made once."""
-        cache = self.__dict__.setdefault("_bound", {})
+        cache = vars(self).setdefault("_bound", {})
         place = str(device)
         if place not in cache:
             cache[place] = self._bind(torch.device(device))
@@ -225,7 +225,7 @@ class Mask(Questions):
 
     def _bind(self, device: torch.device) -> Mask:
         new = copy.copy(self)
-        place = new.__dict__
+        place = vars(new)
         for name in self._numbers:
             place[name] = torch.tensor(getattr(self, name), device=device)
         for name in self._child_fields:
@@ -236,12 +236,12 @@ class Mask(Questions):
 
     def table(self, name: str) -> Tensor:
         """A table of the bound mask."""
-        return self.__dict__["_bound_tables"][name]
+        return vars(self)["_bound_tables"][name]
 
     def check(self, q_len: int, kv_len: int, *, batch: int | None = None, heads: int | None = None) -> None:
         """The door: raise a MaskError if the mask cannot answer for these sizes."""
         for name, size, own in (("samples", batch, self.batch_size), ("heads", heads, self.head_count)):
-            if size is not None and own not in (ANY, 1, size):
+            if size is not None and whole(size, name) != own and own not in (ANY, 1):
                 raise MaskError(f"the mask `{self}` holds data for {own} {name}, but was asked about {size}")
         self._check(q_len, kv_len)
 
@@ -312,9 +312,9 @@ class Mask(Questions):
         return self is other or (isinstance(other, Mask) and hash(self) == hash(other) and self._key == other._key)
 
     def __hash__(self) -> int:
-        if "_hash" not in self.__dict__:
-            self.__dict__["_hash"] = hash(self._key)
-        return self.__dict__["_hash"]
+        if "_hash" not in vars(self):
+            vars(self)["_hash"] = hash(self._key)
+        return vars(self)["_hash"]
 
     def __getstate__(self) -> dict[str, object]:
         return self.parts
@@ -359,6 +359,8 @@ def joined(axis: str, masks: Iterable[Mask], sizes: Iterable[int]) -> int:
             known.setdefault(size, mask)
     if len(known) > 1:
         (a, first), (b, second), *_ = known.items()
+        if first is second:
+            raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}; give all of them the same number")
         raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
     return next(iter(known), ANY if unknown else 1)
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError
+from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, kleene_and, three
 from truemask.geometry.ranges import Counts
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask, Written, call
-from truemask.masks.data_store import Data, flags, integers, whole
+from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
 from truemask.masks.reindex import look_up, rows_of
 
 
@@ -105,7 +105,7 @@ class Padding(Mask):
                 "padding needs one of `lengths=` (right padding) and `starts=` (left padding), not both or none"
             )
         if self.on not in ("both", "keys", "queries"):
-            raise MaskError(f"padding(on=...) is 'both', 'keys' or 'queries', got {self.on!r}")
+            raise MaskError(f"padding(on=...) is 'both', 'keys' or 'queries', got {describe(self.on)}")
         super().__post_init__()
 
     @property
@@ -279,6 +279,6 @@ def global_tokens(positions: object) -> Mask:
     [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
     """
     data = integers(positions, "global_tokens(positions)", (1,), "[m]")
-    if data.tensor.numel() and not 0 <= int(data.tensor.min()) <= int(data.tensor.max()) < 1 << 31:
-        raise MaskError(f"global_tokens(positions) must be 0 or more and below 2**31, got {data.text}")
+    if data.tensor.numel() and not 0 <= int(data.tensor.min()) <= int(data.tensor.max()) < LONGEST:
+        raise MaskError(f"global_tokens(positions) must be 0 or more and below {LONGEST}, got {data.text}")
     return GlobalTokens(Data(data.tensor.unique()))

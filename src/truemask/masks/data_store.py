@@ -16,6 +16,7 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 
 LARGEST = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
+LONGEST = 1 << 24  # positions that a mask may hold a table for: tokens of packed documents and trees, global tokens
 SHOWN = 64  # data of at most this many numbers is written out in a mask's text
 
 

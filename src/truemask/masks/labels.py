@@ -14,7 +14,6 @@ from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, three
 from truemask.geometry.ranges import RunTable
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.combine import everything
 from truemask.masks.core import Mask, Written, call, joined
 from truemask.masks.data import beyond
 from truemask.masks.data_store import Data, integers
@@ -78,7 +77,7 @@ class _Labelled(Mask):
 
     @cached_property
     def batch_size(self) -> int:
-        return joined("samples", [everything] * 2, [rows_of(self.ends), rows_of(self.kv_ends or self.ends)])
+        return joined("samples", [self] * 2, [rows_of(self.ends), rows_of(self.kv_ends or self.ends)])
 
     def _tables(self) -> dict[str, Tensor]:
         q, k = self._sides

@@ -16,7 +16,7 @@ from truemask.geometry.ranges import Areas, RangeTable
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, Written, call
 from truemask.masks.data import beyond
-from truemask.masks.data_store import Data, flags, integers, whole
+from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
 from truemask.masks.reindex import look_up, rows_of
 
 
@@ -228,6 +228,10 @@ def tree(parents: object, lengths: object = None) -> Mask:
     sizes = None if lengths is None else integers(lengths, "tree(lengths=...)")
     if sizes is not None and (sizes.tensor.shape[-1] != nodes or int(sizes.tensor.min()) < 0):
         raise MaskError(f"tree(lengths=...) are the tokens of each of the {nodes} nodes, 0 or more; got {sizes.text}")
+    if sizes is not None and (int(sizes.tensor.max()) > LONGEST or int(sizes.tensor.sum(-1).max()) > LONGEST):
+        raise MaskError(f"tree(lengths=...) may add up to at most {LONGEST} tokens, got {sizes.text}")
+    if sizes is not None and rows_of(data) > 1 < rows_of(sizes) != rows_of(data):
+        raise MaskError(f"tree: parents speak of {rows_of(data)} samples and lengths of {rows_of(sizes)}")
     totals = {1} if sizes is None else set(torch.atleast_2d(sizes.tensor).sum(-1).tolist())
     if len(totals) > 1 or totals == {0}:
         raise MaskError(

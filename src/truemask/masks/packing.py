@@ -14,7 +14,7 @@ from truemask.errors import MaskError
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States, kleene_and, three
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, Written, call, joined, method, operand
-from truemask.masks.data_store import Data, integers, whole
+from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.reindex import look_up, low_high, rows_of
 
 
@@ -40,7 +40,7 @@ class Packed(Mask):
     @cached_property
     def batch_size(self) -> int:
         sizes = [self.base.batch_size, rows_of(self.lengths), rows_of(self.kv_lengths or self.lengths)]
-        return joined("samples", [self.base] * 3, sizes)
+        return joined("samples", [self] * 3, sizes)
 
     @cached_property
     def _sides(self) -> tuple[Segments, Segments]:
@@ -143,7 +143,7 @@ class Padded(Mask):
 
     @cached_property
     def batch_size(self) -> int:
-        return joined("samples", [self.base] * 2, [self.base.batch_size, len(self.starts.tensor)])
+        return joined("samples", [self] * 2, [self.base.batch_size, len(self.starts.tensor)])
 
     def _start(self, b: np.ndarray) -> np.ndarray:
         return self.starts.array[np.minimum(b, len(self.starts.array) - 1)]
@@ -256,6 +256,8 @@ def _lengths(value: object, name: str) -> Data:
     if data.tensor.numel() == 0 or low_high(data)[0] < 0:
         raise MaskError(f"{name} are tokens per document, 0 or more and at least one document: got {data.text}")
     totals = data.tensor.sum(-1)
+    if low_high(data)[1] > LONGEST or int(totals.max()) > LONGEST:
+        raise MaskError(f"{name} may add up to at most {LONGEST} tokens in a row, got {data.text}")
     if totals.ndim and len(set(totals.tolist())) > 1:
         raise MaskError(
             f"{name} of the samples must add up to the same row length, got {totals.tolist()}: "

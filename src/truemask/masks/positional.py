@@ -5,7 +5,6 @@ Each says its inequality in the first lines of its docstring; the laws behind th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -246,7 +245,7 @@ class Random(Mask):
         return hash32(self.seed, h, row, column) if self.per_head else hash32(self.seed, row, column)
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = self._draw(h, q // self.block, k // self.block) < self.__dict__["limit"]
+        seen = self._draw(h, q // self.block, k // self.block) < vars(self)["limit"]
         return seen & (q == q) & (k == k)  # pyright: ignore[reportReturnType]
 
     def _tile(self, r: Rectangles, most: int = 8) -> States:
@@ -279,7 +278,7 @@ def random(rate: float, block: int = 1, seed: int = 0, per_head: bool = False) -
     >>> random(0.5, seed=1).to_dense(3)[0, 0].int().tolist()
     [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate) or not 0 <= rate <= 1:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise MaskError(f"random(rate) is a probability between 0 and 1, got {describe(rate)}")
     seed = whole(seed, "random(seed=...)")
     if seed > WORD:

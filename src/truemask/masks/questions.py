@@ -73,6 +73,8 @@ class Questions(ABC):
         """
         samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
         pair = (block, block) if not isinstance(block, tuple) else block
+        if len(pair) != 2:
+            raise MaskError(f"block is an int or a pair (queries, keys), got {describe(block)}")
         sizes = (whole(pair[0], "block", 1), whole(pair[1], "block", 1))
         return build_tile_map(
             self._tile,
@@ -110,7 +112,7 @@ class Questions(ABC):
         if not (isinstance(place, tuple) and len(place) == 2):
             raise MaskError(f"a cell is `mask[q, k]`, two whole numbers; got {describe(place)}")
         q, k = whole(place[0], "q"), whole(place[1], "k")
-        self._sizes(q + 1, k + 1, None, None)
+        self.check(q + 1, k + 1)
         if (self.batch_size, self.head_count) != (1, 1):
             raise MaskError(
                 f"the mask `{self}` varies over {'samples' if self.batch_size != 1 else 'heads'}: choose one first, "
@@ -162,12 +164,13 @@ class Questions(ABC):
         size, block = (tiles.q_len, tiles.kv_len)[axis], tiles.block[axis]
         alive = np.zeros((*tiles.shape[:2], tiles.shape[2 + axis] * block), bool)
         whole_tiles = alive.reshape(*tiles.shape[:2], tiles.shape[2 + axis], block)
-        b, h, *place = tiles.full()
-        whole_tiles[b, h, place[axis]] = True
+        b, h, i, j = tiles.full()
+        whole_tiles[b, h, (i, j)[axis]] = True
         for part in tiles.evaluated():
             seen = part.cells.any(2 - axis)
             span = np.arange(seen.shape[1])
-            np.logical_or.at(whole_tiles, (part.b[:, None], part.h[:, None], part[2 + axis][:, None], span), seen)
+            place = (part.b[:, None], part.h[:, None], (part.i, part.j)[axis][:, None], span)
+            np.logical_or.at(whole_tiles, place, seen)
         return torch.from_numpy(~alive[..., :size])
 
     def show(

@@ -15,7 +15,7 @@ from truemask.geometry.ranges import RangeTable
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.combine import nothing
 from truemask.masks.core import KINDS, Mask, Written, call, joined, method
-from truemask.masks.data_store import Data, integers, whole
+from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
 
 
@@ -96,7 +96,7 @@ class Take(Mask):
     @cached_property
     def batch_size(self) -> int:
         sides = [rows_of(side) for side in (self.q, self.k) if side is not None]
-        return joined("samples", [self.base, *[self.base] * len(sides)], [self.base.batch_size, *sides])
+        return joined("samples", [self] * (1 + len(sides)), [self.base.batch_size, *sides])
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q = q if self.q is None else look_up(self.table("q"), b, q)
@@ -247,6 +247,8 @@ def _positions(value: object, name: str) -> Data | None:
         raise MaskError(
             f"take({name}=...): positions are 0 or more, got {low_high(data)[0]}; leave out rows that do not exist"
         )
+    if low_high(data)[1] >= LARGEST:
+        raise MaskError(f"take({name}=...): positions are below 2**40, got {low_high(data)[1]}")
     return data
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from truemask.errors import MaskError, describe, suggest
 from truemask.masks.core import DEEPEST, KINDS, Mask, operand
 from truemask.masks.data import global_tokens, keys, queries
-from truemask.masks.data_store import Data, integers
+from truemask.masks.data_store import LONGEST, Data, integers
 from truemask.masks.labels import Labels, documents, same
 from truemask.masks.predicate import Predicate
 from truemask.masks.text import FUNCTIONS
@@ -94,7 +94,7 @@ def _build(kind: str, parts: Json) -> Mask:
     """Through the same doors as a user's own call, so that a file cannot say what a program could not."""
     match kind:
         case "causal" | "everything" | "nothing":
-            return KINDS[kind](**parts)
+            return KINDS[kind].make(**parts)
         case "and" | "or" | "xor":
             first, second, *rest = (operand(kind, term) for term in parts["terms"])
             return KINDS[kind]((first, second, *rest))
@@ -126,7 +126,8 @@ def _labels(parts: Json, side: str) -> Tensor | None:
     ends, values = (integers(parts[f"{side}{name}"], f"{side}{name}") for name in ("ends", "values"))
     steps = np.diff(np.atleast_2d(ends.array), axis=1, prepend=0)
     same_total = len(set(np.atleast_2d(ends.array)[:, -1:].ravel().tolist())) <= 1
-    if ends.tensor.shape != values.tensor.shape or (steps < 0).any() or not same_total:
+    too_long = ends.tensor.numel() and int(ends.tensor.max()) > LONGEST
+    if ends.tensor.shape != values.tensor.shape or (steps < 0).any() or not same_total or too_long:
         raise MaskError("the runs of this mask's labels do not follow each other")
     return Labels(ends, values).each
 

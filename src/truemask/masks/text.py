@@ -64,7 +64,10 @@ def parse(text: str) -> Mask:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         place = (getattr(error, "offset", None) or 1) - 1
         raise _error(line, f"this is not an expression of masks ({_reason(error)})", place, place + 1) from None
-    return _Walk(line).mask(tree_.body)
+    try:
+        return _Walk(line).mask(tree_.body)
+    except RecursionError:
+        raise _error(line, "this expression is nested too deeply", 0, len(line)) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -75,7 +78,7 @@ def _bounded(text: str) -> None:
     """Refuse what would cost Python's parser more than a moment."""
     if len(text) > LONGEST:
         raise MaskError(f"the text of a mask has at most {LONGEST} characters, this one has {len(text)}")
-    if found := re.search(r"(\w+)\((?:\w+=)?<|<\w+ \[[\d, ]*\] #[0-9a-f]+>|predicate\(|#", text):
+    if found := re.search(r"\b(\w+)\((?:\w+=)?<|<\w+ \[[\d, ]*\] #[0-9a-f]+>|predicate\(|#", text):
         name = found[1] or ("predicate" if "predicate" in found[0] else "this mask")
         reason = "is a function" if name == "predicate" else "holds data"
         raise _error(
@@ -90,7 +93,7 @@ def _bounded(text: str) -> None:
             raise _error(text, f"more than {DEEPEST} brackets inside each other", place, place + 1)
     if found := re.search(rf"([~+-]\s*){{{DEEPEST},}}", text):
         raise _error(text, f"more than {DEEPEST} signs in a row", *found.span())
-    if found := re.search(rf"[\d_]{{{LONGEST_NUMBER},}}", text):
+    if found := re.search(rf"\b\d\w{{{LONGEST_NUMBER},}}", text):
         raise _error(text, f"a number of more than {LONGEST_NUMBER} digits", *found.span())
 
 
@@ -132,7 +135,7 @@ class _Walk:
                 raise self.error(node, "masks combine with `&`, `|` and `~`, not with `and`, `or` and `not`")
             case ast.Attribute():
                 near = suggest(node.attr, [*METHODS, "T"])
-                raise self.error(node, f"a mask has no attribute {node.attr!r} in text{near}")
+                raise self.error(node, f"a mask has no attribute {node.attr[:60]!r} in text{near}")
             case _:
                 raise self.error(node, "this is not a mask")
 
@@ -141,7 +144,7 @@ class _Walk:
             return VALUES[node.id]
         if node.id in FUNCTIONS:
             raise self.error(node, f"`{node.id}` needs its arguments: `{node.id}{_parameters(FUNCTIONS[node.id])}`")
-        raise self.error(node, f"unknown name {node.id!r}{suggest(node.id, [*VALUES, *FUNCTIONS])}")
+        raise self.error(node, f"unknown name {node.id[:60]!r}{suggest(node.id, [*VALUES, *FUNCTIONS])}")
 
     def binary(self, node: ast.BinOp) -> Mask:
         """A chain of operators of the same precedence leans left: walk down it without recursion."""
@@ -196,7 +199,7 @@ class _Walk:
         for keyword in node.keywords:
             if keyword.arg not in known:
                 raise self.error(
-                    keyword, f"`{function.__name__}` has no argument {keyword.arg!r}{suggest(str(keyword.arg), known)}"
+                    keyword, f"`{function.__name__}` has no argument {str(keyword.arg)[:60]!r}{suggest(str(keyword.arg), known)}"
                 )
         try:
             inspect.signature(function).bind(*args, **options)

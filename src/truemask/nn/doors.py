@@ -40,7 +40,7 @@ def require_bool(name: str, value: Tensor, like: Tensor) -> None:
         )
     if value.device != like.device:
         raise MaskError(
-            f"{name}= is {describe(value)} and the input is on {like.device}: pass {name}.to({like.device})"
+            f"{name}= is {describe(value)} and the input is on {like.device}: pass {name}.to({str(like.device)!r})"
         )
 
 

@@ -126,7 +126,7 @@ class AttentionLayers(nn.Module):
         return self.final_norm(x)
 
     def _check_input(self, x: Tensor, registers: int, cache: Cache | None) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.dim:
+        if x.ndim != 3 or x.shape[-1] != self.dim or not x.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__} takes features (b, n, {self.dim}), got {describe(x)}"
                 + ("; token ids go through a TransformerWrapper" if not x.is_floating_point() else "")
@@ -163,7 +163,7 @@ class Encoder(AttentionLayers):
         super().__init__(_config("Encoder", False, dim=dim, depth=depth, heads=heads, **keywords))
 
 
-def _config(caller: str, causal: bool, **keywords: Any) -> LayersConfig:
+def _config(caller: str, causal: bool, /, **keywords: Any) -> LayersConfig:
     if "causal" in keywords:
         raise TypeError(
             f"{caller}() has no keyword 'causal': a Decoder is causal and an Encoder is not; "

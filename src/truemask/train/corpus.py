@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,11 +90,10 @@ def _files(data: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 def _below(folder: Path) -> list[Path]:
     """All readable text files below a folder, in the order of their paths; tests, caches and hidden ones excluded."""
-    found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part in SKIPPED_FOLDERS or part.startswith(".") for part in parts):
-            found.append(path)
+    found: list[Path] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(".")]
+        found.extend(Path(root, name) for name in files if not name.startswith("."))
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 

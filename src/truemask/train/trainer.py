@@ -107,9 +107,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = batch_loss(self.model, self.rows.next(), self.mask)
-        if not math.isfinite(float(loss)):
+        bits = float(loss.detach()) / math.log(2)
+        if not math.isfinite(bits):
             raise TrainError(
-                f"the loss is {float(loss)} at step {self.step + 1}; try a smaller --lr than {self.config.lr}"
+                f"the loss is {bits} at step {self.step + 1}; try a smaller --lr than {self.config.lr}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -117,7 +118,7 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.tokens += self.config.batch * self.config.length
-        return float(loss) / math.log(2), lr
+        return bits, lr
 
     def _log(self, bits: float, lr: float, held_out: float | None) -> Step:
         speed = self.tokens / max(self.training_seconds, 1e-9)

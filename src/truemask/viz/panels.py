@@ -36,22 +36,26 @@ def text_of(
     heads: int | None = None,
     columns: int = 64,
     ascii: bool = False,
+    title: str | None = None,
 ) -> str:
     """A text picture that fits `columns` characters (labels not counted), cell by cell if there is room.
+
+    Without a `title` the mask's text stands above it.
 
     >>> from truemask.masks.positional import causal
     >>> print(text_of(causal, 1 << 20, columns=16))
     causal
-            0       524288
-          0 ▒···············
-     131072 █▓▒·············
-     262144 ███▓▒···········
-     393216 █████▓▒·········
-     524288 ███████▓▒·······
-     655360 █████████▓▒·····
-     786432 ███████████▓▒···
-     917504 █████████████▓▒·
-    549756338176 of 1099511627776 pairs (50 %); queries down, keys across; a sign is ...
+           0       524288
+         0 ▒▒··············
+    131072 ██▒▒············
+    262144 ████▒▒··········
+    393216 ██████▒▒········
+    524288 ████████▒▒······
+    655360 ██████████▒▒····
+    786432 ████████████▒▒··
+    917504 ██████████████▒▒
+    queries down, keys across
+    a sign is 131072 queries by 65536 keys: █ all, ░▒▓ some, · none
     """
     kv_len = mask.kv_len_for(q_len) if kv_len is None else kv_len
     if max(q_len, kv_len) <= columns or min(q_len, kv_len) == 0:
@@ -64,15 +68,22 @@ def text_of(
         rows, width = text_grid(q_len, kv_len, columns)
         cuts, labels, more = panels_of(mask, q_len, kv_len, batch=batch, heads=heads, rows=rows, columns=width)
         drawn = [shades_picture(cut, title=label, ascii=ascii) for cut, label in zip(cuts, labels, strict=True)]
-    return "\n".join([mask.text, *drawn, *_rest(more)])
+    head = mask.text if title is None else title
+    return "\n".join([*([head] if head else []), *drawn, *_rest(more)])
 
 
 def svg_of(
-    mask: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    mask: Mask,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    batch: int | None = None,
+    heads: int | None = None,
+    title: str | None = None,
 ) -> str:
-    """An SVG picture with the mask's text as its title."""
+    """An SVG picture; without a `title` the mask's text stands above it."""
     cuts, labels, more = panels_of(mask, q_len, kv_len, batch=batch, heads=heads)
-    return svg_picture(cuts, title=" ".join([mask.text, *_rest(more)]), labels=labels)
+    return svg_picture(cuts, title=" ".join([mask.text if title is None else title, *_rest(more)]), labels=labels)
 
 
 def panels_of(

@@ -62,9 +62,9 @@ def save_picture(
     path = Path(path)
     sizes: dict[str, Any] = {"batch": batch, "heads": heads}
     if path.suffix == ".txt":
-        path.write_text(text_of(mask, q_len, kv_len, **sizes) + "\n", encoding="utf-8")
+        path.write_text(text_of(mask, q_len, kv_len, title=title, **sizes) + "\n", encoding="utf-8")
     elif path.suffix == ".svg":
-        path.write_text(svg_of(mask, q_len, kv_len, **sizes), encoding="utf-8")
+        path.write_text(svg_of(mask, q_len, kv_len, title=title, **sizes), encoding="utf-8")
     elif path.suffix in (".png", ".jpg", ".jpeg", ".pdf"):
         _save_plot(mask, path, q_len, kv_len, title, dpi, sizes)
     else:

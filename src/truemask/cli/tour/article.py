@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from truemask.cli.tour.stage import Act, Stage
+from truemask.cli.tour.stage import SMALL, Act, Stage
 from truemask.errors import ConventionWarning
 from truemask.masks.core import Mask
 from truemask.masks.data import keys
@@ -42,7 +42,8 @@ def play(stage: Stage) -> None:
         _row("as meant", "mask=causal", causal, decoder, x, causal),
     ]
     stage.table(["", "the call", "keys that row 255 may see", "inputs that move its output (by gradient)"], rows)
-    stage.pictures([("as written", causal & keys(mask[:, :24])), ("as meant", causal)])
+    drawn = [("as written", causal & keys(mask[:, :SMALL]), "mask=mask"), ("as meant", causal, "mask=causal")]
+    stage.pictures(drawn)
     stage.say(
         "A (1, 256) tensor is key padding, one flag per token. The triangle has one row here, so it kept ",
         (f"{int(mask.sum())} key of {mask.shape[1]}", "bad"),
@@ -64,7 +65,8 @@ def listened(decoder: Decoder, x: Tensor, mask: Tensor | Mask) -> int:
     leaf = x.clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConventionWarning)
-        decoder(leaf, mask=mask)[0, -1].sum().backward()
+        last = decoder(leaf, mask=mask)[0, -1]
+    (last * torch.randn(last.shape)).sum().backward()  # a plain sum says nothing: the last norm keeps it constant
     assert leaf.grad is not None
     return int(leaf.grad[0].abs().amax(-1).gt(0).sum())
 

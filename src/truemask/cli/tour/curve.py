@@ -85,7 +85,8 @@ def svg_curve(points: Sequence[Point], levels: Sequence[Level], seconds: float) 
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="learning curve" width="{WIDTH}" '
-        f'height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" font-family="system-ui, sans-serif" fill="currentColor">'
+        f'height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" '
+        f'font-family="system-ui, sans-serif" fill="currentColor">'
         f"{''.join(parts)}</svg>"
     )
 

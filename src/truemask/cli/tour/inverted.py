@@ -24,6 +24,7 @@ class Found:
     """What one library did: largest relative changes of outputs that should not have moved."""
 
     dead_nan: bool  # the last row, which may see nothing, is NaN
+    dead_zero: bool  # it is exactly 0 (a layer adds its input, so there it is not)
     dead_moved: float  # it moves when other rows change
     leaked: float  # row 0 moves when the future changes
     bad_gradients: int  # input rows whose gradient is NaN after backward through every other row
@@ -36,20 +37,28 @@ def play(stage: Stage) -> None:
         "upside down: every row sees only its future, the last row sees nothing. We change inputs and watch outputs."
     )
     rows: list[list[Part]] = []
+    warned: list[str] = []
     for peer in PEERS:
         if peer.missing:
             rows.append([peer.name, ("not installed: pip install 'truemask[peers]'", "dim"), "", "", ""])
             continue
         found = examine(peer)
-        rows.append([peer.name, peer.given, dead_row(found), future(found), said(found)])
-    stage.table(["library", "was given", "the row that sees nothing", "rows that read the future", "it said"], rows)
+        rows.append(
+            [peer.name, peer.given, dead_row(found), future(found), "a warning" if found.warning else "nothing"]
+        )
+        warned.extend(f"{peer.name}: {found.warning}" for _ in range(bool(found.warning)))
+    stage.table(["library", "was given", "row without keys", "reads the future", "it said"], rows)
+    for warning in warned:
+        stage.say(("The warning of ", "dim"), (warning, "dim"))
     stage.say(
-        "What truemask adds: a row without keys is zeros in every backend, dtype and direction; a Decoder never reads "
-        "the future, whatever it is given; and a mask says what it is (",
+        "A tensor cannot know what was meant, and a function like SDPA or ",
+        ("attend", "code"),
+        " does what it says. What truemask adds: a row without keys is zeros, in every backend, dtype and direction; a "
+        "Decoder never reads the future, whatever it is given; an expression shows what it says (",
         ("print(~causal)", "code"),
-        "), so the flip shows. Foreign tensors come in by name: ",
+        "); foreign tensors come in by name (",
         ("tm.from_torch_mha(t)", "code"),
-        ".",
+        ").",
     )
 
 
@@ -68,6 +77,7 @@ def examine(peer: Peer) -> Found:
         later[:, 1:] = torch.randn(1, N - 1, DIM)
         return Found(
             dead_nan=bool(before[0, -1].isnan().any()),
+            dead_zero=not before[0, -1].any(),
             dead_moved=_moved(before[0, -1], run(others).detach()[0, -1]),
             leaked=_moved(before[0, 0], run(later).detach()[0, 0]),
             bad_gradients=_bad_gradients(run, x),
@@ -93,20 +103,17 @@ def _bad_gradients(run: Run, x: Tensor) -> int:
 
 
 def dead_row(found: Found) -> Part:
-    poisoned = f"; gradients of {found.bad_gradients} of {N} tokens NaN" if found.bad_gradients else ""
+    """What became of the row that may see nothing."""
     if found.dead_nan:
-        return (f"NaN{poisoned}", "bad")
+        return ("NaN" + (f", {found.bad_gradients}/{N} gradients" if found.bad_gradients else ""), "bad")
     if found.dead_moved:
-        return (f"silent average of all {N} keys (moves by {found.dead_moved:.0%}){poisoned}", "bad")
-    return (f"reads nothing{poisoned}", "bad" if poisoned else "good")
+        return (f"an average of others (moves by {found.dead_moved:.0%})", "bad")
+    return ("zeros" if found.dead_zero else "its input alone", "good")
 
 
 def future(found: Found) -> Part:
-    return (f"yes, by {found.leaked:.0%}", "bad") if found.leaked else ("none", "good")
-
-
-def said(found: Found) -> Part:
-    return found.warning or ("nothing", "dim")
+    """Whether the first row reads what comes after it."""
+    return (f"yes, by {found.leaked:.0%}", "bad") if found.leaked else ("no", "good")
 
 
 ACT = Act("inverted", "One inverted mask, every library", play)

@@ -8,8 +8,9 @@ from torch import Tensor
 from truemask._attend import attend
 from truemask.cli.tour.stage import Act, Part, Stage
 from truemask.masks.core import Mask
+from truemask.masks.data import prefix
 from truemask.masks.labels import documents
-from truemask.masks.positional import causal
+from truemask.masks.positional import causal, window
 from truemask.nn.layers import Decoder
 
 A, B = 97, 151  # tokens of the two documents
@@ -23,24 +24,30 @@ def play(stage: Stage) -> None:
     torch.manual_seed(0)
     decoder = Decoder(dim=64, depth=3, heads=4, attn_dim_head=16, rotary_pos_emb=True).eval()
     x, other = torch.randn(1, A + B, 64), torch.randn(1, A, 64)
-    masks = [causal, causal & documents([A, B]), causal.packed([A, B])]
-    rows = [_measure(decoder, x, other, mask) for mask in masks]
-    stage.table(["mask", "B moves, in the Decoder", "B moves, in attend", "B against B alone (Decoder)"], rows)
-    stage.pictures([("leaks", causal.at(0)), ("does not", causal.packed([9, 15]))])
+    sinks, lengths = causal & (window(32) | prefix(4)), [A, B]
+    pairs = [
+        (causal, causal),
+        (causal.packed(lengths), causal),
+        (sinks & documents(lengths), sinks),
+        (sinks.packed(lengths), sinks),
+    ]
+    rows = [_measure(decoder, x, other, mask, alone) for mask, alone in pairs]
+    stage.table(["mask", "B moves (Decoder)", "B moves (attend)", "against B alone"], rows)
+    small = [9, 15]
+    stage.pictures([(name, mask, str(mask)) for name, mask in (("leaks", causal), ("does not", causal.packed(small)))])
     stage.say(
         ("packed", "code"),
-        " also restarts the positions in each document: rotary angles, windows and prefixes mean in the row what they "
-        "mean alone. ",
-        ("causal & documents(...)", "code"),
-        " separates the documents and keeps the row's positions.",
+        " is the same document and positions that restart in it, so a sample means in the row what it means alone. ",
+        ("& documents(...)", "code"),
+        " separates too, but keeps the row's positions: only the first document has a prefix.",
     )
 
 
 @torch.no_grad()
-def _measure(decoder: Decoder, x: Tensor, other: Tensor, mask: Mask) -> list[Part]:
+def _measure(decoder: Decoder, x: Tensor, other: Tensor, mask: Mask, own: Mask) -> list[Part]:
     changed = torch.cat([other, x[:, A:]], dim=1)
     before, after = decoder(x, mask=mask), decoder(changed, mask=mask)
-    alone = decoder(x[:, A:], mask=causal)
+    alone = decoder(x[:, A:], mask=own)
     heads = [value.view(1, A + B, 4, 16).transpose(1, 2) for value in (x, changed)]
     direct = [attend(h, h, h, mask)[:, :, A:] for h in heads]
     return [
@@ -54,17 +61,17 @@ def _measure(decoder: Decoder, x: Tensor, other: Tensor, mask: Mask) -> list[Par
 def moved(before: Tensor, after: Tensor) -> Part:
     """By how much an output changed, relative to its size; `no` only if not one bit did."""
     if torch.equal(before, after):
-        return ("no, not one bit", "good")
+        return ("not one bit", "good")
     return (f"yes, by {_relative(before, after):.0%}", "bad")
 
 
 def difference(packed: Tensor, alone: Tensor) -> Part:
     """How far the packed output is from the one of the document alone."""
     if torch.equal(packed, alone):
-        return ("equal, bit for bit", "good")
+        return ("same, bit for bit", "good")
     relative = _relative(alone, packed)
     same = relative < 1e-5
-    return (f"{'equal to rounding' if same else 'different'} ({relative:.0e})", "good" if same else "bad")
+    return (f"{'same' if same else 'different'} ({relative:.0e})", "good" if same else "bad")
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

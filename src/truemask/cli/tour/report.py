@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import torch
-
-PACKAGES = ("truemask", "torch", "numpy", "x-transformers", "matplotlib")
+from truemask.cli.machine import facts
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #0072B2; --good: #00704f; --bad: #b3400a; --soft: #8a939b55; }
@@ -75,35 +70,3 @@ def _chapter(number: int, chapter: Chapter) -> str:
     failure = f'<p class="bad">This act failed: {escape(chapter.failure)}</p>' if chapter.failure else ""
     blocks = "".join(chapter.blocks)
     return f"<h2>{number}. {escape(chapter.title)} <small>{escape(chapter.state)}</small></h2>{blocks}{failure}"
-
-
-def facts(threads: int) -> list[tuple[str, str]]:
-    """The machine and the versions."""
-    packages = [(name, _version(name)) for name in PACKAGES]
-    return [
-        ("machine", f"{_processor()}, {os.cpu_count()} CPUs, {threads} threads used"),
-        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        ("Python", platform.python_version()),
-        *packages,
-        (
-            "device",
-            "CPU" if not torch.cuda.is_available() else f"CPU (a {torch.cuda.get_device_name()} is there, unused)",
-        ),
-    ]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    """The processor's name; Linux keeps it in a file."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
-from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from truemask.cli.console import needs_ascii
+from truemask.cli.console import needs_ascii, plain
 from truemask.geometry.picture import half_blocks
 from truemask.masks.core import Mask
 from truemask.viz.panels import svg_of
@@ -37,13 +36,13 @@ class Stage:
 
     def say(self, *parts: Part) -> None:
         """A paragraph."""
-        self.console.print(Padding(_text(parts), (0, 0, 1, 0)))
+        self._print(_text(parts))
         self.blocks.append(f"<p>{_html(parts)}</p>")
 
     def code(self, code: str) -> None:
         """Python code, as it is run."""
         shown = Syntax(code, "python", theme="ansi_dark", background_color="default")
-        self.console.print(Padding(shown if self.console.is_terminal else Text(code), (0, 0, 1, 4)))
+        self._print(Padding(shown if self.console.is_terminal else Text(code), (0, 0, 0, 4), expand=False))
         self.blocks.append(f"<pre>{escape(code)}</pre>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Part]]) -> None:
@@ -53,32 +52,34 @@ class Stage:
             table.add_column(name, overflow="fold", no_wrap=i == 0)
         for row in rows:
             table.add_row(*(_text([cell]) for cell in row))
-        self.console.print(Padding(table, (0, 0, 1, 0)))
+        self._print(table)
         head = "".join(f"<th>{escape(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(f"<td>{_html([cell])}</td>" for cell in row) + "</tr>" for row in rows)
         self.blocks.append(f"<table><tr>{head}</tr>{body}</table>")
 
-    def pictures(self, captioned: Sequence[tuple[str, Mask]], length: int = SMALL) -> None:
-        """Small pictures side by side, each below its caption."""
+    def pictures(self, captioned: Sequence[tuple[str, Mask, str]], length: int = SMALL) -> None:
+        """Small pictures side by side, each below its caption and its code."""
+        grid = Table.grid(padding=(0, 4, 0, 0))
         drawn = [
-            Text.assemble((caption, "bold"), "\n", (str(mask), "cyan"), "\n", "\n".join(self.sketch(mask, length)))
-            for caption, mask in captioned
+            Text.assemble((caption, "bold"), "\n", (code, STYLES["code"]), "\n", "\n".join(self.sketch(mask, length)))
+            for caption, mask, code in captioned
         ]
-        self.console.print(Padding(Columns(drawn, padding=(0, 4)), (0, 0, 1, 0)))
+        grid.add_row(*drawn)
+        self._print(grid)
         figures = "".join(
-            f"<figure>{svg_of(mask, length)}<figcaption>{escape(caption)}</figcaption></figure>"
-            for caption, mask in captioned
+            f"<figure>{svg_of(mask, length, title=code)}<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, mask, code in captioned
         )
         self.blocks.append(f'<div class="figures">{figures}</div>')
 
     def picture_beside(self, mask: Mask, parts: Sequence[Part], length: int = SMALL) -> None:
         """A small picture with text at its right."""
-        grid = Table.grid(padding=(0, 3, 1, 0))
+        grid = Table.grid(padding=(0, 3, 0, 0))
         grid.add_column(min_width=length, no_wrap=True)
         grid.add_column(overflow="fold")
         grid.add_row("\n".join(self.sketch(mask, length)), _text(parts))
-        self.console.print(grid)
-        self.blocks.append(f'<div class="beside"><div>{svg_of(mask, length)}</div><p>{_html(parts)}</p></div>')
+        self._print(grid)
+        self.blocks.append(f'<div class="beside"><div>{svg_of(mask, length, title="")}</div><p>{_html(parts)}</p></div>')
 
     def sketch(self, mask: Mask, length: int) -> list[str]:
         """A mask's drawing as lines of half blocks."""
@@ -89,9 +90,20 @@ class Stage:
         """A drawing for the report alone."""
         self.blocks.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
 
+    def _print(self, what: RenderableType, *, soft_wrap: bool = False) -> None:
+        """Print and leave a line free; a pipe gets no blanks at the ends of lines."""
+        if self.console.is_terminal:
+            self.console.print(what, soft_wrap=soft_wrap)
+            self.console.print()
+            return
+        with self.console.capture() as captured:
+            self.console.print(what, soft_wrap=soft_wrap)
+        lines = captured.get().rstrip().split("\n")
+        plain(self.console, "\n".join(line.rstrip() for line in lines) + "\n")
+
     def verbatim(self, text: str) -> None:
         """Text that keeps its columns."""
-        self.console.print(Padding(Text(text), (0, 0, 1, 4)), soft_wrap=True)
+        self._print(Padding(Text(text), (0, 0, 0, 4), expand=False), soft_wrap=True)
         self.blocks.append(f"<pre>{escape(text)}</pre>")
 
 

@@ -1,0 +1,155 @@
+"""The next-token loss: which tokens count, and that a sample costs the same alone, padded or packed."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.nn.models import FEATURES, assert_same, featured, ids
+from truemask.errors import ConventionWarning, MaskError
+from truemask.generation.autoregressive import AutoregressiveWrapper
+from truemask.masks.combine import everything
+from truemask.masks.core import Mask
+from truemask.masks.data import padding, prefix
+from truemask.masks.labels import documents
+from truemask.masks.positional import causal, window
+
+LENGTHS = [5, 3, 11]
+DOCUMENTS = [ids(length, seed=length) for length in LENGTHS]
+STARTS = [11 - length for length in LENGTHS]
+TARGETS = sum(LENGTHS) - len(LENGTHS)
+
+
+def model(feature: str = "rotary") -> AutoregressiveWrapper:
+    return AutoregressiveWrapper(featured(feature))
+
+
+def alone(own: AutoregressiveWrapper, mask: Mask = everything) -> Tensor:
+    """The mean over all targets of the documents, one at a time."""
+    costs = [own(document[None], mask=mask) * (len(document) - 1) for document in DOCUMENTS]
+    return torch.stack(costs).sum() / TARGETS
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    """The documents as a batch, and the flags of their tokens."""
+    rows, flags = torch.full((3, 11), 29), torch.zeros(3, 11, dtype=torch.bool)
+    for b, document in enumerate(DOCUMENTS):
+        place = slice(0, len(document)) if side == "right" else slice(11 - len(document), 11)
+        rows[b, place], flags[b, place] = document, True
+    return rows, flags
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token() -> None:
+    own, tokens = model(), ids(3, 11)
+    logits = own.net(tokens[:, :-1])
+    assert_same(own(tokens), F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_packed_documents_cost_what_they_cost_alone(feature: str) -> None:
+    own, mask = model(feature), causal & (window(3) | prefix(2))
+    assert_same(own(torch.cat(DOCUMENTS)[None], mask=mask.packed(LENGTHS)), alone(own, mask))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_left_padded_documents_cost_what_they_cost_alone(feature: str) -> None:
+    own, (rows, _) = model(feature), padded("left")
+    assert_same(own(rows, mask=window(4).padded(STARTS)), alone(own, window(4)))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_right_padding_by_flags_or_by_an_expression(feature: str) -> None:
+    own, (rows, flags) = model(feature), padded("right")
+    assert_same(own(rows, mask=flags), alone(own))
+    assert_same(own(rows, mask=padding(lengths=LENGTHS)), alone(own))
+    assert_same(own(rows, mask=flags, attn_mask=window(4)), alone(own, window(4)))
+
+
+def test_left_padding_by_flags() -> None:
+    own, (rows, flags) = model(), padded("left")
+    assert_same(own(rows, mask=flags), alone(own))
+
+
+def test_the_ignored_index_is_neither_read_nor_predicted() -> None:
+    own, (rows, flags) = model(), padded("right")
+    assert_same(own(rows.masked_fill(~flags, -100)), alone(own))
+
+
+def test_documents_that_do_not_restart_positions_count_their_first_tokens() -> None:
+    own, row = model(), torch.cat(DOCUMENTS)[None]
+    mask = documents(LENGTHS)
+    logits = own.net(row[:, :-1], mask=mask)
+    assert_same(own(row, mask=mask), F.cross_entropy(logits[0], row[0, 1:]))
+
+
+def test_labels_decide() -> None:
+    own, tokens = model(), ids(3, 11)
+    labels = tokens.clone()
+    labels[:, ::2] = -100
+    logits = own.net(tokens[:, :-1])
+    expected = F.cross_entropy(logits[:, ::2].flatten(0, 1), tokens[:, 1::2].flatten())
+    assert_same(own(tokens, labels=labels), expected)
+    assert_same(own(tokens, mask=padding(lengths=[3, 11, 11]), labels=tokens * 0 - 100), torch.zeros_like(expected))
+
+
+def test_no_target_at_all_costs_nothing_and_has_gradients() -> None:
+    own = model().train()
+    loss = own(ids(2, 5), mask=torch.zeros(2, 5, dtype=torch.bool))
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in own.parameters())
+
+
+def test_a_matrix_speaks_of_every_token() -> None:
+    own, tokens = model(), ids(3, 11)
+    assert_same(own(tokens, attn_mask=window(4).to_dense(11)), own(tokens, mask=window(4)))
+    with pytest.raises(MaskError, match=r"expected \(q, k\) = \[11, 11\]"):
+        own(tokens, attn_mask=window(4).to_dense(10)[0, 0])
+    with pytest.raises(MaskError, match=r"key padding is bool \[3, 11\]"):
+        own(tokens, mask=torch.ones(3, 10, dtype=torch.bool))
+
+
+def test_targets_that_the_mask_shows_are_noticed() -> None:
+    own, tokens, mask = model(), ids(3, 11), causal | prefix(4)
+    with pytest.warns(ConventionWarning, match="lets 6 pairs look ahead, at the tokens that the loss asks for"):
+        own(tokens, mask=mask, causal=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own(tokens, mask=mask, causal=False, labels=tokens.index_fill(1, torch.arange(4), -100))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "said"),
+    [
+        (ids(3, 1), None, "at least two tokens a row"),
+        (ids(11), None, r"expected ids \[b, n \+ 1\]"),
+        (torch.rand(3, 11), None, "tokens are float32"),
+        (ids(3, 11), ids(3, 10), r"expected one for each token, \[3, 11\], not shifted"),
+    ],
+)
+def test_tokens_and_labels_that_do_not_fit_are_refused(tokens: Tensor, labels: Tensor | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        model()(tokens, labels=labels)
+
+
+def test_the_loss_of_a_half_precision_model_is_single() -> None:
+    assert AutoregressiveWrapper(featured("rotary").bfloat16())(ids(3, 11)).dtype == torch.float32
+
+
+def test_a_model_learns_a_simple_rule() -> None:
+    """The whole of it, once: a row that counts is predicted after a few steps."""
+    own = AutoregressiveWrapper(featured("rotary").float().train())
+    rows = (torch.arange(13)[None] + torch.arange(7)[:, None]) % 7
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = own(rows, mask=window(3))
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.1
+    answer = own.generate(torch.tensor([3, 4]), 9, temperature=0.0, mask=window(3))
+    assert answer.tolist() == [(5 + i) % 7 for i in range(9)]
