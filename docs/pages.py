@@ -3,7 +3,7 @@
 `python docs/pages.py` writes into each page what its blocks really print; `tests/test_docs.py` checks that it is there.
 
 * A `python` block is executed; the blocks of a page share their names. What it prints stands in a `text` block right
-  below it. A warning is printed as `Category: message`, folded like the rest of the page.
+  below it. A warning is printed as `Category: message`, folded like the page.
 * In a `console` block a line `$ truemask ...` is a command. If output is shown below it, it is the real output.
 """
 
@@ -86,6 +86,7 @@ def printed_by(code: Any, names: dict[str, Any]) -> str:
 
     with contextlib.redirect_stdout(out), warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # other libraries', on their first import only
         warnings.showwarning = show
         exec(code, names)
     return tidy(out.getvalue())

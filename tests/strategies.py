@@ -210,7 +210,7 @@ def _queries(draw: Draw, r: Reach) -> Description:
 
 def _padding(draw: Draw, r: Reach) -> Description:
     numbers = tuple(draw(st.integers(0, _square(r) + 1)) for _ in range(r.batch))
-    kind, on = draw(st.sampled_from(["lengths", "starts"])), draw(st.sampled_from(["both", "keys"]))
+    kind, on = draw(st.sampled_from(["lengths", "starts"])), draw(st.sampled_from(["both", "keys", "queries"]))
     return "padding", kind, numbers, on
 
 
@@ -324,7 +324,6 @@ OPERATORS: dict[str, Callable[[Draw, Reach, Inner], Description]] = {
     "per_head": lambda draw, r, inner: ("per_head", *(inner(r) for _ in range(r.heads))),
     "per_sample": lambda draw, r, inner: ("per_sample", *(inner(r) for _ in range(r.batch))),
 }
-TEXTLESS = ("predicate", "dense")  # leaves whose text `parse` refuses, however small
 FREE = ("everything", "nothing", "causal", "window", "local", "blocks", "dilated", "strided", "random", "global_tokens")
 
 

@@ -8,6 +8,61 @@ import types
 import truemask
 
 NAMES = """
+    AutoregressiveWrapper
+    Bias
+    ConventionWarning
+    Decoder
+    Encoder
+    Mask
+    MaskError
+    Plan
+    PlanError
+    TileMap
+    TransformerWrapper
+    TruemaskError
+    alibi
+    attend
+    backends
+    block_pattern
+    blocks
+    causal
+    dense
+    dilated
+    documents
+    everything
+    from_additive
+    from_huggingface_2d
+    from_keras
+    from_torch_mha
+    from_torch_sdpa
+    from_x_transformers
+    global_tokens
+    grid
+    keys
+    load_mask
+    local
+    nothing
+    padding
+    parse
+    per_head
+    per_sample
+    plan
+    predicate
+    prefix
+    queries
+    random
+    relative
+    same
+    save_mask
+    strided
+    to_additive
+    to_huggingface_2d
+    to_keras
+    to_torch_mha
+    to_torch_sdpa
+    to_x_transformers
+    tree
+    window
 """.split()
 
 

@@ -102,6 +102,7 @@ STAIRS = """
     train/trainer.py
 
     cli/console.py
+    cli/machine.py
     cli/options.py
     cli/show.py
     cli/explain.py
@@ -111,12 +112,12 @@ STAIRS = """
     cli/tour/stage.py
     cli/tour/peers.py
     cli/tour/curve.py
+    cli/tour/report.py
     cli/tour/article.py
     cli/tour/inverted.py
     cli/tour/patterns.py
     cli/tour/leak.py
     cli/tour/learning.py
-    cli/tour/report.py
     cli/tour/tour.py
     cli/app.py
     cli/__init__.py

@@ -41,7 +41,7 @@ def slowly(
 
 
 @pytest.mark.parametrize(
-    "mask", [everything, window(4), causal & (window(3) | prefix(2)), blocks(3, back=1) | dilated(5)], ids=str
+    "mask", [everything, causal & (window(3) | prefix(2)), blocks(3, back=1) | dilated(5)], ids=str
 )
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_batch_is_each_prompt_alone(feature: str, mask: Mask) -> None:
@@ -179,7 +179,7 @@ def test_a_prefix_language_model_generates() -> None:
 
 
 def test_a_cache_that_would_have_to_change_is_refused() -> None:
-    with pytest.raises(ValueError, match="lets earlier tokens read new ones.*cache_kv=False"):
+    with pytest.raises(ValueError, match=r"lets earlier tokens read new ones.*cache_kv=False"):
         model().stream(PROMPTS[1], ANSWER, mask=causal | prefix(5), causal=False)
     answer = greedy(model(), PROMPTS[1], mask=causal | prefix(5), causal=False, cache_kv=False)
     assert answer.shape == (ANSWER,)

@@ -24,7 +24,7 @@ def test_top_k_keeps_the_k_best() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "expected"), [(0.1, [1]), (0.5, [1]), (0.51, [1, 2]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3, 4])]
+    ("p", "expected"), [(0.1, [1]), (0.49, [1]), (0.51, [1, 2]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3, 4])]
 )
 def test_top_p_keeps_the_best_that_first_reach_p(p: float, expected: list[int]) -> None:
     assert kept(keep_top_p(LOGITS, p))[0] == expected

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.nn.layers import AttentionLayers, Decoder, Encoder
+from truemask.nn.layers import AttentionLayers, Decoder, Encoder, Layer
 from truemask.nn.wrappers import TransformerWrapper
 
 TOKENS, DIM, HEADS, DIM_HEAD, DEPTH = 31, 23, 4, 6, 2  # heads are even, so that key heads can be fewer
@@ -41,6 +41,13 @@ def wrapped(layers: AttentionLayers | None = None, **keywords: Any) -> Transform
     """A small model of tokens in fp64; `max_seq_len` is 47."""
     options = {"num_tokens": TOKENS, "max_seq_len": 47, **keywords}
     return _made(TransformerWrapper(attn_layers=decoder() if layers is None else layers, **options))
+
+
+def layer(layers: AttentionLayers, index: int = 0) -> Layer:
+    """One layer of a stack."""
+    found = layers.layers[index]
+    assert isinstance(found, Layer)
+    return found
 
 
 def featured(name: str) -> TransformerWrapper:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from truemask.nn.config import AttentionConfig, FeedForwardConfig, LayersConfig
 from truemask.nn.layers import Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper
 
-SMALL = {"dim": 12, "depth": 1, "heads": 2, "attn_dim_head": 6}
+SMALL: dict[str, Any] = {"dim": 12, "depth": 1, "heads": 2, "attn_dim_head": 6}
 
 
 def test_prefixes_reach_their_part() -> None:
@@ -40,7 +41,7 @@ def test_flash_is_the_default() -> None:
         ({"attn_causal": False}, "has no keyword 'attn_causal'"),
     ],
 )
-def test_an_unknown_keyword_names_what_was_meant(keywords: dict[str, object], said: str) -> None:
+def test_an_unknown_keyword_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
     with pytest.raises(TypeError, match=said):
         Decoder(**SMALL, **keywords)
 
@@ -73,7 +74,7 @@ def test_the_wrapper_refuses_unknown_keywords_too() -> None:
         ({"rotary_interpolation_factor": 0.5}, "rotary_interpolation_factor is 0.5"),
     ],
 )
-def test_contradictions_and_impossible_sizes_are_refused(keywords: dict[str, object], said: str) -> None:
+def test_contradictions_and_impossible_sizes_are_refused(keywords: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Decoder(**SMALL, **keywords)
 

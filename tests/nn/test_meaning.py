@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.nn.models import HEADS, TOKENS, assert_same, decoder, encoder, features, ids, wrapped
+from tests.nn.models import HEADS, TOKENS, assert_same, decoder, encoder, features, ids, layer, wrapped
 from truemask.masks.choice import per_head
 from truemask.masks.combine import everything, nothing
 from truemask.masks.core import Mask
@@ -77,7 +77,7 @@ def test_a_row_depends_on_what_the_mask_does_let_through() -> None:
 def test_rows_that_see_nothing_get_zeros_and_finite_gradients(mask: Mask, dtype: torch.dtype) -> None:
     layers = decoder().to(dtype).train()
     x = features(2, N).to(dtype).requires_grad_()
-    attended = layers.layers[0].attn(x, mask)
+    attended = layer(layers).attn(x, mask)
     dead = mask.dead_queries(N)[0, 0]
     assert torch.equal(attended[:, dead], torch.zeros_like(attended[:, dead]))
     layers(x, mask=mask).sum().backward()
@@ -89,7 +89,7 @@ def test_padding_is_not_read_and_its_rows_get_zeros_from_attention() -> None:
     flags = torch.tensor([[True] * 9 + [False] * 4])
     x = features(1, N)
     assert not moved(encoder(), x, 11, mask=flags)[0, :9].any()
-    attended = encoder().layers[0].attn(x, keys(flags) & queries(flags))
+    attended = layer(encoder()).attn(x, keys(flags) & queries(flags))
     assert torch.equal(attended[:, 9:], torch.zeros_like(attended[:, 9:]))
     assert_same(encoder()(x, mask=flags)[:, :9], encoder()(x[:, :9]))
 
@@ -168,7 +168,7 @@ def test_memory_keys_stand_beside_every_mask(given: dict[str, object]) -> None:
     layers = decoder(attn_num_mem_kv=3)
     out = layers(features(2, N), **given)
     with torch.no_grad():
-        layers.layers[0].attn.mem_v += 1.0
+        layer(layers).attn.mem_v.add_(1.0)
     assert (out != layers(features(2, N), **given)).any(dim=-1).all()
     for place in (0, 7):
         assert not moved(layers, features(1, N), place, **given)[0, :place].any()

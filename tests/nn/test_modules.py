@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.nn.models import FEATURES, TOKENS, assert_same, decoder, encoder, featured, features, ids, wrapped
+from tests.nn.models import FEATURES, TOKENS, assert_same, decoder, encoder, featured, features, ids, layer, wrapped
 from truemask.masks.combine import everything
 from truemask.masks.positional import causal, window
 from truemask.nn.config import FeedForwardConfig
@@ -90,7 +90,7 @@ def test_cosine_scores_ignore_the_length_of_queries() -> None:
     layers = decoder(attn_qk_norm=True)
     before = layers(X)
     with torch.no_grad():
-        layers.layers[0].attn.to_q.weight *= 5.0
+        layer(layers).attn.to_q.weight *= 5.0
     assert_same(layers(X), before)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.nn.models import DEPTH, DIM, DIM_HEAD, HEADS, TOKENS, features, ids
+from tests.nn.models import DEPTH, DIM, DIM_HEAD, HEADS, TOKENS, features, ids, layer
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.nn.layers import Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper
 
-peer = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")
+peer: Any = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")
 
 BATCH, N = 3, 11
 KEYWORDS: list[dict[str, Any]] = [
@@ -42,7 +42,7 @@ def pair(kind: str, **keywords: Any) -> tuple[Any, Any]:
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.4)
     ours = {"Decoder": Decoder, "Encoder": Encoder}[kind](**sizes, **keywords).double().eval()
-    ours.load_state_dict({name: tensor for name, tensor in translated(theirs)})
+    ours.load_state_dict(dict(translated(theirs)))
     return theirs, ours
 
 
@@ -135,7 +135,11 @@ def models(kind: str, layers: dict[str, Any], **keywords: Any) -> tuple[Any, Tra
     theirs = peer.TransformerWrapper(attn_layers=their_layers, **options).double().eval()
     ours = TransformerWrapper(attn_layers=our_layers, **options).double().eval()
     names = {"token_emb.emb.weight": "token_emb.weight", "to_logits.weight": "project_out.weight"}
-    own = {names.get(name, name): t for name, t in theirs.state_dict().items() if not name.startswith("attn_layers")}
+    own = {
+        names.get(str(name), str(name)): t
+        for name, t in theirs.state_dict().items()
+        if not str(name).startswith("attn_layers")
+    }
     missing, unexpected = ours.load_state_dict(own, strict=False)
     assert not unexpected
     assert all(name.startswith("attn_layers.") for name in missing)
@@ -181,8 +185,8 @@ def test_initial_weights_have_the_peers_scale() -> None:
     pairs = [
         (ours.token_emb.weight, theirs.token_emb.emb.weight),
         (ours.project_out.weight, theirs.to_logits.weight),
-        (ours.attn_layers.layers[0].attn.to_q.weight, theirs.attn_layers.layers[0][1].to_q.weight),
-        (ours.attn_layers.layers[0].ff.proj_out.weight, theirs.attn_layers.layers[1][1].ff[2].weight),
+        (layer(ours.attn_layers).attn.to_q.weight, theirs.attn_layers.layers[0][1].to_q.weight),
+        (layer(ours.attn_layers).ff.proj_out.weight, theirs.attn_layers.layers[1][1].ff[2].weight),
     ]
     for own, other in pairs:
         assert own.shape == other.shape

@@ -81,13 +81,14 @@ def test_angles_are_exact_in_a_half_precision_model() -> None:
     """In x-transformers `.bfloat16()` rounds positions above 256, so that neighbours get the same angle."""
     layers = decoder(rotary_pos_emb=True, rotary_emb_dim=4)
     positions = torch.tensor([256, 257, 1000, 4097])
+    assert layers.rotary is not None
     full = layers.rotary(positions, torch.float32)
-    half = layers.bfloat16().rotary(positions, torch.bfloat16)
+    half = layers.rotary.bfloat16()(positions, torch.bfloat16)
     assert half.cos.dtype == torch.float32
     assert torch.equal(half.cos, full.cos)
     exact = positions.double()[:, None] * torch.tensor([1.0, 10000.0**-0.5], dtype=torch.float64)
     torch.testing.assert_close(full.cos[0, 0].double(), exact.cos(), rtol=0, atol=1e-3)
-    assert layers(features(1, 5).bfloat16()).dtype == torch.bfloat16
+    assert layers.bfloat16()(features(1, 5).bfloat16()).dtype == torch.bfloat16
 
 
 def test_scores_depend_on_distance_only() -> None:

@@ -9,7 +9,6 @@ Shapes: b samples, h query heads = y key heads x g, q rows (n of a chunk), k key
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -62,13 +61,15 @@ def eager_attention(
         q = inputs.q.to(compute).unflatten(1, call.heads)
         step = max(1, chunk_bytes // max(1, b * hq * keys * k.element_size()))
         ways = _chunk
-        if recompute and rows > step and torch.is_grad_enabled():
+        if recompute and rows > step and _wants_gradients(inputs):
             ways = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
         parts = [ways(call, q[:, :, :, first : first + step], first) for first in range(0, max(rows, 1), step)]
         return _joined(parts, inputs.q.dtype, want_weights)
 
 
-Chunk = Callable[[_Call, Tensor, int], tuple[Tensor, ...]]
+def _wants_gradients(inputs: Inputs) -> bool:
+    given = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sink_logits)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def _joined(parts: list[tuple[Tensor, ...]], dtype: torch.dtype, want_weights: bool) -> Result:

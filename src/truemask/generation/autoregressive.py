@@ -19,8 +19,8 @@ from truemask.generation.sampling import Filter, Sampler
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, Queries
-from truemask.masks.positional import causal
 from truemask.masks.packing import Padded
+from truemask.masks.positional import causal
 from truemask.nn.doors import warn
 from truemask.nn.masking import Layout, pairs_ahead, read_masks, token_positions
 from truemask.nn.wrappers import TransformerWrapper
@@ -118,7 +118,8 @@ class AutoregressiveWrapper(nn.Module):
             cache_kv=cache_kv,
             generator=generator,
         )
-        tokens = list(steps)
+        with evaluating(self.net):  # once, rather than in each step
+            tokens = list(steps)
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
         like = prompts if isinstance(prompts, Tensor) else prompts[0]
         batch = 1 if single else len(prompts)

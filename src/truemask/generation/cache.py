@@ -35,9 +35,7 @@ class KVCache:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         capacity = config.attn.num_mem_kv + net.num_memory_tokens + tokens
         shape = (2, batch, config.kv_heads, capacity, config.attn.dim_head)  # keys and values
-        self._layers = [
-            LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)
-        ]
+        self._layers = [LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)]
 
     @property
     def length(self) -> int:

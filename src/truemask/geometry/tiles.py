@@ -124,19 +124,23 @@ class TileMap:
 
     def mixed(self) -> tuple[Ints, Ints, Ints, Ints]:
         """The places (b, h, i, j) of the MIXED tiles, in row order."""
-        return self._places(MIXED)
-
-    def full(self) -> tuple[Ints, Ints, Ints, Ints]:
-        """The places (b, h, i, j) of the FULL tiles, in row order."""
-        return self._places(FULL)
-
-    def _places(self, state: np.int8) -> tuple[Ints, Ints, Ints, Ints]:
-        keep = self.runs[:, 2] == state
-        start, size = self.runs[keep, 0], self.runs[keep, 1] - self.runs[keep, 0]
-        row = np.repeat(np.arange(len(self.row_starts) - 1), np.diff(self.row_starts))[keep]
+        (b, h, i), start, stop = self._runs(MIXED)
+        size = stop - start
         within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-        b, h, i = (x.astype(np.int64) for x in np.unravel_index(np.repeat(row, size), self.shape[:3]))
-        return b, h, i, np.repeat(start, size) + within
+        return np.repeat(b, size), np.repeat(h, size), np.repeat(i, size), np.repeat(start, size) + within
+
+    def full(self) -> Rectangles:
+        """The FULL runs as rectangles of cells, one for each run of tiles."""
+        (b, h, i), start, stop = self._runs(FULL)
+        q0, q1, k0, _ = self.extents(i, start)
+        return Rectangles(b, h, q0, q1, k0, np.minimum(stop * self.block[1], self.kv_len))
+
+    def _runs(self, state: np.int8) -> tuple[tuple[Ints, Ints, Ints], Ints, Ints]:
+        """The runs in one state: their (b, h, i), first tile and stop."""
+        keep = np.flatnonzero(self.runs[:, 2] == state)
+        row = np.searchsorted(self.row_starts, keep, "right") - 1
+        b, h, i = (x.astype(np.int64) for x in np.unravel_index(row, self.shape[:3]))
+        return (b, h, i), self.runs[keep, 0], self.runs[keep, 1]
 
     def extents(self, i: Ints, j: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """`q0, q1, k0, k1` of tiles (i, j), cut at the true lengths."""
@@ -164,12 +168,9 @@ class TileMap:
     def dense(self) -> NDArray[np.bool_]:
         """Every cell, bool `[b, h, q, k]`: FULL runs are filled, MIXED tiles evaluated."""
         out = np.zeros((*self.shape[:2], self.q_len, self.kv_len), bool)
-        keep = np.flatnonzero(self.runs[:, 2] == FULL)
-        b, h, i = np.unravel_index(np.searchsorted(self.row_starts, keep, "right") - 1, self.shape[:3])
-        q0, q1, k0, k1 = self.extents(i, self.runs[keep, 0])
-        k1 = np.minimum(self.runs[keep, 1] * self.block[1], self.kv_len)
-        for place in zip(b, h, q0, q1, k0, k1, strict=True):
-            out[place[0], place[1], place[2] : place[3], place[4] : place[5]] = True
+        full = self.full()
+        for b, h, q0, q1, k0, k1 in zip(full.b, full.h, full.q0, full.q1, full.k0, full.k1, strict=True):
+            out[b, h, q0:q1, k0:k1] = True
         for part in self.evaluated():
             q0, q1, k0, k1 = self.extents(part.i, part.j)
             for n, place in enumerate(zip(part.b, part.h, q0, q1, k0, k1, strict=True)):

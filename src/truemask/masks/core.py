@@ -360,7 +360,7 @@ def joined(axis: str, masks: Iterable[Mask], sizes: Iterable[int]) -> int:
     if len(known) > 1:
         (a, first), (b, second), *_ = known.items()
         if first is second:
-            raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}; give all of them the same number")
+            raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}: they must agree")
         raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
     return next(iter(known), ANY if unknown else 1)
 

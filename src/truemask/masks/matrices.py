@@ -17,7 +17,7 @@ from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, Written, call
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
-from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.reindex import look_up, pick, rows_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,7 +42,7 @@ class Dense(Mask):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = self.table("tensor")
         b, h, q, k = (i.clamp(0, n - 1) if n > 1 else i * 0 for i, n in zip((b, h, q, k), table.shape, strict=True))
-        return table[b, h, q, k]
+        return pick(table, b, h, q, k)
 
     def _tile(self, r: Rectangles) -> States:
         seen, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
@@ -112,7 +112,7 @@ class BlockPattern(Mask):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = self.table("matrix")
         row, column = ((i // self.size).clamp(0, n - 1) for i, n in zip((q, k), table.shape[1:], strict=True))
-        return table[h.clamp(0, len(table) - 1) if len(table) > 1 else 0, row, column]
+        return pick(table, h.clamp(0, len(table) - 1), row, column) if len(table) > 1 else pick(table[0], row, column)
 
     def _tile(self, r: Rectangles) -> States:
         n = self.size

@@ -132,9 +132,8 @@ class Questions(ABC):
         """
         tiles = self.tiles(q_len, kv_len, batch=batch, heads=heads)
         pairs = np.zeros(tiles.shape[:2], np.int64)
-        b, h, i, j = tiles.full()
-        q0, q1, k0, k1 = tiles.extents(i, j)
-        np.add.at(pairs, (b, h), (q1 - q0) * (k1 - k0))
+        full = tiles.full()
+        np.add.at(pairs, (full.b, full.h), (full.q1 - full.q0) * (full.k1 - full.k0))
         for part in tiles.evaluated():
             np.add.at(pairs, (part.b, part.h), part.cells.sum((1, 2)))
         return torch.from_numpy(pairs)
@@ -161,17 +160,19 @@ class Questions(ABC):
 
     def _dead(self, axis: int, q_len: int, kv_len: int | None, batch: int | None, heads: int | None) -> Tensor:
         tiles = self.tiles(q_len, kv_len, batch=batch, heads=heads)
-        size, block = (tiles.q_len, tiles.kv_len)[axis], tiles.block[axis]
-        alive = np.zeros((*tiles.shape[:2], tiles.shape[2 + axis] * block), bool)
-        whole_tiles = alive.reshape(*tiles.shape[:2], tiles.shape[2 + axis], block)
-        b, h, i, j = tiles.full()
-        whole_tiles[b, h, (i, j)[axis]] = True
+        full, sizes = tiles.full(), (tiles.q_len, tiles.kv_len)
+        first, stop = ((full.q0, full.q1), (full.k0, full.k1))[axis]
+        seen = np.zeros(
+            (*tiles.shape[:2], sizes[axis] + tiles.block[axis] + 1), np.int64
+        )  # +1 where a run begins, -1 behind it
+        np.add.at(seen, (full.b, full.h, first), 1)
+        np.add.at(seen, (full.b, full.h, stop), -1)
+        alive = seen.cumsum(-1) > 0
         for part in tiles.evaluated():
-            seen = part.cells.any(2 - axis)
-            span = np.arange(seen.shape[1])
-            place = (part.b[:, None], part.h[:, None], (part.i, part.j)[axis][:, None], span)
-            np.logical_or.at(whole_tiles, place, seen)
-        return torch.from_numpy(~alive[..., :size])
+            some = part.cells.any(2 - axis)
+            place = (part.i, part.j)[axis][:, None] * tiles.block[axis] + np.arange(some.shape[1])
+            np.logical_or.at(alive, (part.b[:, None], part.h[:, None], place), some)
+        return torch.from_numpy(~alive[..., : sizes[axis]])
 
     def show(
         self, q_len: int = 16, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None

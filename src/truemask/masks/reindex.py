@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
@@ -19,10 +20,15 @@ from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
 
 
+def pick(table: Tensor, *places: Tensor) -> Tensor:
+    """`table[places]` as one operator: `[]` would read a 0-d index as a number, which no tracer can follow."""
+    return torch.ops.aten.index.Tensor(table, list(places))
+
+
 def look_up(table: Tensor, b: Tensor, i: Tensor) -> Tensor:
     """`table[b, i]` of `[n]` or `[b, n]`; places beyond it (padding of a kernel's last tile) read the last entry."""
     i = i.clamp(0, max(table.shape[-1] - 1, 0))
-    return table[i] if table.ndim == 1 else table[b, i]
+    return pick(table, i) if table.ndim == 1 else pick(table, b, i)
 
 
 def rows_of(data: Data) -> int:

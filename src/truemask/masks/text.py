@@ -198,9 +198,8 @@ class _Walk:
         known = inspect.signature(function).parameters
         for keyword in node.keywords:
             if keyword.arg not in known:
-                raise self.error(
-                    keyword, f"`{function.__name__}` has no argument {str(keyword.arg)[:60]!r}{suggest(str(keyword.arg), known)}"
-                )
+                name = str(keyword.arg)[:60]
+                raise self.error(keyword, f"`{function.__name__}` has no argument {name!r}{suggest(name, known)}")
         try:
             inspect.signature(function).bind(*args, **options)
         except TypeError as error:

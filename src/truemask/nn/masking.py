@@ -21,8 +21,8 @@ from truemask.errors import MaskError, describe
 from truemask.masks.combine import And, Minus, Nothing, Or, everything, nothing
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, Queries
-from truemask.masks.positional import Causal, Window, causal
 from truemask.masks.packing import Packed, Padded
+from truemask.masks.positional import Causal, Window, causal
 from truemask.nn.doors import read_matrix, read_padding, warn
 
 

@@ -102,10 +102,10 @@ def _save_plot(
     down = -(-len(panels.cuts) // across)
     figure = Figure(figsize=(4.4 * across, 4.6 * down + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(down, across, squeeze=False).flat
-    for axes in list(grid)[len(panels.cuts) :]:
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[len(panels.cuts) :]:
         axes.set_axis_off()
-    for axes, cut, label in zip(grid, panels.cuts, panels.labels, strict=False):
+    for axes, cut, label in zip(grid[: len(panels.cuts)], panels.cuts, panels.labels, strict=True):
         _draw(axes, cut, label)
     figure.suptitle(_wrapped(mask.text if title is None else title, 46 * across), family="monospace", fontsize=9)
     figure.savefig(path, dpi=dpi)
@@ -129,7 +129,8 @@ def _draw(axes: Axes, cut: Shares, label: str) -> None:
     axes.set_ylabel("query", fontsize=8)
     cells = cut.q_len * cut.kv_len
     counted = "" if cut.pairs is None else f"{cut.pairs:,} of {cells:,} pairs ({percent(cut.pairs, cells)})"
-    axes.set_title("\n".join(filter(None, (label, counted))), y=-0.01, va="top", fontsize=8)
+    below = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 8}
+    axes.text(0.5, -0.02, "\n".join(filter(None, (label, counted))), **below)
 
 
 def _stretched(cut: Shares) -> np.ndarray:

@@ -11,8 +11,8 @@ from truemask.masks.foreign.reading import (
     additive_visible,
     as_heads,
     boolean_hint,
+    from_cells,
     key_visibility,
-    made_dense,
     module_visible,
     require_bool,
     require_tensor,
@@ -25,10 +25,10 @@ from truemask.masks.positional import causal
 def from_torch_sdpa(attn_mask: Tensor) -> Mask:
     """The boolean `attn_mask` of `F.scaled_dot_product_attention`: True = attend, so nothing is flipped.
 
-    `attn_mask`: bool (q, k), or (b, h, q, k) where size 1 broadcasts. A float one goes through `from_additive`. A
-    3-D one raises `MaskError`, because torch lines its first axis up with whatever stands there in the query.
-    `is_causal=True` is `causal` (both align top-left). Source: the documentation of
-    `torch.nn.functional.scaled_dot_product_attention`.
+    `attn_mask`: bool (q, k), or (b, h, q, k) where size 1 broadcasts as in torch: (b, 1, 1, k) is key padding. A
+    float one goes through `from_additive`. A 3-D one raises `MaskError`, because torch lines its first axis up with
+    whatever stands there in the query. `is_causal=True` is `causal` (both align top-left). Source: the
+    documentation of `torch.nn.functional.scaled_dot_product_attention`.
 
     >>> import torch
     >>> import truemask as tm
@@ -49,7 +49,7 @@ def from_torch_sdpa(attn_mask: Tensor) -> Mask:
             "attn_mask.unsqueeze(0) is (1, h, q, k), one mask for each head; "
             "attn_mask.unsqueeze(1) is (b, 1, q, k), one for each sample. Pass the one you mean"
         )
-    return made_dense("from_torch_sdpa", "attn_mask", attn_mask)
+    return from_cells("from_torch_sdpa", "attn_mask", attn_mask)
 
 
 def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
@@ -59,9 +59,9 @@ def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
     which takes -inf, `finfo.min`, and what is left of it after a small number was added. Any other value is a bias,
     not a mask, and raises `MaskError`: -1e9 in float32 too, which hides nothing when all of a row has it.
 
-    `bias`: float (q, k), (b, h, q, k) where size 1 broadcasts, or 3-D with `axes="bqk"` or `"hqk"`. Sources:
-    `F.scaled_dot_product_attention`, `nn.Transformer.generate_square_subsequent_mask`, Hugging Face's eager 4-D
-    masks.
+    `bias`: float (q, k), (b, h, q, k) where size 1 broadcasts, (b, 1, 1, k) included, or 3-D with `axes="bqk"` or
+    `"hqk"`. Sources: `F.scaled_dot_product_attention`, `nn.Transformer.generate_square_subsequent_mask`, Hugging
+    Face's eager 4-D masks.
 
     >>> import torch
     >>> import truemask as tm
@@ -70,7 +70,7 @@ def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
     >>> mask[0, 0], mask[0, 1], mask[1, 1]
     (True, False, True)
     """
-    return made_dense("from_additive", "the mask", additive_visible("from_additive", "the mask", bias), axes)
+    return from_cells("from_additive", "the mask", additive_visible("from_additive", "the mask", bias), axes)
 
 
 def from_torch_mha(
@@ -103,7 +103,7 @@ def from_torch_mha(
             samples = visible.shape[0]
         elif visible.ndim != 2:
             raise MaskError(f"{where}: attn_mask is {describe(attn_mask)}; torch takes (q, k) or (b * num_heads, q, k)")
-        parts.append(made_dense(where, "attn_mask", visible))
+        parts.append(from_cells(where, "attn_mask", visible))
     if key_padding_mask is not None:
         visible = module_visible(where, "key_padding_mask", key_padding_mask)
         if visible.ndim not in (1, 2):
@@ -168,7 +168,7 @@ def from_x_transformers(
         require_bool(where, "attn_mask", attn_mask)
         if attn_mask.ndim == 3:
             attn_mask = as_heads(where, attn_mask, heads)
-        parts.append(made_dense(where, "attn_mask", attn_mask))
+        parts.append(from_cells(where, "attn_mask", attn_mask))
     if mask is not None:
         require_tensor(where, mask)
         require_bool(where, "mask", mask)
@@ -196,5 +196,5 @@ def from_keras(attention_mask: Tensor | None = None, use_causal_mask: bool = Fal
         return causal if use_causal_mask else everything
     require_tensor("from_keras", attention_mask)
     flags = zeros_and_ones("from_keras", "attention_mask", attention_mask, floats=True)
-    given = made_dense("from_keras", "attention_mask", flags, "bqk" if flags.ndim == 3 else None)
+    given = from_cells("from_keras", "attention_mask", flags, "bqk" if flags.ndim == 3 else None)
     return causal & given if use_causal_mask else given

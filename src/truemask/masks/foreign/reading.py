@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
+from truemask.masks.choice import per_head
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
-from truemask.masks.data import keys, padding
+from truemask.masks.data import keys, padding, queries
 from truemask.masks.matrices import dense
 
 
@@ -105,7 +106,16 @@ def zeros_and_ones(where: str, name: str, value: Tensor, *, floats: bool = False
     return flags
 
 
-def made_dense(where: str, name: str, visible: Tensor, axes: str | None = None) -> Mask:
+def from_cells(where: str, name: str, visible: Tensor, axes: str | None = None) -> Mask:
+    """(q, k), (b, h, q, k) or 3-D with `axes`; size 1 broadcasts: one row for all queries speaks of keys only."""
+    cells = visible[None, None] if visible.ndim == 2 else visible
+    if visible.ndim == 3 and axes in ("bqk", "hqk"):
+        cells = visible.unsqueeze(1 if axes == "bqk" else 0)
+    if cells.ndim == 4 and cells.numel() and (cells.shape[2] == 1) != (cells.shape[3] == 1):
+        one_row = cells.shape[2] == 1
+        read = key_visibility if one_row else queries
+        heads = [read(line) for line in cells.squeeze(2 if one_row else 3).unbind(1)]
+        return heads[0] if len(heads) == 1 else per_head(heads)
     try:
         return dense(visible, axes=axes)
     except MaskError as error:
