@@ -1,6 +1,6 @@
 """One thread, and Hypothesis that draws the same examples every time: a red test is red for everybody.
 
-`HYPOTHESIS_PROFILE=deep` draws anew and twenty times as much, for a look beyond what CI sees.
+`HYPOTHESIS_PROFILE=deep` draws anew and five times as much, for a look beyond what CI sees.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.fi
 settings.register_profile(
     "fast", max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_IS_FINE
 )
-settings.register_profile("deep", max_examples=1200, deadline=None, suppress_health_check=SLOW_IS_FINE)
+settings.register_profile("deep", max_examples=300, deadline=None, suppress_health_check=SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))

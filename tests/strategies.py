@@ -344,5 +344,5 @@ def expressions(
     draw: Draw, depth: int = DEEPEST, leaves: Sequence[str] = tuple(LEAVES), reach: Reach | None = None
 ) -> Drawn:
     """A random expression over `leaves` and the sizes that it answers for."""
-    reach = draw(reaches()) if reach is None else reach
-    return Drawn(grow(draw, reach, depth, tuple(leaves)), reach)
+    sizes: Reach = draw(reaches()) if reach is None else reach
+    return Drawn(grow(draw, sizes, depth, tuple(leaves)), sizes)

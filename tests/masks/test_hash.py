@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -56,7 +58,7 @@ def test_words_broadcast() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"seed": 5}, {"block": 3}, {"block": 2, "seed": 2**32 - 1}], ids=str)
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.97])
-def test_random_in_pure_python(rate: float, options: dict[str, int]) -> None:
+def test_random_in_pure_python(rate: float, options: dict[str, Any]) -> None:
     found = tm.random(rate, **options).to_dense(13, 11)[0, 0]
     expected = [[descriptions.random_cell(q, k, rate, **options) for k in range(11)] for q in range(13)]
     assert found.tolist() == expected

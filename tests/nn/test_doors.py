@@ -182,6 +182,7 @@ def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor, said: str) -> No
         (torch.rand(2, 3), "expected whole numbers"),
         (torch.tensor([[3, 31]]), "token 31 is outside the vocabulary: num_tokens=31, so ids are 0 to 30"),
         (torch.tensor([[3, -1]]), "token -1 is outside"),
+        (torch.ones(2, 3, dtype=torch.long, device="meta"), "on meta and the model is on cpu: move one with"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(tokens: torch.Tensor, said: str) -> None:

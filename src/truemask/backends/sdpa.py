@@ -22,7 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.contain import Flash, flash_attention
 from truemask.backends.costs import SDPA, seconds
-from truemask.backends.eager import beside_sink, bias_values
+from truemask.backends.eager import bias_values
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -85,9 +85,6 @@ class Sdpa:
         if inputs.q.device.type != "cpu":
             return Result(front_end(inputs, dense, causal))
         out, lse = _flash(inputs, dense, causal, job)
-        if inputs.sink_logits is not None:
-            share = beside_sink(lse, inputs.sink_logits.to(lse.dtype)[:, None])
-            out = (out * share[..., None]).to(out.dtype)
         return Result(out, lse if job.request.return_lse else None)
 
 
@@ -98,10 +95,8 @@ def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple
     if q.shape[-1] != own:
         q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     additive, dead = dense or (None, None)
-    if job.request.kv_len == 0:
-        dead = torch.ones(1, 1, 1, dtype=torch.bool)
     call = Flash(inputs.scale, causal, additive, dead, job.mask, inputs.bias)
-    out, lse = flash_attention(call, q, k, v, grad=job.request.grad)
+    out, lse = flash_attention(call, q, k, v, inputs.sink_logits, grad=job.request.grad)
     return (out if width == own else out[..., :own]), lse
 
 

@@ -87,8 +87,11 @@ def _gather(w: Tensor, c: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _scatter(w: Tensor, a: Tensor, allowed: Tensor) -> Tensor:
-    weights = _folded(torch.where(allowed, w, 0))
-    return contained_product(weights.mT, _folded(a), lambda: _folded(allowed.expand(w.shape)).mT)
+    # A key that many rows see gets a long sum: in fp64 it loses nothing, and law 10 holds for gradients too. Other
+    # devices add in blocks, and some lack fp64.
+    wide = torch.float64 if w.device.type == "cpu" else w.dtype
+    weights, rows = _folded(torch.where(allowed, w, 0)).to(wide), _folded(a).to(wide)
+    return contained_product(weights.mT, rows, lambda: _folded(allowed.expand(w.shape)).mT).to(w.dtype)
 
 
 class _Side(Function):

@@ -134,7 +134,12 @@ class TransformerWrapper(nn.Module):
                 f"ids are {describe(ids)}; expected whole numbers, int64 [batch, tokens]"
                 + (". For one sequence pass ids[None]" if ids.ndim == 1 else "")
             )
-        if ids.device.type == "cpu" and ids.numel():  # elsewhere looking would stop the device
+        if ids.device != self.token_emb.weight.device:
+            raise ValueError(
+                f"ids are {describe(ids)} and the model is on {self.token_emb.weight.device}: move one with .to()"
+            )
+        readable = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, looking makes it wait
+        if readable and ids.numel():
             low, high = (int(end) for end in ids.aminmax())
             if low < 0 or high >= self.num_tokens:
                 raise ValueError(

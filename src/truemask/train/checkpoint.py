@@ -96,7 +96,7 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
     parameters = dict(model.named_parameters())
     for key, tensor in stored.items():
         name, _, field = key.rpartition("/")
-        optimizer.state[parameters[name]][field] = tensor
+        optimizer.state[parameters[name]][field] = tensor.clone()  # its own aligned memory
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
