@@ -22,6 +22,7 @@ OTHERS = {
     "README.zh-CN.md": "what it is, in Chinese",
     "CHANGELOG.md": "what changed for users",
     "CITATION.cff": "how to cite it",
+    "LICENSE": "MIT",
     "docs/conventions.md": "the laws, each once, and the table of conventions",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",
@@ -44,7 +45,7 @@ def drawn(stairs: list[str]) -> str:
         ("src/truemask/, from the ground floor up", [(name, said(source / name)) for name in stairs]),
         ("tests/", [(p.relative_to(tests).as_posix(), said(p)) for p in sorted(tests.rglob("*.py")) if said(p)]),
         ("docs/ (scripts)", [(p.name, said(p)) for p in sorted((ROOT / "docs").glob("*.py"))]),
-        ("the rest", [(name, what) for name, what in OTHERS.items() if (ROOT / name).exists()]),
+        ("the rest", list(OTHERS.items())),
     ]
     lines = []
     for title, entries in rooms:

@@ -418,6 +418,19 @@ CASES: list[Case] = [
         0000111
         0000111
     """),
+    Case("documents-per-sample", lambda: documents([[2, 3], [4, 1]]), 5, 5, """
+        11000
+        11000
+        00111
+        00111
+        00111
+
+        11110
+        11110
+        11110
+        11110
+        00001
+    """, batch=2),
     Case("documents-ids", lambda: documents(ids=[0, 0, 1, 0, 2]), 5, 5, """
         11010
         11010
@@ -536,6 +549,22 @@ CASES: list[Case] = [
         00011
         00011
     """, batch=2),
+    Case("padding-queries", lambda: padding(lengths=[1, 3], on="queries"), 3, 2, """
+        11
+        00
+        00
+
+        11
+        11
+        11
+    """, batch=2),
+    Case("padding-one-number", lambda: padding(lengths=3), 5, 5, """
+        11100
+        11100
+        11100
+        00000
+        00000
+    """),
     # trees
     Case("tree", lambda: tree([-1, 0, 0, 1, 1, -1, 5]), 7, 7, """
         1000000
@@ -555,6 +584,15 @@ CASES: list[Case] = [
         1100010
         1100011
     """),
+    Case("tree-per-sample", lambda: tree([[-1, 0, 0], [-1, 0, 1]]), 3, 3, """
+        100
+        110
+        101
+
+        100
+        110
+        111
+    """, batch=2),
     # dense, predicates, per head and per sample
     Case("dense", lambda: dense(flags("10110", "01101", "00000")), 3, 5, """
         10110
@@ -604,6 +642,19 @@ CASES: list[Case] = [
         01111
         00111
         00011
+    """, heads=3),
+    Case("per-head-repeated", lambda: per_head([window(1), window(1), causal]), 3, 3, """
+        100
+        010
+        001
+
+        100
+        010
+        001
+
+        100
+        110
+        111
     """, heads=3),
     Case("per-sample", lambda: per_sample([prefix(1), local(1)]), 3, 5, """
         10000
@@ -750,6 +801,15 @@ CASES: list[Case] = [
         11100
         11000
     """, batch=2),
+    Case("take-keys-per-sample", lambda: window(2).take(k=[[1, 0], [0, 2]]), 3, 2, """
+        01
+        11
+        10
+
+        10
+        10
+        01
+    """, batch=2),
     Case("select-samples", lambda: prefix([0, 1, 3]).select(samples=[2, 0, 2, 1]), 1, 5, """
         11100
 
@@ -807,6 +867,19 @@ CASES: list[Case] = [
         0001100
         0001110
     """),
+    Case("packed-per-sample", lambda: causal.packed([[2, 3], [4, 1]]), 5, 5, """
+        10000
+        11000
+        00100
+        00110
+        00111
+
+        10000
+        11000
+        11100
+        11110
+        00001
+    """, batch=2),
     Case("padded", lambda: (causal & (window(2) | prefix(1))).padded([0, 2]), 7, 7, """
         1000000
         1100000

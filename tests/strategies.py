@@ -327,9 +327,9 @@ OPERATORS: dict[str, Callable[[Draw, Reach, Inner], Description]] = {
 FREE = ("everything", "nothing", "causal", "window", "local", "blocks", "dilated", "strided", "random", "global_tokens")
 
 
-def grow(draw: Draw, reach: Reach, depth: int, leaves: tuple[str, ...]) -> Description:
-    """A description of at most `depth` levels."""
-    if depth > 1 and draw(st.integers(0, 9)) > 2:
+def grow(draw: Draw, reach: Reach, depth: int, leaves: tuple[str, ...], *, root: bool = False) -> Description:
+    """A description of at most `depth` levels, and at least two if it may be that deep."""
+    if depth > 1 and (root or draw(st.integers(0, 9)) > 2):
         return OPERATORS[draw(st.sampled_from(sorted(OPERATORS)))](draw, reach, Inner(draw, depth, leaves))
     return LEAVES[draw(st.sampled_from(leaves))](draw, reach)
 
@@ -345,4 +345,4 @@ def expressions(
 ) -> Drawn:
     """A random expression over `leaves` and the sizes that it answers for."""
     sizes: Reach = draw(reaches()) if reach is None else reach
-    return Drawn(grow(draw, sizes, depth, tuple(leaves)), sizes)
+    return Drawn(grow(draw, sizes, depth, tuple(leaves), root=True), sizes)

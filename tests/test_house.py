@@ -221,9 +221,17 @@ print(tm.plan(mask, q_len=7).backend, tm.Decoder(dim=16, depth=1, heads=2)(torch
 def test_the_map_shows_the_house() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from make_map import PAGE, drawn, in_page
+        from make_map import OTHERS, PAGE, drawn, in_page
     finally:
         sys.path.pop(0)
+    for name in OTHERS:
+        assert (ROOT / name).exists(), f"docs/make_map.py describes {name}, which is not there"
+    unseen = {
+        path.relative_to(ROOT).as_posix() for folder in ("docs", "tools") for path in (ROOT / folder).glob("*.[!p]*")
+    }
+    assert unseen <= set(OTHERS), (
+        f"give these files a line in OTHERS of docs/make_map.py: {sorted(unseen - set(OTHERS))}"
+    )
     assert in_page(PAGE.read_text(encoding="utf-8")) == drawn(STAIRS), (
         "the map in CONTRIBUTING.md is out of date: `python docs/make_map.py` (or `make format`) redraws it"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -15,23 +15,51 @@ from truemask.errors import ConventionWarning
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """The keywords that do not change what `attend` returns."""
+
+    bias: Tensor | Bias | None
+    scale: float | None
+    softcap: float | None
+    sink_logits: Tensor | None
+    dropout: float
+    backend: str | None
+
+
+Masked = Mask | Tensor | None
+
+
+@overload
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Masked = None, **options: Unpack[Options]) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Masked = None, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Masked = None, *, return_weights: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+
 
 @overload
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | Tensor | None = None,
+    mask: Masked = None,
     *,
-    bias: Tensor | Bias | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    dropout: float = 0.0,
-    backend: str | None = None,
-    return_lse: Literal[False] = False,
-    return_weights: Literal[False] = False,
-) -> Tensor: ...
+    return_lse: Literal[True],
+    return_weights: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @overload
@@ -39,16 +67,11 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | Tensor | None = None,
+    mask: Masked = None,
     *,
-    bias: Tensor | Bias | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    dropout: float = 0.0,
-    backend: str | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, ...]: ...
 
 

@@ -56,7 +56,7 @@ def _wrong_dtypes(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def _wrong_sizes(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Which of the sizes disagree, the likeliest cause first."""
-    (b, hq, nq, d), (bk, hk, nk, dk), (bv, hv, nv, dv) = q.shape, k.shape, v.shape
+    (b, hq, _, d), (bk, hk, nk, dk), (bv, hv, nv, dv) = q.shape, k.shape, v.shape
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     head = f"attend: {shapes} as [batch, heads, length, head size]: "
     if not b == bk == bv:
@@ -157,7 +157,7 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
         if isinstance(value, Tensor):
             raise TypeError(f"attend: {name} must be a number, got {describe(value)}: take `.item()` of a tensor")
         raise ValueError(f"attend: {name} must be a finite number, got {describe(value)}")
-    if positive and not value > 0:
+    if positive and not float(value) > 0:
         raise ValueError(f"attend: {name} must be above 0, got {value}; None means none")
     return float(value)
 

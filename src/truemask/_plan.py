@@ -176,8 +176,8 @@ def plan(
     q_len: int,
     kv_len: int | None = None,
     *,
-    batch: int = 1,
-    heads: int = 8,
+    batch: int | None = None,
+    heads: int | None = None,
     kv_heads: int | None = None,
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
@@ -195,13 +195,20 @@ def plan(
 
 
 def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
-    """Which backend would run a call, why, and at what predicted cost: `plan(mask, q_len, ...)` or `plan(q, k, v, mask)`.
+    """Which backend would run a call, why, and at what predicted cost: `plan(mask, q_len)` or `plan(q, k, v, mask)`.
 
-    Both take `attend`'s keywords (`bias`, `softcap`, `sink_logits`, `dropout`, `return_lse`, ...) and touch no data. The
-    first form takes sizes: `kv_len` (default: as many keys as positions have passed), `batch=1`, `heads=8`, `kv_heads`
-    (default: heads), `head_dim=64`, `dtype=torch.float32`, `device="cpu"` and `grad=False` (whether the backward counts).
-    The second takes tensors, also on the meta device (then the plan is for the CPU). Raises `MaskError` if the mask cannot
-    answer for the sizes, `PlanError` if no backend (or not the one named) can run the call.
+    Both take `attend`'s keywords (`bias`, `softcap`, `sink_logits`, `dropout`, `return_lse`, ...) and touch no data.
+
+    Args:
+        mask: as `attend` takes it.
+        q_len: queries; then `kv_len`, keys (default: as many as positions have passed).
+        batch: samples, and `heads`, `kv_heads` (default: heads), `head_dim=64`, `dtype=torch.float32`, `device="cpu"`.
+            By default one sample and 8 heads, or as many as the mask holds data for.
+        grad: whether the backward counts.
+        q, k, v: tensors instead of sizes; on the meta device they stand for such tensors on the CPU.
+
+    Raises:
+        MaskError: the mask cannot answer for the sizes. PlanError: no backend, or not the one named, can run the call.
 
     >>> from truemask.masks.positional import causal, window
     >>> plan(causal, q_len=1024).backend
@@ -209,8 +216,9 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
     >>> plan(causal & window(64), 512, softcap=30.0).objections["sdpa"]
     ['softcap: the kernel has no soft cap']
     """
-    tensors = len(given) >= 3 and all(isinstance(x, Tensor) for x in given[:3]) or {"q", "k", "v"} <= keywords.keys()
-    mask, request = _from_tensors(*given, **keywords) if tensors else _from_sizes(*given, **keywords)
+    tensors = len(given) >= 3 and all(isinstance(x, Tensor) for x in given[:3])
+    by_name = {"q", "k", "v"} <= keywords.keys()
+    mask, request = _from_tensors(*given, **keywords) if tensors or by_name else _from_sizes(*given, **keywords)
     return CACHE.entry(mask, request, backend).plan
 
 
@@ -224,8 +232,8 @@ def _from_sizes(
     q_len: int,
     kv_len: int | None = None,
     *,
-    batch: int = 1,
-    heads: int = 8,
+    batch: int | None = None,
+    heads: int | None = None,
     kv_heads: int | None = None,
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
@@ -234,14 +242,21 @@ def _from_sizes(
     **keywords: Any,
 ) -> tuple[Mask, Request]:
     if isinstance(q_len, Tensor) or not (mask is None or isinstance(mask, (Mask, Tensor))):
-        raise MaskError(
-            f"plan takes (mask, q_len, ...) or (q, k, v, mask), got {describe(mask)} and {describe(q_len)} first"
-        )
+        given = f"{describe(mask)} and {describe(q_len)}"
+        raise MaskError(f"plan takes (mask, q_len, ...) or (q, k, v, mask), got {given} first")
     q_len = whole(q_len, "q_len")
     if kv_len is None:
         kv_len = mask.kv_len_for(q_len) if isinstance(mask, Mask) else q_len if mask is None else mask.shape[-1]
-    shared = {"dtype": dtype, "device": "meta"}
-    q = torch.empty(batch, heads, q_len, head_dim, **shared)
-    k = torch.empty(batch, kv_heads or heads, whole(kv_len, "kv_len"), head_dim, **shared)
+    if isinstance(mask, Mask):
+        batch = _held(mask.batch_size) if batch is None else batch
+        heads = heads or _held(mask.head_count)
+    batch, heads = 1 if batch is None else whole(batch, "batch"), whole(heads or 8, "heads")
+    q = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device="meta")
+    k = torch.empty(batch, kv_heads or heads, whole(kv_len, "kv_len"), head_dim, dtype=dtype, device="meta")
     call = read_call(q, k, k, mask, device=torch.device(device), **keywords)
     return call.mask, call.request._replace(grad=bool(grad or call.request.bias_grad))
+
+
+def _held(own: int) -> int | None:
+    """For how many samples or heads a mask holds data, or None."""
+    return own if own > 1 else None

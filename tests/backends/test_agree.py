@@ -149,6 +149,7 @@ def options(problem: Problem) -> dict[str, dict[str, Any]]:
         "scale": {"scale": -0.3},
         "softcap": {"softcap": 0.8},
         "sinks": {"sink_logits": torch.randn(problem.heads, dtype=torch.float64).requires_grad_()},
+        "heavy sink": {"sink_logits": torch.full((problem.heads,), 25.0, dtype=torch.float64).requires_grad_()},
         "no sink": {"sink_logits": torch.full((problem.heads,), -torch.inf, dtype=torch.float64)},
         "bias": {"bias": torch.randn(cells, dtype=torch.float64)},
         "bias row": {"bias": torch.randn(cells[-1], dtype=torch.float64)},

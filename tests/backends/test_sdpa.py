@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
+from tests.backends.test_agree import MASKS, Problem, agree
+from tests.laws.test_attend_laws import HOSTILE, MASKED, Given, hold_law_6
 from truemask._call import read_call
-from truemask._plan import plan
+from truemask._plan import CACHE, plan
+from truemask.backends import sdpa
 from truemask.backends.base import Job
-from truemask.backends.sdpa import DENSE_LIMIT, Dense, Sdpa, front_end, lower_dense
+from truemask.backends.sdpa import DENSE_LIMIT, Dense, Sdpa, front_end, lower_dense, with_bias
 from truemask.masks.core import Mask
 
 
@@ -81,19 +85,49 @@ def test_a_flag_takes_no_memory_and_a_mask_only_what_varies() -> None:
     assert backend.lower(job(tm.window(3), 500)).data.additive.shape == (1, 1, 500, 500)
 
 
+@pytest.fixture
+def native_halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a CPU that computes in bfloat16 and float16 itself."""
+    monkeypatch.setattr(sdpa, "NATIVE_HALVES", (torch.bfloat16, torch.float16))
+    CACHE.clear()
+    yield
+    CACHE.clear()
+
+
+@pytest.mark.usefixtures("native_halves")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_it_is_the_same_kernel(dtype: torch.dtype, grad: bool) -> None:
     """Bit for bit what `F.scaled_dot_product_attention` gives, without a mask, with the flag and with a mask."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 67, 16).to(dtype).requires_grad_(grad) for _ in range(3))
-    window = tm.window(7)
-    for mask, keywords in (
-        (tm.everything, {}),
-        (tm.causal, {"is_causal": True}),
-        (window, {"attn_mask": window.to_dense(67)}),
+    mask = tm.window(7)
+    for given, want in (
+        (tm.everything, scaled_dot_product_attention(q, k, v)),
+        (tm.causal, scaled_dot_product_attention(q, k, v, is_causal=True)),
+        (mask, scaled_dot_product_attention(q, k, v, attn_mask=mask.to_dense(67))),
     ):
-        assert torch.equal(tm.attend(q, k, v, mask), scaled_dot_product_attention(q, k, v, **keywords))
+        assert torch.equal(tm.attend(q, k, v, given), want)
+
+
+@pytest.mark.usefixtures("native_halves")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["everything", "sinks and window", "dead rows and keys", "padding"])
+@pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")
+def test_native_half_precision_agrees(dtype: torch.dtype, name: str) -> None:
+    problem = Problem(MASKS[name])
+    agree("sdpa", problem, dtype, {}, {})
+    agree("sdpa", problem, dtype, {"bias": torch.randn(7)}, {})
+    agree("sdpa", problem, dtype, {"sink_logits": torch.randn(4).requires_grad_()}, {})
+
+
+@pytest.mark.usefixtures("native_halves")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MASKED)
+def test_native_half_precision_contains(dtype: torch.dtype, name: str) -> None:
+    mask, plant = MASKED[name]
+    for hostile in HOSTILE:
+        hold_law_6(Given.make(2, 4, 2, 11, 11, dtype), mask, plant._replace(hostile=hostile), "sdpa", head=1)
 
 
 def test_the_front_end_of_other_devices() -> None:
@@ -103,16 +137,14 @@ def test_the_front_end_of_other_devices() -> None:
     k, v = (torch.randn(2, 2, 7, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
     bias = torch.randn(4, 5, 7, dtype=torch.float64)
     for mask in (tm.causal, tm.everything, tm.window(2) - tm.blocks(2)):
-        for options in ({}, {"bias": bias}, {"scale": 0.2}):
+        for options in ({"bias": None}, {"bias": bias}):
             call = read_call(q, k, v, mask, **options)
             found = Job(mask, call.request)
-            lowered = Sdpa().lower(found)
-            causal, dense = lowered.data is True, lowered.data if isinstance(lowered.data, Dense) else None
-            if options.get("bias") is not None:
-                from truemask.backends.sdpa import with_bias
-
+            data = Sdpa().lower(found).data
+            dense = data if isinstance(data, Dense) else None
+            if options["bias"] is not None:
                 dense = with_bias(dense, call.inputs, found)
-            out = front_end(call.inputs, dense, causal)
+            out = front_end(call.inputs, dense, causal=data is True)
             want = tm.attend(q, k, v, mask.at(), backend="reference", **options)
             torch.testing.assert_close(out, want)
             grads = [torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, want)]

@@ -166,9 +166,9 @@ def test_bands_are_exact_without_evaluating(q_len: int, kv_len: int, size: int, 
 
 def test_a_long_mask_costs_its_tiles_and_not_its_cells() -> None:
     n, size = 1 << 17, 128
-    start = time.perf_counter()
+    start = time.process_time()
     found = tm.window(4 * size).tiles(n, block=size)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     rows = n // size
     assert found.counts.full == 3 * rows - 6  # the diagonal and one tile four to the left are cut, three are whole
     assert found.counts.mixed == 2 * rows - 4

@@ -58,19 +58,18 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "`mask[q, k]`, its meaning on index tensors `mask.truth(b, h, q, k)`)",
     ),
     "and with a tensor": (
-        lambda: lang.causal & cells(3,3),
+        lambda: lang.causal & cells(3, 3),
         "`&` combines masks with masks, got bool [3, 3] on cpu: wrap a boolean tensor in `dense(tensor)`, key"
         " padding in `keys(flags)`",
     ),
     "and with a tensor first": (
-        lambda: cells(3,3) & lang.causal,
+        lambda: cells(3, 3) & lang.causal,
         "`&` combines masks with masks, got bool [3, 3] on cpu: wrap a boolean tensor in `dense(tensor)`, key"
         " padding in `keys(flags)`",
     ),
     "or with a function": (
         lambda: lang.causal | lang.window,
-        "`|` combines masks with masks, got function <function window at 0x...>: call it with its arguments "
-        "first",
+        "`|` combines masks with masks, got function <function window at 0x...>: call it with its arguments first",
     ),
     "and with None": (
         lambda: lang.causal & None,
@@ -117,7 +116,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "prefix(length) must be at least 0 and below 2**40, got -1",
     ),
     "prefix negative sample": (
-        lambda: lang.prefix([3,-1]),
+        lambda: lang.prefix([3, -1]),
         "prefix(length) must be 0 or more for each of at least one sample, got [3, -1]",
     ),
     "prefix empty": (
@@ -125,7 +124,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "prefix(length) must be 0 or more for each of at least one sample, got []",
     ),
     "prefix 2d": (
-        lambda: lang.prefix([[1,2],[3,4]]),
+        lambda: lang.prefix([[1, 2], [3, 4]]),
         "prefix(length) must be [b], got int64 [2, 2] on cpu",
     ),
     "blocks 0": (
@@ -141,7 +140,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "dilated(step) must be at least 1 and below 2**40, got 0",
     ),
     "strided last": (
-        lambda: lang.strided(3,last=4),
+        lambda: lang.strided(3, last=4),
         "strided: last=4 columns of every step=3 is more than there are",
     ),
     "random rate": (
@@ -149,23 +148,23 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "random(rate) is a probability between 0 and 1, got float 1.5",
     ),
     "random nan": (
-        lambda: lang.random(float('nan')),
+        lambda: lang.random(float("nan")),
         "random(rate) is a probability between 0 and 1, got float nan",
     ),
     "random seed": (
-        lambda: lang.random(.5, seed=2**32),
+        lambda: lang.random(0.5, seed=2**32),
         "random(seed=...) must be below 2**32, got 4294967296",
     ),
     "random negative seed": (
-        lambda: lang.random(.5, seed=-1),
+        lambda: lang.random(0.5, seed=-1),
         "random(seed=...) must be at least 0 and below 2**40, got -1",
     ),
     "random per_head": (
-        lambda: lang.random(.5, per_head=3),
+        lambda: lang.random(0.5, per_head=3),
         "random(per_head=...) is True or False, got int 3",
     ),
     "grid": (
-        lambda: lang.grid(0,3,1),
+        lambda: lang.grid(0, 3, 1),
         "grid(height) must be at least 1 and below 2**40, got 0",
     ),
     "keys float": (
@@ -176,14 +175,14 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "(`attend(bias=)`)",
     ),
     "keys int": (
-        lambda: lang.keys([1,0,1]),
+        lambda: lang.keys([1, 0, 1]),
         "keys(flags) must be bool (True = may attend), got int64 [3] on cpu. A mask of numbers says nothing "
         "of what they mean: for 1 = real use `from_huggingface_2d`, for 0 and -inf use `from_additive`, for "
         "torch's MultiheadAttention (True = masked out) use `from_torch_mha`; other floats are a bias "
         "(`attend(bias=)`)",
     ),
     "keys 3d": (
-        lambda: lang.keys(cells(2,2,2)),
+        lambda: lang.keys(cells(2, 2, 2)),
         "keys(flags) must be [n] or [b, n], got bool [2, 2, 2] on cpu",
     ),
     "keys mask": (
@@ -198,21 +197,21 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "floats are a bias (`attend(bias=)`)",
     ),
     "dense float": (
-        lambda: lang.dense(torch.zeros(3,3)),
+        lambda: lang.dense(torch.zeros(3, 3)),
         "dense(tensor) must be bool (True = may attend), got float32 [3, 3] on cpu. A mask of numbers says "
         "nothing of what they mean: for 1 = real use `from_huggingface_2d`, for 0 and -inf use "
         "`from_additive`, for torch's MultiheadAttention (True = masked out) use `from_torch_mha`; other "
         "floats are a bias (`attend(bias=)`)",
     ),
     "dense int": (
-        lambda: lang.dense(torch.ones(3,3,dtype=torch.int64)),
+        lambda: lang.dense(torch.ones(3, 3, dtype=torch.int64)),
         "dense(tensor) must be bool (True = may attend), got int64 [3, 3] on cpu. A mask of numbers says "
         "nothing of what they mean: for 1 = real use `from_huggingface_2d`, for 0 and -inf use "
         "`from_additive`, for torch's MultiheadAttention (True = masked out) use `from_torch_mha`; other "
         "floats are a bias (`attend(bias=)`)",
     ),
     "dense 3d": (
-        lambda: lang.dense(cells(2,3,5)),
+        lambda: lang.dense(cells(2, 3, 5)),
         "dense(tensor) got bool [2, 3, 5] on cpu, which can be read two ways: axes='bqk' (2 samples, heads "
         "alike) or axes='hqk' (2 heads, samples alike; x-transformers' reading). Say which",
     ),
@@ -221,34 +220,34 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "dense(tensor) must be [q, k] or [b, h, q, k], got bool [3] on cpu",
     ),
     "dense 5d": (
-        lambda: lang.dense(cells(1,1,1,3,3)),
+        lambda: lang.dense(cells(1, 1, 1, 3, 3)),
         "dense(tensor) must be [q, k] or [b, h, q, k], got bool [1, 1, 1, 3, 3] on cpu",
     ),
     "dense axes": (
-        lambda: lang.dense(cells(2,3,5),axes="kq"),
+        lambda: lang.dense(cells(2, 3, 5), axes="kq"),
         "dense(axes=...) is one of 'qk', 'bqk', 'hqk', 'bhqk', got str 'kq'",
     ),
     "dense axes dims": (
-        lambda: lang.dense(cells(3,5),axes="bqk"),
+        lambda: lang.dense(cells(3, 5), axes="bqk"),
         "dense(axes='bqk') needs 3 dimensions, got bool [3, 5] on cpu",
     ),
     "block_pattern float": (
-        lambda: lang.block_pattern(torch.ones(3,3),2),
+        lambda: lang.block_pattern(torch.ones(3, 3), 2),
         "block_pattern(matrix) must be bool (True = may attend), got float32 [3, 3] on cpu. A mask of numbers"
         " says nothing of what they mean: for 1 = real use `from_huggingface_2d`, for 0 and -inf use "
         "`from_additive`, for torch's MultiheadAttention (True = masked out) use `from_torch_mha`; other "
         "floats are a bias (`attend(bias=)`)",
     ),
     "block_pattern 4d": (
-        lambda: lang.block_pattern(cells(1,1,3,3),2),
+        lambda: lang.block_pattern(cells(1, 1, 3, 3), 2),
         "block_pattern(matrix) must be [rows, columns] or [h, rows, columns], got bool [1, 1, 3, 3] on cpu",
     ),
     "block_pattern empty": (
-        lambda: lang.block_pattern(cells(0,3),2),
+        lambda: lang.block_pattern(cells(0, 3), 2),
         "block_pattern(matrix) needs at least one block, got bool [0, 3] on cpu",
     ),
     "documents both": (
-        lambda: lang.documents([2,3],ids=[0,0,1]),
+        lambda: lang.documents([2, 3], ids=[0, 0, 1]),
         "documents needs one of `lengths` (tokens per document) and `ids=` (a document for each token)",
     ),
     "documents none": (
@@ -256,33 +255,33 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "documents needs one of `lengths` (tokens per document) and `ids=` (a document for each token)",
     ),
     "documents negative": (
-        lambda: lang.documents([2,-3]),
+        lambda: lang.documents([2, -3]),
         "lengths are tokens per document, 0 or more and at least one document: got [2, -3]",
     ),
     "documents float": (
-        lambda: lang.documents(ids=[0.,1.]),
+        lambda: lang.documents(ids=[0.0, 1.0]),
         "documents(ids=...) must be whole numbers [n] or [b, n], got float32 [2] on cpu",
     ),
     "documents bool": (
-        lambda: lang.documents(ids=[True,False]),
+        lambda: lang.documents(ids=[True, False]),
         "documents(ids=...) must be whole numbers [n] or [b, n], got bool [2] on cpu",
     ),
     "documents totals": (
-        lambda: lang.documents([[2,3],[1,1]]),
+        lambda: lang.documents([[2, 3], [1, 1]]),
         "lengths of the samples must add up to the same row length, got [5, 2]: count the padding of a "
         "shorter row as a last document",
     ),
     "documents kv mixed": (
-        lambda: lang.documents([2,3],kv_ids=[0,1]),
+        lambda: lang.documents([2, 3], kv_ids=[0, 1]),
         "documents: `kv_lengths` goes with `lengths`, and `kv_ids` with `ids`",
     ),
     "documents kv count": (
-        lambda: lang.documents([2,3],kv_lengths=[5]),
+        lambda: lang.documents([2, 3], kv_lengths=[5]),
         "lengths has 2 documents and kv_lengths 1: the i-th ones belong together, so both need the same "
         "number (0 is a document without tokens)",
     ),
     "same none": (
-        lambda: lang.same([1,2],none=1.5),
+        lambda: lang.same([1, 2], none=1.5),
         "same(none=...) is the label of tokens that belong to nothing, a whole number; got float 1.5",
     ),
     "same float": (
@@ -290,12 +289,12 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "same(labels) must be whole numbers [n] or [b, n], got float32 [3] on cpu",
     ),
     "same batches": (
-        lambda: lang.same(torch.zeros(2,3,dtype=torch.int64),kv_labels=torch.zeros(3,3,dtype=torch.int64)),
+        lambda: lang.same(torch.zeros(2, 3, dtype=torch.int64), kv_labels=torch.zeros(3, 3, dtype=torch.int64)),
         "the parts of `same([[0, 0, 0], [0, 0, 0]], kv_labels=[[0, 0, 0], [0, 0, 0], [0, 0, 0]])` hold data "
         "for 2 and for 3 samples: they must agree",
     ),
     "padding both": (
-        lambda: lang.padding(lengths=[1],starts=[2]),
+        lambda: lang.padding(lengths=[1], starts=[2]),
         "padding needs one of `lengths=` (right padding) and `starts=` (left padding), not both or none",
     ),
     "padding none": (
@@ -303,7 +302,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "padding needs one of `lengths=` (right padding) and `starts=` (left padding), not both or none",
     ),
     "padding on": (
-        lambda: lang.padding(lengths=[1],on="rows"),
+        lambda: lang.padding(lengths=[1], on="rows"),
         "padding(on=...) is 'both', 'keys' or 'queries', got str 'rows'",
     ),
     "padding negative": (
@@ -311,19 +310,19 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "padding(starts=...) must be 0 or more for each of at least one sample, got [-1]",
     ),
     "tree parent": (
-        lambda: lang.tree([-1,5]),
+        lambda: lang.tree([-1, 5]),
         "tree(parents) are indices of nodes, or -1 for a root: 2 nodes, got [-1, 5]",
     ),
     "tree cycle": (
-        lambda: lang.tree([-1,2,1]),
+        lambda: lang.tree([-1, 2, 1]),
         "tree(parents): 2 nodes are their own ancestors, so they hang on no root (-1)",
     ),
     "tree lengths": (
-        lambda: lang.tree([-1,0],lengths=[3]),
+        lambda: lang.tree([-1, 0], lengths=[3]),
         "tree(lengths=...) are the tokens of each of the 2 nodes, 0 or more; got [3]",
     ),
     "tree batches": (
-        lambda: lang.tree([[-1,0],[-1,0]],lengths=[[1,1],[1,1],[2,0]]),
+        lambda: lang.tree([[-1, 0], [-1, 0]], lengths=[[1, 1], [1, 1], [2, 0]]),
         "tree: parents speak of 2 samples and lengths of 3",
     ),
     "tree empty": (
@@ -347,16 +346,16 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "per_head needs a mask for each head, got none",
     ),
     "per_head tensor": (
-        lambda: lang.per_head([cells(2,2)]),
+        lambda: lang.per_head([cells(2, 2)]),
         "`per_head` combines masks with masks, got bool [2, 2] on cpu: wrap a boolean tensor in "
         "`dense(tensor)`, key padding in `keys(flags)`",
     ),
     "per_head wrong count": (
-        lambda: lang.per_head([lang.per_head([lang.causal,lang.causal,lang.causal]),lang.causal]),
+        lambda: lang.per_head([lang.per_head([lang.causal, lang.causal, lang.causal]), lang.causal]),
         "per_head got 2 masks, one of which holds data for another number of heads",
     ),
     "per_sample wrong count": (
-        lambda: lang.per_sample([lang.prefix([1,2,3]),lang.causal]),
+        lambda: lang.per_sample([lang.prefix([1, 2, 3]), lang.causal]),
         "per_sample got 2 masks, one of which holds data for another number of samples",
     ),
     "at negative": (
@@ -372,7 +371,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "take needs positions: `take(q=positions)`, `take(k=positions)` or both",
     ),
     "take negative": (
-        lambda: lang.causal.take(q=[3,-1]),
+        lambda: lang.causal.take(q=[3, -1]),
         "take(q=...): positions are 0 or more, got -1; leave out rows that do not exist",
     ),
     "take flags": (
@@ -380,11 +379,11 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "take(k=...) must be whole numbers [n] or [b, n], got bool [3] on cpu",
     ),
     "take beyond": (
-        lambda: lang.keys(FLAGS).take(k=[2,5]),
+        lambda: lang.keys(FLAGS).take(k=[2, 5]),
         "`keys([True, False, True, True, False])` holds data for 5 keys, but was asked about 6",
     ),
     "take 3d": (
-        lambda: lang.causal.take(q=torch.zeros(1,2,3,dtype=torch.int64)),
+        lambda: lang.causal.take(q=torch.zeros(1, 2, 3, dtype=torch.int64)),
         "take(q=...) must be [n] or [b, n], got int64 [1, 2, 3] on cpu",
     ),
     "select nothing": (
@@ -392,19 +391,19 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "select needs indices: `select(samples=[...])`, `select(heads=[...])` or both",
     ),
     "select beyond": (
-        lambda: lang.prefix([1,2,3]).select(samples=[0,3]),
+        lambda: lang.prefix([1, 2, 3]).select(samples=[0, 3]),
         "select: samples [0, 3] are out of range, the mask holds 3",
     ),
     "select negative": (
-        lambda: lang.prefix([1,2,3]).select(samples=[-1]),
+        lambda: lang.prefix([1, 2, 3]).select(samples=[-1]),
         "select: samples [-1] are out of range, the mask holds 3",
     ),
     "select heads beyond": (
-        lambda: lang.per_head([lang.causal,lang.causal&lang.causal]).select(heads=[2]),
+        lambda: lang.per_head([lang.causal, lang.causal & lang.causal]).select(heads=[2]),
         "select: heads [2] are out of range, the mask holds 2",
     ),
     "packed negative": (
-        lambda: lang.causal.packed([2,-1]),
+        lambda: lang.causal.packed([2, -1]),
         "lengths are tokens per document, 0 or more and at least one document: got [2, -1]",
     ),
     "packed empty": (
@@ -412,16 +411,16 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "lengths are tokens per document, 0 or more and at least one document: got []",
     ),
     "packed beyond": (
-        lambda: lang.keys(FLAGS).packed([3,7]),
+        lambda: lang.keys(FLAGS).packed([3, 7]),
         "`keys([True, False, True, True, False])` holds data for 5 keys, but was asked about 7",
     ),
     "packed kv": (
-        lambda: lang.causal.packed([2,3],kv_lengths=[5]),
+        lambda: lang.causal.packed([2, 3], kv_lengths=[5]),
         "lengths has 2 documents and kv_lengths 1: the i-th ones belong together, so both need the same "
         "number (0 is a document without tokens)",
     ),
     "packed totals": (
-        lambda: lang.causal.packed([[2,3],[1,1]]),
+        lambda: lang.causal.packed([[2, 3], [1, 1]]),
         "lengths of the samples must add up to the same row length, got [5, 2]: count the padding of a "
         "shorter row as a last document",
     ),
@@ -434,54 +433,53 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "starts must be whole numbers [b], got int 3",
     ),
     "prepended seen": (
-        lambda: lang.causal.prepended(q=1,seen=lang.causal),
+        lambda: lang.causal.prepended(q=1, seen=lang.causal),
         "prepended: `seen` must be the same for every query, but `causal` varies with it",
     ),
     "batch mismatch": (
-        lambda: lang.prefix([1,2]) & lang.prefix([1,2,3]),
-        "cannot combine `prefix([1, 2])`, which holds data for 2 samples, with `prefix([1, 2, 3])`, which has"
-        " 3",
+        lambda: lang.prefix([1, 2]) & lang.prefix([1, 2, 3]),
+        "cannot combine `prefix([1, 2])`, which holds data for 2 samples, with `prefix([1, 2, 3])`, which has 3",
     ),
     "head mismatch": (
-        lambda: lang.per_head([lang.causal,lang.causal.T]) | lang.per_head([lang.causal,lang.causal.T,lang.causal]),
+        lambda: lang.per_head([lang.causal, lang.causal.T]) | lang.per_head([lang.causal, lang.causal.T, lang.causal]),
         "cannot combine `per_head([causal, causal.T])`, which holds data for 2 heads, with `per_head([causal,"
         " causal.T, causal])`, which has 3",
     ),
     "keys beyond": (
-        lambda: lang.keys(FLAGS).to_dense(5,7),
+        lambda: lang.keys(FLAGS).to_dense(5, 7),
         "`keys([True, False, True, True, False])` holds data for 5 keys, but was asked about 7",
     ),
     "queries beyond": (
-        lambda: lang.queries(FLAGS).to_dense(7,5),
+        lambda: lang.queries(FLAGS).to_dense(7, 5),
         "`queries([True, False, True, True, False])` holds data for 5 queries, but was asked about 7",
     ),
     "documents beyond": (
-        lambda: lang.documents([2,3]).tiles(7),
+        lambda: lang.documents([2, 3]).tiles(7),
         "`documents([2, 3])` holds data for 5 queries, but was asked about 7",
     ),
     "tree beyond": (
-        lambda: lang.tree([-1,0]).count(3),
+        lambda: lang.tree([-1, 0]).count(3),
         "`tree([-1, 0])` holds data for 2 positions, but was asked about 3",
     ),
     "dense beyond": (
-        lambda: lang.dense(cells(3,5)).density(4,5),
+        lambda: lang.dense(cells(3, 5)).density(4, 5),
         "`dense([[[[True, True, True, True, True], [True, True, True, True, True], [True, True, True, True, "
         "True]]]])` holds data for 3 queries, but was asked about 4",
     ),
     "grid beyond": (
-        lambda: lang.grid(2,3,1).to_dense(7),
+        lambda: lang.grid(2, 3, 1).to_dense(7),
         "`grid(2, 3, 1)` is an image of 2 x 3 = 6 positions, but was asked about 7",
     ),
     "block_pattern beyond": (
-        lambda: lang.block_pattern(cells(2,2),3).to_dense(7),
+        lambda: lang.block_pattern(cells(2, 2), 3).to_dense(7),
         "`block_pattern([[True, True], [True, True]], 3)` holds data for 6 queries, but was asked about 7",
     ),
     "packed total beyond": (
-        lambda: lang.causal.packed([2,3]).to_dense(6),
+        lambda: lang.causal.packed([2, 3]).to_dense(6),
         "`causal.packed([2, 3])` packs documents of 5 queries in all, but was asked about 6",
     ),
     "take asked beyond": (
-        lambda: lang.causal.take(q=[1,2]).to_dense(3),
+        lambda: lang.causal.take(q=[1, 2]).to_dense(3),
         "`causal.take(q=[1, 2])` takes 2 queries, but was asked about 3",
     ),
     "inside beyond": (
@@ -489,19 +487,19 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "`keys([True, False, True, True, False])` holds data for 5 keys, but was asked about 7",
     ),
     "cell beyond": (
-        lambda: lang.keys(FLAGS)[0,5],
+        lambda: lang.keys(FLAGS)[0, 5],
         "`keys([True, False, True, True, False])` holds data for 5 keys, but was asked about 6",
     ),
     "batch asked": (
-        lambda: lang.prefix([1,2]).to_dense(3,batch=3),
+        lambda: lang.prefix([1, 2]).to_dense(3, batch=3),
         "the mask `prefix([1, 2])` holds data for 2 samples, but was asked about 3",
     ),
     "heads asked": (
-        lambda: lang.per_head([lang.causal,lang.causal.T]).to_dense(3,heads=3),
+        lambda: lang.per_head([lang.causal, lang.causal.T]).to_dense(3, heads=3),
         "the mask `per_head([causal, causal.T])` holds data for 2 heads, but was asked about 3",
     ),
     "heads needed": (
-        lambda: lang.random(.5,per_head=True).to_dense(3),
+        lambda: lang.random(0.5, per_head=True).to_dense(3),
         "the mask `random(0.5, per_head=True)` varies over heads and holds no number of them: pass `heads=`",
     ),
     "negative length": (
@@ -509,7 +507,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "q_len must be at least 0 and below 2**40, got -1",
     ),
     "negative kv": (
-        lambda: lang.causal.to_dense(3,-5),
+        lambda: lang.causal.to_dense(3, -5),
         "kv_len must be at least 0 and below 2**40, got -5",
     ),
     "float length": (
@@ -521,15 +519,15 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "q_len must be a whole number, got float32 [3] on cpu",
     ),
     "block 0": (
-        lambda: lang.causal.tiles(5,block=0),
+        lambda: lang.causal.tiles(5, block=0),
         "block must be at least 1 and below 2**40, got 0",
     ),
     "block three": (
-        lambda: lang.causal.tiles(5,block=(1,2,3)),
+        lambda: lang.causal.tiles(5, block=(1, 2, 3)),
         "block is an int or a pair (queries, keys), got tuple (1, 2, 3)",
     ),
     "block str": (
-        lambda: lang.causal.tiles(5,block="128"),
+        lambda: lang.causal.tiles(5, block="128"),
         "block must be a whole number, got str '128'",
     ),
     "cell one": (
@@ -537,24 +535,24 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         "a cell is `mask[q, k]`, two whole numbers; got int 3",
     ),
     "cell slice": (
-        lambda: lang.causal[1:3,2],
+        lambda: lang.causal[1:3, 2],
         "q must be a whole number, got slice slice(1, 3, None)",
     ),
     "cell negative": (
-        lambda: lang.causal[-1,0],
+        lambda: lang.causal[-1, 0],
         "q must be at least 0 and below 2**40, got -1",
     ),
     "cell varies": (
-        lambda: lang.prefix([1,2])[0,0],
+        lambda: lang.prefix([1, 2])[0, 0],
         "the mask `prefix([1, 2])` varies over samples: choose one first, with `mask.select(samples=[0], "
         "heads=[0])[q, k]`",
     ),
     "batch 0": (
-        lambda: lang.causal.to_dense(3,batch=-1),
+        lambda: lang.causal.to_dense(3, batch=-1),
         "samples must be at least 0 and below 2**40, got -1",
     ),
     "equivalent tensor": (
-        lambda: lang.causal.equivalent(torch.ones(3,3),3),
+        lambda: lang.causal.equivalent(torch.ones(3, 3), 3),
         "`equivalent` combines masks with masks, got float32 [3, 3] on cpu: wrap a boolean tensor in "
         "`dense(tensor)`, key padding in `keys(flags)`",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_sdpa_is_causal_is_causal() -> None:
 def test_sdpa_round_trip(data: st.DataObject) -> None:
     reach: Reach = data.draw(reaches())
     mask = data.draw(expressions(depth=3, reach=reach)).mask
-    sizes = {"batch": reach.batch, "heads": reach.heads}
+    sizes: dict[str, Any] = {"batch": reach.batch, "heads": reach.heads}
     exported = tm.to_torch_sdpa(mask, reach.q, reach.k, **sizes)
     assert exported.dtype == torch.bool
     assert exported.ndim == 4

@@ -8,6 +8,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import truemask as tm
 from tests import descriptions
@@ -217,3 +219,40 @@ def test_pictures_by_a_loop_over_cells(mask: tm.Mask, lengths: tuple[int, int]) 
     }[mask]
     q_len, kv_len = lengths
     assert mask.to_dense(q_len, kv_len)[0, 0].tolist() == [[rule(q, k) for k in range(kv_len)] for q in range(q_len)]
+
+
+def trace(mask: tm.Mask, cells: tuple[torch.Tensor, ...]) -> torch.fx.GraphModule:
+    return make_fx(lambda b, h, q, k: mask.truth(b, h, q, k))(*cells)  # a lambda: fx counts the self of a method
+
+
+@every_case
+def test_truth_may_be_traced(case: Case) -> None:
+    """Index arithmetic only: FlexAttention and Inductor see a graph, with no question asked of the values."""
+    axes = [torch.arange(n) for n in shape(case)]
+    cells = torch.meshgrid(*axes, indexing="ij")
+    traced = trace(case.make(), cells)
+    assert torch.equal(traced(*cells), picture(case))
+
+
+def test_a_new_number_is_not_a_new_graph() -> None:
+    cells = torch.meshgrid(*(torch.arange(n) for n in (1, 1, 5, 7)), indexing="ij")
+    pairs = [
+        (tm.window(3), tm.window(5)),
+        (tm.blocks(2, back=1), tm.blocks(3, back=2)),
+        (tm.causal.at(q_start=3), tm.causal.at(q_start=4)),
+        (tm.random(0.5, seed=1), tm.random(0.25, seed=2)),
+        (tm.prefix(2) & tm.strided(3), tm.prefix(4) & tm.strided(5, last=2)),
+        (tm.padding(starts=[1, 2]), tm.padding(starts=[0, 4])),
+        (tm.causal.padded([1, 2]), tm.causal.padded([3, 0])),
+    ]
+    for first, second in pairs:
+        codes = {trace(mask, cells).code for mask in (first, second)}
+        assert len(codes) == 1, first
+
+
+@every_case
+def test_a_tracer_that_comes_first_leaves_no_fakes_behind(case: Case) -> None:
+    mask, cells = case.make(), torch.meshgrid(*(torch.arange(n) for n in shape(case)), indexing="ij")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert mask.truth(*map(mode.from_tensor, cells)).shape == shape(case)
+    assert torch.equal(dense(mask, case).expand(shape(case)), picture(case))

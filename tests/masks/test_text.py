@@ -303,11 +303,11 @@ HOSTILE = {
 def test_hostile_text_is_a_mask_error_at_once(name: str) -> None:
     text = HOSTILE[name]
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(tm.MaskError) as caught:
             tm.parse(text)
-        took, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+        took, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert took < 1
@@ -333,12 +333,12 @@ def test_hostile_text_is_a_mask_error_at_once(name: str) -> None:
     ids=lambda text: text[:12] + f"...{len(text)}",
 )
 def test_long_but_honest_text_parses_or_is_a_mask_error(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         mask = tm.parse(text)
     except tm.MaskError:
         mask = None
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert mask is None or mask.to_dense(3, 3, heads=mask.head_count).shape[-2:] == (3, 3)
 
 

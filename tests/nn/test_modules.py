@@ -54,7 +54,7 @@ def test_head_norms_have_a_gain_for_each_head() -> None:
             lambda x, ff: ff.proj_in(x)[..., :92] * F.silu(ff.proj_in(x)[..., 92:]),
         ),
     ],
-    ids=str,
+    ids=["gelu", "swish", "relu squared", "glu", "swiglu"],
 )
 def test_feedforwards_are_their_formulas(config: FeedForwardConfig, expected: object) -> None:
     ff = FeedForward(X.shape[-1], config).double().eval()

@@ -19,9 +19,7 @@ texts = st.lists(st.binary(min_size=1, max_size=23), min_size=1, max_size=13)
 
 
 def documents(contents: list[bytes]) -> list[Document]:
-    return [
-        Document(str(i), np.array([BOUNDARY, *content], dtype=np.uint16)) for i, content in enumerate(contents)
-    ]
+    return [Document(str(i), np.array([BOUNDARY, *content], dtype=np.uint16)) for i, content in enumerate(contents)]
 
 
 @given(texts, st.integers(1, 11))

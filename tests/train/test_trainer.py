@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_documents_in_a_row_cost_what_they_cost_alone(config: TrainConfig) -> No
     labels = torch.randint(256, (1, 31), generator=torch.Generator().manual_seed(4))
     cuts = [0, 11, 24, 31]
     whole = batch_loss(model, Batch(ids, labels, [[11, 13, 7]]), mask, reduction="none")
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         part = Batch(ids[:, start:stop], labels[:, start:stop], [[stop - start]])
         alone = batch_loss(model, part, mask, reduction="none")
         torch.testing.assert_close(whole[start:stop], alone, rtol=1e-9, atol=1e-9)

@@ -131,12 +131,11 @@ class Job:
             return True
         r = self.request
         differs = self.mask ^ other
-        sizes = {"batch": r.batch, "heads": r.heads}
         if r.q_len * r.kv_len * self.mask_batch * self.mask_heads <= SMALL:
-            return not differs.to_dense(r.q_len, r.kv_len, **sizes).any()
+            return not differs.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads).any()
         if self._probe(differs):
             return False
-        tiles = differs.tiles(r.q_len, r.kv_len, **sizes)
+        tiles = differs.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
         return not tiles.counts.full and not any(part.cells.any() for part in tiles.evaluated())
 
     @property

@@ -25,7 +25,7 @@ from truemask.errors import PlanError
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 
-FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
+FORWARD = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -71,11 +71,12 @@ class FlashFunction(Function):
         found = _forward(call, q, k, v, sinks)
         ctx.call, ctx.contained = call, found.contained
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, found.out, found.merged)
+        ctx.save_for_backward(q, k, v, sinks, found.out, found.lse, found.merged)
         return found.out, found.lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dout, dlse = grads
         if dout is None and dlse is None:
             return None, None, None, None, None
         saved = Saved(*ctx.saved_tensors)
@@ -83,9 +84,9 @@ class FlashFunction(Function):
         if not torch.is_grad_enabled():
             return None, *_gradients(ctx.call, ctx.contained, saved, dout, dlse)
         with torch.no_grad():  # the caller asked for a graph of the gradients
-            grads = _gradients(ctx.call, ctx.contained, saved, dout, dlse)
+            found = _gradients(ctx.call, ctx.contained, saved, dout, dlse)
         links = [x for x in (*saved[:4], dout, dlse) if x is not None]
-        return None, *_OnlyOnce.apply(len(links), *links, *grads)  # pyright: ignore[reportGeneralTypeIssues]
+        return None, *_OnlyOnce.apply(len(links), *links, *found)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class Saved(NamedTuple):
@@ -96,6 +97,7 @@ class Saved(NamedTuple):
     v: Tensor
     sinks: Tensor | None
     out: Tensor
+    lse: Tensor
     merged: Tensor
 
 
@@ -107,7 +109,7 @@ class _OnlyOnce(Function):
         return tuple(None if x is None else x.view_as(x) for x in tensors[links:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
         raise PlanError(
             "the backend 'sdpa' has no second derivative (torch's kernel lacks it): "
             'call attend(..., backend="reference"), whose derivatives of every order exist'
@@ -148,7 +150,7 @@ def _gradients(
 
 def _backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...] | None:
     """The kernel's gradients, or None if they are not finite."""
-    q, k, v, sinks, out, merged = saved
+    q, k, v, sinks, out, _, merged = saved
     if q.numel() == 0 or k.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in saved[:4])
     dsinks = None if sinks is None else _sink_gradient(call, sinks, dout, out, merged)
@@ -180,10 +182,9 @@ def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) ->
     out leaves all but that untouched, exactly. Half-precision dtypes get dlse in three parts, which lose nothing. With
     a sink, p is but its share of the softmax that lse is about, so dlse is divided by that share.
     """
-    q, k, v, sinks, out, merged = saved
-    rest = dlse if call.dead is None else dlse.masked_fill(call.dead, 0)
-    if sinks is not None:
-        rest = rest / (1 - torch.exp(sinks.to(merged.dtype)[:, None] - merged))
+    q, k, v, sinks, out, lse, merged = saved
+    rest = dlse if sinks is None else dlse / torch.exp(lse - merged)
+    rest = rest if call.dead is None else rest.masked_fill(call.dead, 0)
     parts: list[Tensor] = []
     for _ in range(3 if out.dtype in HALVES else 1):
         parts.append(rest.to(out.dtype))

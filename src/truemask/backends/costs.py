@@ -1,7 +1,8 @@
 """What the backends cost, in one table of measured constants.
 
-Measured with `benchmarks`-style loops on 2 cores of an AMD EPYC (Zen 3, AVX2 only), torch 2.13.0 CPU, b 1, h 8, d 64, n from 16 to
-4096, best of five: rates are at n = 2048, the time of a call at n = 16. They rank backends; predicted seconds are those of that machine.
+Measured on one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, as the least processor time of several runs, and
+doubled: the predicted seconds are those of two such cores. Rates: b 1, h 4, d 64, n 512, no mask. Calls: b 1, h 4, d 32, n 16
+under a window, with the plan cached. Half-precision dtypes run in fp32 there. They rank backends, and say roughly how long.
 """
 
 from __future__ import annotations
@@ -14,25 +15,23 @@ from truemask.backends.base import Request
 
 
 class Rates(NamedTuple):
-    """Useful arithmetic a second in full-precision and half-precision dtypes, and the seconds that any call takes."""
+    """Useful arithmetic a second in fp32, forward and backward, and the seconds that any call takes in each direction."""
 
     forward: float
     backward: float
-    forward_half: float
-    backward_half: float
     call: float
+    call_backward: float
 
 
-SDPA = Rates(100e9, 80e9, 80e9, 60e9, 40e-6)
-REFERENCE = Rates(20e9, 20e9, 20e9, 20e9, 400e-6)
+SDPA = Rates(104e9, 93e9, 65e-6, 220e-6)
+REFERENCE = Rates(36e9, 31e9, 800e-6, 1500e-6)
+DOUBLES = 2.6  # how much longer fp64 takes
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 
 
 def seconds(rates: Rates, request: Request, cells: float) -> float:
     """Predicted seconds for so many scores: two products of the head sizes, and in training five more."""
-    work = 2 * cells * (request.head_dim + request.value_dim)
-    half = request.dtype in (torch.bfloat16, torch.float16)
-    double = 2 if request.dtype == torch.float64 else 1
-    forward, backward = (rates.forward_half, rates.backward_half) if half else (rates.forward, rates.backward)
-    total = rates.call + double * work / forward
-    return total + rates.call + double * BACKWARD_PRODUCTS * work / backward if request.grad else total
+    work = 2 * cells * (request.head_dim + request.value_dim) * (DOUBLES if request.dtype == torch.float64 else 1)
+    forward = rates.call + work / rates.forward
+    backward = rates.call_backward + BACKWARD_PRODUCTS * work / rates.backward
+    return forward + backward if request.grad else forward

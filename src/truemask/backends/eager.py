@@ -35,6 +35,7 @@ class _Call(NamedTuple):
     k: Tensor  # b y k d
     v: Tensor  # b y k d
     heads: tuple[int, int]  # y, g
+    dense: Tensor | None  # the mask of all rows, if somebody has it already
     positions: tuple[Tensor, Tensor] | None  # of rows and keys, for a bias object
     want_weights: bool
 
@@ -43,6 +44,7 @@ def eager_attention(
     inputs: Inputs,
     mask: Mask,
     *,
+    dense: Tensor | None = None,
     want_weights: bool = False,
     compute: torch.dtype | None = None,
     chunk_bytes: int = CHUNK_BYTES,
@@ -50,6 +52,7 @@ def eager_attention(
 ) -> Result:
     """The attention of design section 3, in `compute` (default: fp64 for doubles, otherwise fp32).
 
+    `dense` is the mask as bool `[b, h, q, k]` (1 where it does not vary) if it exists; otherwise chunks ask the mask.
     `recompute=False` keeps every chunk's scores for the backward, which forward mode and `vmap` need.
     """
     compute = compute or (torch.float64 if inputs.q.dtype == torch.float64 else torch.float32)
@@ -57,7 +60,7 @@ def eager_attention(
     with _no_autocast(inputs.q.device):
         positions = mask.positions(rows, keys) if isinstance(inputs.bias, Bias) else None
         k, v = inputs.k.to(compute), inputs.v.to(compute)
-        call = _Call(inputs, mask, k, v, (y, hq // y), positions, want_weights)
+        call = _Call(inputs, mask, k, v, (y, hq // y), dense, positions, want_weights)
         q = inputs.q.to(compute).unflatten(1, call.heads)
         step = max(1, chunk_bytes // max(1, b * hq * keys * k.element_size()))
         ways = _chunk
@@ -121,6 +124,8 @@ def _grouped(x: Tensor, heads: tuple[int, int]) -> Tensor:
 
 def _allowed(call: _Call, first: int, rows: int) -> Tensor:
     """The mask of the chunk's rows, `[b, y, g, n, k]` with 1 where it does not vary."""
+    if call.dense is not None:
+        return _grouped(call.dense[:, :, first : first + rows], call.heads)
     mask, (samples, heads) = call.mask, call.inputs.q.shape[:2]
     b, h, q, k = indices(
         1 if mask.batch_size == 1 else samples,
@@ -143,7 +148,8 @@ def _bias(call: _Call, first: int, q: Tensor) -> Tensor:
     """The bias of the chunk's rows, `[b, y, g, n, k]` with 1 where it does not vary."""
     bias, rows = call.inputs.bias, slice(first, first + q.shape[-2])
     if isinstance(bias, Bias):
-        value = bias_values(bias, call.positions, rows, call.inputs.q.shape[:2], q.device)
+        samples, heads = call.inputs.q.shape[:2]
+        value = bias_values(bias, call.positions, rows, (samples, heads), q.device)
     else:
         assert bias is not None
         value = bias if bias.shape[2] == 1 else bias[:, :, rows]
@@ -154,14 +160,14 @@ def bias_values(
     bias: Bias,
     positions: tuple[Tensor, Tensor] | None,
     rows: slice,
-    sizes: tuple[int, ...],
+    sizes: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
     """A bias object at the positions of some rows and all keys: `[b, h, n, k]`, or 1 for an axis it does not know."""
     assert positions is not None
     q, k = (side.to(device) for side in positions)
     q = q[..., rows]
-    b, h, *_ = indices(*sizes, 1, 1, device)
+    b, h, *_ = indices(sizes[0], sizes[1], 1, 1, device)
     return bias.value(b, h, q.view(-1, 1, q.shape[-1], 1), k.view(-1, 1, 1, k.shape[-1]))
 
 

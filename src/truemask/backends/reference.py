@@ -6,6 +6,8 @@ from truemask.backends.base import Inputs, Job, Lowered, Result
 from truemask.backends.costs import REFERENCE, seconds
 from truemask.backends.eager import eager_attention
 
+LARGEST_DENSE = 1 << 26  # bytes of a mask that is worth keeping
+
 
 class Reference:
     """Plain torch in chunks of rows, bounded memory, every derivative; see `eager`."""
@@ -23,11 +25,20 @@ class Reference:
         return "plain torch, in chunks of rows"
 
     def lower(self, job: Job) -> Lowered:
-        return Lowered()
+        """The dense mask, a byte a cell, if it is small: the layers of a model then evaluate it once."""
+        r, mask = job.request, job.mask
+        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > LARGEST_DENSE:
+            return Lowered()
+        dense = mask.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
+        return Lowered(dense, dense.nbytes)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         request = job.request
         found = eager_attention(
-            inputs, job.mask, want_weights=request.return_weights, recompute=request.grad and not request.transform
+            inputs,
+            job.mask,
+            dense=lowered.data,
+            want_weights=request.return_weights,
+            recompute=request.grad and not request.transform,
         )
         return found._replace(lse=found.lse if request.return_lse else None)

@@ -28,6 +28,7 @@ from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 
 DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many
+NATIVE_HALVES = (torch.bfloat16,) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()
 
 
 class Dense(NamedTuple):
@@ -65,7 +66,7 @@ class Sdpa:
             return "the causal flag"
         if job.pattern == "everything" and not job.request.bias:
             return "no mask"
-        cells, itemsize = _dense_cells(job), 4 if job.request.bias else job.request.dtype.itemsize
+        cells, itemsize = _dense_cells(job), _mask_dtype(job.request).itemsize
         what = "bias" if job.pattern == "everything" else "mask and bias" if job.request.bias else "mask"
         return f"dense {what}, {cells * itemsize / 2**20:.1f} MiB"
 
@@ -91,13 +92,16 @@ class Sdpa:
 def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple[Tensor, Tensor]:
     """The CPU kernel; it wants one head size, and columns of zeros change nothing."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    width, own = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    dtype, own, computes = q.dtype, v.shape[-1], kernel_dtype(job.request)
+    if dtype != computes:
+        q, k, v = q.to(computes), k.to(computes), v.to(computes)
     if q.shape[-1] != own:
+        width = max(q.shape[-1], own)
         q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     additive, dead = dense or (None, None)
     call = Flash(inputs.scale, causal, additive, dead, job.mask, inputs.bias)
     out, lse = flash_attention(call, q, k, v, inputs.sink_logits, grad=job.request.grad)
-    return (out if width == own else out[..., :own]), lse
+    return (out if q.shape[-1] == own else out[..., :own]).to(dtype), lse
 
 
 def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
@@ -117,26 +121,43 @@ def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
 
 
 def lower_dense(job: Job) -> Dense:
-    """The mask in the dtype of q, one row for all queries if it does not vary with them."""
+    """The mask as numbers, one row for all queries if it does not vary with them."""
     r, mask = job.request, job.mask
     rows = r.q_len if mask.varies_with_query else min(r.q_len, 1)
     allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
-    additive = torch.zeros(allowed.shape, dtype=r.dtype, device=r.device).masked_fill_(~allowed, -torch.inf)
+    additive = torch.zeros(allowed.shape, dtype=_mask_dtype(r), device=r.device).masked_fill_(~allowed, -torch.inf)
     return Dense(additive, _dead(additive))
 
 
 def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
-    """Bias where the mask allows, -inf elsewhere; in fp32 for half-precision dtypes."""
+    """Bias where the mask allows, -inf elsewhere."""
     bias = inputs.bias
     if isinstance(bias, Bias):
         r = job.request
         positions = job.mask.positions(r.q_len, r.kv_len)
         bias = bias_values(bias, positions, slice(None), (r.batch, r.heads), inputs.q.device)
     assert bias is not None
-    bias = bias.detach().to(torch.float64 if inputs.q.dtype == torch.float64 else torch.float32)
+    bias = bias.detach().to(_mask_dtype(job.request))
     if dense is not None:
         bias = torch.where(dense.additive == 0, bias, -torch.inf)
     return Dense(bias, _dead(bias))
+
+
+def kernel_dtype(r: Request) -> torch.dtype:
+    """What the kernel computes in: q's dtype, or fp32 for half precision that is not native or meets a sink.
+
+    A CPU without arithmetic for a half-precision dtype converts at every step: bfloat16's backward is six times slower
+    on AVX2 than fp32's, float16's ten times. And rounding before and after a sink's share is taken would break law 10.
+    """
+    if r.device.type != "cpu" or r.dtype.itemsize >= 4:
+        return r.dtype
+    return r.dtype if r.dtype in NATIVE_HALVES and not r.sinks else torch.float32
+
+
+def _mask_dtype(r: Request) -> torch.dtype:
+    """That of q, which the kernel wants; fp32 where half precision would round a bias."""
+    computes = kernel_dtype(r)
+    return torch.float32 if r.bias and computes.itemsize < 4 else computes
 
 
 def _dead(additive: Tensor) -> Tensor | None:
@@ -151,7 +172,7 @@ def _flag(job: Job) -> bool:
 
 def _too_large(job: Job) -> list[str]:
     """An objection if what would be dense is larger than the limit."""
-    nbytes = _dense_cells(job) * (4 if job.request.bias else job.request.dtype.itemsize)
+    nbytes = _dense_cells(job) * _mask_dtype(job.request).itemsize
     if nbytes <= DENSE_LIMIT or (not job.request.bias and job.pattern != "other"):
         return []
     return [f"a dense mask of {nbytes / 2**30:.1f} GiB: the limit is {DENSE_LIMIT / 2**30:.0f} GiB"]

@@ -19,6 +19,7 @@ are never repeated. All tensors may have further axes in front, which broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _product_rule(form: Any, ctx: Any, dx: Tensor | None, dy: Tensor | None) -> 
     x, y, allowed = ctx.saved_tensors
     parts = [form(dx, y, allowed)] if dx is not None else []
     parts += [form(x, dy, allowed)] if dy is not None else []
-    return sum(parts[1:], parts[0]) if parts else None
+    return reduce(torch.add, parts) if parts else None
 
 
 def _batched(form: Any, sizes: tuple[int, int, int], in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
@@ -129,7 +130,8 @@ class Outer(_Side):
         return _outer(a, c, allowed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+    def backward(ctx: Any, *grads: Any) -> Grads:
+        (grad,) = grads
         if grad is None:
             return None, None, None
         a, c, allowed = ctx.saved_tensors
@@ -137,8 +139,8 @@ class Outer(_Side):
         return gather(grad, c, allowed) if need_a else None, scatter(grad, a, allowed) if need_c else None, None
 
     @staticmethod
-    def jvp(ctx: Any, da: Tensor | None, dc: Tensor | None, _: None) -> Tensor | None:
-        return _product_rule(outer, ctx, da, dc)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        return _product_rule(outer, ctx, tangents[0], tangents[1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
@@ -153,7 +155,8 @@ class Gather(_Side):
         return _gather(w, c, allowed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+    def backward(ctx: Any, *grads: Any) -> Grads:
+        (grad,) = grads
         if grad is None:
             return None, None, None
         w, c, allowed = ctx.saved_tensors
@@ -161,8 +164,8 @@ class Gather(_Side):
         return outer(grad, c, allowed) if need_w else None, scatter(w, grad, allowed) if need_c else None, None
 
     @staticmethod
-    def jvp(ctx: Any, dw: Tensor | None, dc: Tensor | None, _: None) -> Tensor | None:
-        return _product_rule(gather, ctx, dw, dc)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        return _product_rule(gather, ctx, tangents[0], tangents[1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
@@ -177,7 +180,8 @@ class Scatter(_Side):
         return _scatter(w, a, allowed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+    def backward(ctx: Any, *grads: Any) -> Grads:
+        (grad,) = grads
         if grad is None:
             return None, None, None
         w, a, allowed = ctx.saved_tensors
@@ -185,8 +189,8 @@ class Scatter(_Side):
         return outer(a, grad, allowed) if need_w else None, gather(w, grad, allowed) if need_a else None, None
 
     @staticmethod
-    def jvp(ctx: Any, dw: Tensor | None, da: Tensor | None, _: None) -> Tensor | None:
-        return _product_rule(scatter, ctx, dw, da)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        return _product_rule(scatter, ctx, tangents[0], tangents[1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:

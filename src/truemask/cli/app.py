@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from truemask.cli.console import show_error
+from truemask.cli.console import never_fail_to_print, show_error
 from truemask.cli.explain import explain
 from truemask.cli.generate import generate
 from truemask.cli.machine import version_of
@@ -59,4 +59,5 @@ def options(
 
 def main() -> None:
     """The entry point."""
+    never_fail_to_print()
     app(prog_name="truemask")

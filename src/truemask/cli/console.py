@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 from rich.console import Console
 from rich.text import Text
 
@@ -24,6 +27,22 @@ def needs_ascii(console: Console) -> bool:
 def plain(console: Console, text: str) -> None:
     """Write text as it is: no markup, no wrapping (pictures and carets must keep their columns)."""
     console.print(Text(text), soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which could move the cursor or worse; line ends and tabs stay.
+
+    >>> visible("def\\tx:\\n\\x1b[2J")
+    'def\\tx:\\n\ufffd[2J'
+    """
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
+
+
+def never_fail_to_print() -> None:
+    """A terminal that lacks a character gets a question mark for it, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def show_error(error: Exception) -> None:

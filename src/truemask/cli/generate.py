@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from truemask.cli.console import visible
 from truemask.train.checkpoint import load_model, read_checkpoint
 from truemask.train.model import build_model
 from truemask.train.sample import continuation
@@ -27,6 +28,6 @@ def generate(
     mask = checkpoint.config.expression()
     sys.stdout.write(prompt)
     for piece in continuation(model, mask, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed):
-        sys.stdout.write(piece)
+        sys.stdout.write(visible(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -21,10 +21,12 @@ from truemask.train.trainer import Step, Trainer
 from truemask.viz.plot import can_plot, save_picture
 
 PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
-PICTURE_LENGTH = 64
+CHANGEABLE = ("steps", "minutes", "evaluate_every", "save_every", "keep")  # of a run that goes on
 
 
 def train(
+    context: typer.Context,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More text, after --data.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="A file or folder of text; may be repeated. Default: the standard library's source."),
@@ -48,11 +50,10 @@ def train(
     """Train a byte-level model; Ctrl-C saves, and `--resume RUN` goes on exactly where it stopped."""
     console = make_console()
     if resume is not None:
-        _refuse_with_resume(data, mask, length, dim, depth, heads, batch, lr, seed, out)
-        trainer = Trainer.resume(resume, **_longer(steps, minutes))
+        trainer = Trainer.resume(resume, **_changes(context))
     else:
         config = TrainConfig(
-            data=tuple(str(Path(path).resolve()) for path in data or ()),
+            data=tuple(str(Path(path).resolve()) for path in (*(data or ()), *(more or ()))),
             mask=mask,
             length=length,
             dim=dim,
@@ -114,7 +115,7 @@ def _introduce(trainer: Trainer, folder: Path, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / ("mask.png" if can_plot() else "mask.svg")
     if not picture.exists():
-        save_picture(trainer.mask, picture, config.length)
+        save_picture(trainer.mask, picture, config.length, batch=config.batch, heads=config.heads)
     files = f"{len(corpus.train)} files, {corpus.train_bytes / 1e6:.1f} MB; held out {len(corpus.held_out)} files"
     plain(console, f"text   {corpus.source} ({files}, {corpus.held_out_bytes / 1e6:.2f} MB)")
     plain(console, f"mask   {trainer.mask}, per document (picture: {picture})")
@@ -169,19 +170,15 @@ def _new_folder(out: Path | None) -> Path:
     return folder
 
 
-def _longer(steps: int | None, minutes: float | None) -> dict[str, Any]:
-    return {"steps": steps, "minutes": minutes} if (steps, minutes) != (None, None) else {}
-
-
-def _refuse_with_resume(data: object, *given: object) -> None:
-    """A run goes on as it began: whatever would change it is refused, not ignored."""
-    names = ("mask", "length", "dim", "depth", "heads", "batch", "lr", "seed", "out")
-    config = TrainConfig(steps=1)
-    changed = [name for name, value in zip(names, given, strict=True) if value != getattr(config, name, None)]
-    if data:
-        changed.insert(0, "data")
-    if changed:
-        raise TrainError(
-            f"--resume goes on with the run as it began, so --{changed[0]} cannot be given with it "
-            "(only --steps or --minutes can, to make it longer)"
-        )
+def _changes(context: typer.Context) -> dict[str, Any]:
+    """What was given with --resume. A run goes on as it began: what would change it is refused, not ignored."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    changes = {name: context.params[name] for name in given if name != "resume"}
+    for name in changes:
+        if name not in CHANGEABLE:
+            raise TrainError(
+                f"--resume goes on with the run as it began, so --{name} cannot be given with it "
+                f"(only --{', --'.join(CHANGEABLE).replace('_', '-')} can)"
+            )
+    return {"steps": None, "minutes": None, **changes} if "steps" in changes or "minutes" in changes else changes

@@ -17,12 +17,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States
@@ -220,7 +222,9 @@ class Mask(Questions):
         cache = vars(self).setdefault("_bound", {})
         place = str(device)
         if place not in cache:
-            cache[place] = self._bind(torch.device(device))
+            # Under a tracer the tensors would be fakes, and the cache would hand them to everybody ever after.
+            with nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
+                cache[place] = self._bind(torch.device(device))
         return cache[place]
 
     def _bind(self, device: torch.device) -> Mask:

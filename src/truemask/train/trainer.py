@@ -109,9 +109,7 @@ class Trainer:
         loss = batch_loss(self.model, self.rows.next(), self.mask)
         bits = float(loss.detach()) / math.log(2)
         if not math.isfinite(bits):
-            raise TrainError(
-                f"the loss is {bits} at step {self.step + 1}; try a smaller --lr than {self.config.lr}"
-            )
+            raise TrainError(f"the loss is {bits} at step {self.step + 1}; try a smaller --lr than {self.config.lr}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

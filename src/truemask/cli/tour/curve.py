@@ -43,7 +43,7 @@ def text_curve(
         label = f"{high - i * (high - low) / (rows - 1):4.1f} "
         text.append(label, "dim")
         for sign in row:
-            text.append(sign, "bold blue" if sign == dot else "yellow" if sign == line else "")
+            text.append(sign, "bold bright_blue" if sign == dot else "yellow" if sign == line else "")
         text.append(f" {names[i]}\n", "yellow")
     text.append(f"     0 s{f'{seconds:.0f} s':>{columns - 3}}   bits per byte on held-out files", "dim")
     return text

@@ -38,9 +38,11 @@ def play(stage: Stage) -> None:
     )
     rows: list[list[Part]] = []
     warned: list[str] = []
+    missing = False
     for peer in PEERS:
         if peer.missing:
-            rows.append([peer.name, ("not installed: pip install 'truemask[peers]'", "dim"), "", "", ""])
+            rows.append([peer.name, ("not installed", "dim"), "", "", ""])
+            missing = True
             continue
         found = examine(peer)
         rows.append(
@@ -48,6 +50,8 @@ def play(stage: Stage) -> None:
         )
         warned.extend(f"{peer.name}: {found.warning}" for _ in range(bool(found.warning)))
     stage.table(["library", "was given", "row without keys", "reads the future", "it said"], rows)
+    if missing:
+        stage.say("To see the missing ones: ", ("pip install 'truemask[peers]'", "code"))
     for warning in warned:
         stage.say(("The warning of ", "dim"), (warning, "dim"))
     stage.say(
@@ -65,9 +69,9 @@ def play(stage: Stage) -> None:
 def examine(peer: Peer) -> Found:
     """Measure one library; nothing is known here of how it works."""
     torch.manual_seed(0)
-    run, x = peer.build(N), torch.randn(1, N, DIM)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        run, x = peer.build(N), torch.randn(1, N, DIM)
         before = run(x).detach()
     said = next((str(w.message) for w in caught if issubclass(w.category, ConventionWarning)), "")
     with warnings.catch_warnings():

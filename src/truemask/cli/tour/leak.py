@@ -32,7 +32,7 @@ def play(stage: Stage) -> None:
         (sinks.packed(lengths), sinks),
     ]
     rows = [_measure(decoder, x, other, mask, alone) for mask, alone in pairs]
-    stage.table(["mask", "B moves (Decoder)", "B moves (attend)", "against B alone"], rows)
+    stage.table(["mask", "B moves (Decoder)", "B moves (attend)", "and B alone?"], rows)
     small = [9, 15]
     stage.pictures([(name, mask, str(mask)) for name, mask in (("leaks", causal), ("does not", causal.packed(small)))])
     stage.say(
@@ -71,7 +71,7 @@ def difference(packed: Tensor, alone: Tensor) -> Part:
         return ("same, bit for bit", "good")
     relative = _relative(alone, packed)
     same = relative < 1e-5
-    return (f"{'same' if same else 'different'} ({relative:.0e})", "good" if same else "bad")
+    return (f"{'same' if same else 'differs'} ({relative:.0e})", "good" if same else "bad")
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from truemask._plan import plan
-from truemask.cli.console import needs_ascii
+from truemask.cli.console import needs_ascii, visible
 from truemask.cli.tour.curve import Level, Point, svg_curve, text_curve
 from truemask.cli.tour.stage import Act, Part, Stage
 from truemask.cli.train import step_line
@@ -68,7 +68,7 @@ def play(stage: Stage) -> None:
     _result(trainer, stage, points)
     stage.say("It continues ", (PROMPT, "code"), " like this:")
     pieces = continuation(trainer.model, trainer.mask, PROMPT, SAMPLE)
-    stage.verbatim(PROMPT + "".join(pieces))
+    stage.verbatim(visible(PROMPT + "".join(pieces)))
     stage.say(f"Saved: truemask generate {folder} --prompt 'class '")
     held_out = points[-1][1]
     if not held_out < base.bigram:

@@ -59,7 +59,7 @@ def play(stage: Stage) -> None:
                 (name, "bold"),
                 f"\n{formula}\n",
                 (str(real), "code"),
-                f"\n{count:,} pairs of {LENGTH**2:,} ({percent(count, LENGTH**2)}), ",
+                f"\n{count:,} pairs of {LENGTH**2:,} ({percent(count, LENGTH**2)})\n",
                 f"tiles of 128: {_tiles(real)}\n",
                 f"plan: {chosen.backend}, {chosen.costs[chosen.backend] * 1e3:.2g} ms forecast",
             ],

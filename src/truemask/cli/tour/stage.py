@@ -61,7 +61,7 @@ class Stage:
         """Small pictures side by side, each below its caption and its code."""
         grid = Table.grid(padding=(0, 4, 0, 0))
         drawn = [
-            Text.assemble((caption, "bold"), "\n", (code, STYLES["code"]), "\n", "\n".join(self.sketch(mask, length)))
+            Text.assemble((caption, "bold"), "\n", (code, STYLES["code"]), "\n", self.sketch(mask, length))
             for caption, mask, code in captioned
         ]
         grid.add_row(*drawn)
@@ -75,16 +75,23 @@ class Stage:
     def picture_beside(self, mask: Mask, parts: Sequence[Part], length: int = SMALL) -> None:
         """A small picture with text at its right."""
         grid = Table.grid(padding=(0, 3, 0, 0))
-        grid.add_column(min_width=length, no_wrap=True)
+        grid.add_column(min_width=length + 2, no_wrap=True)
         grid.add_column(overflow="fold")
-        grid.add_row("\n".join(self.sketch(mask, length)), _text(parts))
+        grid.add_row(self.sketch(mask, length), _text(parts))
         self._print(grid)
-        self.blocks.append(f'<div class="beside"><div>{svg_of(mask, length, title="")}</div><p>{_html(parts)}</p></div>')
+        self.blocks.append(
+            f'<div class="beside"><div>{svg_of(mask, length, title="")}</div><p>{_html(parts)}</p></div>'
+        )
 
-    def sketch(self, mask: Mask, length: int) -> list[str]:
-        """A mask's drawing as lines of half blocks."""
+    def sketch(self, mask: Mask, length: int) -> Text:
+        """A mask's drawing in half blocks, framed."""
+        ascii = needs_ascii(self.console)
         dense: np.ndarray = mask.to_dense(length)[0, 0].numpy()
-        return half_blocks(dense, ascii=needs_ascii(self.console))
+        across, down, corners = ("-", "|", "++++") if ascii else ("─", "│", "┌┐└┘")
+        drawing = Text(f"{corners[0]}{across * length}{corners[1]}\n", "dim")
+        for line in half_blocks(dense, ascii=ascii):
+            drawing.append(down, "dim").append(f"{line:<{length}}", "not dim bright_blue").append(f"{down}\n", "dim")
+        return drawing.append(f"{corners[2]}{across * length}{corners[3]}", "dim")
 
     def figure(self, svg: str, caption: str) -> None:
         """A drawing for the report alone."""
