@@ -11,6 +11,7 @@ VENV   ?= .venv
 TOUR   ?=
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+QUICK  := src tests/masks tests/backends tests/nn $(wildcard tests/test_*.py)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 
 .PHONY: help run test check venv lint types suite format clean
@@ -19,8 +20,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --qui
 help:
 	@echo 'make run      the tour: five minutes with attention masks (makes $(VENV) first)'
 	@echo 'make test     lint, types and the whole suite'
-	@echo 'make check    the fastest part of the tests'
-	@echo 'make format   let ruff format and fix what it can; redraw the pictures and the map'
+	@echo 'make check    lint and the quick part of the suite'
+	@echo 'make format   let ruff format and fix what it can; redraw pictures, map and shown outputs'
 	@echo 'make clean    remove $(VENV), caches and reports'
 
 run: $(VENV)/.run-stamp
@@ -67,17 +68,17 @@ suite: $(VENV)/.test-stamp
 	@echo '== tests'
 	@$(BIN)/python -m pytest -n $(JOBS) --durations 10
 
-# In 90 seconds: lint, and the tests that are not marked slow, stopping at the first that fails.
-check: $(VENV)/.test-stamp
-	@$(MAKE) --no-print-directory lint
-	@echo '== tests, without the slow ones'
-	@$(BIN)/python -m pytest -n $(JOBS) -q -x -m 'not slow'
+# In 90 seconds: lint and the quick folders of the suite, stopping at the first test that fails.
+check: lint
+	@echo '== the quick tests'
+	@$(BIN)/python -m pytest -n $(JOBS) -q -x -m 'not slow' $(QUICK)
 
 format: $(VENV)/.test-stamp
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/python docs/make_pictures.py
 	@$(BIN)/python docs/make_map.py
+	@$(BIN)/python docs/pages.py
 
 clean:
 	rm -rf $(VENV) build dist report.html .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def said(path: Path) -> str:
     return sentence + "." if dot else text
 
 
-def drawn(stairs: list[str]) -> str:
+def drawn(stairs: Sequence[str]) -> str:
     """The map: the package in the order of the stairs, then tests, documents and the rest."""
     source, tests = ROOT / "src" / "truemask", ROOT / "tests"
     rooms = [

@@ -7,10 +7,19 @@ gradients are those that autograd derives from that. Slow and small on purpose; 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def three(tensors: Iterable[Tensor]) -> Three:
+    """q, k and v, for calls that take them apart."""
+    q, k, v = tensors
+    return q, k, v
 
 
 class Answer(NamedTuple):

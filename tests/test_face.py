@@ -13,6 +13,7 @@ NAMES = """
     ConventionWarning
     Decoder
     Encoder
+    KVCache
     Mask
     MaskError
     Plan

@@ -1,4 +1,4 @@
-"""One call of `attend`, read once: checked arguments, the mask as an expression, and the request that plans are found by."""
+"""One call of `attend`, read once: checked arguments, the mask as an expression, the request that finds its plan."""
 
 from __future__ import annotations
 

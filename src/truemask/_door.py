@@ -60,9 +60,11 @@ def _wrong_sizes(q: Tensor, k: Tensor, v: Tensor) -> str:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     head = f"attend: {shapes} as [batch, heads, length, head size]: "
     if not b == bk == bv:
-        return f"{head}batch sizes {b}, {bk} and {bv} differ; to share keys among samples use `k.expand({b}, -1, -1, -1)`"
+        return (
+            f"{head}batch sizes {b}, {bk} and {bv} differ; to share keys among samples use `k.expand({b}, -1, -1, -1)`"
+        )
     if d != dk:
-        return f"{head}q's head size {d} is not k's {dk}, and scores are products of the two; was `.mT` taken of one of them?"
+        return f"{head}q's head size {d} is not k's {dk}, and scores are products of the two; was `.mT` taken of one?"
     if not (d and dv and hq and hk):
         return f"{head}heads and head sizes must be at least 1"
     if hk != hv:
@@ -115,7 +117,9 @@ def _not_a_mask(mask: object) -> str:
 
 
 def _not_bool(mask: Tensor) -> str:
-    text = f"attend: a mask is bool (True = may attend), got {describe(mask)}, which does not say what its numbers mean. "
+    text = (
+        f"attend: a mask is bool (True = may attend), got {describe(mask)}, which does not say what its numbers mean. "
+    )
     if mask.is_floating_point():
         return (
             f"{text}For 0 and -inf (or the dtype's lowest) use `from_additive(mask)`; "
@@ -130,15 +134,15 @@ def _not_bool(mask: Tensor) -> str:
 def _wrong_mask_shape(mask: Tensor, sizes: tuple[int, int, int, int]) -> str:
     b, h, q, k = sizes
     text = (
-        f"attend: a bool mask is [q, k] = [{q}, {k}] or [b, h, q, k] = [{b}, {h}, {q}, {k}] (size 1 where it does not vary), "
-        f"got {describe(mask)}"
+        f"attend: a bool mask is [q, k] = [{q}, {k}] or [b, h, q, k] = [{b}, {h}, {q}, {k}] (size 1 where it does not "
+        f"vary), got {describe(mask)}"
     )
     shape = tuple(mask.shape)
     if shape in ((b, k), (1, k), (k,)):
-        return f"{text}: likely key padding (True = real token), which is `keys(mask)`; combine it, as in `causal & keys(mask)`"
+        return f"{text}: likely key padding (True = real token), which is `keys(mask)`, as in `causal & keys(mask)`"
     if mask.ndim == 3:
         return (
-            f"{text}, and three axes can be read two ways: `dense(mask, axes=\"bqk\")` ({mask.shape[0]} samples) or "
+            f'{text}, and three axes can be read two ways: `dense(mask, axes="bqk")` ({mask.shape[0]} samples) or '
             f'`dense(mask, axes="hqk")` ({mask.shape[0]} heads)'
         )
     if q != k and shape[-2:] == (k, q):
@@ -180,7 +184,9 @@ def check_bias(bias: object, sizes: tuple[int, int, int, int], device: torch.dev
             raise ValueError(f"attend: {bias!r} holds numbers for {bias.head_count} heads, but q has {sizes[1]}")
         return bias
     if not isinstance(bias, Tensor):
-        raise TypeError(f"attend: bias must be a float tensor, `alibi(...)`, `relative(...)` or None, got {describe(bias)}")
+        raise TypeError(
+            f"attend: bias must be a float tensor, `alibi(...)`, `relative(...)` or None, got {describe(bias)}"
+        )
     if bias.dtype == torch.bool:
         raise TypeError(f"attend: bias is added to the scores, but got {describe(bias)}: a bool tensor is a mask")
     if not bias.is_floating_point():
@@ -209,7 +215,7 @@ def check_weights(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     nbytes = math.prod(sizes) * dtype.itemsize
     if nbytes > WEIGHTS_LIMIT:
         raise ValueError(
-            f"attend: return_weights=True would hold {nbytes / 2**30:.0f} GiB ({list(sizes)}): ask for some rows instead, "
+            f"attend: return_weights=True would hold {nbytes / 2**30:.0f} GiB ({list(sizes)}): ask for some rows, "
             "`attend(q[:, :, a:b], k, v, mask.at(q_start=a), return_weights=True)`"
         )
 

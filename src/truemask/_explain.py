@@ -82,7 +82,7 @@ def top_left_warning(job: Job) -> str:
         return ""
     start = r.kv_len - r.q_len
     return (
-        f"attend was given {r.q_len} queries, {r.kv_len} keys and `{mask}`, which counts the first query as position 0: "
+        f"attend was given {r.q_len} queries, {r.kv_len} keys and `{mask}`, whose first query is position 0: "
         f"it sees none of the last {start} keys. If these queries are the last {r.q_len} positions, as in decoding, "
         f"the mask is `.at(q_start={start})`"
     )

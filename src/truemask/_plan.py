@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -60,7 +61,9 @@ def choose(mask: Mask, request: Request, wanted: str | None) -> Plan:
     """Ask every backend about the call; `wanted` names the only one that may run it."""
     checked_length(mask, request.batch, request.heads, request.q_len, request.kv_len)
     if wanted is not None and wanted not in backends():
-        raise PlanError(f"there is no backend {wanted!r}{suggest(str(wanted), backends())} (known: {', '.join(backends())})")
+        raise PlanError(
+            f"there is no backend {wanted!r}{suggest(str(wanted), backends())} (known: {', '.join(backends())})"
+        )
     job = Job(mask, request)
     objections = {backend.name: backend.objections(job) for backend in BACKENDS}
     willing = [backend for backend in BACKENDS if not objections[backend.name]]
@@ -79,7 +82,8 @@ def choose(mask: Mask, request: Request, wanted: str | None) -> Plan:
 def plan_key(mask: Mask, request: Request, wanted: str | None) -> Hashable:
     """What two calls must share to share a plan.
 
-    The one place that knows: when offsets travel as numbers, `at` is peeled off the mask and the lengths become buckets here.
+    The one place that knows: when offsets travel as numbers, here is where `at` is peeled off the mask and lengths
+    become buckets.
     """
     return mask, request, wanted
 
@@ -216,6 +220,9 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
     >>> plan(causal & window(64), 512, softcap=30.0).objections["sdpa"]
     ['softcap: the kernel has no soft cap']
     """
+    known = inspect.signature(_from_sizes).parameters.keys() | inspect.signature(read_call).parameters.keys()
+    for unknown in keywords.keys() - known:
+        raise TypeError(f"plan: there is no keyword {unknown!r}{suggest(unknown, known - {'keywords'})}")
     tensors = len(given) >= 3 and all(isinstance(x, Tensor) for x in given[:3])
     by_name = {"q", "k", "v"} <= keywords.keys()
     mask, request = _from_tensors(*given, **keywords) if tensors or by_name else _from_sizes(*given, **keywords)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import truemask as tm
 from tests import oracle
+from tests.oracle import Three, three
 from truemask._plan import plan
 from truemask.backends.dropping import kept
 from truemask.masks.core import Mask
@@ -37,12 +38,12 @@ class Problem(NamedTuple):
     head_dim: int = 3
     value_dim: int = 3
 
-    def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Three:
         torch.manual_seed(seed)
         q = torch.randn(self.batch, self.heads, self.q_len, self.head_dim, dtype=torch.float64)
         k = torch.randn(self.batch, self.kv_heads, self.kv_len, self.head_dim, dtype=torch.float64)
         v = torch.randn(self.batch, self.kv_heads, self.kv_len, self.value_dim, dtype=torch.float64)
-        return tuple(x.to(dtype).requires_grad_() for x in (q, k, v))  # pyright: ignore[reportReturnType]
+        return three(x.to(dtype).requires_grad_() for x in (q, k, v))
 
     @property
     def allowed(self) -> Tensor:
@@ -66,12 +67,14 @@ MASKS = {
 
 def agree(name: str, problem: Problem, dtype: torch.dtype, options: dict[str, Any], extra: dict[str, Any]) -> None:
     """Results and gradients of a backend equal the oracle's; `options` go to both, `extra` to the oracle alone."""
-    leaves = list(problem.tensors(dtype))
+    leaves = problem.tensors(dtype)
     more = [x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]
     wants_lse = not plan(*leaves, problem.mask, return_lse=True, **options).objections[name]
     got = tm.attend(*leaves, problem.mask, backend=name, return_lse=wants_lse, **options)
     out, lse = got if isinstance(got, tuple) else (got, None)
-    oracle_options = {key: value for key, value in options.items() if key != "bias" or isinstance(value, Tensor)}
+    oracle_options: dict[str, Any] = {
+        key: value for key, value in options.items() if key != "bias" or isinstance(value, Tensor)
+    }
     want = oracle.attention(*leaves, problem.allowed, **(oracle_options | extra))
     assert out.dtype == dtype
     close(out, want.out, BACKENDS[name][dtype], "out")
@@ -81,14 +84,22 @@ def agree(name: str, problem: Problem, dtype: torch.dtype, options: dict[str, An
         assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         close(lse, want.lse, BACKENDS[name][dtype], "lse")
         pairs.append((lse, want.lse, torch.randn_like(want.lse).to(lse.dtype)))
-    mine = torch.autograd.grad([a for a, _, _ in pairs], leaves + more, [g for _, _, g in pairs], allow_unused=True)
-    theirs = torch.autograd.grad(
-        [b for _, b, _ in pairs if b.requires_grad], leaves + more, [g.double() for _, b, g in pairs if b.requires_grad],
-        allow_unused=True,
-    )
+    inputs = [*leaves, *more]
+    mine = gradients([(a, g) for a, _, g in pairs], inputs)
+    theirs = gradients([(b, g.double()) for _, b, g in pairs], inputs)
     for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        a, b = (torch.zeros_like(leaves[i]) if x is None else x for x in (a, b))
         close(a, b, BACKENDS[name][dtype] * 2, f"gradient {i}")
+
+
+def gradients(pairs: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> list[Tensor]:
+    """Of the results with what comes back to them; zeros where nothing arrives."""
+    live = [(result, grad) for result, grad in pairs if result.requires_grad]
+    if not live:
+        return [torch.zeros_like(x) for x in inputs]
+    results, grads = zip(*live, strict=True)
+    found = torch.autograd.grad(results, inputs, grads, allow_unused=True)
+    some: list[Tensor | None] = list(found)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, some, strict=True)]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
@@ -251,8 +262,8 @@ def test_strides_do_not_matter(name: str) -> None:
     q = torch.randn(2, 5, 4, 3, dtype=torch.float64).transpose(1, 2)
     k = torch.randn(1, 2, 3, 14, dtype=torch.float64).mT[:, :, ::2].expand(2, -1, -1, -1)
     v = torch.randn(2, 2, 7, 5, dtype=torch.float64)[..., 2:]
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    copies = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
+    leaves = three(x.detach().requires_grad_() for x in (q, k, v))
+    copies = three(x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v))
     results = [tm.attend(*x, MASKS["sinks and window"], backend=name) for x in (leaves, copies)]
     close(results[0], results[1], 1e-14, "out")
     grads = [torch.autograd.grad(out.sin().sum(), x) for out, x in zip(results, (leaves, copies), strict=True)]
@@ -264,11 +275,11 @@ def test_strides_do_not_matter(name: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_only_what_wants_a_gradient_gets_one(name: str, frozen: str) -> None:
     problem = Problem(MASKS["causal"])
-    leaves = dict(zip("qkv", problem.tensors(), strict=True))
-    whole = torch.autograd.grad(tm.attend(*leaves.values(), problem.mask, backend=name).sin().sum(), leaves.values())
-    some = {key: x.detach().requires_grad_(key not in frozen) for key, x in leaves.items()}
-    tm.attend(*some.values(), problem.mask, backend=name).sin().sum().backward()
-    for (key, x), want in zip(some.items(), whole, strict=True):
+    leaves = problem.tensors()
+    whole = torch.autograd.grad(tm.attend(*leaves, problem.mask, backend=name).sin().sum(), leaves)
+    some = three(x.detach().requires_grad_(key not in frozen) for key, x in zip("qkv", leaves, strict=True))
+    tm.attend(*some, problem.mask, backend=name).sin().sum().backward()
+    for key, x, want in zip("qkv", some, whole, strict=True):
         assert (x.grad is None) == (key in frozen)
         if x.grad is not None:
             close(x.grad, want, 1e-14, key)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import truemask as tm
+from tests.oracle import Three, three
 from truemask._call import read_call
 from truemask.backends.eager import eager_attention
 from truemask.backends.trilinear import contained_product, gather, outer, scatter
@@ -24,22 +25,24 @@ MASK = tm.causal & (tm.window(3) | tm.prefix(2)) - tm.dilated(5)
 
 def leaves(
     b: int = 1, h: int = 2, y: int = 1, q: int = 3, k: int = 5, d: int = 2, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+) -> Three:
     torch.manual_seed(0)
     shapes = ((b, h, q, d), (b, y, k, d), (b, y, k, d))
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return three(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes)
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dropout": 0.4}, {"softcap": 0.7, "bias": torch.ones(13, 1) / 7}], ids=["plain", "dropout", "softcap and bias"]
+    "options",
+    [{}, {"dropout": 0.4}, {"softcap": 0.7, "bias": torch.ones(13, 1) / 7}],
+    ids=["plain", "dropout", "softcap and bias"],
 )
 @pytest.mark.parametrize("grad", [False, True])
 def test_chunks_change_nothing(options: dict[str, Any], grad: bool) -> None:
     """One row at a time gives what all rows at once give, gradients and dropped cells included."""
-    qkv = [x.requires_grad_(grad) for x in (x.detach() for x in leaves(2, 4, 2, 13, 11))]
+    qkv = three(x.detach().requires_grad_(grad) for x in leaves(2, 4, 2, 13, 11))
     inputs = read_call(*qkv, MASK, **options).inputs._replace(seed=5)
     results = [eager_attention(inputs, MASK, want_weights=True, chunk_bytes=size) for size in (1, 1000, 1 << 23)]
     for found in results[1:]:
@@ -75,7 +78,7 @@ def test_memory_is_bounded_in_both_directions() -> None:
 
 
 def test_computes_in_fp64_when_asked() -> None:
-    qkv = [x.detach() for x in leaves(1, 2, 1, 13, 13, 7, torch.float32)]
+    qkv = three(x.detach() for x in leaves(1, 2, 1, 13, 13, 7, torch.float32))
     inputs = read_call(*qkv, MASK).inputs
     exact = eager_attention(inputs._replace(**dict(zip("qkv", (x.double() for x in qkv), strict=True))), MASK)
     found = eager_attention(inputs, MASK, compute=torch.float64)
@@ -88,10 +91,8 @@ def test_computes_in_fp64_when_asked() -> None:
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
-def attend(*qkv: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    found = tm.attend(*qkv, MASK.at(q_start=2), backend="reference", return_lse=True, **options)
-    assert isinstance(found, tuple)
-    out, lse = found
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    out, lse = tm.attend(q, k, v, MASK.at(q_start=2), backend="reference", return_lse=True, **options)
     return out, lse.masked_fill(lse == -torch.inf, 0)
 
 
@@ -108,8 +109,8 @@ def test_first_and_second_derivatives() -> None:
 
 
 def test_second_derivatives_through_recomputed_chunks() -> None:
-    def call(*qkv: Tensor) -> Tensor:
-        return eager_attention(read_call(*qkv, MASK).inputs, MASK, chunk_bytes=1).out
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return eager_attention(read_call(q, k, v, MASK).inputs, MASK, chunk_bytes=1).out
 
     assert gradgradcheck(call, leaves(), fast_mode=True)
 
@@ -118,10 +119,13 @@ def test_second_derivatives_through_recomputed_chunks() -> None:
 def test_vmap_is_a_loop(in_dims: tuple[int | None, ...]) -> None:
     torch.manual_seed(1)
     qkv = leaves(2, 4, 2, 3, 5)
-    many = [x if dim is None else torch.stack([x * (i + 1) for i in range(3)], dim) for x, dim in zip(qkv, in_dims, strict=True)]
+    many = [
+        x if dim is None else torch.stack([x * (i + 1) for i in range(3)], dim)
+        for x, dim in zip(qkv, in_dims, strict=True)
+    ]
     found = torch.vmap(attend, in_dims=in_dims)(*many)
     for i in range(3):
-        one = attend(*(x if dim is None else x.select(dim, i) for x, dim in zip(many, in_dims, strict=True)))
+        one = attend(*three(x if dim is None else x.select(dim, i) for x, dim in zip(many, in_dims, strict=True)))
         for a, b in zip(found, one, strict=True):
             torch.testing.assert_close(a[i], b)
 
@@ -187,7 +191,10 @@ def test_contained_product_is_the_sum_over_allowed_cells() -> None:
     w = torch.randn(31, 7).masked_fill(~allowed, 0) * (torch.rand(31, 7) < 0.8)
     x = torch.tensor(VALUES)[torch.randint(len(VALUES), (7, 11))]
     want = torch.tensor(
-        [[sum((w[i, j] * x[j, c] for j in range(7) if allowed[i, j]), torch.zeros(())) for c in range(11)] for i in range(31)]
+        [
+            [sum((w[i, j] * x[j, c] for j in range(7) if allowed[i, j]), torch.zeros(())) for c in range(11)]
+            for i in range(31)
+        ]
     )
     torch.testing.assert_close(contained_product(w, x, lambda: allowed), want, equal_nan=True)
     assert torch.isfinite(want).any()

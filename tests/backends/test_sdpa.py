@@ -68,9 +68,9 @@ NEITHER = [
     ids=str,
 )
 def test_patterns_are_proven_at_the_sizes(pattern: str, mask: Mask, q_len: int, kv_len: int) -> None:
-    sizes = {"batch": max(1, mask.batch_size), "heads": max(2, mask.head_count)}
-    found = job(mask, q_len, kv_len, **sizes)
-    dense = mask.to_dense(q_len, kv_len, **sizes)
+    batch, heads = max(1, mask.batch_size), max(2, mask.head_count)
+    found = job(mask, q_len, kv_len, batch=batch, heads=heads)
+    dense = mask.to_dense(q_len, kv_len, batch=batch, heads=heads)
     truth = {"everything": torch.ones_like(dense), "causal": torch.ones_like(dense).tril()}
     assert found.pattern == pattern
     assert pattern == next((name for name, cells in truth.items() if torch.equal(cells, dense)), "other")
@@ -137,15 +137,15 @@ def test_the_front_end_of_other_devices() -> None:
     k, v = (torch.randn(2, 2, 7, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
     bias = torch.randn(4, 5, 7, dtype=torch.float64)
     for mask in (tm.causal, tm.everything, tm.window(2) - tm.blocks(2)):
-        for options in ({"bias": None}, {"bias": bias}):
-            call = read_call(q, k, v, mask, **options)
+        for given in (None, bias):
+            call = read_call(q, k, v, mask, bias=given)
             found = Job(mask, call.request)
             data = Sdpa().lower(found).data
             dense = data if isinstance(data, Dense) else None
-            if options["bias"] is not None:
+            if given is not None:
                 dense = with_bias(dense, call.inputs, found)
             out = front_end(call.inputs, dense, causal=data is True)
-            want = tm.attend(q, k, v, mask.at(), backend="reference", **options)
+            want = tm.attend(q, k, v, mask.at(), backend="reference", bias=given)
             torch.testing.assert_close(out, want)
             grads = [torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, want)]
             torch.testing.assert_close(*grads)

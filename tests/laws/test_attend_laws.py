@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
 from tests import oracle
+from tests.oracle import three
 from tests.strategies import Drawn, expressions
 from truemask._plan import Plan, plan
 from truemask.masks.core import Mask
@@ -53,17 +54,19 @@ class Found(NamedTuple):
 
 
 def run(call: Given, mask: Mask, backend: str, **options: Any) -> Found:
-    leaves = [x.clone().requires_grad_() for x in call[:3]]
+    leaves = three(x.clone().requires_grad_() for x in call[:3])
     out, lse = tm.attend(*leaves, mask, backend=backend, return_lse=True, **options)
     grads = torch.autograd.grad((out, lse), leaves, (call.grad_out, call.grad_lse.to(lse.dtype)))
     return Found(out.detach(), lse.detach(), *grads)
 
 
 def expected(call: Given, allowed: Tensor, **options: Any) -> Found:
-    leaves = [x.double().requires_grad_() for x in call[:3]]
+    leaves = three(x.double().requires_grad_() for x in call[:3])
     want = oracle.attention(*leaves, allowed, **options)
     pairs = [(want.out, call.grad_out.double()), (want.lse, call.grad_lse.double())]
-    results, gradients = zip(*((a, g) for a, g in pairs if a.requires_grad), strict=True) if want.out.requires_grad else ((), ())
+    results, gradients = (
+        zip(*((a, g) for a, g in pairs if a.requires_grad), strict=True) if want.out.requires_grad else ((), ())
+    )
     grads = torch.autograd.grad(results, leaves, gradients, allow_unused=True) if results else (None,) * 3
     filled = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))
     return Found(want.out.detach(), want.lse.detach(), *filled)
@@ -80,7 +83,7 @@ def same(got: Tensor, want: Tensor, where: Tensor, dtype: torch.dtype, what: str
     assert worst <= TOLERANCE[dtype] * size, f"{what}: off by {worst} at size {size}"
 
 
-# -- law 5: a query that may attend to nothing gets zeros -----------------------------------------------------------------
+# -- law 5: a query that may attend to nothing gets zeros --------------------------------------------------------------
 
 DEAD = {
     "nothing": tm.nothing,
@@ -125,7 +128,7 @@ def test_law_5_holds_with_dropout_and_weights(dtype: torch.dtype) -> None:
     assert out[:, :, 2:].any()
 
 
-# -- law 6: what is masked cannot leak -------------------------------------------------------------------------------------
+# -- law 6: what is masked cannot leak ---------------------------------------------------------------------------------
 
 
 class Plant(NamedTuple):
@@ -140,7 +143,11 @@ class Plant(NamedTuple):
     def into(self, call: Given, head: int, shared: int) -> Given:
         """The call with the plants in sample 0, one query head and its key head."""
         q, k, v, grad_out, _ = copies = Given(*(x.clone() for x in call))
-        value = max(min(self.hostile, torch.finfo(q.dtype).max), torch.finfo(q.dtype).min) if abs(self.hostile) < 1e39 else self.hostile
+        value = (
+            max(min(self.hostile, torch.finfo(q.dtype).max), torch.finfo(q.dtype).min)
+            if abs(self.hostile) < 1e39
+            else self.hostile
+        )
         q[0, head, list(self.rows)] = value
         grad_out[0, head, list(self.grad_rows)] = value
         k[0, head // shared, list(self.keys)] = value
@@ -199,7 +206,7 @@ def test_law_6_nothing_crosses_the_mask(backend: str, dtype: torch.dtype, name: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", [3, 15, 517, 530])
 def test_law_6_in_every_block_of_the_kernel(dtype: torch.dtype, place: int) -> None:
-    """Keys in a full block of vectors, at its end, and in the kernel's second block of 512 keys and the rest after it."""
+    """Keys in a full block of vectors, at its end, and in the kernel's second block of 512 and the rest after it."""
     mask = tm.local(1000) - tm.keys(torch.arange(531) == place)
     call = Given.make(1, 1, 1, 3, 531, dtype, d=16)
     for hostile in HOSTILE:
@@ -219,8 +226,20 @@ def test_law_6_with_bias_sinks_and_options(backend: str) -> None:
     found = run(planted, mask, backend, bias=poisoned, sink_logits=sinks)
     clean = run(call, mask, backend, bias=bias, sink_logits=sinks)
     rows = torch.tensor([True, True, True, True, False])
-    same(found.out[:, :, rows], clean.out[:, :, rows], torch.ones_like(clean.out[:, :, rows], dtype=torch.bool), torch.float32, "out")
-    same(found.dq[:, :, rows], clean.dq[:, :, rows], torch.ones_like(clean.dq[:, :, rows], dtype=torch.bool), torch.float32, "dq")
+    same(
+        found.out[:, :, rows],
+        clean.out[:, :, rows],
+        torch.ones_like(clean.out[:, :, rows], dtype=torch.bool),
+        torch.float32,
+        "out",
+    )
+    same(
+        found.dq[:, :, rows],
+        clean.dq[:, :, rows],
+        torch.ones_like(clean.dq[:, :, rows], dtype=torch.bool),
+        torch.float32,
+        "dq",
+    )
 
 
 def test_a_false_alarm_changes_nothing() -> None:
@@ -232,7 +251,7 @@ def test_a_false_alarm_changes_nothing() -> None:
     torch.testing.assert_close(out, v)
 
 
-# -- law 8: choosers can be asked ----------------------------------------------------------------------------------------
+# -- law 8: choosers can be asked --------------------------------------------------------------------------------------
 
 
 def test_law_8_plan_takes_the_arguments_of_the_call() -> None:
@@ -258,7 +277,7 @@ def test_law_8_plan_takes_the_arguments_of_the_call() -> None:
         tm.attend(q, k, k, tm.causal, **keywords)
 
 
-# -- law 9: nothing is silently dropped ------------------------------------------------------------------------------------
+# -- law 9: nothing is silently dropped --------------------------------------------------------------------------------
 
 
 def test_law_9_second_derivatives_are_refused_by_name() -> None:
@@ -283,7 +302,7 @@ def test_law_9_transforms_choose_or_name_the_backend_that_has_them() -> None:
         tm.attend(q[0], k[0], v[0], tm.causal, backend="sdpa")
 
 
-# -- law 10: speed never buys error ------------------------------------------------------------------------------------------
+# -- law 10: speed never buys error ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -334,7 +353,7 @@ def test_law_10_with_sinks_and_a_gradient_of_lse(dtype: torch.dtype) -> None:
         assert (a - want).abs().max() <= 1.5 * (b - want).abs().max()
 
 
-# -- all together: random calls against the oracle -----------------------------------------------------------------------------
+# -- all together: random calls against the oracle ---------------------------------------------------------------------
 
 
 @given(
@@ -351,7 +370,9 @@ def test_random_calls_agree_with_the_oracle(
     """Any mask, any backend, any dtype, dead rows included, with something hostile anywhere: results and gradients."""
     reach = drawn.reach
     shared = shared if reach.heads % shared == 0 else 1
-    call = Given.make(reach.batch, reach.heads, reach.heads // shared, reach.q, reach.k, dtype, data.draw(st.integers(0, 99)))
+    call = Given.make(
+        reach.batch, reach.heads, reach.heads // shared, reach.q, reach.k, dtype, data.draw(st.integers(0, 99))
+    )
     rows = st.lists(st.integers(0, reach.q - 1), max_size=2).map(tuple)
     keys = st.lists(st.integers(0, reach.k - 1), max_size=2).map(tuple)
     plant = Plant(data.draw(rows), data.draw(rows), data.draw(keys), data.draw(keys), hostile)

@@ -1,6 +1,7 @@
 """What a wrong call says: the thing, the value, the reason and the way out, word for word.
 
-The messages are a snapshot: a change of one is a change that somebody reads, so it is made here on purpose.
+The messages are a snapshot: a change of one is a change that somebody reads, so it is made here on purpose. (The file
+is long because it is that table.)
 """
 
 from __future__ import annotations

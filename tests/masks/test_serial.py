@@ -184,6 +184,13 @@ def test_bad_expressions_are_mask_errors(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 2000
 
 
+def test_a_file_builds_what_the_operators_build() -> None:
+    causal, prefix = {"kind": "causal"}, {"kind": "prefix", "length": 2}
+    nested_and = {"kind": "and", "terms": [{"kind": "and", "terms": [causal, prefix]}, causal]}
+    assert from_json(nested_and, {}) == tm.causal & tm.prefix(2) & tm.causal
+    assert from_json({"kind": "not", "base": {"kind": "not", "base": causal}}, {}) == tm.causal
+
+
 def test_an_unknown_kind_is_named_with_the_nearest_known_one() -> None:
     with pytest.raises(tm.MaskError, match="unknown kind of mask 'windw', did you mean 'window'"):
         from_json({"kind": "windw", "size": 3}, {})

@@ -33,7 +33,7 @@ def test_a_checkpoint_is_four_files_without_pickle(run: Path, config: TrainConfi
         assert json.loads(path.read_bytes()[8 : 8 + header])
 
 
-def test_the_model_comes_back_bit_for_bit_tied_weights_once(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_model_comes_back_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
     trainer = Trainer(config, tmp_path / "run")
     list(trainer.run())
     other = build_model(config)

@@ -116,7 +116,7 @@ class Job:
 
     @cached_property
     def pattern(self) -> str:
-        """"everything" or "causal" if the mask is proven to be that at these sizes, else "other"."""
+        """ "everything" or "causal" if the mask is proven to be that at these sizes, else "other"."""
         if self.is_same_as(everything):
             return "everything"
         return "causal" if self.is_same_as(causal) else "other"

@@ -1,12 +1,12 @@
 """Torch's CPU flash kernel held to laws 5 and 6: zeros for dead rows, and no NaN across a masked cell; and with sinks.
 
-The kernel multiplies masked cells by zero, so a NaN, an infinity or an overflow behind the mask shows up as something that
-is not finite in its results. One sum over them notices (lse is part of it: some of the kernel's fast exponentials turn
-NaN into a number, its lse stays NaN); then the call is computed again by `eager`, where masked cells add nothing. A sum
-that overflows by itself is a false alarm: slower, never wrong.
+The kernel multiplies masked cells by zero, so a NaN, an infinity or an overflow behind the mask shows up as something
+that is not finite in its results. One sum over them notices (lse is part of it: some of the kernel's fast
+exponentials turn NaN into a number, its lse stays NaN); then the call is computed again by `eager`, where masked
+cells add nothing. A sum that overflows by itself is a false alarm: slower, never wrong.
 
-A sink takes its share of a row after the fact: out' = out * sigmoid(lse - sink), lse' = log(exp(lse) + exp(sink)). The
-kernel's backward, given out' and lse', computes the gradients of just that, without another rounding.
+A sink takes its share of a row after the fact: out' = out * sigmoid(lse - sink), lse' = log(exp(lse) + exp(sink)).
+The kernel's backward, given out' and lse', computes the gradients of just that, without another rounding.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class FlashFunction(Function):
     """The kernel with a backward that is contained too, and second derivatives refused by name."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         found = _forward(call, q, k, v, sinks)
         ctx.call, ctx.contained = call, found.contained
         ctx.set_materialize_grads(False)
@@ -137,7 +135,7 @@ def _forward(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None)
     return Forward(out, lse, torch.logaddexp(own, sink), False)
 
 
-# -- backward ------------------------------------------------------------------------------------------------------------
+# -- backward ----------------------------------------------------------------------------------------------------------
 
 
 def _gradients(
@@ -166,7 +164,7 @@ def _backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> t
 
 
 def _sink_gradient(call: Flash, sinks: Tensor, dout: Tensor, out: Tensor, merged: Tensor) -> Tensor:
-    """`-exp(sink - lse') * (dout . out')`, summed over samples and rows: what a softmax gives a column without value."""
+    """`-exp(sink - lse') * (dout . out')` over samples and rows: what a softmax gives a column without a value."""
     sink = sinks.to(merged.dtype)[:, None]
     share = torch.exp(sink - merged)
     reached = -share * (dout.to(merged.dtype) * out.to(merged.dtype)).sum(-1)
@@ -178,9 +176,9 @@ def _sink_gradient(call: Flash, sinks: Tensor, dout: Tensor, out: Tensor, merged
 def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
     """q, k, v, dout and out with a few more columns, through which the kernel's backward adds the gradient of lse.
 
-    The gradient of a score is p * (dout . v - dout . out + dlse). A column that is 0 in q, k and v, 1 in dout and -dlse in
-    out leaves all but that untouched, exactly. Half-precision dtypes get dlse in three parts, which lose nothing. With
-    a sink, p is but its share of the softmax that lse is about, so dlse is divided by that share.
+    The gradient of a score is p * (dout . v - dout . out + dlse). A column that is 0 in q, k and v, 1 in dout and
+    -dlse in out leaves all but that untouched, exactly. Half-precision dtypes get dlse in three parts, which lose
+    nothing. With a sink, p is but its share of the softmax that lse is about, so dlse is divided by that share.
     """
     q, k, v, sinks, out, lse, merged = saved
     rest = dlse if sinks is None else dlse / torch.exp(lse - merged)
@@ -196,9 +194,7 @@ def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) ->
     return pad(q, (0, wider)), pad(k, (0, wider)), pad(v, (0, wider)), dout, out
 
 
-def _contained_backward(
-    call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _contained_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients by way of `eager`."""
     with torch.enable_grad():
         q, k, v, sinks = (None if x is None else x.detach().requires_grad_() for x in saved[:4])

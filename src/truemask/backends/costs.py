@@ -1,8 +1,9 @@
 """What the backends cost, in one table of measured constants.
 
 Measured on one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, as the least processor time of several runs, and
-doubled: the predicted seconds are those of two such cores. Rates: b 1, h 4, d 64, n 512, no mask. Calls: b 1, h 4, d 32, n 16
-under a window, with the plan cached. Half-precision dtypes run in fp32 there. They rank backends, and say roughly how long.
+doubled: the predicted seconds are those of two such cores. Rates: b 1, h 4, d 64, n 512, no mask. Calls: b 1, h 4, d
+32, n 16 under a window, with the plan cached. Half-precision dtypes run in fp32 there. They rank backends, and say
+roughly how long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from truemask.backends.base import Request
 
 
 class Rates(NamedTuple):
-    """Useful arithmetic a second in fp32, forward and backward, and the seconds that any call takes in each direction."""
+    """Useful arithmetic a second in fp32 and the seconds that any call takes, forward and backward."""
 
     forward: float
     backward: float
@@ -24,7 +25,7 @@ class Rates(NamedTuple):
 
 
 SDPA = Rates(104e9, 93e9, 65e-6, 220e-6)
-REFERENCE = Rates(36e9, 31e9, 800e-6, 1500e-6)
+REFERENCE = Rates(36e9, 31e9, 600e-6, 1400e-6)
 DOUBLES = 2.6  # how much longer fp64 takes
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 
@@ -35,3 +36,16 @@ def seconds(rates: Rates, request: Request, cells: float) -> float:
     forward = rates.call + work / rates.forward
     backward = rates.call_backward + BACKWARD_PRODUCTS * work / rates.backward
     return forward + backward if request.grad else forward
+
+
+def memory(nbytes: float) -> str:
+    """Bytes as people read them.
+
+    >>> memory(196), memory(1936), memory(70000), memory(1 << 28)
+    ('196 B', '1.9 KiB', '68 KiB', '256 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1000 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.1f} {unit}" if nbytes < 10 and unit != "B" else f"{nbytes:.0f} {unit}"

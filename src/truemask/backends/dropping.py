@@ -16,6 +16,6 @@ def kept(seed: int, rate: float, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> 
     >>> import torch
     >>> zero = torch.zeros(1, dtype=torch.int64)
     >>> kept(7, 0.5, zero, zero, zero, torch.arange(8)).int().tolist()
-    [1, 1, 1, 0, 1, 0, 0, 0]
+    [1, 1, 1, 0, 0, 0, 0, 1]
     """
     return hash32(hash32(seed, b, h, q), k) >= threshold(rate)

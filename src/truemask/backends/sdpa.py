@@ -21,11 +21,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.contain import Flash, flash_attention
-from truemask.backends.costs import SDPA, seconds
+from truemask.backends.costs import SDPA, memory, seconds
 from truemask.backends.eager import bias_values
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
-from truemask.masks.core import Mask
 
 DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many
 NATIVE_HALVES = (torch.bfloat16,) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()
@@ -68,7 +67,7 @@ class Sdpa:
             return "no mask"
         cells, itemsize = _dense_cells(job), _mask_dtype(job.request).itemsize
         what = "bias" if job.pattern == "everything" else "mask and bias" if job.request.bias else "mask"
-        return f"dense {what}, {cells * itemsize / 2**20:.1f} MiB"
+        return f"dense {what}, {memory(cells * itemsize)}"
 
     def lower(self, job: Job) -> Lowered:
         if _flag(job):
@@ -105,7 +104,7 @@ def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple
 
 
 def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
-    """`F.scaled_dot_product_attention`, with dead rows opened before it, so that no kernel meets one, and zeroed after."""
+    """`F.scaled_dot_product_attention`; dead rows are opened before, so that no kernel meets one, and zeroed after."""
     q, k, v = inputs.q, inputs.k, inputs.v
     additive, dead = dense or (None, None)
     if additive is not None:
@@ -117,7 +116,7 @@ def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
     return out if dead is None else out.masked_fill(dead[..., None], 0)
 
 
-# -- dense masks and biases ------------------------------------------------------------------------------------------
+# -- dense masks and biases --------------------------------------------------------------------------------------------
 
 
 def lower_dense(job: Job) -> Dense:
@@ -175,7 +174,7 @@ def _too_large(job: Job) -> list[str]:
     nbytes = _dense_cells(job) * _mask_dtype(job.request).itemsize
     if nbytes <= DENSE_LIMIT or (not job.request.bias and job.pattern != "other"):
         return []
-    return [f"a dense mask of {nbytes / 2**30:.1f} GiB: the limit is {DENSE_LIMIT / 2**30:.0f} GiB"]
+    return [f"a dense mask of {memory(nbytes)}: the limit is {memory(DENSE_LIMIT)}"]
 
 
 def _dense_cells(job: Job) -> int:

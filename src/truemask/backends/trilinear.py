@@ -10,10 +10,10 @@ is linear in each of the three, and its derivatives with respect to them are
     gather(w, c)  [g, n, d]   each row's mixture of the keys that it may see
     scatter(w, a) [m, d]      what reaches each key from the rows that may see it
 
-so each one's derivatives are the other two: three autograd functions that use each other have derivatives of every order,
-backward, forward (`jvp`) and under `vmap`. A plain matrix product would not do, because 0 * NaN is NaN: here a masked
-cell contributes nothing whatever it holds. `g` (query heads per key head) is a part of `n` in the products, so shared keys
-are never repeated. All tensors may have further axes in front, which broadcast.
+so each one's derivatives are the other two: three autograd functions that use each other have derivatives of every
+order, backward, forward (`jvp`) and under `vmap`. A plain matrix product would not do, because 0 * NaN is NaN: here a
+masked cell contributes nothing whatever it holds. `g` (query heads per key head) is a part of `n` in the products, so
+shared keys are never repeated. All tensors may have further axes in front, which broadcast.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _product_rule(form: Any, ctx: Any, dx: Tensor | None, dy: Tensor | None) -> 
     return reduce(torch.add, parts) if parts else None
 
 
-def _batched(form: Any, sizes: tuple[int, int, int], in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+def _batched(
+    form: Any, sizes: tuple[int, int, int], in_dims: tuple[int | None, ...], *tensors: Tensor
+) -> tuple[Tensor, int]:
     """`form` with the mapped axis of each tensor in front of all the others."""
     rank = max(x.ndim - (dim is not None) - own for x, dim, own in zip(tensors, in_dims, sizes, strict=True))
     moved: list[Tensor] = []

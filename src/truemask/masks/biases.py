@@ -1,8 +1,8 @@
 """Biases: numbers added to the scores, as objects that are asked cell by cell and never stored as `[q, k]`.
 
-A mask says whether a query may attend to a key; a bias says how much it likes to (law 1: they travel separately). A bias
-object speaks about logical positions, as masks do: under `mask.at(q_start=...)` or `mask.packed(...)` it is asked about the
-positions that the mask's rows and keys have, so decoding, packing and padding need no change to it.
+A mask says whether a query may attend to a key; a bias says how much it likes to (law 1: they travel separately). A
+bias object speaks about logical positions, as masks do: under `mask.at(q_start=...)` or `mask.packed(...)` it is
+asked about the positions that the mask's rows and keys have, so decoding, packing and padding need no change to it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class Relative(Bias):
         buckets = self.table.shape[1]
         if bidirectional and max_distance is None and buckets % 2 == 0:
             raise MaskError(
-                f"a table over both directions has an odd number of columns (distances -r to r), got {describe(table)}; "
-                "for T5's logarithmic buckets pass `max_distance=128`, for distances into the past only `bidirectional=False`"
+                f"a table over both directions has an odd number of columns (distances -r to r), got "
+                f"{describe(table)}; for T5's logarithmic buckets pass `max_distance=128`, for distances into the "
+                "past only `bidirectional=False`"
             )
         self.max_distance, self.bidirectional = max_distance, bidirectional
         side = buckets if not bidirectional else buckets // 2

@@ -170,7 +170,7 @@ class Questions(ABC):
         alive = seen.cumsum(-1) > 0
         for part in tiles.evaluated():
             some = part.cells.any(2 - axis)
-            place = (part.i, part.j)[axis][:, None] * tiles.block[axis] + np.arange(some.shape[1])
+            place = (part.i, part.j)[axis][:, None] * tiles.block[axis] + np.arange(part.cells.shape[1 + axis])
             np.logical_or.at(alive, (part.b[:, None], part.h[:, None], place), some)
         return torch.from_numpy(~alive[..., : sizes[axis]])
 

@@ -97,7 +97,7 @@ def _build(kind: str, parts: Json) -> Mask:
             return KINDS[kind].make(**parts)
         case "and" | "or" | "xor":
             first, second, *rest = (operand(kind, term) for term in parts["terms"])
-            return KINDS[kind]((first, second, *rest))
+            return KINDS[kind].make(first, second, *rest)
         case "minus":
             return operand("-", parts["left"]) - operand("-", parts["right"])
         case "not":

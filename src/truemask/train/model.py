@@ -36,7 +36,6 @@ def build_model(config: TrainConfig) -> AutoregressiveWrapper:
             max_seq_len=config.length,
             attn_layers=decoder,
             use_abs_pos_emb=False,
-            tie_embedding=True,
         )
         return AutoregressiveWrapper(net)
 

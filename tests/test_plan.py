@@ -1,0 +1,246 @@
+"""Plans: who is chosen and why, the table, the refusals, and a cache that is bounded, shared and safe."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import truemask as tm
+from tests.oracle import Three, three
+from truemask import _plan
+from truemask._plan import CACHE, PlanCache, plan
+from truemask.backends import sdpa
+from truemask.backends.base import Job, Lowered, Request
+from truemask.backends.registry import BACKENDS, backends
+
+ODD: Any = (5, 7)
+MASK = tm.causal & (tm.window(5) | tm.prefix(2))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> None:
+    CACHE.clear()
+
+
+# -- the question ------------------------------------------------------------------------------------------------------
+
+
+def test_the_cheapest_willing_backend_and_never_the_reference_unasked() -> None:
+    found = plan(MASK, 100)
+    assert found.backend == "sdpa"
+    assert found.objections == {"sdpa": [], "reference": []}
+    assert 0 < found.costs["sdpa"] < found.costs["reference"]
+    assert plan(MASK, 100, backend="reference").backend == "reference"
+    assert plan(MASK, 100, softcap=1.0).backend == "reference"
+    assert list(found.objections) == list(backends()) == ["sdpa", "reference"]
+
+
+def test_costs_grow_with_work() -> None:
+    def cost(mask: tm.Mask = tm.everything, q_len: int = 1000, **keywords: Any) -> float:
+        return plan(mask, q_len, **keywords).costs["sdpa"]
+
+    assert cost(q_len=2000) > 3 * cost()
+    assert cost(tm.causal) < 0.7 * cost()
+    assert cost(grad=True) > 3 * cost()
+    assert cost(dtype=torch.float64) > 2 * cost()
+    assert cost(batch=2) > 1.9 * cost()
+
+
+def test_both_forms_are_one_question() -> None:
+    q, k, v = torch.zeros(2, 6, 7, 8), torch.zeros(2, 3, 11, 8), torch.zeros(2, 3, 11, 8)
+    sizes: dict[str, Any] = {"kv_len": 11, "batch": 2, "heads": 6, "kv_heads": 3, "head_dim": 8}
+    assert plan(q, k, v, tm.local(3)) is plan(tm.local(3), 7, **sizes)
+    assert plan(q=q, k=k, v=v, mask=tm.local(3)) is plan(mask=tm.local(3), q_len=7, **sizes)
+    on_meta = plan(q.to("meta"), k.to("meta"), v.to("meta"), tm.local(3))
+    assert on_meta is plan(q, k, v, tm.local(3))
+    assert plan(q.requires_grad_(), k, v, tm.local(3)) is plan(tm.local(3), 7, grad=True, **sizes)
+
+
+def test_defaults_come_from_the_mask() -> None:
+    assert plan(tm.causal.at(q_start=5), 3).request.kv_len == 8
+    assert plan(tm.padding(lengths=[3, 5, 7]), 7).request.batch == 3
+    assert plan(tm.per_head([tm.causal, tm.local(3), tm.everything]), 7).request.heads == 3
+    assert plan(torch.ones(3, 5, dtype=torch.bool), 3).request.kv_len == 5
+    assert plan(None, 3).mask == tm.everything
+
+
+def test_a_plan_touches_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dense mask is made, however long the call."""
+    monkeypatch.setattr(sdpa, "lower_dense", None)
+    length = 1 << 20
+    assert plan(tm.causal & tm.window(64), length).objections["sdpa"][0].startswith("a dense mask of")
+    assert plan(tm.causal, length).ways["sdpa"] == "the causal flag"
+    assert CACHE.info().lowered == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: plan(MASK, 5, backend="refrence"), "no backend 'refrence', did you mean 'reference'?"),
+        (lambda: plan(MASK, 5, backend="sdpa", softcap=1.0, dropout=0.1), "sdpa: softcap"),
+        (lambda: plan(tm.keys(torch.ones(3, dtype=torch.bool)), 5), "5 queries and 5 keys"),
+        (lambda: plan(*ODD), "plan takes (mask, q_len, ...) or (q, k, v, mask), got int 5 and int 7 first"),
+        (lambda: plan(MASK, -1), "q_len must be at least 0"),
+        (lambda: plan(MASK, 5, heads=3, kv_heads=2), "3 query heads are no multiple of 2 key heads"),
+    ],
+)
+def test_refusals(call: Any, words: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are compared below
+        call()
+    assert words in str(caught.value)
+
+
+def test_unknown_keywords_are_named() -> None:
+    with pytest.raises(TypeError, match="no keyword 'sofcap', did you mean 'softcap'"):
+        plan(MASK, 5, sofcap=1.0)
+
+
+def test_a_refusal_lists_everybodys_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(BACKENDS[1]), "objections", lambda self, job: ["it is on holiday"])
+    with pytest.raises(tm.PlanError) as caught:
+        plan(MASK, 5, softcap=1.0, return_weights=True)
+    assert str(caught.value).splitlines() == [
+        "no backend can run `causal & (window(5) | prefix(2))` with "
+        "q [1, 8, 5, 64], k and v [1, 8, 5, 64], float32 on cpu, forward:",
+        "  sdpa: softcap: the kernel has no soft cap",
+        "  sdpa: return_weights: the kernel never holds the weights",
+        "  reference: it is on holiday",
+    ]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_mask_sizes_tiles_and_backends() -> None:
+    lines = str(plan(tm.causal & tm.window(256), 1024, dropout=0.1, return_weights=True, grad=True)).splitlines()
+    assert lines[0] == "causal & window(256)"
+    assert lines[1] == "q [1, 8, 1024, 64], k and v [1, 8, 1024, 64], float32 on cpu, forward and backward"
+    assert lines[2] == "tiles of 128 x 128: 43 empty, 14 mixed, 7 full; 21.89% of the pairs"
+    assert lines[3].split() == ["backend", "predicted", "how,", "or", "why", "not"]
+    assert lines[4].startswith("  sdpa")
+    assert "cannot  dropout: the kernel cannot drop" in lines[4]
+    assert lines[5].strip() == "return_weights: the kernel never holds the weights"
+    assert lines[6].startswith("> reference")
+    assert lines[6].endswith("plain torch, in chunks of rows")
+    assert len(lines) == 7
+
+
+def test_the_table_is_cheap_when_the_density_is_not() -> None:
+    text = str(plan(tm.random(0.5), 1 << 14))
+    assert "0.0% to 100.0% of the pairs" in text
+
+
+@pytest.mark.parametrize(
+    ("mask", "keywords", "way"),
+    [
+        (tm.everything, {}, "no mask"),
+        (tm.causal, {}, "the causal flag"),
+        (tm.window(3), {}, "dense mask, 1.9 KiB"),
+        (tm.keys(torch.arange(22) > 3), {}, "dense mask, 88 B"),
+        (tm.everything, {"bias": tm.alibi(torch.ones(8))}, "dense bias, 15 KiB"),
+        (tm.causal, {"bias": torch.zeros(22)}, "dense mask and bias, 1.9 KiB"),
+    ],
+)
+def test_ways(mask: tm.Mask, keywords: dict[str, Any], way: str) -> None:
+    assert plan(mask, 22, **keywords).ways["sdpa"] == way
+
+
+def test_printing_a_plan_is_short_in_lists() -> None:
+    assert repr(plan(tm.causal, 5)) == "<Plan of `causal`: sdpa>"
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def tensors(n: int = 7, **keywords: Any) -> Three:
+    return three(torch.randn(2, 4, n, 8, **keywords) for _ in range(3))
+
+
+def test_the_same_mask_in_every_layer_is_lowered_once() -> None:
+    """Equal masks share a plan too: built anew, unpickled, or given as an equal tensor."""
+    for _ in range(6):
+        tm.attend(*tensors(), tm.causal & (tm.window(5) | tm.prefix(2)))
+    tm.attend(*tensors(), pickle.loads(pickle.dumps(MASK)))
+    info = CACHE.info()
+    assert (info.misses, info.hits, info.lowered, info.entries) == (1, 6, 1, 1)
+    for _ in range(3):
+        tm.attend(*tensors(), torch.ones(7, 7, dtype=torch.bool).tril(2))
+    assert CACHE.info().lowered == 2
+
+
+def test_training_and_inference_and_numbers() -> None:
+    """A plan depends on kinds and flags, not on numbers such as scale, softcap or dropout."""
+    for scale in (0.1, 0.2, 0.3):
+        tm.attend(*tensors(), MASK, scale=scale)
+        tm.attend(*tensors(), MASK, softcap=scale, dropout=scale)
+    assert CACHE.info().misses == 2
+    tm.attend(*tensors(requires_grad=True), MASK)
+    assert CACHE.info().misses == 3
+
+
+def test_plans_and_bytes_are_bounded() -> None:
+    cache = PlanCache(most_plans=5, most_bytes=2000)
+    request = plan(MASK, 11).request
+    entries = [cache.entry(tm.window(1), request, None)]
+    for size in range(1, 21):
+        entries.append(cache.entry(tm.window(size), request, None))
+        cache.lowered(entries[-1])
+        info = cache.info()
+        assert info.entries <= 5
+        assert info.nbytes <= 2000
+    assert cache.info().lowered == 20
+    assert cache.entry(tm.window(20), request, None) is entries[-1]
+    large = cache.entry(MASK, request._replace(q_len=101, kv_len=101), None)
+    assert cache.lowered(large).nbytes > 2000
+    assert cache.info().entries == 1  # the newest stays, whatever its size
+    assert cache.lowered(large) is cache.lowered(cache.entry(MASK, large.plan.request, None))
+
+
+def test_an_entry_given_up_while_in_use_still_works() -> None:
+    cache = PlanCache(most_plans=1)
+    request = plan(MASK, 11).request
+    first = cache.entry(MASK, request, None)
+    cache.lowered(cache.entry(tm.window(2), request, None))
+    held = cache.info().nbytes
+    assert cache.lowered(first).data is not None
+    assert cache.info().nbytes == held
+
+
+def test_threads_share_one_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = sdpa.Sdpa.lower
+
+    def slow(self: sdpa.Sdpa, job: Job) -> Lowered:
+        calls.append(1)
+        threading.Event().wait(0.05)
+        return real(self, job)
+
+    monkeypatch.setattr(sdpa.Sdpa, "lower", slow)
+    torch.manual_seed(0)
+    given = tensors()
+    want = tm.attend(*given, MASK, backend="reference")
+    found: list[torch.Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(tm.attend(*given, MASK))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len(found) == 8
+    for out in found:
+        torch.testing.assert_close(out, want)
+
+
+def test_keys_know_the_backend_asked_for() -> None:
+    assert plan(MASK, 5) is not plan(MASK, 5, backend="sdpa")
+    assert _plan.plan_key(MASK, plan(MASK, 5).request, None) == (MASK, plan(MASK, 5).request, None)
+
+
+def test_requests_are_values() -> None:
+    request = plan(MASK, 5).request
+    assert isinstance(request, Request)
+    assert hash(request) == hash(pickle.loads(pickle.dumps(request)))
