@@ -115,13 +115,25 @@ class Job:
         return self.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
 
     @cached_property
-    def pattern(self) -> str:
-        """ "everything" or "causal" if the mask is proven to be that at these sizes, else "other"."""
-        if self.is_same_as(everything):
-            return "everything"
-        return "causal" if self.is_same_as(causal) else "other"
+    def small(self) -> Tensor | None:
+        """The mask as a bool tensor on the CPU, if it is so small that looking at it beats reasoning about it."""
+        r = self.request
+        if r.q_len * r.kv_len * self.mask_batch * self.mask_heads > SMALL:
+            return None
+        return self.mask.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
 
-    def is_same_as(self, other: Mask) -> bool:
+    @cached_property
+    def pattern(self) -> str:
+        """"everything" or "causal" if the mask is proven to be that at these sizes, else "other"."""
+        if self.small is not None:
+            if self.small.all():
+                return "everything"
+            return "causal" if torch.equal(self.small, torch.ones_like(self.small).tril()) else "other"
+        if self._is_same_as(everything):
+            return "everything"
+        return "causal" if self._is_same_as(causal) else "other"
+
+    def _is_same_as(self, other: Mask) -> bool:
         """Whether the mask lets the same pairs through as `other`: exact, and cheap where they are far apart.
 
         The cells where they differ are `mask ^ other`. A FULL tile of that refutes; MIXED tiles (of `causal`: those on
@@ -131,8 +143,6 @@ class Job:
             return True
         r = self.request
         differs = self.mask ^ other
-        if r.q_len * r.kv_len * self.mask_batch * self.mask_heads <= SMALL:
-            return not differs.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads).any()
         if self._probe(differs):
             return False
         tiles = differs.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)

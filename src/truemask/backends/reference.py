@@ -29,7 +29,10 @@ class Reference:
         r, mask = job.request, job.mask
         if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > LARGEST_DENSE:
             return Lowered()
-        dense = mask.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
+        if job.small is not None:
+            dense = job.small.to(r.device)
+        else:
+            dense = mask.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
         return Lowered(dense, dense.nbytes)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:

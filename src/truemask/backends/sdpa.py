@@ -123,7 +123,10 @@ def lower_dense(job: Job) -> Dense:
     """The mask as numbers, one row for all queries if it does not vary with them."""
     r, mask = job.request, job.mask
     rows = r.q_len if mask.varies_with_query else min(r.q_len, 1)
-    allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
+    if job.small is not None:
+        allowed = job.small[:, :, :rows].to(r.device)
+    else:
+        allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
     additive = torch.zeros(allowed.shape, dtype=_mask_dtype(r), device=r.device).masked_fill_(~allowed, -torch.inf)
     return Dense(additive, _dead(additive))
 
