@@ -2,7 +2,7 @@
 # Needs python3 with venv (Debian: python3 and python3-venv) and make; everything else goes into .venv.
 #
 #   PYTHON=python3.12       another interpreter for the environment
-#   VENV=/tmp/env           another place for it
+#   VENV=../env             another place for it
 #   TORCH_INDEX=URL         where to take torch from (the address that pytorch.org's selector shows for your platform)
 #   TOUR="--skip learning"  options for the tour
 
@@ -25,7 +25,8 @@ help:
 	@echo 'make clean    remove $(VENV), caches and reports'
 
 run: $(VENV)/.run-stamp
-	$(BIN)/truemask tour $(TOUR)
+	@$(BIN)/truemask tour $(TOUR)
+	@echo '(The command is $(BIN)/truemask; after ". $(BIN)/activate" it is truemask.)'
 
 test: lint types suite
 

@@ -58,6 +58,7 @@ STAIRS = """
     backends/dropping.py
     backends/trilinear.py
     backends/eager.py
+    backends/flash.py
     backends/contain.py
     backends/reference.py
     backends/sdpa.py

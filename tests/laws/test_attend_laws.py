@@ -18,6 +18,8 @@ from tests import oracle
 from tests.oracle import three
 from tests.strategies import Drawn, expressions
 from truemask._plan import Plan, plan
+from truemask.backends import contain
+from truemask.backends.base import Inputs, Result
 from truemask.masks.core import Mask
 
 BACKENDS = ("sdpa", "reference")
@@ -242,6 +244,38 @@ def test_law_6_with_bias_sinks_and_options(backend: str) -> None:
         torch.float32,
         "dq",
     )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_hidden_keys_cost_another_run_and_no_detour(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+    """NaN in padding that no row sees is taken out before the kernel runs again: `eager` is not needed."""
+    mask = tm.causal & tm.keys(torch.arange(11) < 7)
+    call = Given.make(2, 4, 2, 11, 11, torch.float32)
+    planted = Plant(keys=(7, 9), values=(8, 10)).into(call, 1, 2)._replace(grad_out=call.grad_out)
+    clean = run(call, mask, "sdpa")
+    monkeypatch.setattr(contain, "eager_attention", None)
+    if grad:
+        for got, want in zip(run(planted, mask, "sdpa"), clean, strict=True):
+            assert torch.equal(got, want)
+    else:
+        assert torch.equal(tm.attend(*planted[:3], mask, backend="sdpa"), clean.out)
+
+
+def test_only_the_rows_concerned_take_the_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    real = contain.eager_attention
+
+    def watched(inputs: Inputs, mask: Mask) -> Result:
+        rows.append(inputs.q.shape[2])
+        return real(inputs, mask)
+
+    monkeypatch.setattr(contain, "eager_attention", watched)
+    call = Given.make(1, 2, 1, 11, 11, torch.float64)
+    hold_law_6(call, tm.causal, Plant(keys=(9,)), "sdpa", hostile=(torch.nan,))
+    assert rows == [2, 2]  # rows 9 and 10 see key 9, forward and backward
+    rows.clear()
+    hold_law_6(call, tm.window(3), Plant(grad_rows=(4,)), "sdpa", hostile=(torch.inf,))
+    assert rows == [1]
 
 
 def test_a_false_alarm_changes_nothing() -> None:

@@ -124,7 +124,7 @@ class Job:
 
     @cached_property
     def pattern(self) -> str:
-        """"everything" or "causal" if the mask is proven to be that at these sizes, else "other"."""
+        """What the mask is proven to be at these sizes: "everything", "causal" or, without proof, "other"."""
         if self.small is not None:
             if self.small.all():
                 return "everything"

@@ -1,9 +1,9 @@
-"""Torch's CPU flash kernel held to laws 5 and 6: zeros for dead rows, and no NaN across a masked cell; and with sinks.
+"""The CPU flash kernel held to laws 5 and 6: zeros for dead rows, and no NaN across a masked cell; and with sinks.
 
-The kernel multiplies masked cells by zero, so a NaN, an infinity or an overflow behind the mask shows up as something
-that is not finite in its results. One sum over them notices (lse is part of it: some of the kernel's fast
-exponentials turn NaN into a number, its lse stays NaN); then the call is computed again by `eager`, where masked
-cells add nothing. A sum that overflows by itself is a false alarm: slower, never wrong.
+One sum over the kernel's results notices what came through the mask (lse is part of it: some of the kernel's fast
+exponentials turn NaN into a number, its lse stays NaN). Then the rows concerned are computed by `eager`, where masked
+cells add nothing, and the kernel runs again for the others without what troubled it. A sum that overflows by itself is
+a false alarm: slower, never wrong.
 
 A sink takes its share of a row after the fact: out' = out * sigmoid(lse - sink), lse' = log(exp(lse) + exp(sink)).
 The kernel's backward, given out' and lse', computes the gradients of just that, without another rounding.
@@ -11,7 +11,6 @@ The kernel's backward, given out' and lse', computes the gradients of just that,
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,26 +18,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs
+from truemask.backends.base import Inputs, Result
 from truemask.backends.eager import beside_sink, eager_attention
+from truemask.backends.flash import Flash, hostile, kernel, kernel_backward, split, wide
 from truemask.errors import PlanError
-from truemask.masks.biases import Bias
-from truemask.masks.core import Mask
 
-FORWARD = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 HALVES = (torch.bfloat16, torch.float16)
-
-
-class Flash(NamedTuple):
-    """One call of the kernel, without q, k, v and sinks."""
-
-    scale: float
-    causal: bool
-    additive: Tensor | None  # 0 or a bias where allowed, -inf elsewhere; each axis whole or 1
-    dead: Tensor | None  # bool [b, h, q] (1 where it does not vary): rows that see nothing; None if there are none
-    mask: Mask  # the same once more, for `eager`
-    bias: Tensor | Bias | None
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of q, k, v and the sinks
 
 
 class Forward(NamedTuple):
@@ -47,7 +33,19 @@ class Forward(NamedTuple):
     out: Tensor  # b hq q d
     lse: Tensor  # b hq q, over keys only, -inf for dead rows
     merged: Tensor  # the same with the sink, and the kernel's own finite value for dead rows
-    contained: bool  # made by `eager`
+    alarmed: bool = False
+
+
+class Saved(NamedTuple):
+    """What a backward starts from."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    out: Tensor
+    lse: Tensor
+    merged: Tensor
 
 
 def flash_attention(
@@ -67,7 +65,7 @@ class FlashFunction(Function):
     @staticmethod
     def forward(ctx: Any, call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         found = _forward(call, q, k, v, sinks)
-        ctx.call, ctx.contained = call, found.contained
+        ctx.call, ctx.alarmed = call, found.alarmed
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, found.out, found.lse, found.merged)
         return found.out, found.lse
@@ -80,23 +78,11 @@ class FlashFunction(Function):
         saved = Saved(*ctx.saved_tensors)
         dout = torch.zeros_like(saved.out) if dout is None else dout
         if not torch.is_grad_enabled():
-            return None, *_gradients(ctx.call, ctx.contained, saved, dout, dlse)
+            return None, *_gradients(ctx.call, ctx.alarmed, saved, dout, dlse)
         with torch.no_grad():  # the caller asked for a graph of the gradients
-            found = _gradients(ctx.call, ctx.contained, saved, dout, dlse)
+            found = _gradients(ctx.call, ctx.alarmed, saved, dout, dlse)
         links = [x for x in (*saved[:4], dout, dlse) if x is not None]
         return None, *_OnlyOnce.apply(len(links), *links, *found)  # pyright: ignore[reportGeneralTypeIssues]
-
-
-class Saved(NamedTuple):
-    """What a backward starts from."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sinks: Tensor | None
-    out: Tensor
-    lse: Tensor
-    merged: Tensor
 
 
 class _OnlyOnce(Function):
@@ -118,55 +104,85 @@ class _OnlyOnce(Function):
 
 
 def _forward(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
-    """The kernel's results with the sinks' share taken, or those of `eager` if they are not finite."""
+    """The kernel's results with the sinks' share taken, contained if they are not finite."""
     if q.numel() == 0 or k.numel() == 0:  # the kernel divides by such sizes
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=_wide(q.dtype))
-        return Forward(torch.zeros_like(q), lse, lse, False)
-    out, own = FORWARD(q, k, v, 0.0, call.causal, attn_mask=call.additive, scale=call.scale)
-    if not _finite(out, own):
-        found = eager_attention(Inputs(q, k, v, call.scale, bias=call.bias, sink_logits=sinks), call.mask)
-        assert found.lse is not None
-        return Forward(found.out, found.lse, found.lse, True)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
+        return Forward(torch.zeros_like(q), lse, lse)
+    found = kernel(call, q, k, v)
+    return _contained(call, q, k, v, sinks) if found is None else _finished(call, *found, sinks)
+
+
+def _finished(call: Flash, out: Tensor, own: Tensor, sinks: Tensor | None) -> Forward:
+    """The kernel's results as callers know them: lse -inf for dead rows, out beside the sinks."""
     lse = own if call.dead is None else own.masked_fill(call.dead, -torch.inf)
     if sinks is None:
-        return Forward(out, lse, own, False)
+        return Forward(out, lse, own)
     sink = sinks.to(own.dtype)[:, None]
     out = (out * beside_sink(lse, sink)[..., None]).to(out.dtype)
-    return Forward(out, lse, torch.logaddexp(own, sink), False)
+    return Forward(out, lse, torch.logaddexp(own, sink))
+
+
+def _contained(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
+    """Rows that something hostile reaches by `eager`, the others by the kernel; or else all by `eager`."""
+    parts = split(call, q, k, v)
+    found = None if parts.rows.all() else kernel(call, parts.q, parts.k, parts.v)
+    if found is None:
+        made = _eager(call, q, k, v, sinks, None)
+        assert made.lse is not None
+        return Forward(made.out, made.lse, made.lse, True)
+    out, lse, merged, _ = _finished(call, *found, sinks)
+    rows = parts.rows.nonzero()[:, 0]
+    if len(rows):
+        made = _eager(call, q[:, :, rows], k, v, sinks, rows)
+        assert made.lse is not None
+        lse = lse.index_copy(2, rows, made.lse)
+        out = out.index_copy(2, rows, made.out)
+    return Forward(out, lse, merged, True)
+
+
+def _eager(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rows: Tensor | None) -> Result:
+    """The same attention by `eager`; with `rows`, q holds those rows only."""
+    bias, mask = call.bias, call.mask
+    if isinstance(bias, Tensor):
+        bias = bias.detach() if rows is None or bias.shape[2] == 1 else bias.detach()[:, :, rows]
+    if rows is not None:
+        mask = mask.take(q=rows)
+    return eager_attention(Inputs(q, k, v, call.scale, bias=bias, sink_logits=sinks), mask)
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
-def _gradients(
-    call: Flash, contained: bool, saved: Saved, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _gradients(call: Flash, alarmed: bool, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Of q, k, v and the sinks, by the kernel if its results are finite."""
-    grads = None if contained else _backward(call, saved, dout, dlse)
+    grads = None if alarmed else _backward(call, saved, dout, dlse)
     return _contained_backward(call, saved, dout, dlse) if grads is None else grads
 
 
-def _backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...] | None:
+def _backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads | None:
     """The kernel's gradients, or None if they are not finite."""
     q, k, v, sinks, out, _, merged = saved
     if q.numel() == 0 or k.numel() == 0:
-        return tuple(None if x is None else torch.zeros_like(x) for x in saved[:4])
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), _zeros(sinks)
     dsinks = None if sinks is None else _sink_gradient(call, sinks, dout, out, merged)
-    if dlse is not None:
-        q, k, v, dout, out = _with_lse_gradient(call, saved, dout, dlse)
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    grads = BACKWARD(dout, q, k, v, out, merged, 0.0, call.causal, attn_mask=call.additive, scale=call.scale)
-    if not _finite(*grads) or (dsinks is not None and not _finite(dsinks)):
+    if dsinks is not None and not torch.isfinite(dsinks).all():
         return None
     if dlse is not None:
-        grads = [grad[..., : saved.q.shape[-1]] for grad in grads]
-    return *grads, dsinks
+        q, k, v, dout, out = _with_lse_gradient(call, saved, dout, dlse)
+    grads = kernel_backward(call, q, k, v, out, merged, dout)
+    if grads is None or dlse is None:
+        return None if grads is None else (*grads, dsinks)
+    dq, dk, dv = (grad[..., : saved.q.shape[-1]] for grad in grads)
+    return dq, dk, dv, dsinks
+
+
+def _zeros(sinks: Tensor | None) -> Tensor | None:
+    return None if sinks is None else torch.zeros_like(sinks)
 
 
 def _sink_gradient(call: Flash, sinks: Tensor, dout: Tensor, out: Tensor, merged: Tensor) -> Tensor:
     """`-exp(sink - lse') * (dout . out')` over samples and rows: what a softmax gives a column without a value."""
-    sink = sinks.to(merged.dtype)[:, None]
-    share = torch.exp(sink - merged)
+    share = torch.exp(sinks.to(merged.dtype)[:, None] - merged)
     reached = -share * (dout.to(merged.dtype) * out.to(merged.dtype)).sum(-1)
     if call.dead is not None:
         reached = reached.masked_fill(call.dead, 0)
@@ -194,27 +210,47 @@ def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) ->
     return pad(q, (0, wider)), pad(k, (0, wider)), pad(v, (0, wider)), dout, out
 
 
-def _contained_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients by way of `eager`."""
+def _contained_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
+    """Gradients of and through the rows that something hostile reaches by `eager`, of the others by the kernel."""
+    parts = split(call, saved.q, saved.k, saved.v)
+    bad = parts.rows | hostile(dout).any(1).any(0)
+    if dlse is not None:
+        bad = bad | hostile(dlse[..., None]).any(1).any(0)
+    column = bad[:, None]
+    clean = Saved(
+        parts.q.masked_fill(column, 0),
+        parts.k,
+        parts.v,
+        saved.sinks,
+        saved.out.masked_fill(column, 0),
+        saved.lse.masked_fill(bad, 0),
+        saved.merged.masked_fill(bad, 0),
+    )
+    others = None if dlse is None else dlse.masked_fill(bad, 0)
+    grads = None if bad.all() else _backward(call, clean, dout.masked_fill(column, 0), others)
+    if grads is None:
+        return _eager_backward(call, saved, dout, dlse, None)
+    rows = bad.nonzero()[:, 0]
+    if not len(rows):
+        return grads
+    more = _eager_backward(call, saved, dout, dlse, rows)
+    dq = grads[0].index_copy(2, rows, more[0])
+    dsinks = None if grads[3] is None or more[3] is None else grads[3] + more[3]
+    return dq, grads[1] + more[1], grads[2] + more[2], dsinks
+
+
+def _eager_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None, rows: Tensor | None) -> Grads:
+    """The gradients through some rows, or all, by way of `eager`; that of q for those rows alone."""
+    if rows is not None:
+        saved = saved._replace(q=saved.q[:, :, rows])
+        dout, dlse = dout[:, :, rows], None if dlse is None else dlse[:, :, rows]
     with torch.enable_grad():
-        q, k, v, sinks = (None if x is None else x.detach().requires_grad_() for x in saved[:4])
-        assert q is not None and k is not None and v is not None  # noqa: PT018
-        bias = call.bias.detach() if isinstance(call.bias, Tensor) else call.bias
-        found = eager_attention(Inputs(q, k, v, call.scale, bias=bias, sink_logits=sinks), call.mask)
-        assert found.lse is not None
-        results, gradients = [found.out], [dout]
+        q, k, v = (x.detach().requires_grad_() for x in saved[:3])
+        sinks = None if saved.sinks is None else saved.sinks.detach().requires_grad_()
+        made = _eager(call, q, k, v, sinks, rows)
+        assert made.lse is not None
+        results, arriving = [made.out], [dout]
         if dlse is not None:
-            results, gradients = [*results, found.lse], [*gradients, dlse]
-        leaves = [q, k, v] if sinks is None else [q, k, v, sinks]
-        grads = torch.autograd.grad(results, leaves, gradients)
-    return grads if sinks is not None else (*grads, None)
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether the sum of everything is finite."""
-    return math.isfinite(sum(x.sum(dtype=_wide(x.dtype)).item() for x in tensors))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and of lse: fp64 for doubles, fp32 for the others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+            results, arriving = [made.out, made.lse], [dout, dlse]
+        grads = torch.autograd.grad(results, [x for x in (q, k, v, sinks) if x is not None], arriving)
+    return grads[0], grads[1], grads[2], None if sinks is None else grads[3]

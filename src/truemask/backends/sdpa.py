@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
-from truemask.backends.contain import Flash, flash_attention
+from truemask.backends.contain import flash_attention
 from truemask.backends.costs import SDPA, memory, seconds
 from truemask.backends.eager import bias_values
+from truemask.backends.flash import Flash
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 

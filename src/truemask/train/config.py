@@ -28,10 +28,10 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()  # files and folders; none: the standard library of the running interpreter
     mask: str = DEFAULT_MASK
-    length: int = 256
+    length: int = 512
     dim: int = 192
     depth: int = 4
-    heads: int = 4
+    heads: int = 6
     batch: int = 8
     steps: int | None = None
     minutes: float | None = None

@@ -27,6 +27,7 @@ def build_model(config: TrainConfig) -> AutoregressiveWrapper:
             attn_dim_head=config.dim // config.heads,
             attn_flash=True,
             rotary_pos_emb=True,
+            rotary_emb_dim=config.dim // config.heads,
             use_rmsnorm=True,
             ff_glu=True,
             ff_swish=True,

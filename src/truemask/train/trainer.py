@@ -21,6 +21,7 @@ from truemask.train.model import batch_loss, bits_per_byte, build_model
 from truemask.train.rows import Rows, held_out_rows
 
 FLOOR = 0.05  # of the learning rate, reached when the run is done
+RISE = 0.1  # share of the run after which the learning rate has risen in any case
 LOG = "log.jsonl"
 
 
@@ -147,13 +148,15 @@ class Trainer:
 
 
 def schedule(step: int, warmup: int, share: float) -> float:
-    """The learning rate's factor: up in a straight line over `warmup` steps, down along a cosine to a twentieth.
+    """The learning rate's factor: up in a straight line, down along a cosine to a twentieth.
+
+    The way up takes `warmup` steps, or a tenth of the run where that is shorter.
 
     >>> [round(schedule(step, 2, step / 4), 2) for step in range(4)]
     [0.5, 0.86, 0.53, 0.19]
     """
     cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
-    return min(1.0, (step + 1) / warmup) * cosine
+    return min(1.0, max((step + 1) / warmup, share / RISE)) * cosine
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

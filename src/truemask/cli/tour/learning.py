@@ -23,7 +23,8 @@ from truemask.train.trainer import Step, Trainer
 
 PROMPT = "def read_"
 SAMPLE = 240  # bytes
-EVALUATIONS = 16
+EVALUATIONS = 12  # on the way, at most
+MEASURING = 0.1  # of the time, at most
 REDRAW = 0.5  # seconds
 LINES = 10.0  # seconds between lines where there is no terminal
 
@@ -35,7 +36,16 @@ class NotLearned(TruemaskError):
 def configuration(minutes: float) -> TrainConfig:
     """What fits two cores for two minutes."""
     return TrainConfig(
-        minutes=minutes, length=256, dim=192, depth=3, heads=6, batch=8, lr=3e-3, evaluate_every=10**9, save_every=10**9
+        minutes=minutes,
+        length=384,
+        dim=128,
+        depth=3,
+        heads=4,
+        batch=6,
+        lr=3e-3,
+        evaluate_every=10**9,
+        evaluate_rows=64,
+        save_every=10**9,
     )
 
 
@@ -90,11 +100,15 @@ def _train(trainer: Trainer, stage: Stage) -> list[Point]:
 
 
 def _measured(trainer: Trainer, points: list[Point]) -> Iterator[Step]:
-    """The steps of the run; on the way the held-out text is measured `EVALUATIONS` times, evenly."""
+    """The steps of the run, some of them measured on the held-out text: evenly, and for a small share of the time."""
+    spent, due = 0.0, 1 / EVALUATIONS
     for step in trainer.run():
-        if step.share * EVALUATIONS >= len(points) or step.share == 1:
+        if step.share == 1 or (step.share >= due and spent <= MEASURING * step.seconds):
+            began = time.perf_counter()
             points.append((step.seconds, trainer.held_out_bits()))
             step = replace(step, held_out=points[-1][1])
+            spent += time.perf_counter() - began
+            due = step.share + 1 / EVALUATIONS
         yield step
 
 

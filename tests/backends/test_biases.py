@@ -1,0 +1,122 @@
+"""Bias objects: their numbers, their doors, and what a bias of one's own needs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import truemask as tm
+
+ZERO = torch.zeros((), dtype=torch.int64)
+
+
+def table_of(bias: tm.Bias, q_len: int, kv_len: int, heads: int) -> Tensor:
+    """All values, `[h, q, k]`."""
+    return bias.value(ZERO, torch.arange(heads)[:, None, None], torch.arange(q_len)[:, None], torch.arange(kv_len))
+
+
+def test_alibi_is_the_papers_formula() -> None:
+    slopes = torch.tensor([2.0**-1, 2.0**-2, 2.0**-3])
+    got = table_of(tm.alibi(slopes), 5, 7, 3)
+    for h in range(3):
+        for q in range(5):
+            for k in range(7):
+                assert got[h, q, k] == -slopes[h] * abs(q - k)
+
+
+def test_relative_clips_distances() -> None:
+    table = torch.arange(2 * 5.0).view(2, 5)
+    got = table_of(tm.relative(table), 7, 11, 2)
+    past = table_of(tm.relative(table, bidirectional=False), 7, 11, 2)
+    for h in range(2):
+        for q in range(7):
+            for k in range(11):
+                assert got[h, q, k] == table[h, min(max(k - q, -2), 2) + 2]
+                assert past[h, q, k] == table[h, min(max(q - k, 0), 4)]
+
+
+def t5_bucket(distance: int, buckets: int, max_distance: int, bidirectional: bool) -> int:
+    """T5's bucket of `k - q`, as the paper's appendix and its released code define it."""
+    bucket = 0
+    if bidirectional:
+        buckets //= 2
+        bucket = buckets if distance > 0 else 0
+        distance = abs(distance)
+    else:
+        distance = max(-distance, 0)
+    exact = buckets // 2
+    if distance < exact:
+        return bucket + distance
+    growth = torch.tensor(distance).float().div(exact).log() / math.log(max_distance / exact) * (buckets - exact)
+    return bucket + min(exact + int(growth), buckets - 1)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (6, 11)])
+def test_logarithmic_buckets_are_t5s(bidirectional: bool, buckets: int, max_distance: int) -> None:
+    bias = tm.relative(torch.arange(float(buckets))[None], max_distance=max_distance, bidirectional=bidirectional)
+    got = table_of(bias, 331, 331, 1)
+    for distance in range(-330, 331):
+        q, k = max(0, -distance), max(0, distance)
+        assert got[0, q, k] == t5_bucket(distance, buckets, max_distance, bidirectional), distance
+
+
+class Recency(tm.Bias):
+    """A bias of one's own: a learned number times the logarithm of the distance."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    @property
+    def head_count(self) -> int:
+        return 1
+
+    def value(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return -self.weight * torch.log1p((q - k).abs().to(self.weight.dtype))
+
+
+def test_a_bias_of_ones_own_trains() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 5, dtype=torch.float64) for _ in range(3))
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    bias = Recency(weight)
+    dense = table_of(bias, 7, 7, 1)[None]
+    grads = []
+    for given in (bias, dense):
+        out = tm.attend(q, k, v, tm.causal, bias=given)
+        grads.append(torch.autograd.grad(out.sin().sum(), weight)[0])
+    torch.testing.assert_close(*grads)
+    assert tm.plan(q, k, v, tm.causal, bias=bias).backend == "reference"
+    assert tm.plan(q, k, v, tm.causal, bias=Recency(weight.detach())).backend == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_row_serves_all_heads(dtype: torch.dtype) -> None:
+    assert tm.alibi(torch.ones(1)).head_count == 1
+    got = table_of(tm.relative(torch.ones(1, 3, dtype=dtype)), 2, 3, 5)
+    assert got.shape == (5, 2, 3)
+    assert got.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: tm.alibi(torch.ones(2, 2)), "slopes must be a float tensor [heads] that is not empty"),
+        (lambda: tm.alibi(torch.ones(3, dtype=torch.int64)), "got int64 [3] on cpu"),
+        (lambda: tm.relative(torch.ones(3)), "table must be a float tensor [heads, buckets]"),
+        (lambda: tm.relative(torch.ones(1, 8)), "has an odd number of columns"),
+        (lambda: tm.relative(torch.ones(1, 8), max_distance=2), "max_distance=2 must be larger than the 2 distances"),
+    ],
+)
+def test_mistakes_are_named(make: object, words: str) -> None:
+    assert callable(make)
+    with pytest.raises(tm.MaskError) as caught:
+        make()
+    assert words in str(caught.value)
