@@ -35,6 +35,7 @@ STAIRS = """
     masks/hashing.py
     masks/questions.py
     masks/core.py
+    masks/writing.py
     masks/combine.py
     masks/reindex.py
     masks/packing.py

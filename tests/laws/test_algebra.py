@@ -245,3 +245,17 @@ def test_a_mask_gives_no_way_in() -> None:
 
 def test_every_leaf_can_be_drawn() -> None:
     assert set(FREE) <= set(LEAVES)
+
+
+def test_at_nothing_is_the_mask_itself() -> None:
+    assert tm.causal.at() is tm.causal
+    assert tm.window(3).at(q_start=2).at(0, 0) == tm.window(3).at(q_start=2)
+
+
+def test_the_transposed_default_length_is_the_other_side() -> None:
+    packed = tm.causal.packed([2, 3], kv_lengths=[4, 5])
+    assert packed.T.to_dense(9).shape == (1, 1, 9, 5)
+    assert tm.documents([2], kv_lengths=[4]).T.to_dense(4).shape == (1, 1, 4, 2)
+    assert tm.keys(flags=[True, False]) & tm.queries(flags=[True, True]) == tm.parse(
+        "keys(flags=[True, False]) & queries(flags=[True, True])"
+    )

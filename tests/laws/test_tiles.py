@@ -183,3 +183,13 @@ def test_rates_between_zero_and_one_stay_sound_in_long_tiles(data: st.DataObject
     tiles = tiles_of(drawn, data.draw(st.integers(5, 23)))
     exact = exact_states(cells_of(drawn), tiles.block)
     assert ((tiles.state == exact) | (tiles.state == MIXED)).all()
+
+
+def test_rows_can_be_walked_and_refuse_what_is_not_there() -> None:
+    tiles = tm.causal.tiles(8, block=2)
+    assert list(tiles.rows) == [tiles.rows[0, 0, i] for i in range(4)]
+    assert tiles.rows[-1] == tiles.rows[3] == [(0, 3, 2), (3, 4, 1)]
+    with pytest.raises(IndexError, match="out of range"):
+        tiles.rows[4]
+    with pytest.raises(IndexError, match=r"rows\[b, h, i\]"):
+        tm.per_head([tm.causal, tm.window(2)]).tiles(8, block=2).rows[0]

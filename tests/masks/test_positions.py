@@ -30,7 +30,21 @@ CASES: dict[str, tuple[tm.Mask, Any, Any]] = {
     "packed of at": (tm.causal.at(q_start=7).packed([2, 3]), [7, 8, 7, 8, 9], [0, 1, 0, 1, 2]),
     "and with keys": (tm.causal.packed([2, 3]) & tm.keys([True] * 5), [0, 1, 0, 1, 2], [0, 1, 0, 1, 2]),
     "two that agree": (tm.causal.packed([2, 3]) & ~tm.window(2).packed([2, 3]), [0, 1, 0, 1, 2], [0, 1, 0, 1, 2]),
-    "two that disagree": (tm.causal.packed([2, 3]) | tm.causal.packed([3, 2]), PLAIN, PLAIN),
+    "per sample": (
+        tm.per_sample([tm.causal.packed([2, 3]), tm.causal, tm.causal.packed([1, 4])]),
+        [[0, 1, 0, 1, 2], PLAIN, [0, 0, 1, 2, 3]],
+        [[0, 1, 0, 1, 2], PLAIN, [0, 0, 1, 2, 3]],
+    ),
+    "packed per sample, padded per sample": (
+        tm.causal.packed([[2, 4], [1, 5]]).padded([0, 1]),
+        [[0, 1, 0, 1, 2], [0, 0, 0, 1, 2]],
+        [[0, 1, 0, 1, 2], [0, 0, 0, 1, 2]],
+    ),
+    "one padded sample, three beams": (
+        tm.causal.padded([2]).select(samples=[0, 0, 0]),
+        [[0, 0, 0, 1, 2]] * 3,
+        [[0, 0, 0, 1, 2]] * 3,
+    ),
     "select": (tm.causal.padded([0, 2, 1]).select(samples=[1, 0]), [[0, 0, 0, 1, 2], PLAIN], [[0, 0, 0, 1, 2], PLAIN]),
     "transposed": (tm.causal.at(q_start=3).T, PLAIN, [3, 4, 5, 6, 7]),
 }
@@ -72,3 +86,9 @@ def test_lengths_left_out() -> None:
     assert tm.causal.at(q_start=3, k_start=1).kv_len_for(2) == 4
     assert tm.causal.at(q_start=9).at(q_start=2).to_dense(1).shape == (1, 1, 1, 12)
     assert [side.tolist() for side in tm.causal.at(q_start=2).positions(1)] == [[2], [0, 1, 2]]
+
+
+def test_parts_that_count_differently_are_an_error() -> None:
+    mask = tm.causal.packed([2, 3]) | tm.causal.packed([3, 2])
+    with pytest.raises(tm.MaskError, match=r"count positions differently.*pos="):
+        mask.positions(5, 5)

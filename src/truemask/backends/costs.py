@@ -24,8 +24,8 @@ class Rates(NamedTuple):
     call_backward: float
 
 
-SDPA = Rates(104e9, 93e9, 65e-6, 220e-6)
-REFERENCE = Rates(36e9, 31e9, 600e-6, 1400e-6)
+SDPA = Rates(104e9, 93e9, 70e-6, 215e-6)
+REFERENCE = Rates(36e9, 31e9, 490e-6, 950e-6)
 DOUBLES = 2.6  # how much longer fp64 takes
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 

@@ -5,23 +5,26 @@ Shapes: b batch, n tokens, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from truemask.errors import describe
+from truemask.errors import MaskError, describe
 from truemask.generation.cache import KVCache
-from truemask.generation.prompts import Prompts, read_prompts
+from truemask.generation.prompts import Given, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, Queries
 from truemask.masks.packing import Padded
 from truemask.masks.positional import causal
+from truemask.nn.config import check_type, reject_keywords
 from truemask.nn.doors import warn
+from truemask.nn.foreign_names import AUTOREGRESSIVE, GENERATE, LOSS
 from truemask.nn.masking import Layout, pairs_ahead, read_masks, token_positions
 from truemask.nn.wrappers import TransformerWrapper
 
@@ -39,8 +42,11 @@ class AutoregressiveWrapper(nn.Module):
     torch.Size([1, 4])
     """
 
-    def __init__(self, net: TransformerWrapper, ignore_index: int = -100, pad_value: int = 0) -> None:
+    def __init__(self, net: TransformerWrapper, ignore_index: int = -100, pad_value: int = 0, **unknown: Any) -> None:
         super().__init__()
+        reject_keywords("AutoregressiveWrapper", AutoregressiveWrapper.__init__, unknown, AUTOREGRESSIVE)
+        check_type("ignore_index", ignore_index, "int")
+        check_type("pad_value", pad_value, "int")
         if not isinstance(net, TransformerWrapper):
             raise TypeError(f"net is {describe(net)}; expected a TransformerWrapper")
         if not net.attn_layers.causal:
@@ -57,6 +63,7 @@ class AutoregressiveWrapper(nn.Module):
         *,
         labels: Tensor | None = None,
         causal: bool | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """The mean cross-entropy, in nats, of every token of (b, n + 1) given those before it; a 0-d tensor.
 
@@ -66,7 +73,10 @@ class AutoregressiveWrapper(nn.Module):
         otherwise (`documents(ids=...)`) do not restart positions, and their first tokens count. `labels` (b, n + 1)
         decides instead: the token to predict at each place, `ignore_index` for none. No target at all gives 0.
         """
+        reject_keywords("AutoregressiveWrapper.forward", AutoregressiveWrapper.forward, unknown, LOSS)
         self._check_tokens(tokens, labels)
+        _check_length("mask", mask, tokens)
+        _check_length("attn_mask", attn_mask, tokens)
         batch, n = tokens.shape
         inputs = tokens.masked_fill(tokens == self.ignore_index, self.pad_value)
         layout = Layout(batch=batch, heads=self.net.attn_layers.config.heads, new=n)
@@ -81,7 +91,7 @@ class AutoregressiveWrapper(nn.Module):
 
     def generate(
         self,
-        prompts: Tensor | Sequence[Tensor],
+        prompts: Given,
         seq_len: int,
         *,
         temperature: float = 1.0,
@@ -94,16 +104,19 @@ class AutoregressiveWrapper(nn.Module):
         causal: bool | None = None,
         cache_kv: bool = True,
         generator: torch.Generator | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """`seq_len` new tokens for each prompt, without the prompt: int64 [b, seq_len], or [seq_len] for one [n].
 
         `prompts`: token ids [n], [b, n], or a list of [n] of different lengths, which are left padded through
-        `mask.padded`, so that each row is what it would be alone. `mask`: an expression, over prompt and answer at
+        `mask.padded`, so that each row is what it would be alone; lists of ints do too. `mask`: an expression, over prompt and answer at
         positions counted from each prompt's first token; or bool flags over the prompt's tokens, where False at the
         ends is padding and False inside hides a token. After `eos_token` a row is `pad_value`; one in the prompt
         stops nothing. For the filters see `Sampler`. `cache_kv=False` recomputes everything in each step, with the
         same result. With absolute positions, prompt and answer must fit max_seq_len; rotary ones have no limit.
         """
+        reject_keywords("generate", AutoregressiveWrapper.generate, unknown, GENERATE)
+        prompts = as_tensors(prompts, self.net.token_emb.weight.device)
         steps = self.stream(
             prompts,
             seq_len,
@@ -130,7 +143,7 @@ class AutoregressiveWrapper(nn.Module):
 
     def stream(
         self,
-        prompts: Tensor | Sequence[Tensor],
+        prompts: Given,
         seq_len: int,
         *,
         temperature: float = 1.0,
@@ -143,13 +156,18 @@ class AutoregressiveWrapper(nn.Module):
         causal: bool | None = None,
         cache_kv: bool = True,
         generator: torch.Generator | None = None,
+        **unknown: Any,
     ) -> Iterator[Tensor]:
         """As `generate`, one step at a time: an iterator of tokens [b]; it ends early when every row has ended."""
+        reject_keywords("stream", AutoregressiveWrapper.stream, unknown, GENERATE)
         sampler = Sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, filter_logits_fn=filter_logits_fn
         )
         if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
             raise ValueError(f"seq_len is {seq_len!r}; it counts the new tokens, so a whole number, 0 or more")
+        self._check_eos(eos_token)
+        check_type("cache_kv", cache_kv, "bool")
+        prompts = as_tensors(prompts, self.net.token_emb.weight.device)
         start = read_prompts(prompts, mask, pad_value=self.pad_value, answer=seq_len)
         self._check_room(start, seq_len, causal, cache_kv)
         return self._steps(start, seq_len, sampler, eos_token, causal, cache_kv, generator)
@@ -198,6 +216,14 @@ class AutoregressiveWrapper(nn.Module):
                 "the label of token i is predicted from the tokens before it"
             )
 
+    def _check_eos(self, eos_token: int | None) -> None:
+        check_type("eos_token", eos_token, "int | None")
+        if eos_token is not None and not 0 <= eos_token < self.net.num_tokens:
+            raise ValueError(
+                f"eos_token is {eos_token}, which the model never gives: num_tokens={self.net.num_tokens}, so tokens "
+                f"are 0 to {self.net.num_tokens - 1}"
+            )
+
     def _check_room(self, start: Prompts, seq_len: int, causal_too: bool | None, cache_kv: bool) -> None:
         """Everything that would only fail in the middle of the answer."""
         batch, width = start.tokens.shape
@@ -232,6 +258,18 @@ def follows(user: Mask, layout: Layout) -> Tensor:
     follow = torch.zeros(torch.broadcast_shapes(positions.shape, real.shape), dtype=torch.bool)
     follow[:, 1:] = (positions[:, 1:] == positions[:, :-1] + 1) & real[:, 1:] & real[:, :-1]
     return follow
+
+
+def _check_length(name: str, value: object, tokens: Tensor) -> None:
+    """Say what a tensor for the n tokens that the model reads misses: the loss masks speak of n + 1."""
+    n = tokens.shape[1]
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != n - 1:
+        return
+    if name == "mask" or n > 2:  # one key fits any number of them in attn_mask
+        raise MaskError(
+            f"{name}= is {describe(value)} and tokens are {describe(tokens)}: the mask speaks of all n + 1 = {n} "
+            f"tokens, of which the model reads the first {n - 1}; make it for all of them"
+        )
 
 
 def _warn_if_seen(user: Mask, layout: Layout) -> None:

@@ -16,6 +16,9 @@ from truemask.masks.data import keys
 from truemask.nn.doors import require_bool
 
 
+Given = Tensor | Sequence[Tensor] | Sequence[int] | Sequence[Sequence[int]]  # what `generate` takes
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Tokens (b, n) with pads on the left, the mask of prompt and answer, and how they were given."""
@@ -23,6 +26,21 @@ class Prompts:
     tokens: Tensor
     mask: Mask
     single: bool  # one prompt without a batch axis
+
+
+def as_tensors(prompts: Given, device: torch.device) -> Tensor | list[Tensor]:
+    """Prompts with every list of token ids as a tensor [n] on `device`; tensors stay as they are."""
+    if isinstance(prompts, Tensor):
+        return prompts
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
+        raise TypeError(f"prompts are {describe(prompts)}; expected token ids as a tensor, or a list of prompts")
+    if _is_ids(prompts):
+        return torch.tensor(prompts, dtype=torch.int64, device=device)
+    return [torch.tensor(row, dtype=torch.int64, device=device) if _is_ids(row) else row for row in prompts]  # pyright: ignore[reportReturnType]  # _read_list refuses what is no tensor
+
+
+def _is_ids(row: object) -> bool:
+    return isinstance(row, (list, tuple)) and len(row) > 0 and all(type(token) is int for token in row)
 
 
 def read_prompts(
@@ -46,7 +64,7 @@ def read_prompts(
 
 
 def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tensor], list[Tensor] | None, bool]:
-    if prompts.ndim not in (1, 2) or prompts.is_floating_point() or prompts.numel() == 0:
+    if prompts.ndim not in (1, 2) or not _is_whole(prompts) or prompts.numel() == 0:
         raise ValueError(
             f"prompts are {describe(prompts)}; expected token ids [n], [b, n] or a list of [n], with at least one "
             "token each: to begin from nothing pass a start token"
@@ -89,7 +107,11 @@ def _read_list(prompts: Sequence[Tensor], mask: Mask | Tensor | None) -> list[Te
 
 
 def _is_prompt(row: object) -> bool:
-    return isinstance(row, Tensor) and row.ndim == 1 and row.numel() > 0 and not row.is_floating_point()
+    return isinstance(row, Tensor) and row.ndim == 1 and row.numel() > 0 and _is_whole(row)
+
+
+def _is_whole(ids: Tensor) -> bool:
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 
 
 def _left_aligned(flags: list[Tensor], length: int) -> Tensor:

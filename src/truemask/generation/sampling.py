@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from truemask.errors import describe
+from truemask.nn.config import check_fields
+
 Filter = Callable[[Tensor], Tensor]
+NAMED = ("top_k", "top_p", "min_p")  # the filters that x-transformers has by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,10 @@ class Sampler:
     filter_logits_fn: Filter | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if self.filter_logits_fn is not None and not callable(self.filter_logits_fn):
+            raise TypeError(_not_a_function(self.filter_logits_fn))
+        check_fields(self)
+        if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it divides the logits: 0 (greedy) or above")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it counts tokens to choose from, so 1 or more")
@@ -57,6 +64,13 @@ class Sampler:
             logits = keep_min_p(logits, self.min_p)
         probabilities = (logits / self.temperature).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def _not_a_function(given: object) -> str:
+    text = f"filter_logits_fn is {describe(given)}; expected a function of logits (b, v) to logits"
+    if not isinstance(given, str):
+        return text
+    return f"{text}. Filters with a name are arguments: pass {given if given in NAMED else 'top_k'}=..."
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -65,7 +65,10 @@ class Evaluated(NamedTuple):
 
 
 class TileRows:
-    """Runs of tiles per row of tiles: `rows[b, h, i]` is a list of `Run`s without the EMPTY ones."""
+    """Runs of tiles per row of tiles: `rows[b, h, i]` is a list of `Run`s without the EMPTY ones.
+
+    Where the mask does not vary over samples and heads, `rows[i]` is the same, and iterating gives every row.
+    """
 
     def __init__(self, tiles: TileMap) -> None:
         self._tiles = tiles
@@ -73,8 +76,21 @@ class TileRows:
     def __len__(self) -> int:
         return self._tiles.shape[2]
 
-    def __getitem__(self, place: tuple[int, int, int]) -> list[Run]:
-        row = int(np.ravel_multi_index(place, self._tiles.shape[:3]))
+    def __iter__(self) -> Iterator[list[Run]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, place: int | tuple[int, int, int]) -> list[Run]:
+        shape = self._tiles.shape[:3]
+        if not isinstance(place, tuple):
+            if shape[:2] != (1, 1):
+                raise IndexError(
+                    f"rows[i] needs a mask that does not vary; this map has {shape[:2]}: ask rows[b, h, i]"
+                )
+            place = (0, 0, place)
+        place = (place[0], place[1], place[2] + shape[2] * (place[2] < 0))
+        if not all(0 <= at < size for at, size in zip(place, shape, strict=True)):
+            raise IndexError(f"rows[b, h, i]: {place} is out of range of {shape}")
+        row = int(np.ravel_multi_index(place, shape))
         lo, hi = self._tiles.row_starts[row], self._tiles.row_starts[row + 1]
         return [Run(*map(int, run)) for run in self._tiles.runs[lo:hi]]
 

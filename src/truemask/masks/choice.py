@@ -13,8 +13,9 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import ATOM, Mask, Written, operand
+from truemask.masks.core import Mask, Written, operand
 from truemask.masks.reindex import look_up
+from truemask.masks.writing import ATOM
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,6 +23,7 @@ class _Choice(Mask):
     """One mask for each entry of an axis; equal ones are asked once."""
 
     masks: tuple[Mask, ...]
+    _reads_query: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.masks:
@@ -100,6 +102,18 @@ class PerSample(_Choice):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self._choose(b, b, h, q, k)
+
+    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Each sample's own positions, `[b, n]`."""
+        found = [mask._logical(q, k) for mask in self.masks]
+        if all(pair is None for pair in found):
+            return None
+        rows = [pair or (q, k) for pair in found]
+        first, second = (
+            torch.stack([side[min(b, len(side) - 1)] if side.ndim == 2 else side for b, side in enumerate(sides)])
+            for sides in zip(*rows, strict=True)
+        )
+        return first, second
 
     def _tile(self, r: Rectangles) -> States:
         return self._sort(r.b, r)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import AND, ATOM, MINUS, NOT, OR, XOR, Mask, Written, operand, within
+from truemask.masks.core import Mask, Written, operand
+from truemask.masks.writing import AND, ATOM, MINUS, NOT, OR, XOR, within
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -21,11 +22,8 @@ class Everything(Mask):
     """Every query may attend to every key."""
 
     kind: ClassVar[str] = "everything"
+    _reads_query: ClassVar[bool] = False
     _tiles_exact: ClassVar[bool] = True
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q == q) & (k == k)
@@ -42,11 +40,8 @@ class Nothing(Mask):
     """No query may attend to any key."""
 
     kind: ClassVar[str] = "nothing"
+    _reads_query: ClassVar[bool] = False
     _tiles_exact: ClassVar[bool] = True
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q != q) & (k != k)
@@ -63,6 +58,7 @@ class _Combination(Mask):
     """Two or more masks under one associative operator, flat."""
 
     terms: tuple[Mask, ...]
+    _reads_query: ClassVar[bool] = False
     sign: ClassVar[str]
     level: ClassVar[int]
     fold: ClassVar[Callable[[States, States], States]]
@@ -120,6 +116,7 @@ class Minus(Mask):
     left: Mask
     right: Mask
     kind: ClassVar[str] = "minus"
+    _reads_query: ClassVar[bool] = False
 
     @classmethod
     def make(cls, *args: Any) -> Mask:
@@ -146,6 +143,7 @@ class Not(Mask):
 
     base: Mask
     kind: ClassVar[str] = "not"
+    _reads_query: ClassVar[bool] = False
 
     @classmethod
     def make(cls, *args: Any) -> Mask:

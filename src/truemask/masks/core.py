@@ -35,8 +35,6 @@ from truemask.masks.questions import ANY, Questions
 KINDS: dict[str, type[Mask]] = {}
 DEEPEST = 200  # nesting of an expression: far more than anyone writes, far less than Python's own limit
 
-# How tightly each form of text binds; Python's own order.
-OR, XOR, AND, MINUS, NOT, ATOM = range(6)
 Written = tuple[str, int]
 
 
@@ -57,6 +55,7 @@ class Mask(Questions):
 
     kind: ClassVar[str] = ""
     _numbers: ClassVar[tuple[str, ...]] = ()  # fields that reach `_truth` as 0-d tensors
+    _reads_query: ClassVar[bool] = True  # whether `_truth` itself looks at q, its parts aside
 
     def __init_subclass__(cls) -> None:
         if cls.kind:
@@ -83,9 +82,14 @@ class Mask(Questions):
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
         """Logical positions of rows `q` and keys `k` if this mask re-indexes them; `[n]` or `[b, n]`."""
-        found = [pair for child in self.children if (pair := child._logical(q, k)) is not None]
-        same = found and all(all(map(torch.equal, pair, found[0])) for pair in found[1:])
-        return found[0] if same else None
+        found = [(child, pair) for child in self.children if (pair := child._logical(q, k)) is not None]
+        for child, pair in found[1:]:
+            if not all(bool((own == first).all()) for own, first in zip(pair, found[0][1], strict=True)):
+                raise MaskError(
+                    f"`{found[0][0]}` and `{child}` count positions differently, so the rows of `{self}` have no one "
+                    "position: pass positions yourself (`pos=`), or re-index the whole expression once"
+                )
+        return max((pair for _, pair in found), key=lambda pair: pair[0].ndim + pair[1].ndim, default=None)
 
     @cached_property
     def batch_size(self) -> int:
@@ -100,11 +104,15 @@ class Mask(Questions):
     @cached_property
     def varies_with_query(self) -> bool:
         """False only if every query provably sees the same keys."""
-        return any(child.varies_with_query for child in self.children) or not self.children
+        return self._reads_query or any(child.varies_with_query for child in self.children)
 
     def kv_len_for(self, q_len: int) -> int:
         """What `kv_len=None` means for `q_len` queries: as many keys as positions have passed."""
         return q_len
+
+    def q_len_for(self, kv_len: int) -> int:
+        """The same from the other side: how many queries go with `kv_len` keys, as `.T` asks."""
+        return kv_len
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class Mask(Questions):
 
         It has the signature of FlexAttention's `mask_mod`. Indices beyond the mask's data are the caller's to avoid.
         """
-        shape = torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape)
+        shape = torch.broadcast_tensors(b, h, q, k)[0].shape
         return self.bound(q.device)._truth(b, h, q, k).expand(shape)
 
     def tile(self, rectangles: Rectangles) -> States:
@@ -263,6 +271,8 @@ class Mask(Questions):
 
     def positions(self, q_len: int, kv_len: int | None = None) -> tuple[Tensor, Tensor]:
         """The logical positions of rows and keys, int64 `[n]` or `[b, n]`: what rotary embeddings need.
+
+        Raises MaskError where parts of the expression are re-indexed differently.
 
         >>> from truemask.masks.positional import causal
         >>> causal.packed([2, 3]).positions(5)[0].tolist()
@@ -367,28 +377,6 @@ def joined(axis: str, masks: Iterable[Mask], sizes: Iterable[int]) -> int:
             raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}: they must agree")
         raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
     return next(iter(known), ANY if unknown else 1)
-
-
-def call(name: str, *args: object, **options: object) -> Written:
-    """The text of a call of the language: `name(args, key=value)`; options that are None are left out."""
-    parts = [_shown(a) for a in args] + [f"{key}={_shown(v)}" for key, v in options.items() if v is not None]
-    return f"{name}({', '.join(parts)})", ATOM
-
-
-def method(base: Mask, tail: str) -> Written:
-    """The text of a method of the language: `base.tail`, with parentheses where they are needed."""
-    return f"{within(base, ATOM)}.{tail}", ATOM
-
-
-def within(mask: Mask, level: int) -> str:
-    """The text of a part inside an operator of this level; mixed `-` always gets its parentheses."""
-    text, own = mask._write()  # pyright: ignore[reportPrivateUsage]
-    mixed = MINUS in (own, level) and own not in (NOT, ATOM)
-    return f"({text})" if own < level or mixed else text
-
-
-def _shown(value: object) -> str:
-    return value.text if isinstance(value, Data) else str(value) if isinstance(value, Mask) else repr(value)
 
 
 def _holds_masks(value: object) -> bool:

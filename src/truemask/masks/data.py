@@ -18,9 +18,11 @@ from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, kleene_and, three
 from truemask.geometry.ranges import Counts
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, Written, call
-from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
+from truemask.masks.core import Mask, Written
+from truemask.masks.data_store import LONGEST, Data, integers, whole
+from truemask.masks.data_store import flags as as_flags
 from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.writing import call
 
 
 def beyond(mask: Mask, data: Data | int, stop: int, what: str) -> None:
@@ -39,15 +41,12 @@ class Prefix(Mask):
 
     length: int | Data
     kind: ClassVar[str] = "prefix"
+    _reads_query: ClassVar[bool] = False
     _tiles_exact: ClassVar[bool] = True
 
     @property
     def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 1 if isinstance(self.length, int) else len(self.length.tensor)
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
 
     def _tables(self) -> dict[str, Tensor]:
         return {"length": torch.tensor(self.length) if isinstance(self.length, int) else self.length.tensor}
@@ -188,10 +187,7 @@ class Keys(_Flagged):
     """`flags[k]`."""
 
     kind: ClassVar[str] = "keys"
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
+    _reads_query: ClassVar[bool] = False
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return look_up(self.table("flags"), b, k)
@@ -218,22 +214,22 @@ class Queries(_Flagged):
         beyond(self, self.flags, q_stop, "queries")
 
 
-def keys(flags_: object) -> Mask:
+def keys(flags: object) -> Mask:
     """Keys with a flag, for every query: `flags[k]`, bool `[n]` or `[b, n]`; key padding, True = real.
 
     >>> keys([True, False, True]).to_dense(2, 3)[0, 0].int().tolist()
     [[1, 0, 1], [1, 0, 1]]
     """
-    return Keys(flags(flags_, "keys(flags)"))
+    return Keys(as_flags(flags, "keys(flags)"))
 
 
-def queries(flags_: object) -> Mask:
+def queries(flags: object) -> Mask:
     """Queries with a flag see everything, the others nothing: `flags[q]`, bool `[n]` or `[b, n]`.
 
     >>> queries([True, False]).to_dense(2, 3)[0, 0].int().tolist()
     [[1, 1, 1], [0, 0, 0]]
     """
-    return Queries(flags(flags_, "queries(flags)"))
+    return Queries(as_flags(flags, "queries(flags)"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

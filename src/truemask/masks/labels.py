@@ -14,11 +14,12 @@ from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, three
 from truemask.geometry.ranges import RunTable
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, Written, call, joined
+from truemask.masks.core import Mask, Written, joined
 from truemask.masks.data import beyond
 from truemask.masks.data_store import Data, integers
 from truemask.masks.packing import document_lengths
 from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.writing import call
 
 
 class Labels:
@@ -27,9 +28,14 @@ class Labels:
     def __init__(self, ends: Data, values: Data) -> None:
         self.ends, self.values = np.atleast_2d(ends.array), np.atleast_2d(values.array)
         self.size = int(self.ends[0, -1]) if self.ends.size else 0
-        lengths = np.diff(self.ends, axis=1, prepend=0)
-        each = np.stack([np.repeat(v, n) for v, n in zip(self.values, lengths, strict=True)])
-        self.each = torch.from_numpy(each[0] if ends.tensor.ndim == 1 else each)
+        self._flat = ends.tensor.ndim == 1
+
+    @cached_property
+    def each(self) -> Tensor:
+        """The label of every position."""
+        sizes = np.diff(self.ends, axis=1, prepend=0)
+        each = np.stack([np.repeat(v, n) for v, n in zip(self.values, sizes, strict=True)])
+        return torch.from_numpy(each[0] if self._flat else each)
 
     @cached_property
     def runs(self) -> RunTable:
@@ -39,13 +45,13 @@ class Labels:
     def lengths(self) -> Data:
         """Tokens of each run, in the shape of the labels."""
         sizes = torch.from_numpy(np.diff(self.ends, axis=1, prepend=0))
-        return Data(sizes if self.each.ndim == 2 else sizes[0])
+        return Data(sizes[0] if self._flat else sizes)
 
     @property
     def numbered(self) -> bool:
-        """Whether the labels are 0, 1, 2, ... from left to right, each in one run, as many in every sample."""
+        """Whether the labels are 0, 1, 2, ... from left to right, each in one run (perhaps an empty one)."""
         runs = self.ends.shape[1]
-        return bool(runs and (self.values == np.arange(runs)).all() and (self.lengths.tensor > 0).all())
+        return bool(runs and (self.values == np.arange(runs)).all())
 
 
 def as_runs(labels: Tensor) -> tuple[Data, Data]:
@@ -101,6 +107,9 @@ class _Labelled(Mask):
 
     def kv_len_for(self, q_len: int) -> int:
         return q_len if self.kv_ends is None else self._sides[1].size
+
+    def q_len_for(self, kv_len: int) -> int:
+        return kv_len if self.kv_ends is None else self._sides[0].size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,23 +184,17 @@ def documents(lengths: object = None, ids: object = None, kv_lengths: object = N
     if (kv_lengths is not None and lengths is None) or (kv_ids is not None and ids is None):
         raise MaskError("documents: `kv_lengths` goes with `lengths`, and `kv_ids` with `ids`")
     if lengths is not None:
-        q, k = document_lengths(lengths, kv_lengths)
-        if k is None and q.tensor.ndim == 1:  # documents without tokens change nothing
-            q = Data(q.tensor[q.tensor > 0])
-        sides = [None if side is None else _ids_of(side.tensor) for side in (q, k)]
-    else:
-        sides = [
-            None if side is None else integers(side, f"documents({n}=...)").tensor
-            for side, n in ((ids, "ids"), (kv_ids, "kv_ids"))
-        ]
-    assert sides[0] is not None
-    return Documents(*as_runs(sides[0]), *((None, None) if sides[1] is None else as_runs(sides[1])))
+        own, other = document_lengths(lengths, kv_lengths)
+        return Documents(*_numbered(own), *((None, None) if other is None else _numbered(other)))
+    q = integers(ids, "documents(ids=...)").tensor
+    k = None if kv_ids is None else integers(kv_ids, "documents(kv_ids=...)").tensor
+    return Documents(*as_runs(q), *((None, None) if k is None else as_runs(k)))
 
 
-def _ids_of(lengths: Tensor) -> Tensor:
-    """The number of its document for each token."""
-    rows = [torch.repeat_interleave(torch.arange(len(row)), row) for row in torch.atleast_2d(lengths)]
-    return torch.stack(rows) if lengths.ndim == 2 else rows[0]
+def _numbered(lengths: Data) -> tuple[Data, Data]:
+    """Documents of these lengths as runs, numbered from 0."""
+    ends = lengths.tensor.cumsum(-1)
+    return Data(ends), Data(torch.arange(ends.shape[-1]).expand_as(ends))
 
 
 def same(labels: object, none: int = -1, kv_labels: object = None) -> Mask:

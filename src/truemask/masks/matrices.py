@@ -14,10 +14,11 @@ from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, three
 from truemask.geometry.ranges import Areas, RangeTable
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written, call
+from truemask.masks.core import Mask, Written
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
 from truemask.masks.reindex import look_up, pick, rows_of
+from truemask.masks.writing import call
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,12 +154,19 @@ class Tree(Mask):
         return max(rows_of(self.parents), 1 if self.lengths is None else rows_of(self.lengths))
 
     @cached_property
-    def _spans(self) -> tuple[Tensor, Tensor]:
-        """For each token, where its subtree begins and ends in depth-first order."""
+    def _nodes(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each sample: tokens of each node, and where its subtree begins and ends in depth-first order."""
         parents = np.atleast_2d(self.parents.array)
         lengths = np.ones_like(parents) if self.lengths is None else np.atleast_2d(self.lengths.array)
-        rows = [token_spans(p, n) for p, n in zip(*np.broadcast_arrays(parents, lengths), strict=True)]
-        first, stop = (torch.from_numpy(np.stack(side)) for side in zip(*rows, strict=True))
+        pairs = zip(*np.broadcast_arrays(parents, lengths), strict=True)
+        return [(own, *node_spans(up, own)) for up, own in pairs]
+
+    @cached_property
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        """The same for each token: its subtree is the rest of its node and what hangs on that."""
+        firsts = [np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum()) for n, first, _ in self._nodes]
+        stops = [np.repeat(stop, n) for n, _, stop in self._nodes]
+        first, stop = (torch.from_numpy(np.stack(side)) for side in (firsts, stops))
         return (first, stop) if self.batch_size > 1 else (first[0], stop[0])
 
     @cached_property
@@ -182,14 +190,14 @@ class Tree(Mask):
         return three((stop_high <= q_low) | (k_low > q_high), (k_high <= q_low) & (q_high < stop_low))
 
     def _check(self, q_stop: int, k_stop: int) -> None:
-        beyond(self, self._spans[0].shape[-1], max(q_stop, k_stop), "positions")
+        beyond(self, int(self._nodes[0][0].sum()), max(q_stop, k_stop), "positions")
 
     def _write(self) -> Written:
         return call("tree", self.parents, lengths=self.lengths)
 
 
-def token_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Depth-first spans of every token: a segment is a chain, its children hang on its last token."""
+def node_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the subtree of every node begins and ends, in tokens and depth-first order."""
     count = len(parents)
     children: list[list[int]] = [[] for _ in range(count + 1)]  # the last entry is the forest's root
     for node, parent in enumerate(parents.tolist()):
@@ -206,8 +214,7 @@ def token_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, n
         stack.extend((child, False) for child in reversed(children[node]))
     if seen < count:
         raise MaskError(f"tree(parents): {count - seen} nodes are their own ancestors, so they hang on no root (-1)")
-    within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-    return np.repeat(first, lengths) + within, np.repeat(stop, lengths)
+    return first, stop
 
 
 def tree(parents: object, lengths: object = None) -> Mask:
@@ -228,8 +235,8 @@ def tree(parents: object, lengths: object = None) -> Mask:
     sizes = None if lengths is None else integers(lengths, "tree(lengths=...)")
     if sizes is not None and (sizes.tensor.shape[-1] != nodes or int(sizes.tensor.min()) < 0):
         raise MaskError(f"tree(lengths=...) are the tokens of each of the {nodes} nodes, 0 or more; got {sizes.text}")
-    if sizes is not None and (int(sizes.tensor.max()) > LONGEST or int(sizes.tensor.sum(-1).max()) > LONGEST):
-        raise MaskError(f"tree(lengths=...) may add up to at most {LONGEST} tokens, got {sizes.text}")
+    if sizes is not None and (int(sizes.tensor.max()) > LONGEST or int(sizes.tensor.sum()) > LONGEST):
+        raise MaskError(f"tree(lengths=...) may add up to at most {LONGEST} tokens over all samples, got {sizes.text}")
     if sizes is not None and rows_of(data) > 1 < rows_of(sizes) != rows_of(data):
         raise MaskError(f"tree: parents speak of {rows_of(data)} samples and lengths of {rows_of(sizes)}")
     totals = {1} if sizes is None else set(torch.atleast_2d(sizes.tensor).sum(-1).tolist())
@@ -238,5 +245,5 @@ def tree(parents: object, lengths: object = None) -> Mask:
             f"tree(lengths=...) must add up to the same number of tokens in each sample, got {sorted(totals)}"
         )
     mask = Tree(data, sizes)
-    _ = mask._spans  # a cycle is an error here, not later
+    _ = mask._nodes  # a cycle is an error here, not later
     return mask

@@ -13,9 +13,10 @@ from torch import Tensor
 from truemask.errors import MaskError
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States, kleene_and, three
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written, call, joined, method, operand
+from truemask.masks.core import Mask, Written, joined, operand
 from truemask.masks.data_store import LONGEST, Data, integers, whole
-from truemask.masks.reindex import look_up, low_high, rows_of
+from truemask.masks.reindex import look_up, low_high, row_by_row, rows_of
+from truemask.masks.writing import call, method
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,15 +84,14 @@ class Packed(Mask):
                 raise MaskError(f"`{self}` packs documents of {total} {name} in all, but was asked about {stop}")
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = (side.offset[..., i] for side, i in zip(self._sides, (q, k), strict=True))
+        q, k = (row_by_row(side.offset, i) for side, i in zip(self._sides, (q, k), strict=True))
         return self.base._logical(q, k) or (q, k)
 
     def kv_len_for(self, q_len: int) -> int:
         return q_len if self.kv_lengths is None else int(self.kv_lengths.tensor.sum(-1).max())
 
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return True
+    def q_len_for(self, kv_len: int) -> int:
+        return kv_len if self.kv_lengths is None else int(self.lengths.tensor.sum(-1).max())
 
     def _write(self) -> Written:
         return method(self.base, call("packed", self.lengths, kv_lengths=self.kv_lengths)[0])
@@ -169,10 +169,6 @@ class Padded(Mask):
         start = self.starts.tensor[:, None]
         q, k = (q - start).clamp(min=0), (k - start).clamp(min=0)
         return self.base._logical(q, k) or (q, k)
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return True
 
     def _write(self) -> Written:
         return method(self.base, call("padded", self.starts)[0])
@@ -256,8 +252,8 @@ def _lengths(value: object, name: str) -> Data:
     if data.tensor.numel() == 0 or low_high(data)[0] < 0:
         raise MaskError(f"{name} are tokens per document, 0 or more and at least one document: got {data.text}")
     totals = data.tensor.sum(-1)
-    if low_high(data)[1] > LONGEST or int(totals.max()) > LONGEST:
-        raise MaskError(f"{name} may add up to at most {LONGEST} tokens in a row, got {data.text}")
+    if low_high(data)[1] > LONGEST or int(totals.sum()) > LONGEST:
+        raise MaskError(f"{name} may add up to at most {LONGEST} tokens over all samples, got {data.text}")
     if totals.ndim and len(set(totals.tolist())) > 1:
         raise MaskError(
             f"{name} of the samples must add up to the same row length, got {totals.tolist()}: "

@@ -14,9 +14,10 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_and, three
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import ATOM, Mask, Written, call
+from truemask.masks.core import Mask, Written
 from truemask.masks.data_store import LARGEST, whole
 from truemask.masks.hashing import WORD, hash32, threshold
+from truemask.masks.writing import ATOM, call
 
 
 def band(r: Rectangles, low: int | None, high: int | None) -> States:
@@ -185,12 +186,9 @@ class Strided(Mask):
     step: int
     last: int = 1
     kind: ClassVar[str] = "strided"
+    _reads_query: ClassVar[bool] = False
     _numbers: ClassVar[tuple[str, ...]] = ("step", "last")
     _tiles_exact: ClassVar[bool] = True
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k % self.step >= self.step - self.last

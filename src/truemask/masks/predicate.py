@@ -14,8 +14,9 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import ATOM, Mask, Written
+from truemask.masks.core import Mask, Written
 from truemask.masks.questions import ANY
+from truemask.masks.writing import ATOM
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

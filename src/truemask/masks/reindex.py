@@ -14,10 +14,10 @@ from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.ranges import RangeTable
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.combine import nothing
-from truemask.masks.core import KINDS, Mask, Written, call, joined, method
+from truemask.masks.core import Mask, Written, joined
 from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
+from truemask.masks.writing import call, method
 
 
 def pick(table: Tensor, *places: Tensor) -> Tensor:
@@ -29,6 +29,16 @@ def look_up(table: Tensor, b: Tensor, i: Tensor) -> Tensor:
     """`table[b, i]` of `[n]` or `[b, n]`; places beyond it (padding of a kernel's last tile) read the last entry."""
     i = i.clamp(0, max(table.shape[-1] - 1, 0))
     return pick(table, i) if table.ndim == 1 else pick(table, b, i)
+
+
+def row_by_row(table: Tensor, places: Tensor) -> Tensor:
+    """`table[places]` of a table `[n]` or `[b, n]` at places `[m]` or `[b, m]`: `[m]` or `[b, m]`."""
+    if table.ndim == 1:
+        return table[places]
+    if places.ndim == 1:
+        return table[:, places]
+    rows = max(len(table), len(places))
+    return table.expand(rows, -1).gather(1, places.expand(rows, -1))
 
 
 def rows_of(data: Data) -> int:
@@ -44,11 +54,14 @@ class At(Mask):
     q_start: int
     k_start: int
     kind: ClassVar[str] = "at"
+    _reads_query: ClassVar[bool] = False
     _numbers: ClassVar[tuple[str, ...]] = ("q_start", "k_start")
 
     @classmethod
     def make(cls, *args: Any) -> Mask:
         base, q_start, k_start = args[0], whole(args[1], "q_start"), whole(args[2], "k_start")
+        if q_start == k_start == 0:
+            return base
         if isinstance(base, At):
             return cls(base.base, base.q_start + q_start, base.k_start + k_start)
         return cls(base, q_start, k_start)
@@ -87,6 +100,7 @@ class Take(Mask):
     q: Data | None
     k: Data | None
     kind: ClassVar[str] = "take"
+    _reads_query: ClassVar[bool] = False
 
     @classmethod
     def make(cls, *args: Any) -> Mask:
@@ -133,8 +147,8 @@ class Take(Mask):
         self.base._check(0 if self.q else q_stop, 0 if self.k else k_stop)
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q = q if self.q is None else self.q.tensor[..., q]
-        k = k if self.k is None else self.k.tensor[..., k]
+        q = q if self.q is None else row_by_row(self.q.tensor, q)
+        k = k if self.k is None else row_by_row(self.k.tensor, k)
         return self.base._logical(q, k) or (q, k)
 
     def kv_len_for(self, q_len: int) -> int:
@@ -154,6 +168,7 @@ class Select(Mask):
     samples: Data | None
     heads: Data | None
     kind: ClassVar[str] = "select"
+    _reads_query: ClassVar[bool] = False
 
     @classmethod
     def make(cls, *args: Any) -> Mask:
@@ -201,7 +216,7 @@ class Select(Mask):
         if found is None or self.samples is None:
             return found
         chosen = self.samples.tensor
-        first, second = (x if x.ndim == 1 else x[chosen] for x in found)
+        first, second = (x if x.ndim == 1 else x[chosen.clamp(max=len(x) - 1)] for x in found)
         return first, second
 
     def _write(self) -> Written:
@@ -233,13 +248,15 @@ class Transposed(Mask):
     def _check(self, q_stop: int, k_stop: int) -> None:
         self.base._check(k_stop, q_stop)
 
+    def kv_len_for(self, q_len: int) -> int:
+        return self.base.q_len_for(q_len)
+
+    def q_len_for(self, kv_len: int) -> int:
+        return self.base.kv_len_for(kv_len)
+
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
         found = self.base._logical(k, q)
         return None if found is None else (found[1], found[0])
-
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not isinstance(self.base, (type(nothing), KINDS["everything"]))
 
     def _write(self) -> Written:
         return method(self.base, "T")

@@ -15,7 +15,7 @@ from truemask.errors import MaskError, describe, suggest
 from truemask.masks.core import DEEPEST, KINDS, Mask, operand
 from truemask.masks.data import global_tokens, keys, queries
 from truemask.masks.data_store import LONGEST, Data, integers
-from truemask.masks.labels import Labels, documents, same
+from truemask.masks.labels import same
 from truemask.masks.predicate import Predicate
 from truemask.masks.text import FUNCTIONS
 
@@ -92,6 +92,10 @@ def _read(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
 
 def _build(kind: str, parts: Json) -> Mask:
     """Through the same doors as a user's own call, so that a file cannot say what a program could not."""
+    if kind == "predicate":
+        raise MaskError("a predicate is a function, which no file holds: build it in Python")
+    if kind in ("and", "or", "xor") and len(parts.get("terms") or ()) < 2:
+        raise MaskError(f"{kind!r} needs two or more terms")
     match kind:
         case "causal" | "everything" | "nothing":
             return KINDS[kind].make(**parts)
@@ -105,10 +109,11 @@ def _build(kind: str, parts: Json) -> Mask:
         case "at" | "take" | "select" | "packed" | "padded" | "prepended" | "transposed":
             names = [f.name for f in fields(cast(Any, KINDS[kind]))]
             return KINDS[kind].make(operand(kind, parts["base"]), *(parts[name] for name in names[1:]))
-        case "documents":
-            return documents(ids=_labels(parts, ""), kv_ids=_labels(parts, "kv_"))
-        case "same":
-            return same(_labels(parts, ""), parts["none"], _labels(parts, "kv_"))
+        case "documents" | "same":
+            runs = (*_runs(parts, ""), *_runs(parts, "kv_"))
+            none = {"none": parts["none"]} if kind == "same" else {}
+            _ = same([0], **none)  # the door of `none`
+            return KINDS[kind].make(*runs, **none)
         case "keys" | "queries":
             return {"keys": keys, "queries": queries}[kind](parts["flags"])
         case "global_tokens":
@@ -119,17 +124,18 @@ def _build(kind: str, parts: Json) -> Mask:
             return FUNCTIONS[kind](**parts)
 
 
-def _labels(parts: Json, side: str) -> Tensor | None:
-    """The labels whose runs a file holds."""
-    if parts[f"{side}ends"] is None:
-        return None
-    ends, values = (integers(parts[f"{side}{name}"], f"{side}{name}") for name in ("ends", "values"))
-    steps = np.diff(np.atleast_2d(ends.array), axis=1, prepend=0)
-    same_total = len(set(np.atleast_2d(ends.array)[:, -1:].ravel().tolist())) <= 1
-    too_long = ends.tensor.numel() and int(ends.tensor.max()) > LONGEST
-    if ends.tensor.shape != values.tensor.shape or (steps < 0).any() or not same_total or too_long:
-        raise MaskError("the runs of this mask's labels do not follow each other")
-    return Labels(ends, values).each
+def _runs(parts: Json, side: str) -> tuple[Data | None, Data | None]:
+    """The runs of labels that a file holds, if they follow each other."""
+    given = [parts[f"{side}{name}"] for name in ("ends", "values")]
+    if given == [None, None]:
+        return None, None
+    ends, values = (integers(part, f"{side}{name}") for part, name in zip(given, ("ends", "values"), strict=True))
+    rows = np.atleast_2d(ends.array)
+    totals = rows[:, -1:].ravel()
+    good = ends.tensor.shape == values.tensor.shape and (np.diff(rows, axis=1, prepend=0) >= 0).all()
+    if not good or len(set(totals.tolist())) > 1 or totals.sum() > LONGEST:
+        raise MaskError("the runs of this mask's labels do not follow each other, or are too long")
+    return ends, values
 
 
 def save_mask(mask: Mask, path: str | Path) -> None:

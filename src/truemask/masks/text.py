@@ -23,6 +23,8 @@ from truemask.masks.positional import blocks, causal, dilated, grid, local, rand
 LONGEST = 20_000  # characters
 DEEPEST = 100  # brackets, or signs in a row
 LONGEST_NUMBER = 30  # digits
+SIGNS = re.compile(rf"([~+-]\s*){{{DEEPEST},}}")
+DIGITS = re.compile(rf"\b\d\w{{{LONGEST_NUMBER},}}")
 
 VALUES: dict[str, Mask] = {"causal": causal, "everything": everything, "nothing": nothing}
 FUNCTIONS: dict[str, Callable[..., Mask]] = {
@@ -75,26 +77,30 @@ def _reason(error: BaseException) -> str:
 
 
 def _bounded(text: str) -> None:
-    """Refuse what would cost Python's parser more than a moment."""
-    if len(text) > LONGEST:
-        raise MaskError(f"the text of a mask has at most {LONGEST} characters, this one has {len(text)}")
-    if found := re.search(r"\b(\w+)\((?:\w+=)?<|<\w+ \[[\d, ]*\] #[0-9a-f]+>|predicate\(|#", text):
-        name = found[1] or ("predicate" if "predicate" in found[0] else "this mask")
-        reason = "is a function" if name == "predicate" else "holds data"
-        raise _error(
-            text,
-            f"`{name}` {reason} that text cannot carry: build it in Python, or use save_mask and load_mask",
-            *found.span(),
-        )
+    """Refuse what would cost Python's parser more than a moment, and what text cannot say."""
+    start = text[:LONGEST]
+    if found := re.search(r"\b(\w+)\((?:\w+=)?<|<\w+ \[[\d, ]*\] #[0-9a-f]+>|\bpredicate\(", start):
+        name = found[1] or ("predicate" if found[0] == "predicate(" else "this mask")
+        what = "is a function, which text cannot carry: build it in Python"
+        if name != "predicate":
+            what = "holds data that text cannot carry: build it in Python, or use save_mask and load_mask"
+        raise _error(start, f"`{name}` {what}", *found.span())
+    if "#" in start:
+        raise _error(start, "comments have no place in a mask", start.index("#"), len(start))
     depth = 0
-    for place, sign in enumerate(text):
+    for place, sign in enumerate(start):
         depth += (sign in "([{") - (sign in ")]}")
         if depth > DEEPEST:
-            raise _error(text, f"more than {DEEPEST} brackets inside each other", place, place + 1)
-    if found := re.search(rf"([~+-]\s*){{{DEEPEST},}}", text):
-        raise _error(text, f"more than {DEEPEST} signs in a row", *found.span())
-    if found := re.search(rf"\b\d\w{{{LONGEST_NUMBER},}}", text):
-        raise _error(text, f"a number of more than {LONGEST_NUMBER} digits", *found.span())
+            raise _error(start, f"more than {DEEPEST} brackets inside each other", place, place + 1)
+    for found, what in (
+        (SIGNS.search(start), f"more than {DEEPEST} signs in a row"),
+        (DIGITS.search(start), f"a number of more than {LONGEST_NUMBER} digits"),
+    ):
+        if found:
+            raise _error(start, what, *found.span())
+    if len(text) > LONGEST:
+        what = f"the text of a mask has at most {LONGEST} characters, this one has {len(text)}"
+        raise _error(text[: LONGEST + 50], what, LONGEST, LONGEST + 1)
 
 
 def _error(line: str, message: str, start: int, stop: int) -> MaskError:
@@ -156,7 +162,10 @@ class _Walk:
         for link in chain:
             self.sign(link)
         terms = [self.mask(first), *(self.mask(link.right) for link in reversed(chain))]
-        return _combine(OPERATORS[type(node.op)], terms, flat=not isinstance(node.op, ast.Sub))
+        try:
+            return _combine(OPERATORS[type(node.op)], terms, flat=not isinstance(node.op, ast.Sub))
+        except MaskError as error:
+            raise self.error(node, str(error)) from None
 
     def sign(self, node: ast.BinOp) -> None:
         """Only the four operators, and `-` never mixed with another one without parentheses."""

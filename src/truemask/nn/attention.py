@@ -44,7 +44,7 @@ class Attention(nn.Module):
         own, dim, heads, kv_heads = config.attn, config.dim, config.heads, config.kv_heads
         self.heads = heads
         self.kv_heads = kv_heads
-        self.scale = own.qk_norm_scale if own.qk_norm else own.dim_head**-0.5
+        self.scale = own.scale
         self.qk_norm = own.qk_norm
         self.dropout = own.dropout
         self.flash = own.flash

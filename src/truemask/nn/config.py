@@ -6,12 +6,57 @@ belongs to every attention, with `ff_` to every feedforward, the rest to the sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from truemask.errors import suggest
+from truemask.errors import describe, suggest
 from truemask.nn import foreign_names
+
+
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("True or False", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "None": ("None", (type(None),)),
+}
+
+
+def check_type(name: str, value: object, annotation: str) -> None:
+    """Raise TypeError unless `value` is of one of the kinds of `annotation`, such as `int | None`.
+
+    A bool is no number here. ValueError on a number that is not finite.
+    """
+    kinds = [_KINDS[kind] for kind in annotation.split(" | ")]
+    known = tuple(kind for _, types in kinds for kind in types)
+    if not isinstance(value, known) or (isinstance(value, bool) and bool not in known):
+        raise TypeError(f"{name} is {describe(value)}; expected {' or '.join(words for words, _ in kinds)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """`check_type` on every field of a dataclass that is annotated with bool, int, float or None."""
+    for item in fields(config):
+        if set(str(item.type).split(" | ")) <= _KINDS.keys():
+            check_type(prefix + item.name, getattr(config, item.name), str(item.type))
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a share that may be dropped."""
+    _require(0.0 <= value < 1.0, f"{name} is {value!r}; it is the share that is dropped, in [0, 1)")
+
+
+def check_needs(owner: str, given: bool, **dependent: object) -> None:
+    """Raise ValueError on an argument that would be ignored, since `owner` is not switched on."""
+    for name, value in dependent.items():
+        _require(
+            given or value is None,
+            f"{name}={value!r} says something about {owner}, which is off, so it would change nothing: "
+            f"pass {owner}=True too, or leave {name} out",
+        )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,12 +66,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _positive(owner: str, **sizes: int | None) -> None:
     for name, size in sizes.items():
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        _require(size is None or (whole and size > 0), f"{owner}{name} is {size!r}; it must be a whole number above 0")
-
-
-def _rate(owner: str, value: float) -> None:
-    _require(0.0 <= value < 1.0, f"{owner}dropout is {value!r}; it is the share that is dropped, in [0, 1)")
+        _require(size is None or size > 0, f"{owner}{name} is {size!r}; it must be a whole number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +76,7 @@ class AttentionConfig:
     dim_head      size of a head; x-transformers' default, not dim / heads
     kv_heads      heads of keys and values (default: as many as queries); query heads i*g to i*g+g-1 share kv head i
     one_kv_head   the same as kv_heads=1
-    qk_norm       cosine attention: q and k on the unit sphere, scores times qk_norm_scale
+    qk_norm       cosine attention: q and k on the unit sphere, scores times qk_norm_scale (default: 10)
     qk_rmsnorm    RMSNorm on every head of q and k, with a gain
     num_mem_kv    learned keys and values that every query sees
     flash         True: any exact backend may be chosen; False: dense
@@ -46,15 +86,16 @@ class AttentionConfig:
     kv_heads: int | None = None
     one_kv_head: bool = False
     qk_norm: bool = False
-    qk_norm_scale: float = 10.0
+    qk_norm_scale: float | None = None
     qk_rmsnorm: bool = False
     num_mem_kv: int = 0
     dropout: float = 0.0
     flash: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "attn_")
         _positive("attn_", dim_head=self.dim_head, kv_heads=self.kv_heads)
-        _rate("attn_", self.dropout)
+        check_rate("attn_dropout", self.dropout)
         _require(self.num_mem_kv >= 0, f"attn_num_mem_kv is {self.num_mem_kv}; it counts keys, so it is 0 or more")
         _require(
             not (self.one_kv_head and self.kv_heads not in (None, 1)),
@@ -64,6 +105,14 @@ class AttentionConfig:
             not (self.qk_norm and self.qk_rmsnorm),
             "attn_qk_norm (cosine) and attn_qk_rmsnorm both normalise q and k, with different scales: pass one of them",
         )
+        check_needs("attn_qk_norm", self.qk_norm, attn_qk_norm_scale=self.qk_norm_scale)
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        if not self.qk_norm:
+            return self.dim_head**-0.5
+        return 10.0 if self.qk_norm_scale is None else self.qk_norm_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +127,9 @@ class FeedForwardConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "ff_")
         _require(self.mult > 0, f"ff_mult is {self.mult!r}; the inner size is dim * ff_mult, so it must be above 0")
-        _rate("ff_", self.dropout)
+        check_rate("ff_dropout", self.dropout)
         _require(
             not (self.swish and self.relu_squared),
             "ff_swish and ff_relu_squared each name the activation: pass one of them",
@@ -109,26 +159,42 @@ class LayersConfig:
     norm_add_unit_offset: bool = True
     rotary_pos_emb: bool = False
     rotary_emb_dim: int | None = None
-    rotary_interpolation_factor: float = 1.0
-    rotary_base_rescale_factor: float = 1.0
+    rotary_interpolation_factor: float | None = None  # 1
+    rotary_base_rescale_factor: float | None = None  # 1
     attn: AttentionConfig = field(default_factory=AttentionConfig)
     ff: FeedForwardConfig = field(default_factory=FeedForwardConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _positive("", dim=self.dim, depth=self.depth, heads=self.heads)
         _require(
             self.heads % self.kv_heads == 0,
             f"heads={self.heads} is not a multiple of the {self.kv_heads} key heads; each serves equally many heads",
         )
+        check_needs(
+            "rotary_pos_emb",
+            self.rotary_pos_emb,
+            rotary_emb_dim=self.rotary_emb_dim,
+            rotary_interpolation_factor=self.rotary_interpolation_factor,
+            rotary_base_rescale_factor=self.rotary_base_rescale_factor,
+        )
         if self.rotary_pos_emb:
-            _require(
-                self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.attn.dim_head,
-                f"rotary_emb_dim is {self.rotary_dim}; it turns pairs of the {self.attn.dim_head} features of a head, "
-                f"so it must be even and from 2 to {self.attn.dim_head}",
-            )
+            self._check_rotary()
+
+    def _check_rotary(self) -> None:
         _require(
-            self.rotary_interpolation_factor >= 1.0,
-            f"rotary_interpolation_factor is {self.rotary_interpolation_factor}; it divides positions, so 1 or more",
+            self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.attn.dim_head,
+            f"rotary_emb_dim is {self.rotary_dim}; it turns pairs of the {self.attn.dim_head} features of a head, "
+            f"so it must be even and from 2 to {self.attn.dim_head}",
+        )
+        divisor, rescale = self.rotary_interpolation_factor, self.rotary_base_rescale_factor
+        _require(
+            divisor is None or divisor >= 1.0,
+            f"rotary_interpolation_factor is {divisor}; it divides positions, so 1 or more",
+        )
+        _require(
+            rescale is None or rescale > 0.0,
+            f"rotary_base_rescale_factor is {rescale}; it multiplies the base of the angles, so it must be above 0",
         )
 
     @property
@@ -187,3 +253,13 @@ def reject_unknown(caller: str, unknown: Iterable[str], known: Iterable[str], fo
                 + (f"; {instead}" if instead else "")
             )
         raise TypeError(f"{caller}() has no keyword {name!r}{suggest(name, known)}")
+
+
+def reject_keywords(
+    caller: str, function: Callable[..., Any], unknown: Mapping[str, object], foreign: frozenset[str]
+) -> None:
+    """`reject_unknown` for what a function got beyond its own parameters."""
+    if unknown:
+        named = inspect.signature(function).parameters.values()
+        known = [one.name for one in named if one.kind != one.VAR_KEYWORD and one.name != "self"]
+        reject_unknown(caller, unknown, known, foreign)

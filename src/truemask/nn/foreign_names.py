@@ -61,9 +61,52 @@ WRAPPER = _names(
     """
 )
 
+LAYERS_CALL = _names(
+    """
+    additional_kv_mask attn_bias cache_age condition context context_mask context_pos cross_attn_kv_residuals
+    deep_embeds_and_ids detach_additional_kv flash_pack_seq_context_kwargs flash_pack_seq_kwargs in_attn_cond
+    input_not_include_cache layers_execute_order mem_masks mems polar_pos_emb repeat_blocks return_gumbel_log_probs
+    return_hiddens rotary_pos_emb route_additional_kv_to_top self_attn_additional_kv self_attn_kv_mask
+    self_attn_kv_residuals seq_pos_offset seq_start_pos transform_block_inputs
+    """
+)
+
+WRAPPER_CALL = LAYERS_CALL | _names(
+    """
+    attn_z_loss_weight detach_mems embed_ids excise_prepend_embeds looped_exit_prob_threshold looped_inference
+    looped_pred_all_logits looped_steps max_looped_steps prepend_embeds prepend_mask recycle_steps return_attn
+    return_attn_z_loss return_embeddings_and_intermediates return_intermediates return_logit_entropies
+    return_logits_and_embeddings return_mems return_next_embed_pred sum_embeds to_logits_kwargs token_emb_kwargs
+    transform_token_embeds
+    """
+)
+
+AUTOREGRESSIVE = _names(
+    """
+    add_attn_z_loss looped_exit_loss_weight looped_loss_slope looped_loss_threshold_exit mask_prob
+    next_embed_loss_weight
+    """
+)
+
+LOSS = WRAPPER_CALL | _names("lens return_outputs")
+
+GENERATE = WRAPPER_CALL | _names(
+    """
+    amateur_model contrastive_decode_kwargs filter_kwargs filter_thres prompt_lens restrict_to_max_seq_len
+    """
+)
+
 # what to write here instead, where there is something
 INSTEAD = {
     "attn_max_attend_past": "pass the mask `window(size)` in the call; size counts the query's own position",
     "attn_sparse_topk": "a sparse pattern is a mask here, such as `window(256) | strided(64)`",
+    "filter_kwargs": "pass top_k=, top_p= or min_p= themselves",
+    "filter_thres": "pass top_k=, the number of tokens, or top_p=, the share of probability",
+    "lens": "pass the mask `padding(lengths=lens)`",
     "max_mem_len": "keep a KVCache",
+    "mems": "keep a KVCache and pass it as cache=",
+    "prompt_lens": "pass a list of prompts, each [n]",
+    "return_mems": "keep a KVCache and pass it as cache=",
+    "self_attn_kv_mask": "pass the mask `keys(flags)`",
+    "seq_start_pos": "pass the mask `everything.padded(starts)`",
 }

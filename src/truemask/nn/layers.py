@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from truemask.errors import describe
 from truemask.masks.core import Mask
 from truemask.nn.attention import Attention, LayerCache
-from truemask.nn.config import LayersConfig
+from truemask.nn.config import LayersConfig, reject_keywords
 from truemask.nn.feedforward import FeedForward
+from truemask.nn.foreign_names import LAYERS_CALL
 from truemask.nn.masking import Layout, combine, read_masks, token_positions, with_registers
 from truemask.nn.norms import LayerNorm, RMSNorm
 from truemask.nn.positions import RotaryEmbedding, Rotation
@@ -81,8 +82,8 @@ class AttentionLayers(nn.Module):
         self.rotary = (
             RotaryEmbedding(
                 config.rotary_dim,
-                interpolation_factor=config.rotary_interpolation_factor,
-                base_rescale_factor=config.rotary_base_rescale_factor,
+                interpolation_factor=config.rotary_interpolation_factor or 1.0,
+                base_rescale_factor=config.rotary_base_rescale_factor or 1.0,
             )
             if config.rotary_pos_emb
             else None
@@ -112,7 +113,9 @@ class AttentionLayers(nn.Module):
         pos: Tensor | None = None,
         registers: int = 0,
         cache: Cache | None = None,
+        **unknown: Any,
     ) -> Tensor:
+        reject_keywords(f"{type(self).__name__}.forward", AttentionLayers.forward, unknown, LAYERS_CALL)
         self._check_input(x, registers, cache)
         layout = self.layout(x.shape[0], x.shape[1], cache, registers)
         user = read_masks(mask, attn_mask, layout, x)
@@ -131,10 +134,26 @@ class AttentionLayers(nn.Module):
                 f"{type(self).__name__} takes features (b, n, {self.dim}), got {describe(x)}"
                 + ("; token ids go through a TransformerWrapper" if not x.is_floating_point() else "")
             )
+        self._check_place(x)
         if registers and (cache is None or cache.length == 0) and x.shape[1] < registers:
             raise ValueError(f"registers={registers}, but the input has only {x.shape[1]} rows")
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache is for inference: call the model under torch.no_grad() or inference_mode()")
+
+    def _check_place(self, x: Tensor) -> None:
+        """The device of `x` and, unless autocast chooses it, the dtype are the parameters'."""
+        own = next(self.parameters())
+        if x.device != own.device:
+            raise ValueError(
+                f"{type(self).__name__} is on {own.device} and its input is {describe(x)}: pass "
+                f"x.to({str(own.device)!r}), or move the model with model.to({str(x.device)!r})"
+            )
+        if x.dtype != own.dtype and not _autocasts(x.device.type):
+            raise ValueError(
+                f"{type(self).__name__} has {describe(own).partition(' ')[0]} parameters and its input is "
+                f"{describe(x)}: pass x.to({own.dtype}), convert the model with model.to({x.dtype}), or run under "
+                "torch.autocast"
+            )
 
 
 class Decoder(AttentionLayers):
@@ -161,6 +180,11 @@ class Encoder(AttentionLayers):
 
     def __init__(self, dim: int, depth: int, heads: int = 8, **keywords: Any) -> None:
         super().__init__(_config("Encoder", False, dim=dim, depth=depth, heads=heads, **keywords))
+
+
+def _autocasts(kind: str) -> bool:
+    """Whether autocast chooses dtypes on this kind of device; the meta device knows no autocast."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _config(caller: str, causal: bool, /, **keywords: Any) -> LayersConfig:

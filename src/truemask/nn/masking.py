@@ -5,8 +5,10 @@
 
 The user's mask speaks of tokens only, at logical positions, cached ones included (law 2 in docs/conventions.md);
 registers and memories are prepended to it and seen by all. What a register itself sees follows one rule:
-**a register reads a token only if every query may read it**, so it never carries to a query what the mask hides. In an
-`Encoder` with key padding that is every real token; under `causal` or packed documents it is nothing but registers.
+**a register reads a token only if every query that reads registers may read it**, so it never carries to a query what
+the mask hides. In an `Encoder` with key padding that is every real token; under `causal` or packed documents it is
+nothing but registers. Every query reads registers, with one exception: where registers read tokens, a query that is
+padding (of bool flags, `queries`, `padding` or `padded`) may read none of these tokens, so it reads no register.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _and(left: Mask, right: Mask) -> Mask:
 
 
 def seen_by_all(mask: Mask) -> Mask:
-    """Keys that every query of `mask` sees, not counting queries that see nothing at all; sound, not always complete.
+    """Keys that every query of `mask` sees, not counting those outside `real_queries`; sound, not always complete.
 
     >>> from truemask.masks.data import padding, prefix
     >>> seen_by_all(prefix(4)), seen_by_all(causal), seen_by_all(padding(lengths=[3, 5]))
@@ -101,6 +103,26 @@ def seen_by_all(mask: Mask) -> Mask:
             return nothing
 
 
+def real_queries(mask: Mask) -> Mask:
+    """The rows that `seen_by_all` counts: those that are not padding, as a mask that asks nothing of keys.
+
+    >>> from truemask.masks.data import padding, prefix
+    >>> real_queries(prefix(4)), real_queries(padding(lengths=[3, 5]))
+    (everything, padding(lengths=[3, 5], on='queries'))
+    """
+    match mask:
+        case And():
+            return reduce(_and, map(real_queries, mask.terms))
+        case Queries():
+            return mask
+        case Padding() if mask.on != "keys":
+            return Padding(mask.lengths, mask.starts, "queries")
+        case Padded():
+            return Padding(None, mask.starts, "queries")
+        case _:
+            return everything
+
+
 def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
     """The mask of this call's rows over all keys: causal if the module is, behind registers and memories."""
     if causal_too and layout.past == 0:
@@ -108,7 +130,10 @@ def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
     mask = _and(causal, user) if causal_too else user
     extra = layout.registers + layout.memories
     if extra:
-        mask = mask.prepended(q=layout.registers, k=extra, seen=seen_by_all(mask))
+        seen, real = seen_by_all(mask), real_queries(mask)
+        mask = mask.prepended(q=layout.registers, k=extra, seen=seen)
+        if layout.registers and seen != nothing and real != everything:
+            mask = mask & real.prepended(q=layout.registers, k=layout.memories)  # padding reads no register
     return mask.at(q_start=layout.first_row) if layout.first_row else mask
 
 
@@ -151,8 +176,7 @@ def pairs_ahead(mask: Mask, n: int, batch: int, heads: int) -> int:
 def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
     """Logical positions of this call's tokens, int64 [n] or [b, n]: the caller's, or the mask's."""
     if pos is None:
-        rows = user.at(q_start=layout.past) if layout.past else user
-        return rows.positions(layout.new, layout.total)[0]
+        return _own_positions(user, layout)
     if pos.is_floating_point() or pos.dtype == torch.bool:
         raise ValueError(f"pos= is {describe(pos)}; positions are whole numbers, int64 [n] or [b, n]")
     if tuple(pos.shape) not in {(layout.new,), (1, layout.new), (layout.batch, layout.new)}:
@@ -161,6 +185,21 @@ def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
             f"[{layout.batch}, {layout.new}]"
         )
     return pos
+
+
+def _own_positions(user: Mask, layout: Layout) -> Tensor:
+    """The mask's logical positions; MaskError where it gives a token two of them."""
+    rows = user.at(q_start=layout.past) if layout.past else user
+    way_out = "pass pos= in the call of the layers or of the TransformerWrapper, int64 [n] or [b, n]"
+    try:
+        q, k = rows.positions(layout.new, layout.total)
+    except MaskError as error:
+        raise MaskError(f"{error}. To say which positions the tokens have, {way_out}") from error
+    if user != everything and bool((q != k[..., layout.past :]).any()):
+        raise MaskError(
+            f"the mask `{user}` gives tokens another position as queries than as keys, and a token has one: {way_out}"
+        )
+    return q
 
 
 def with_registers(positions: Tensor, layout: Layout) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: b batch, n tokens of this call, m registers, d features, v tokens of the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 
 from truemask.errors import describe
 from truemask.masks.core import Mask
-from truemask.nn.config import LayersConfig, reject_unknown
-from truemask.nn.foreign_names import WRAPPER
+from truemask.nn.config import LayersConfig, check_needs, check_rate, check_type, reject_keywords
+from truemask.nn.foreign_names import WRAPPER, WRAPPER_CALL
 from truemask.nn.layers import AttentionLayers, Cache, layers_from_config
 from truemask.nn.masking import read_masks, token_positions
 from truemask.nn.positions import AbsolutePositionalEmbedding
@@ -31,7 +30,8 @@ class TransformerWrapper(nn.Module):
     num_memory_tokens  registers: learned rows before the tokens, which every row reads and no mask or position counts
                        (what they read themselves: `truemask.nn.masking`); they are not in the output
     tie_embedding      the logits use the token embedding, scaled by tie_embedding_scale (default dim ** -0.5)
-    use_abs_pos_emb    a learned vector per position, unless the layers are rotary
+    use_abs_pos_emb    a learned vector per position, unless the layers are rotary or max_seq_len is 0 (the default is
+                       True and rotary turns it off, as in x-transformers)
     emb_dropout        dropout on the embedded tokens
 
     The masks of a call are those of `AttentionLayers`: they speak of the n tokens, not of registers.
@@ -57,8 +57,14 @@ class TransformerWrapper(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        reject_unknown("TransformerWrapper", unknown, inspect.signature(TransformerWrapper).parameters, WRAPPER)
+        reject_keywords("TransformerWrapper", TransformerWrapper.__init__, unknown, WRAPPER)
         self._check_arguments(num_tokens, max_seq_len, attn_layers, num_memory_tokens)
+        check_type("tie_embedding", tie_embedding, "bool")
+        check_type("tie_embedding_scale", tie_embedding_scale, "float | None")
+        check_type("use_abs_pos_emb", use_abs_pos_emb, "bool")
+        check_type("emb_dropout", emb_dropout, "float")
+        check_rate("emb_dropout", emb_dropout)
+        check_needs("tie_embedding", tie_embedding, tie_embedding_scale=tie_embedding_scale)
         dim = attn_layers.dim
         self.num_tokens = num_tokens
         self.max_seq_len = max_seq_len
@@ -86,7 +92,9 @@ class TransformerWrapper(nn.Module):
         pos: Tensor | None = None,
         cache: Cache | None = None,
         return_embeddings: bool = False,
+        **unknown: Any,
     ) -> Tensor:
+        reject_keywords("TransformerWrapper.forward", TransformerWrapper.forward, unknown, WRAPPER_CALL)
         self._check_ids(ids)
         registers = self.num_memory_tokens
         begins = cache is None or cache.length == 0  # then registers and memories come first
@@ -116,7 +124,7 @@ class TransformerWrapper(nn.Module):
             "max_seq_len": self.max_seq_len,
             "num_memory_tokens": self.num_memory_tokens,
             "tie_embedding": self.tie_embedding,
-            "tie_embedding_scale": self.tie_embedding_scale,
+            "tie_embedding_scale": self.tie_embedding_scale if self.tie_embedding else None,
             "use_abs_pos_emb": self.pos_emb is not None,
             "emb_dropout": self.emb_dropout.p,
             "attn_layers": self.attn_layers.config.to_dict(),
@@ -151,6 +159,9 @@ class TransformerWrapper(nn.Module):
     def _check_arguments(num_tokens: int, max_seq_len: int, attn_layers: object, registers: int | None) -> None:
         if not isinstance(attn_layers, AttentionLayers):
             raise TypeError(f"attn_layers= is {describe(attn_layers)}; expected a Decoder or an Encoder")
+        check_type("num_tokens", num_tokens, "int")
+        check_type("max_seq_len", max_seq_len, "int")
+        check_type("num_memory_tokens", registers, "int | None")
         if num_tokens < 1 or max_seq_len < 0 or (registers or 0) < 0:
             raise ValueError(
                 f"num_tokens={num_tokens} must be above 0, max_seq_len={max_seq_len} and "

@@ -25,7 +25,7 @@ class Found:
 
     dead_nan: bool  # the last row, which may see nothing, is NaN
     dead_zero: bool  # it is exactly 0 (a layer adds its input, so there it is not)
-    dead_moved: float  # it moves when other rows change
+    dead_moved: float  # it, or in a causal module the first row, moves when other rows change
     leaked: float  # row 0 moves when the future changes
     bad_gradients: int  # input rows whose gradient is NaN after backward through every other row
     warning: str
@@ -79,11 +79,13 @@ def examine(peer: Peer) -> Found:
         others, later = x.clone(), x.clone()
         others[:, :-1] = torch.randn(1, N - 1, DIM)
         later[:, 1:] = torch.randn(1, N - 1, DIM)
+        leaked = _moved(before[0, 0], run(later).detach()[0, 0])
+        moved = _moved(before[0, -1], run(others).detach()[0, -1])
         return Found(
             dead_nan=bool(before[0, -1].isnan().any()),
             dead_zero=not before[0, -1].any(),
-            dead_moved=_moved(before[0, -1], run(others).detach()[0, -1]),
-            leaked=_moved(before[0, 0], run(later).detach()[0, 0]),
+            dead_moved=max(moved, leaked) if peer.causal else moved,
+            leaked=leaked,
             bad_gradients=_bad_gradients(run, x),
             warning=said,
         )
@@ -111,7 +113,7 @@ def dead_row(found: Found) -> Part:
     if found.dead_nan:
         return ("NaN" + (f", {found.bad_gradients}/{N} gradients" if found.bad_gradients else ""), "bad")
     if found.dead_moved:
-        return (f"an average of others (moves by {found.dead_moved:.0%})", "bad")
+        return (f"reads others, {found.dead_moved:.0%}", "bad")
     return ("zeros" if found.dead_zero else "its input alone", "good")
 
 

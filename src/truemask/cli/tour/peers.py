@@ -31,6 +31,7 @@ class Peer:
     given: str
     build: Callable[[int], Run]
     needs: str = ""
+    causal: bool = False  # by itself, so that under the inverted mask no row has a key
 
     @property
     def missing(self) -> bool:
@@ -101,14 +102,14 @@ def _decoder(given: Callable[[int], Mask | Tensor]) -> Callable[[int], Run]:
 
 PEERS = (
     Peer("nn.MultiheadAttention", "True = attend", _multihead(need_weights=True)),
-    Peer("  with need_weights=False", "True = attend", _multihead(need_weights=False)),
+    Peer("nn.MultiheadAttention, no weights", "True = attend", _multihead(need_weights=False)),
     Peer("nn.TransformerEncoderLayer", "True = attend", _encoder_layer),
-    Peer("  in evaluation, no gradients", "True = attend", _encoder_layer_eval),
+    Peer("nn.TransformerEncoderLayer, eval", "True = attend", _encoder_layer_eval),
     Peer("torch SDPA, bool mask", "True = out", _sdpa),
     Peer("torch SDPA, additive mask", "-inf for 0", _additive),
-    Peer("x-transformers Decoder", "True = out", _x_transformers(flash=False), "x_transformers"),
-    Peer("x-transformers Decoder, flash", "True = out", _x_transformers(flash=True), "x_transformers"),
+    Peer("x-transformers Decoder", "True = out", _x_transformers(flash=False), "x_transformers", causal=True),
+    Peer("x-transformers Decoder, flash", "True = out", _x_transformers(flash=True), "x_transformers", causal=True),
     Peer("truemask attend", "True = out", _attend),
-    Peer("truemask Decoder", "True = out", _decoder(lambda n: ~_lower(n))),
-    Peer("truemask Decoder", "~causal", _decoder(lambda _n: ~causal)),
+    Peer("truemask Decoder", "True = out", _decoder(lambda n: ~_lower(n)), causal=True),
+    Peer("truemask Decoder", "~causal", _decoder(lambda _n: ~causal), causal=True),
 )

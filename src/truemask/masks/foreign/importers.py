@@ -120,18 +120,18 @@ def from_torch_mha(
 def from_huggingface_2d(attention_mask: Tensor) -> Mask:
     """The 2-D `attention_mask` of Hugging Face: 1 = a real token, 0 = padding. It speaks of keys only.
 
-    `attention_mask`: int or bool (b, k). Padding on the right becomes `padding(lengths=..., on="keys")`, on the
-    left `padding(starts=..., on="keys")`, none at all `everything`, and any other pattern `keys(flags)`. Causality
-    is the model's business there, so write `causal & from_huggingface_2d(m)`. Left padding shifts the positions as
-    well: where the mask next to it counts positions (`prefix`, `blocks`), use `mask.padded(starts)`. Source: the
-    glossary of transformers, "attention mask"; 4-D masks go through `from_torch_sdpa` (bool) or `from_additive`
-    (float).
+    `attention_mask`: int or bool (b, k); padding may be on the right, on the left or inside. The result is
+    `keys(flags)`, which answers for k keys and no more. Causality is the model's business there, so write
+    `causal & from_huggingface_2d(m)`. Left padding shifts the positions as well: where the mask next to it counts
+    positions (`prefix`, `blocks`), use `mask.padded(starts)`. Source: the glossary of transformers, "attention mask";
+    4-D masks go through `from_torch_sdpa` (bool) or `from_additive` (float).
 
     >>> import torch
     >>> import truemask as tm
-    >>> tm.from_huggingface_2d(torch.tensor([[1, 1, 0], [1, 1, 1]])) == tm.padding(lengths=[2, 3], on="keys")
-    True
-    >>> tm.from_huggingface_2d(torch.tensor([[0, 1, 1], [1, 1, 1]])) == tm.padding(starts=[1, 0], on="keys")
+    >>> right = tm.from_huggingface_2d(torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    >>> right
+    keys([[True, True, False], [True, True, True]])
+    >>> right.equivalent(tm.padding(lengths=[2, 3], on="keys"), 3)
     True
     """
     where = "from_huggingface_2d"
@@ -149,7 +149,7 @@ def from_x_transformers(
 ) -> Mask:
     """The masks of x-transformers' `Encoder`, `Decoder` and `Attention`: True = attend in both; they are ANDed.
 
-    `mask`: bool (b, k), the real tokens (padding becomes `padding(..., on="keys")` as in `from_huggingface_2d`;
+    `mask`: bool (b, k), the real tokens (as in `from_huggingface_2d`;
     there it also zeroes the outputs of padded queries, which is no matter of attention). `attn_mask`: bool (q, k),
     (h, q, k) - the first axis is *heads*, not samples - or (b, h, q, k) where size 1 broadcasts. With `heads`
     given, a 3-D mask of another first size raises `MaskError`. Source: `Attention.forward` of x-transformers

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.masks.choice import per_head
-from truemask.masks.combine import everything
 from truemask.masks.core import Mask
-from truemask.masks.data import keys, padding, queries
+from truemask.masks.data import keys, queries
 from truemask.masks.matrices import dense
 
 
@@ -123,14 +122,5 @@ def from_cells(where: str, name: str, visible: Tensor, axes: str | None = None) 
 
 
 def key_visibility(flags: Tensor) -> Mask:
-    """Keys that are real, in the smallest words: nothing hidden, padding on the right, on the left, or flags."""
-    if bool(flags.all()):
-        return everything
-    if flags.ndim == 1 or flags.shape[1] == 0:
-        return keys(flags)
-    real, steps = flags.sum(1), flags[:, 1:].int() - flags[:, :-1].int()
-    if bool((steps <= 0).all()):
-        return padding(lengths=real.tolist(), on="keys")
-    if bool((steps >= 0).all()):
-        return padding(starts=(flags.shape[1] - real).tolist(), on="keys")
+    """The keys that are real; it answers for as many keys and samples as the tensor had (law 3)."""
     return keys(flags)
