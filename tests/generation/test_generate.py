@@ -93,11 +93,53 @@ def test_a_flag_inside_the_prompt_hides_a_token() -> None:
         (ids(0), "to begin from nothing pass a start token"),
         (ids(2, 3, 5), r"expected token ids \[n\], \[b, n\] or a list of \[n\]"),
         (torch.rand(5), r"prompts are float32 \[5\]"),
+        (torch.ones(1, 3).bool(), r"prompts are bool \[1, 3\] on cpu; expected token ids"),
+        ([torch.ones(3).bool()], r"list of token ids \[n\].*got bool \[3\]"),
+        ([[1, 2], []], "got list \\[\\]"),
+        ([True, False], "got bool True"),
+        ([[1.0, 2.0]], "got list"),
+        ([[[1, 2]]], "got list"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(prompts: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         model().generate(prompts, 3)
+
+
+def test_lists_of_ints_are_prompts() -> None:
+    assert torch.equal(greedy(model(), [prompt.tolist() for prompt in PROMPTS]), greedy(model(), PROMPTS))
+    assert torch.equal(greedy(model(), PROMPTS[0].tolist()), greedy(model(), PROMPTS[0]))
+    assert torch.equal(greedy(model(), [PROMPTS[0], tuple(PROMPTS[1].tolist())]), greedy(model(), PROMPTS[:2]))
+    flags = torch.tensor([False, True, True, True, True])
+    assert torch.equal(greedy(model(), PROMPTS[0].tolist(), mask=flags), greedy(model(), PROMPTS[0][1:]))
+    steps = list(model().stream([prompt.tolist() for prompt in PROMPTS], ANSWER, temperature=0.0))
+    assert torch.equal(torch.stack(steps, dim=1), greedy(model(), PROMPTS))
+
+
+@pytest.mark.parametrize("prompts", ["abc", 5, None])
+def test_what_holds_no_tokens_is_refused(prompts: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected token ids as a tensor, or a list of prompts"):
+        model().generate(prompts, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"eos_token": "x"}, TypeError, "eos_token is str 'x'; expected a whole number or None"),
+        ({"eos_token": TOKENS}, ValueError, "eos_token is 31, which the model never gives: num_tokens=31"),
+        ({"eos_token": -1}, ValueError, "eos_token is -1"),
+        ({"cache_kv": "no"}, TypeError, "cache_kv is str 'no'; expected True or False"),
+        ({"filter_thres": 0.9}, TypeError, "'filter_thres': x-transformers has it.*; pass top_k="),
+        ({"filter_kwargs": {"k": 3}}, TypeError, "'filter_kwargs': x-transformers.*; pass top_k=, top_p= or min_p="),
+        ({"prompt_lens": None}, TypeError, "pass a list of prompts, each"),
+        ({"temprature": 0.5}, TypeError, "has no keyword 'temprature', did you mean 'temperature'"),
+        ({"filter_logits_fn": "top_p"}, TypeError, "filter_logits_fn is str 'top_p'; expected a function.*pass top_p="),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_arguments_are_checked_before_the_first_token(method: str, options: Any, error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        getattr(model(), method)(PROMPTS, 3, **options)
 
 
 @pytest.mark.parametrize(

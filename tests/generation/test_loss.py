@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_no_target_at_all_costs_nothing_and_has_gradients() -> None:
 def test_a_matrix_speaks_of_every_token() -> None:
     own, tokens = model(), ids(3, 11)
     assert_same(own(tokens, attn_mask=window(4).to_dense(11)), own(tokens, mask=window(4)))
-    with pytest.raises(MaskError, match=r"expected \(q, k\) = \[11, 11\]"):
+    with pytest.raises(MaskError, match=r"attn_mask= is bool \[10, 10\] .*the mask speaks of all n \+ 1 = 11 tokens"):
         own(tokens, attn_mask=window(4).to_dense(10)[0, 0])
     with pytest.raises(MaskError, match=r"key padding is bool \[3, 11\]"):
         own(tokens, mask=torch.ones(3, 10, dtype=torch.bool))
@@ -152,3 +153,40 @@ def test_a_model_learns_a_simple_rule() -> None:
     assert float(own(rows, mask=window(3)).detach()) < 0.1
     answer = own.generate(torch.tensor([3, 4]), 9, temperature=0.0, mask=window(3))
     assert answer.tolist() == [(5 + i) % 7 for i in range(9)]
+
+
+def test_flags_of_what_the_model_reads_are_one_short() -> None:
+    with pytest.raises(MaskError, match=r"mask= is bool \[2, 5\] .*the mask speaks of all n \+ 1 = 6 tokens"):
+        model()(ids(2, 6), mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(MaskError, match=r"key padding is bool \[2, 6\]"):
+        model()(ids(2, 6), mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_one_key_of_a_matrix_still_broadcasts() -> None:
+    own, tokens = model(), ids(3, 2)
+    assert_same(own(tokens, attn_mask=torch.ones(2, 1, dtype=torch.bool)), own(tokens))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        (
+            {"lens": None},
+            r"forward\(\) has no keyword 'lens': x-transformers .*; pass the mask `padding\(lengths=lens\)`",
+        ),
+        ({"return_outputs": True}, "'return_outputs': x-transformers has it"),
+        ({"label": None}, "did you mean 'labels'"),
+    ],
+)
+def test_an_unknown_keyword_of_the_loss_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        model()(ids(3, 11), **keywords)
+
+
+def test_unknown_keywords_and_types_of_the_wrapper_are_refused() -> None:
+    with pytest.raises(TypeError, match="'mask_prob': x-transformers has it"):
+        AutoregressiveWrapper(featured("rotary"), mask_prob=0.1)
+    with pytest.raises(TypeError, match="no keyword 'pad_valu', did you mean 'pad_value'"):
+        AutoregressiveWrapper(featured("rotary"), pad_valu=0)
+    with pytest.raises(TypeError, match=r"pad_value is float 0.0; expected a whole number"):
+        AutoregressiveWrapper(featured("rotary"), pad_value=0.0)  # pyright: ignore[reportArgumentType]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,18 @@ def test_half_precision_logits_are_sampled_in_single() -> None:
 def test_impossible_filters_are_refused(options: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Sampler(**options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": "1"}, "temperature is str '1'; expected a number"),
+        ({"top_k": 2.5}, "top_k is float 2.5; expected a whole number or None"),
+        ({"filter_logits_fn": "top_k"}, "filter_logits_fn is str 'top_k'; expected a function .*pass top_k=..."),
+        ({"filter_logits_fn": "top_a"}, "pass top_k=..."),
+        ({"filter_logits_fn": 3}, r"filter_logits_fn is int 3; expected a function of logits \(b, v\) to logits$"),
+    ],
+)
+def test_filters_of_another_type_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Sampler(**options)

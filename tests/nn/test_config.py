@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from truemask.nn.config import AttentionConfig, FeedForwardConfig, LayersConfig
 from truemask.nn.layers import Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper
 
+ROTARY: dict[str, Any] = {"rotary_pos_emb": True, "rotary_emb_dim": 4}
 SMALL: dict[str, Any] = {"dim": 12, "depth": 1, "heads": 2, "attn_dim_head": 6}
 
 
@@ -71,12 +73,107 @@ def test_the_wrapper_refuses_unknown_keywords_too() -> None:
         ({"attn_kv_heads": 0}, "attn_kv_heads is 0; it must be a whole number above 0"),
         ({"ff_mult": 0}, "ff_mult is 0"),
         ({"attn_num_mem_kv": -1}, "attn_num_mem_kv is -1"),
-        ({"rotary_interpolation_factor": 0.5}, "rotary_interpolation_factor is 0.5"),
+        ({**ROTARY, "rotary_interpolation_factor": 0.5}, "rotary_interpolation_factor is 0.5"),
+        ({**ROTARY, "rotary_base_rescale_factor": 0.0}, "rotary_base_rescale_factor is 0.0"),
     ],
 )
 def test_contradictions_and_impossible_sizes_are_refused(keywords: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Decoder(**SMALL, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "owner"),
+    [
+        ({"rotary_emb_dim": 4}, "rotary_pos_emb"),
+        ({"rotary_interpolation_factor": 2.0}, "rotary_pos_emb"),
+        ({"rotary_base_rescale_factor": 1.0}, "rotary_pos_emb"),
+        ({"attn_qk_norm_scale": 10.0}, "attn_qk_norm"),
+    ],
+)
+def test_a_keyword_that_would_change_nothing_is_refused(keywords: dict[str, Any], owner: str) -> None:
+    (name,) = keywords
+    with pytest.raises(ValueError, match=f"{name}=.* says something about {owner}, which is off.*pass {owner}=True"):
+        Decoder(**SMALL, **keywords)
+
+
+def test_a_scale_of_logits_needs_tied_ones() -> None:
+    with pytest.raises(ValueError, match=r"tie_embedding_scale=0.5 says something about tie_embedding"):
+        TransformerWrapper(num_tokens=7, max_seq_len=5, attn_layers=Decoder(**SMALL), tie_embedding_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"attn_flash": "no"}, "attn_flash is str 'no'; expected True or False"),
+        ({"use_rmsnorm": "no"}, "use_rmsnorm is str 'no'; expected True or False"),
+        ({"ff_glu": 1}, "ff_glu is int 1; expected True or False"),
+        ({"rotary_pos_emb": None}, "rotary_pos_emb is NoneType None"),
+        ({"attn_num_mem_kv": 1.5}, "attn_num_mem_kv is float 1.5; expected a whole number"),
+        ({"attn_num_mem_kv": True}, "attn_num_mem_kv is bool True; expected a whole number"),
+        ({"attn_kv_heads": 2.0}, "attn_kv_heads is float 2.0; expected a whole number or None"),
+        ({"ff_mult": "4"}, "ff_mult is str '4'; expected a number"),
+        ({"ff_dropout": None}, "ff_dropout is NoneType None; expected a number"),
+        ({"attn_qk_norm": True, "attn_qk_norm_scale": "7"}, "attn_qk_norm_scale is str '7'; expected a number or None"),
+        ({**ROTARY, "rotary_interpolation_factor": "2"}, "rotary_interpolation_factor is str '2'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Decoder(**SMALL, **keywords)
+
+
+def test_sizes_and_numbers_are_checked_too() -> None:
+    with pytest.raises(TypeError, match=r"depth is float 1.0; expected a whole number"):
+        Decoder(**{**SMALL, "depth": 1.0})
+    with pytest.raises(ValueError, match="ff_mult is inf; expected a finite number"):
+        Decoder(**SMALL, ff_mult=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"num_tokens": 5.5}, "num_tokens is float 5.5; expected a whole number"),
+        ({"max_seq_len": "5"}, "max_seq_len is str '5'"),
+        ({"num_memory_tokens": True}, "num_memory_tokens is bool True; expected a whole number or None"),
+        ({"tie_embedding": "no"}, "tie_embedding is str 'no'; expected True or False"),
+        ({"use_abs_pos_emb": 0}, "use_abs_pos_emb is int 0"),
+        ({"tie_embedding": True, "tie_embedding_scale": "1"}, "tie_embedding_scale is str '1'"),
+        ({"emb_dropout": None}, "emb_dropout is NoneType None"),
+    ],
+)
+def test_the_wrapper_checks_types_too(keywords: dict[str, Any], said: str) -> None:
+    options = {"num_tokens": 7, "max_seq_len": 5, "attn_layers": Decoder(**SMALL), **keywords}
+    with pytest.raises(TypeError, match=said):
+        TransformerWrapper(**options)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"context": None}, "Decoder.forward.. has no keyword 'context': x-transformers has it"),
+        ({"mems": []}, "'mems': x-transformers has it .*; keep a KVCache and pass it as cache="),
+        ({"attn_msk": None}, "Decoder.forward.. has no keyword 'attn_msk', did you mean 'attn_mask'"),
+        ({"unknow": 1}, "Decoder.forward.. has no keyword 'unknow'$"),
+    ],
+)
+def test_a_call_of_the_layers_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Decoder(**SMALL)(torch.zeros(1, 3, 12), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"return_mems": True}, r"TransformerWrapper.forward\(\) has no keyword 'return_mems': x-transformers has it"),
+        ({"seq_start_pos": None}, r"pass the mask `everything.padded\(starts\)`"),
+        ({"return_embedding": True}, "did you mean 'return_embeddings'"),
+    ],
+)
+def test_a_call_of_the_wrapper_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
+    net = TransformerWrapper(num_tokens=7, max_seq_len=5, attn_layers=Decoder(**SMALL))
+    with pytest.raises(TypeError, match=said):
+        net(torch.zeros(1, 3, dtype=torch.long), **keywords)
 
 
 def test_half_of_a_head_rotates_unless_said_otherwise() -> None:

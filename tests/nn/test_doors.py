@@ -175,6 +175,22 @@ def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor, said: str) -> No
         decoder()(x)
 
 
+def test_an_input_of_another_dtype_or_device_is_refused_at_the_door() -> None:
+    with pytest.raises(ValueError, match=r"Decoder has float64 parameters .*float32 .*x.to\(torch.float64\).*model.to"):
+        decoder()(X.float())
+    with pytest.raises(ValueError, match=r"has float16 parameters .*x.to\(torch.float16\).*model.to\(torch.float32\)"):
+        encoder().half()(X.float())
+    with pytest.raises(ValueError, match=r"Decoder is on cpu .* on meta: pass x.to\('cpu'\), .*model.to\('meta'\)"):
+        decoder()(X.to("meta"))
+    with pytest.raises(ValueError, match="Decoder has float64 parameters"):
+        decoder().to("meta")(X.float().to("meta"))
+
+
+def test_autocast_chooses_dtypes_itself() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder().float()(X.bfloat16()).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [

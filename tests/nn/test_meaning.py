@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -136,6 +138,59 @@ def test_registers_carry_nothing_to_rows_that_may_not_read_it(mask: Mask) -> Non
     allowed = reach(mask, 2)[0]
     for place in (0, 5, 12):
         assert not (moved(net, ids(1, N), place, mask=mask)[0] & ~allowed[:, place]).any()
+
+
+REAL = torch.arange(N) < 9
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mask": queries(REAL)},
+        {"mask": queries(REAL) & keys(torch.arange(N) != 3)},
+        {"mask": padding(lengths=[9])},
+        {"mask": padding(lengths=[9], on="queries")},
+        {"mask": padding(starts=[3]) & keys(REAL)},
+        {"mask": everything.padded([3])},
+        {"mask": REAL[None]},
+        {"mask": REAL[None], "attn_mask": queries(torch.arange(N) > 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("memories", [0, 2])
+def test_registers_carry_nothing_to_rows_that_may_read_nothing(given: dict[str, Any], memories: int) -> None:
+    net = wrapped(encoder(attn_num_mem_kv=memories), num_memory_tokens=3)
+    mask = keys(REAL) & queries(REAL) if isinstance(given["mask"], Tensor) else given["mask"]
+    allowed = reach(mask & given.get("attn_mask", everything), 2)[0]
+    for place in (0, 3, 5, 8, 11):
+        assert not (moved(net, ids(1, N), place, **given)[0] & ~allowed[:, place]).any()
+
+
+@pytest.mark.parametrize("mask", [queries(REAL), padding(lengths=[9]), everything.padded([3])], ids=str)
+def test_registers_still_carry_to_the_other_rows(mask: Mask) -> None:
+    """A real token moves every real row also where a window, in the layers, would not reach: through a register."""
+    net = wrapped(encoder(), num_memory_tokens=3)
+    with torch.no_grad():
+        before = net(ids(1, N), mask=mask)
+        net.memory_tokens[1] *= -2.0
+        changed = (before != net(ids(1, N), mask=mask)).any(dim=-1)[0]
+    assert torch.equal(changed, ~mask.dead_queries(N)[0, 0])  # padding reads no register
+
+
+def test_memory_keys_are_read_by_padding_too() -> None:
+    net = wrapped(encoder(attn_num_mem_kv=2), num_memory_tokens=3)
+    before = net(ids(1, N), mask=REAL[None])
+    with torch.no_grad():
+        layer(net.attn_layers).attn.mem_v.add_(1.0)
+    assert (before != net(ids(1, N), mask=REAL[None])).any(dim=-1).all()
+
+
+def test_a_padded_sample_with_registers_is_what_it_is_alone() -> None:
+    net = wrapped(encoder(), num_memory_tokens=3)
+    tokens = ids(2, N)
+    out = net(tokens, mask=everything.padded([0, 4]))
+    assert_same(out[1:, 4:], net(tokens[1:, 4:]))
+    assert_same(out[:1], net(tokens[:1]))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.nn.models import FEATURES, assert_same, decoder, featured, features, ids, wrapped
+from truemask.errors import MaskError
 from truemask.masks.core import Mask
 from truemask.masks.data import prefix
 from truemask.masks.positional import blocks, causal, dilated, window
@@ -52,6 +53,39 @@ def test_the_callers_positions_come_first() -> None:
     same_rows = mask.to_dense(8)[0, 0]
     assert_same(net(row, mask=mask), net(row, attn_mask=same_rows, pos=restarting))
     assert not torch.allclose(net(row, mask=mask), net(row, attn_mask=same_rows))
+
+
+@pytest.mark.parametrize("feature", ["absolute", "rotary", "registers"])
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (causal.packed([2, 4]) & causal.packed([3, 3]), "packed"),
+        (causal.take(k=[5, 4, 3, 2, 1, 0]), "another position as queries than as keys"),
+        (causal.take(q=[1, 2, 3, 4, 5, 5]), "another position as queries than as keys"),
+        (window(3).at(k_start=2), "another position as queries than as keys"),
+    ],
+    ids=str,
+)
+def test_a_mask_with_two_positions_for_a_token_needs_the_callers(feature: str, mask: Mask, said: str) -> None:
+    net, row, pos = featured(feature), ids(2, 6), torch.arange(6)
+    with pytest.raises(MaskError, match=rf"{said}.*pass pos= in the call"):
+        net(row, mask=mask)
+    assert_same(net(row, mask=mask, pos=pos), net(row, attn_mask=mask.to_dense(6), pos=pos))
+
+
+def test_a_model_without_positions_asks_for_none() -> None:
+    net, row, mask = featured("no positions"), ids(2, 6), causal.take(k=[5, 4, 3, 2, 1, 0])
+    assert_same(net(row, mask=mask), net(row, attn_mask=mask.to_dense(6)))
+
+
+def test_terms_that_agree_have_one_position() -> None:
+    net, row = featured("rotary"), ids(2, 6)
+    assert_same(
+        net(row, mask=causal.packed([2, 4]) & window(2).packed([2, 4])), net(row, mask=window(2).packed([2, 4]))
+    )
+    order = torch.tensor([5, 4, 3, 2, 1, 0])
+    mask = causal.take(q=order, k=order)
+    assert_same(net(row, mask=mask, causal=False), net(row, attn_mask=mask.to_dense(6), pos=order, causal=False))
 
 
 def test_absolute_positions_have_an_end_and_say_so() -> None:

@@ -109,7 +109,8 @@ class AutoregressiveWrapper(nn.Module):
         """`seq_len` new tokens for each prompt, without the prompt: int64 [b, seq_len], or [seq_len] for one [n].
 
         `prompts`: token ids [n], [b, n], or a list of [n] of different lengths, which are left padded through
-        `mask.padded`, so that each row is what it would be alone; lists of ints do too. `mask`: an expression, over prompt and answer at
+        `mask.padded`, so that each row is what it would be alone; lists of ints do too. `mask`: an expression, over
+        prompt and answer at
         positions counted from each prompt's first token; or bool flags over the prompt's tokens, where False at the
         ends is padding and False inside hides a token. After `eos_token` a row is `pad_value`; one in the prompt
         stops nothing. For the filters see `Sampler`. `cache_kv=False` recomputes everything in each step, with the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import keys
 from truemask.nn.doors import require_bool
-
 
 Given = Tensor | Sequence[Tensor] | Sequence[int] | Sequence[Sequence[int]]  # what `generate` takes
 
@@ -28,7 +28,7 @@ class Prompts:
     single: bool  # one prompt without a batch axis
 
 
-def as_tensors(prompts: Given, device: torch.device) -> Tensor | list[Tensor]:
+def as_tensors(prompts: Given, device: torch.device) -> Tensor | list[Any]:
     """Prompts with every list of token ids as a tensor [n] on `device`; tensors stay as they are."""
     if isinstance(prompts, Tensor):
         return prompts
@@ -36,7 +36,7 @@ def as_tensors(prompts: Given, device: torch.device) -> Tensor | list[Tensor]:
         raise TypeError(f"prompts are {describe(prompts)}; expected token ids as a tensor, or a list of prompts")
     if _is_ids(prompts):
         return torch.tensor(prompts, dtype=torch.int64, device=device)
-    return [torch.tensor(row, dtype=torch.int64, device=device) if _is_ids(row) else row for row in prompts]  # pyright: ignore[reportReturnType]  # _read_list refuses what is no tensor
+    return [torch.tensor(row, dtype=torch.int64, device=device) if _is_ids(row) else row for row in prompts]
 
 
 def _is_ids(row: object) -> bool:

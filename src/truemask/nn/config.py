@@ -15,7 +15,6 @@ from typing import Any
 from truemask.errors import describe, suggest
 from truemask.nn import foreign_names
 
-
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("True or False", (bool,)),
     "int": ("a whole number", (int,)),

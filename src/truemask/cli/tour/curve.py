@@ -77,7 +77,8 @@ def svg_curve(points: Sequence[Point], levels: Sequence[Level], seconds: float) 
     if points:
         at, bits = points[-1]
         parts.append(
-            f'<text x="{x(at):.1f}" y="{y(bits) + 18:.1f}" fill="{INK}" text-anchor="end" font-weight="bold">{bits:.2f}</text>'
+            f'<text x="{x(at):.1f}" y="{y(bits) + 18:.1f}" fill="{INK}" text-anchor="end" '
+            f'font-weight="bold">{bits:.2f}</text>'
         )
     parts.append(
         f'<text x="{LEFT}" y="{HEIGHT - 8}">0 s</text><text x="{LEFT + wide}" y="{HEIGHT - 8}" text-anchor="end">'

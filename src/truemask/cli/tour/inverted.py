@@ -111,7 +111,7 @@ def _bad_gradients(run: Run, x: Tensor) -> int:
 def dead_row(found: Found) -> Part:
     """What became of the row that may see nothing."""
     if found.dead_nan:
-        return ("NaN" + (f", {found.bad_gradients}/{N} gradients" if found.bad_gradients else ""), "bad")
+        return ("NaN" + ("; gradients too" if found.bad_gradients else ""), "bad")
     if found.dead_moved:
         return (f"reads others, {found.dead_moved:.0%}", "bad")
     return ("zeros" if found.dead_zero else "its input alone", "good")
