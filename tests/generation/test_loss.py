@@ -110,7 +110,7 @@ def test_a_matrix_speaks_of_every_token() -> None:
     assert_same(own(tokens, attn_mask=window(4).to_dense(11)), own(tokens, mask=window(4)))
     with pytest.raises(MaskError, match=r"attn_mask= is bool \[10, 10\] .*the mask speaks of all n \+ 1 = 11 tokens"):
         own(tokens, attn_mask=window(4).to_dense(10)[0, 0])
-    with pytest.raises(MaskError, match=r"key padding is bool \[3, 11\]"):
+    with pytest.raises(MaskError, match=r"mask= is bool \[3, 10\] .*speaks of all n \+ 1 = 11 tokens"):
         own(tokens, mask=torch.ones(3, 10, dtype=torch.bool))
 
 

@@ -167,14 +167,13 @@ def test_registers_carry_nothing_to_rows_that_may_read_nothing(given: dict[str, 
 
 
 @pytest.mark.parametrize("mask", [queries(REAL), padding(lengths=[9]), everything.padded([3])], ids=str)
-def test_registers_still_carry_to_the_other_rows(mask: Mask) -> None:
-    """A real token moves every real row also where a window, in the layers, would not reach: through a register."""
+def test_where_registers_read_tokens_padding_reads_no_register(mask: Mask) -> None:
     net = wrapped(encoder(), num_memory_tokens=3)
     with torch.no_grad():
         before = net(ids(1, N), mask=mask)
         net.memory_tokens[1] *= -2.0
         changed = (before != net(ids(1, N), mask=mask)).any(dim=-1)[0]
-    assert torch.equal(changed, ~mask.dead_queries(N)[0, 0])  # padding reads no register
+    assert torch.equal(changed, ~mask.dead_queries(N)[0, 0])
 
 
 def test_memory_keys_are_read_by_padding_too() -> None:

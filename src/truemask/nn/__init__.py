@@ -13,7 +13,8 @@ Names, keywords, defaults and initial weights are x-transformers' (2.31), and th
 | `mask` and `attn_mask` are checked, and warned about        | used as they come                                     |
 | masks work with a cache, memories and registers             | refused, or a crash                                   |
 | registers of a `Decoder` read all registers, no token       | register i reads registers up to i                    |
-| registers read a token only if every query may              | whatever `mask` shows                                 |
+| registers read a token only if every query but padding may, | whatever `mask` shows                                 |
+| and padding reads no register that reads tokens             |                                                       |
 | positions restart in packed and padded documents            | `seq_start_pos`, not with registers                   |
 | angles of rotary are computed in fp32 always                | in the model's dtype after `.bfloat16()`              |
 | `ff_no_bias` leaves no bias                                 | the gated projection keeps one                        |

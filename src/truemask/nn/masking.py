@@ -189,13 +189,15 @@ def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
 
 def _own_positions(user: Mask, layout: Layout) -> Tensor:
     """The mask's logical positions; MaskError where it gives a token two of them."""
+    if user == everything:
+        return torch.arange(layout.past, layout.total)
     rows = user.at(q_start=layout.past) if layout.past else user
     way_out = "pass pos= in the call of the layers or of the TransformerWrapper, int64 [n] or [b, n]"
     try:
         q, k = rows.positions(layout.new, layout.total)
     except MaskError as error:
         raise MaskError(f"{error}. To say which positions the tokens have, {way_out}") from error
-    if user != everything and bool((q != k[..., layout.past :]).any()):
+    if bool((q != k[..., layout.past :]).any()):
         raise MaskError(
             f"the mask `{user}` gives tokens another position as queries than as keys, and a token has one: {way_out}"
         )
