@@ -145,3 +145,9 @@ def test_a_rotation_turns_pairs_and_leaves_the_rest() -> None:
 def test_interpolation_divides_positions() -> None:
     stretched = RotaryEmbedding(6, interpolation_factor=2.0)(torch.tensor([10]), torch.float64)
     assert_same(stretched.cos, RotaryEmbedding(6)(torch.tensor([5]), torch.float64).cos)
+
+
+def test_positions_for_a_model_without_any_are_refused() -> None:
+    net = wrapped(use_abs_pos_emb=False)
+    with pytest.raises(ValueError, match="has no positions"):
+        net(torch.zeros(1, 3, dtype=torch.int64), pos=torch.arange(3))

@@ -124,6 +124,8 @@ class AttentionLayers(nn.Module):
         if self.rotary is not None:
             positions = with_registers(token_positions(user, layout, pos), layout)  # (b) n
             rotation = self.rotary(positions.to(x.device), x.dtype)
+        elif pos is not None:
+            raise ValueError("pos= was given, but this model has no positions: make it with rotary_pos_emb=True")
         for index, layer in enumerate(self.layers):
             x = layer(x, full, rotation, None if cache is None else cache.layer(index))  # b n d
         return self.final_norm(x)

@@ -106,7 +106,8 @@ class TransformerWrapper(nn.Module):
         x = self.emb_dropout(x)
         if registers and begins:
             x = torch.cat((self.memory_tokens.expand(len(ids), -1, -1), x), dim=1)  # b m+n d
-        x = self.attn_layers(x, user, causal=causal, pos=pos, registers=registers, cache=cache)
+        rest = pos if self.pos_emb is None else None  # absolute positions are already in x
+        x = self.attn_layers(x, user, causal=causal, pos=rest, registers=registers, cache=cache)
         if registers and begins:
             x = x[:, registers:]  # b n d
         return x if return_embeddings else self.to_logits(x)
