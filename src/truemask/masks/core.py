@@ -167,7 +167,7 @@ class Mask(Questions):
         """The same mask for rows that start at position `q_start` and keys that start at `k_start`.
 
         Row i of the result is position q_start + i. This is how chunks, prefill and decoding ask: never rewrite a
-        mask, re-index it (law 2). `m.at(a).at(b)` is `m.at(a + b)`.
+        mask, re-index it (law 2 in docs/conventions.md). `m.at(a).at(b)` is `m.at(a + b)`.
 
         >>> from truemask.masks.positional import causal
         >>> causal.at(q_start=3).to_dense(1)[0, 0].int().tolist()  # decoding position 3: four keys so far
@@ -184,7 +184,7 @@ class Mask(Questions):
         return KINDS["select"].make(self, samples, heads)
 
     def packed(self, lengths: object, kv_lengths: object = None) -> Mask:
-        """The same document, and this mask at positions that restart in each document (law 2).
+        """The same document, and this mask at positions that restart in each document (law 2 in docs/conventions.md).
 
         `lengths` are tokens per document, `[m]` or one list per sample; `kv_lengths` for packed cross-attention.
 
@@ -195,7 +195,14 @@ class Mask(Questions):
         return KINDS["packed"].make(self, lengths, kv_lengths)
 
     def padded(self, starts: object) -> Mask:
-        """Left padding: sample b begins at position `starts[b]`, and this mask counts from there; pads see nothing."""
+        """Left padding: sample b begins at `starts[b]`, and this mask counts from there (law 2 in docs/conventions.md).
+
+        `starts` are tokens, one for each sample; what stands before sees nothing and is seen by nobody.
+
+        >>> from truemask.masks.positional import causal
+        >>> causal.padded([1]).to_dense(3)[0, 0].int().tolist()
+        [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+        """
         return KINDS["padded"].make(self, starts)
 
     def prepended(self, q: int = 0, k: int = 0, seen: Mask | None = None) -> Mask:

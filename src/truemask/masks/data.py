@@ -215,7 +215,9 @@ class Queries(_Flagged):
 
 
 def keys(flags: object) -> Mask:
-    """Keys with a flag, for every query: `flags[k]`, bool `[n]` or `[b, n]`; key padding, True = real.
+    """Keys with a flag, for every query: `flags[k]`, bool `[n]` or `[b, n]`.
+
+    Key padding, True = a real token (law 1 in docs/conventions.md).
 
     >>> keys([True, False, True]).to_dense(2, 3)[0, 0].int().tolist()
     [[1, 0, 1], [1, 0, 1]]

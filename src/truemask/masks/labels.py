@@ -174,7 +174,8 @@ def documents(lengths: object = None, ids: object = None, kv_lengths: object = N
     """q and k in the same document of a packed row; `lengths` in tokens, or an id for each token.
 
     `lengths` is `[m]`, or one list per sample of the same total; `ids` is `[n]` or `[b, n]` in any order. `kv_lengths`
-    and `kv_ids` are for packed cross-attention. Positions do not restart: `causal.packed(lengths)` does that (law 2).
+    and `kv_ids` are for packed cross-attention. Positions do not restart: `causal.packed(lengths)` does that (law 2 in
+    docs/conventions.md).
 
     >>> documents([1, 2]).to_dense(3)[0, 0].int().tolist()
     [[1, 0, 0], [0, 1, 1], [0, 1, 1]]

@@ -68,7 +68,7 @@ def dense(tensor: object, axes: str | None = None) -> Mask:
     """A boolean tensor as a mask, True = may attend: `[q, k]`, or `[b, h, q, k]` with size 1 where it does not vary.
 
     A 3-D tensor must say what its first axis is: `axes="bqk"` or `axes="hqk"`. The tensor is copied. A tensor of
-    numbers is an error that names the importer for it.
+    numbers is an error that names the importer for it (law 1 in docs/conventions.md).
 
     >>> dense([[True, False], [True, True]])[1, 0]
     True

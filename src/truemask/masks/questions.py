@@ -1,7 +1,7 @@
 """The questions that every mask answers about given sizes: tiles, cells, counts, dead rows, pictures.
 
-Sizes come with the question (law 3): `q_len`, `kv_len` (None: as many keys as positions have passed), and `batch` and
-`heads` where a mask varies over them without holding a number of them.
+Sizes come with the question (law 3 in docs/conventions.md): `q_len`, `kv_len` (None: as many keys as positions have
+passed), and `batch` and `heads` where a mask varies over them without holding a number of them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Questions(ABC):
     def dead_queries(
         self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
     ) -> Tensor:
-        """Which queries may attend to nothing, bool `[b, h, q]`; their output is zeros (law 5)."""
+        """Which queries may attend to nothing, bool `[b, h, q]`: their output is zeros (law 5, docs/conventions.md)."""
         return self._dead(0, q_len, kv_len, batch, heads)
 
     def dead_keys(
