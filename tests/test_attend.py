@@ -102,6 +102,21 @@ def test_autocast_is_that_of_sdpa() -> None:
     torch.testing.assert_close(doubles.float(), scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+def test_meta_tensors_are_cast_as_those_that_they_stand_for() -> None:
+    q, k, v = qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        real, meta = (tm.attend(*(x.to(device) for x in (q, k, v)), tm.causal) for device in ("cpu", "meta"))
+        assert real.dtype == meta.dtype == torch.bfloat16
+        assert tm.plan(*(x.to("meta") for x in (q, k, v)), tm.causal) is tm.plan(q, k, v, tm.causal)
+
+
+def test_meta_tensors_go_with_meta_biases_and_sinks() -> None:
+    q, k, v = (x.to("meta") for x in qkv(k=7))
+    for device in ("cpu", "meta"):
+        bias, sinks = torch.zeros(4, 5, 7, device=device), torch.zeros(4, device=device)
+        assert tm.attend(q, k, v, tm.local(3), bias=bias, sink_logits=sinks).shape == (2, 4, 5, 8)
+
+
 def test_meta_tensors_give_shapes() -> None:
     q, k, v = (x.to("meta") for x in qkv(k=7))
     out, lse, weights = tm.attend(q, k, v, tm.local(3), return_lse=True, return_weights=True)
@@ -308,6 +323,25 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         "bias is on meta, but q is on cpu",
     ),
     "bias heads": ((Q, K, V), {"bias": tm.alibi(torch.ones(3))}, ValueError, "holds numbers for 3 heads, but q has 4"),
+    "meta mask": (
+        (Q, K, V, torch.ones(5, 5, dtype=torch.bool, device="meta")),
+        {},
+        tm.MaskError,
+        "the mask is a meta tensor (bool [5, 5] on meta), which has no values",
+    ),
+    "dropout None": ((Q, K, V), {"dropout": None}, ValueError, "dropout must be a finite number, got NoneType None"),
+    "dropout text": ((Q, K, V), {"dropout": ""}, ValueError, "dropout must be a finite number, got str ''"),
+    "dropout list": ((Q, K, V), {"dropout": []}, ValueError, "dropout must be a finite number, got list []"),
+    "dropout tensor": ((Q, K, V), {"dropout": torch.zeros(())}, TypeError, "dropout must be a number, got float32 []"),
+    "dropout flag": ((Q, K, V), {"dropout": False}, ValueError, "dropout must be a finite number, got bool False"),
+    "lse flag": ((Q, K, V), {"return_lse": "no"}, TypeError, "return_lse must be True or False, got str 'no'"),
+    "weights flag": ((Q, K, V), {"return_weights": 1}, TypeError, "return_weights must be True or False, got int 1"),
+    "backend list": (
+        (Q, K, V),
+        {"backend": ["sdpa"]},
+        TypeError,
+        "backend must be None or one of sdpa, reference, got list ['sdpa']",
+    ),
     "backend": (
         (Q, K, V),
         {"backend": "sdap"},
@@ -329,6 +363,23 @@ def test_mistakes_are_named(name: str) -> None:
     given, keywords, kind, words = MISTAKES[name]
     with pytest.raises(kind, match=re.escape(words)):
         tm.attend(*given, **keywords)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    q = torch.nested.nested_tensor([torch.zeros(2, 3, 8), torch.zeros(5, 3, 8)], layout=layout)
+    with pytest.raises(TypeError, match="q is a nested tensor: pad the sequences"):
+        tm.attend(q, q, q)
+
+
+def test_one_is_singular() -> None:
+    with pytest.raises(tm.MaskError, match=r"the call has 1 sample, 1 head, 1 query and 1 key\)"):
+        tm.attend(*qkv(b=1, h=1, y=1, q=1, k=1), tm.padding(lengths=[1, 2, 3]))
+    with pytest.warns(tm.ConventionWarning, match=r"^1 query and 3 keys .* If this query is the last position,"):
+        tm.attend(*qkv(q=1, k=3), tm.causal)
+    with pytest.warns(tm.ConventionWarning, match=r"^2 queries and 3 keys .*: it does not see the last key\. If these"):
+        tm.attend(*qkv(q=2, k=3), tm.causal)
 
 
 def test_weights_that_fit_in_no_memory_are_refused() -> None:

@@ -19,6 +19,7 @@ from truemask.backends.registry import BACKENDS, backends
 
 ODD: Any = (5, 7)
 MASK = tm.causal & (tm.window(5) | tm.prefix(2))
+QKV = three(torch.zeros(2, 4, 7, 8) for _ in range(3))
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,11 @@ def test_a_plan_touches_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: plan(*ODD), "plan takes (mask, q_len, ...) or (q, k, v, mask), got int 5 and int 7 first"),
         (lambda: plan(MASK, -1), "q_len must be at least 0"),
         (lambda: plan(MASK, 5, heads=3, kv_heads=2), "3 query heads are no multiple of 2 key heads"),
+        (lambda: plan(MASK, 5, heads=0), "heads must be at least 1"),
+        (lambda: plan(MASK, 5, kv_heads=0), "kv_heads must be at least 1"),
+        (lambda: plan(MASK, 5, head_dim=-1), "head_dim must be at least 1"),
+        (lambda: plan(MASK, 5, head_dim=6.5), "head_dim must be a whole number, got float 6.5"),  # pyright: ignore
+        (lambda: plan(torch.ones(5, 5, dtype=torch.bool, device="meta"), 5), "the mask is a meta tensor"),
     ],
 )
 def test_refusals(call: Any, words: str) -> None:
@@ -97,6 +103,57 @@ def test_refusals(call: Any, words: str) -> None:
 def test_unknown_keywords_are_named() -> None:
     with pytest.raises(TypeError, match="no keyword 'sofcap', did you mean 'softcap'"):
         plan(MASK, 5, sofcap=1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: plan(), "plan takes (mask, q_len, ...) or (q, k, v, mask, ...): mask is missing"),  # pyright: ignore
+        (lambda: plan(MASK), "plan takes (mask, q_len, ...) or (q, k, v, mask, ...): q_len is missing"),  # pyright: ignore
+        (lambda: plan(QKV[0]), "k is missing"),
+        (lambda: plan(*QKV[:2]), "v is missing"),
+        (lambda: plan(q=QKV[0], k=QKV[1], mask=MASK), "v is missing"),  # pyright: ignore
+        (lambda: plan(*QKV, MASK, heads=4), "sizes, dtype, device and grad come from the tensors: leave out 'heads'"),
+        (lambda: plan(*QKV, MASK, device="cpu"), "come from the tensors: leave out 'device'"),
+        (lambda: plan(*QKV, MASK, MASK), "plan takes (q, k, v, mask) by place and the rest by name, got 5 by place"),
+        (lambda: plan(*QKV, MASK, mask=MASK), "plan was given mask twice"),
+        (lambda: plan(MASK, 5, 5, 5), "plan takes (mask, q_len, kv_len) by place and the rest by name, got 4"),
+        (lambda: plan(MASK, 5, keywords=1), "plan: there is no keyword 'keywords'"),
+        (lambda: plan(*QKV, keywords=1), "plan: there is no keyword 'keywords'"),
+        (lambda: plan(MASK, 5, dtype="float16"), "plan: dtype must be a torch.dtype, got str 'float16'"),  # pyright: ignore
+        (lambda: plan(MASK, 5, grad="no"), "grad must be True or False"),  # pyright: ignore
+        (lambda: plan(MASK, 5, backend=["sdpa"]), "backend must be None or one of sdpa, reference"),  # pyright: ignore
+    ],
+)
+def test_arguments_are_those_of_one_form(call: Any, words: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert words in str(caught.value)
+    assert "_from_" not in str(caught.value)
+    assert "read_call" not in str(caught.value)
+
+
+def test_no_layout_is_suspected_of_sizes() -> None:
+    """Without tensors there is nothing to transpose, and 8 heads are only the default."""
+    with pytest.raises(tm.MaskError, match=r"\(the call has 1 sample, 8 heads, 5 queries and 5 keys\)"):
+        plan(tm.keys(torch.ones(3, dtype=torch.bool)), 5)
+
+
+def test_plans_for_other_machines_take_tensors_of_this_one() -> None:
+    for device in ("cpu", "meta"):
+        bias, sinks = torch.zeros(4, 7, 7, device=device), torch.zeros(4, device=device)
+        found = plan(MASK, 7, heads=4, device="cuda", bias=bias)
+        assert (found.request.device.type, found.request.bias) == ("cuda", "tensor")
+        assert plan(MASK, 7, heads=4, bias=bias, sink_logits=sinks).request.device.type == "cpu"
+        q, k, v = (x.to("meta") for x in QKV)
+        assert plan(q, k, v, MASK, bias=bias, sink_logits=sinks).request.sinks
+
+
+def test_what_wants_a_gradient_says_so_in_both_forms() -> None:
+    sinks = torch.zeros(4, requires_grad=True)
+    sizes: dict[str, Any] = {"batch": 2, "heads": 4, "head_dim": 8, "sink_logits": sinks}
+    assert plan(MASK, 7, **sizes).request.grad
+    assert plan(MASK, 7, **sizes) is plan(*QKV, MASK, sink_logits=sinks)
 
 
 def test_a_refusal_lists_everybodys_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +184,14 @@ def test_the_table_shows_mask_sizes_tiles_and_backends() -> None:
     assert lines[6].startswith("> reference")
     assert lines[6].endswith("plain torch, in chunks of rows")
     assert len(lines) == 7
+
+
+def test_the_table_ends_with_the_warning() -> None:
+    found = plan(tm.causal, 3, 7)
+    assert str(found).splitlines()[-1] == f"warning: {found.warning}"
+    assert "`.at(q_start=4)`" in found.warning
+    assert "attend was given" not in found.warning
+    assert "warning" not in str(plan(tm.causal, 7, 7))
 
 
 def test_the_table_is_cheap_when_the_density_is_not() -> None:
@@ -208,6 +273,60 @@ def test_an_entry_given_up_while_in_use_still_works() -> None:
     held = cache.info().nbytes
     assert cache.lowered(first).data is not None
     assert cache.info().nbytes == held
+
+
+class Hasty(threading.Thread):
+    """Fills the cache with other plans, over and over."""
+
+    def __init__(self, cache: PlanCache, first: int) -> None:
+        super().__init__()
+        self.cache, self.first, self.lowest = cache, first, 0
+
+    def run(self) -> None:
+        request = plan(MASK, 11).request
+        for size in range(300):
+            self.cache.lowered(self.cache.entry(tm.window(self.first + size % 7), request, None))
+            self.lowest = min(self.lowest, self.cache.info().nbytes)
+
+
+def test_bytes_are_counted_in_the_step_that_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives an entry up after it was lowered takes off what was added before: never more."""
+    cache = PlanCache(most_plans=2)
+    request = plan(MASK, 11).request
+    entry = cache.entry(MASK, request, None)
+    real = cache._lock
+
+    class Late:
+        """Lets another thread's plans in just before the lock is taken for counting."""
+
+        def __enter__(self) -> None:
+            cache._lock = real
+            for size in (1, 2, 3):
+                cache.entry(tm.window(size), request, None)
+            real.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            real.release()
+
+    cache._lock = Late()  # pyright: ignore
+    cache.lowered(entry)
+    assert cache.info().nbytes == 0
+    assert cache.info().entries == 2
+
+
+def test_bytes_are_never_negative_among_threads() -> None:
+    cache = PlanCache(most_plans=2)
+    threads = [Hasty(cache, 1 + 2 * i) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert min(thread.lowest for thread in threads) == 0
+    assert cache.info().nbytes == sum(e.lowered.nbytes for e in cache._entries.values() if e.lowered)
+
+
+def test_dead_masks_take_a_quarter_of_a_gigabyte_at_most() -> None:
+    assert CACHE.most_bytes == 256 << 20
 
 
 def test_threads_share_one_lowering(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,6 @@ def attend(
         dropout=dropout,
         return_lse=return_lse,
         return_weights=return_weights,
-        device=torch.device("cpu") if isinstance(q, Tensor) and q.is_meta else None,
     )
     entry = CACHE.entry(call.mask, call.request, backend)
     if entry.plan.warning:

@@ -13,6 +13,7 @@ from truemask._door import (
     as_mask,
     check_bias,
     check_dropout,
+    check_flag,
     check_number,
     check_qkv,
     check_sinks,
@@ -48,19 +49,21 @@ def read_call(
 ) -> Call:
     """Check everything but the mask's own data (that is done once for each plan) and say what is asked.
 
-    `device` overrides that of q, k and v, for plans made of meta tensors.
+    `device` is what meta tensors stand for (default: the CPU); biases and sinks beside them may be anywhere.
     """
     check_qkv(q, k, v)
-    q, k, v = _autocast(q, k, v)
-    device = device or q.device
+    real = None if q.is_meta else q.device
+    device = real or device or torch.device("cpu")
+    q, k, v = _autocast(q, k, v, device)
     (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
     sizes = (b, hq, nq, nk)
     mask = as_mask(mask, *sizes)
     given_scale = 1 / math.sqrt(d) if scale is None else check_number("scale", scale)
     cap = None if softcap is None else check_number("softcap", softcap, positive=True)
-    rate = check_dropout(dropout) if dropout else 0.0
-    added = check_bias(bias, sizes, device) if bias is not None else None
-    sinks = check_sinks(sink_logits, hq, device) if sink_logits is not None else None
+    rate = check_dropout(dropout)
+    added = check_bias(bias, sizes, real) if bias is not None else None
+    sinks = check_sinks(sink_logits, hq, real) if sink_logits is not None else None
+    return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
     if return_weights:
         check_weights(sizes, q.dtype)
     tracked = torch.is_grad_enabled()
@@ -89,8 +92,8 @@ def read_call(
         cap is not None,
         sinks is not None,
         rate > 0,
-        bool(return_lse),
-        bool(return_weights),
+        return_lse,
+        return_weights,
         transform(),
     )
     return Call(mask, request, Inputs(q, k, v, given_scale, cap, added, sinks, rate))
@@ -103,10 +106,10 @@ def _bias_shape(bias: Tensor | Bias | None, sizes: tuple[int, int, int, int]) ->
     return tuple(bias.shape) if isinstance(bias, Tensor) else (1, bias.head_count, *sizes[2:])
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _autocast(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in its dtype, as `F.scaled_dot_product_attention` takes them; doubles stay."""
-    kind = q.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    kind = device.type
+    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), k.to(dtype), v.to(dtype)

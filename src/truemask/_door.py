@@ -8,7 +8,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.backends.base import is_batched
+from truemask.errors import MaskError, PlanError, describe
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -23,6 +24,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"attend: {name} must be a tensor [batch, heads, length, head size], got {describe(x)}")
+        if x.is_nested:
+            raise TypeError(
+                f"attend: {name} is a nested tensor: pad the sequences to one length and mask what is no token "
+                "(`padding(lengths=[...])`), or lay them end to end and use `mask.packed([...])`"
+            )
         if x.ndim != 4 or x.layout != torch.strided:
             raise ValueError(_wrong_rank(name, x))
     (b, hq, _, d), (bk, hk, nk, dk), (bv, hv, nv, dv) = q.shape, k.shape, v.shape
@@ -68,10 +74,12 @@ def _wrong_sizes(q: Tensor, k: Tensor, v: Tensor) -> str:
     if not (d and dv and hq and hk):
         return f"{head}heads and head sizes must be at least 1"
     if hk != hv:
-        return f"{head}k has {hk} heads and v {hv}, and each key head needs its value head"
+        return f"{head}k has {counted(hk, 'head')} and v {hv}, and each key head needs its value head"
     if nk != nv:
-        return f"{head}k has {nk} keys and v {nv}, and each key needs its value"
-    return f"{head}{hq} query heads are no multiple of {hk} key heads{layout_hint(q, k)}"
+        return f"{head}k has {counted(nk, 'key')} and v {nv}, and each key needs its value"
+    are = "is" if hq == 1 else "are"
+    heads = f"{counted(hq, 'query head')} {are} no multiple of {counted(hk, 'key head')}"
+    return f"{head}{heads}{layout_hint(q, k)}"
 
 
 def layout_hint(q: Tensor, k: Tensor) -> str:
@@ -97,6 +105,16 @@ def as_mask(mask: object, batch: int, heads: int, q_len: int, kv_len: int) -> Ma
         raise MaskError(_not_a_mask(mask))
     if mask.dtype != torch.bool:
         raise MaskError(_not_bool(mask))
+    if mask.is_meta:
+        raise MaskError(
+            f"attend: the mask is a meta tensor ({describe(mask)}), which has no values, and what a mask lets through "
+            "is asked before anything runs: give an expression (`causal & window(64)`), or the tensor on a device"
+        )
+    if is_batched(mask):
+        raise PlanError(
+            "attend: a mask tensor that vmap maps over has no values of its own to plan with, whatever the backend: "
+            "give all of them as the samples of one call, `[b, h, q, k]` outside of vmap, or loop over them"
+        )
     sizes = (batch, heads, q_len, kv_len)
     if mask.ndim == 2 and mask.shape == sizes[2:]:
         return dense(mask)
@@ -175,13 +193,25 @@ def check_dropout(value: object) -> float:
     return rate
 
 
-def check_bias(bias: object, sizes: tuple[int, int, int, int], device: torch.device) -> Tensor | Bias | None:
-    """A float tensor with four axes that broadcasts to `[b, h, q, k]`, or a bias object for so many heads."""
+def check_flag(name: str, value: object) -> bool:
+    """`value`, which must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"attend: {name} must be True or False, got {describe(value)}")
+    return value
+
+
+def check_bias(bias: object, sizes: tuple[int, int, int, int], device: torch.device | None) -> Tensor | Bias | None:
+    """A float tensor with four axes that broadcasts to `[b, h, q, k]`, or a bias object for so many heads.
+
+    `device` is that of q; None if q is a meta tensor, which stands for one elsewhere.
+    """
     if bias is None:
         return None
     if isinstance(bias, Bias):
         if bias.head_count not in (1, sizes[1]):
-            raise ValueError(f"attend: {bias!r} holds numbers for {bias.head_count} heads, but q has {sizes[1]}")
+            raise ValueError(
+                f"attend: {bias!r} holds numbers for {counted(bias.head_count, 'head')}, but q has {sizes[1]}"
+            )
         return bias
     if not isinstance(bias, Tensor):
         raise TypeError(
@@ -194,18 +224,18 @@ def check_bias(bias: object, sizes: tuple[int, int, int, int], device: torch.dev
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if bias.ndim > 4 or any(given not in (1, size) for given, size in zip(shape, sizes, strict=True)):
         raise ValueError(f"attend: bias must broadcast to [b, h, q, k] = {list(sizes)}, got {describe(bias)}")
-    if bias.device != device:
+    if device is not None and bias.device != device:
         raise ValueError(f"attend: bias is on {bias.device}, but q is on {device}")
     return bias.view(shape)
 
 
-def check_sinks(sinks: object, heads: int, device: torch.device) -> Tensor | None:
-    """One float for each query head."""
+def check_sinks(sinks: object, heads: int, device: torch.device | None) -> Tensor | None:
+    """One float for each query head; `device` as for a bias."""
     if sinks is None:
         return None
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point() or tuple(sinks.shape) != (heads,):
         raise ValueError(f"attend: sink_logits must be a float tensor [query heads] = [{heads}], got {describe(sinks)}")
-    if sinks.device != device:
+    if device is not None and sinks.device != device:
         raise ValueError(f"attend: sink_logits are on {sinks.device}, but q is on {device}")
     return sinks
 
@@ -220,12 +250,30 @@ def check_weights(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         )
 
 
-def checked_length(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-    """Raise if the mask cannot answer for the sizes of the call (law 3), with those sizes in the message."""
+def checked_length(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int, *, tensors: bool = True) -> None:
+    """Raise if the mask cannot answer for the sizes of the call (law 3), with those sizes in the message.
+
+    Without `tensors` there is none whose axes could be the wrong way round, and the number of heads may be a default.
+    """
     try:
         mask.check(q_len, kv_len, batch=batch, heads=heads)
     except MaskError as error:
-        swapped = "; if heads and length are the wrong way round, use `.transpose(1, 2)`" if heads > q_len > 1 else ""
+        swapped = "; if heads and length are the wrong way round, use `.transpose(1, 2)`"
+        sizes = [counted(batch, "sample"), counted(heads, "head"), counted(q_len, "query"), counted(kv_len, "key")]
         raise MaskError(
-            f"{error} (the call has {batch} samples, {heads} heads, {q_len} queries and {kv_len} keys{swapped})"
+            f"{error} (the call has {', '.join(sizes[:3])} and {sizes[3]}"
+            f"{swapped if tensors and heads > q_len > 1 else ''})"
         ) from None
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, in the singular for one.
+
+    >>> counted(1, "query"), counted(2, "query"), counted(0, "key head")
+    ('1 query', '2 queries', '0 key heads')
+    """
+    many = f"{what[:-1]}ies" if what.endswith("y") and what[-2] not in "aeiou" else f"{what}s"
+    return f"{number} {what if number == 1 else many}"

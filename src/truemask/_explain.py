@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from truemask._door import counted
 from truemask.backends.base import Job, Request
 
 EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
@@ -10,9 +11,14 @@ LOOKING_BACK = ("causal", "window")
 
 
 def explain_plan(
-    job: Job, chosen: str, objections: dict[str, list[str]], costs: dict[str, float], ways: dict[str, str]
+    job: Job,
+    chosen: str,
+    objections: dict[str, list[str]],
+    costs: dict[str, float],
+    ways: dict[str, str],
+    warning: str = "",
 ) -> str:
-    """The plan as plain text: the mask, the sizes, the tiles, and a line for each backend.
+    """The plan as plain text: the mask, the sizes, the tiles, a line for each backend, and the warning if there is one.
 
     `>` marks the chosen backend; one that cannot run the call says why.
     """
@@ -25,7 +31,9 @@ def explain_plan(
     widths = [max(len(row[i]) for row in [*rows, ("  backend", "predicted", "")]) for i in range(2)]
     table = [("  backend", "predicted", "how, or why not"), *rows]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in table]
-    return "\n".join([str(job.mask), sizes_text(job.request), tiles_text(job), *lines])
+    return "\n".join(
+        [str(job.mask), sizes_text(job.request), tiles_text(job), *lines, *([f"warning: {warning}"] if warning else [])]
+    )
 
 
 def sizes_text(r: Request) -> str:
@@ -81,8 +89,10 @@ def top_left_warning(job: Job) -> str:
     if not 0 < r.q_len < r.kv_len or kinds.intersection(REINDEXING) or not kinds.intersection(LOOKING_BACK):
         return ""
     start = r.kv_len - r.q_len
+    unseen = "the last key" if start == 1 else f"any of the last {start} keys"
+    this = "this query is the last position" if r.q_len == 1 else f"these queries are the last {r.q_len} positions"
     return (
-        f"attend was given {r.q_len} queries, {r.kv_len} keys and `{mask}`, whose first query is position 0: "
-        f"it sees none of the last {start} keys. If these queries are the last {r.q_len} positions, as in decoding, "
+        f"{counted(r.q_len, 'query')} and {counted(r.kv_len, 'key')} under `{mask}`, whose first query is position 0: "
+        f"it does not see {unseen}. If {this}, as in decoding, "
         f"the mask is `.at(q_start={start})`"
     )

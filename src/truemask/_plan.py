@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from truemask._call import read_call
-from truemask._door import checked_length
+from truemask._door import check_flag, checked_length
 from truemask._explain import explain_plan, refusal, top_left_warning
 from truemask.backends.base import Backend, Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends
@@ -22,7 +22,7 @@ from truemask.masks.core import Mask
 from truemask.masks.data_store import whole
 
 MOST_PLANS = 256
-MOST_BYTES = 1 << 30  # of lowered masks; the newest is kept whatever its size
+MOST_BYTES = 1 << 28  # of lowered masks; the newest is kept whatever its size
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Plan:
         return self.job.request
 
     def __str__(self) -> str:
-        return explain_plan(self.job, self.backend, self.objections, self.costs, self.ways)
+        return explain_plan(self.job, self.backend, self.objections, self.costs, self.ways, self.warning)
 
     def __repr__(self) -> str:
         return f"<Plan of `{self.mask}`: {self.backend}>"
@@ -120,6 +120,8 @@ class PlanCache:
 
     def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
         """The plan for such a call, made now if there is none."""
+        if wanted is not None and not isinstance(wanted, str):
+            raise TypeError(f"backend must be None or one of {', '.join(backends())}, got {describe(wanted)}")
         key = plan_key(mask, request, wanted)
         with self._lock:
             found = self._entries.get(key)
@@ -142,11 +144,12 @@ class PlanCache:
         with entry.lock:
             if entry.lowered is None:
                 with torch.inference_mode(False), torch.no_grad():
-                    entry.lowered = entry.backend.lower(entry.plan.job)
-                with self._lock:
+                    made = entry.backend.lower(entry.plan.job)
+                with self._lock:  # kept and counted in one step, so that nobody gives up bytes that were not counted
+                    entry.lowered = made
                     self._lowered += 1
                     if self._entries.get(entry.key) is entry:
-                        self._nbytes += entry.lowered.nbytes
+                        self._nbytes += made.nbytes
                         self._entries.move_to_end(entry.key)
                         self._shrink()
             return entry.lowered
@@ -220,17 +223,44 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
     >>> plan(causal & window(64), 512, softcap=30.0).objections["sdpa"]
     ['softcap: the kernel has no soft cap']
     """
-    known = inspect.signature(_from_sizes).parameters.keys() | inspect.signature(read_call).parameters.keys()
-    for unknown in keywords.keys() - known:
-        raise TypeError(f"plan: there is no keyword {unknown!r}{suggest(unknown, known - {'keywords'})}")
-    tensors = len(given) >= 3 and all(isinstance(x, Tensor) for x in given[:3])
-    by_name = {"q", "k", "v"} <= keywords.keys()
-    mask, request = _from_tensors(*given, **keywords) if tensors or by_name else _from_sizes(*given, **keywords)
+    tensors = _speaks_of_tensors(given, keywords)
+    mask, request = (_from_tensors if tensors else _from_sizes)(**_by_name(given, keywords, tensors))
     return CACHE.entry(mask, request, backend).plan
 
 
+def _speaks_of_tensors(given: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether the arguments are those of `plan(q, k, v, mask)`; otherwise they are those of `plan(mask, q_len)`."""
+    if not keywords.keys().isdisjoint("qkv"):
+        return True
+    if len(given) == 1:
+        return isinstance(given[0], Tensor) and given[0].ndim == 4 and given[0].is_floating_point()
+    return len(given) > 1 and isinstance(given[0], Tensor) and isinstance(given[1], Tensor)
+
+
+def _by_name(given: tuple[Any, ...], keywords: dict[str, Any], tensors: bool) -> dict[str, Any]:
+    """All arguments by name, checked against the names of their form."""
+    form, other, places, needs = SIZES_FORM, TENSORS_FORM, ("mask", "q_len", "kv_len"), ("mask", "q_len")
+    if tensors:
+        form, other, places, needs = TENSORS_FORM, SIZES_FORM, ("q", "k", "v", "mask"), ("q", "k", "v")
+    if len(given) > len(places):
+        raise TypeError(f"plan takes ({', '.join(places)}) by place and the rest by name, got {len(given)} by place")
+    named = dict(zip(places, given, strict=False))
+    for name in keywords:
+        if name in named:
+            raise TypeError(f"plan was given {name} twice, by place and by name")
+        if tensors and name in other and name not in form:
+            raise TypeError(f"plan: sizes, dtype, device and grad come from the tensors: leave out {name!r}")
+        if name not in form:
+            raise TypeError(f"plan: there is no keyword {name!r}{suggest(name, form)}")
+    named.update(keywords)
+    for name in needs:
+        if name not in named:
+            raise TypeError(f"plan takes (mask, q_len, ...) or (q, k, v, mask, ...): {name} is missing")
+    return named
+
+
 def _from_tensors(q: Tensor, k: Tensor, v: Tensor, mask: object = None, **keywords: Any) -> tuple[Mask, Request]:
-    call = read_call(q, k, v, mask, device=torch.device("cpu") if q.is_meta else None, **keywords)
+    call = read_call(q, k, v, mask, **keywords)
     return call.mask, call.request
 
 
@@ -251,19 +281,32 @@ def _from_sizes(
     if isinstance(q_len, Tensor) or not (mask is None or isinstance(mask, (Mask, Tensor))):
         given = f"{describe(mask)} and {describe(q_len)}"
         raise MaskError(f"plan takes (mask, q_len, ...) or (q, k, v, mask), got {given} first")
-    q_len = whole(q_len, "q_len")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"plan: dtype must be a torch.dtype, got {describe(dtype)}")
+    q_len, head_dim = whole(q_len, "q_len"), whole(head_dim, "head_dim", 1)
     if kv_len is None:
         kv_len = mask.kv_len_for(q_len) if isinstance(mask, Mask) else q_len if mask is None else mask.shape[-1]
     if isinstance(mask, Mask):
         batch = _held(mask.batch_size) if batch is None else batch
-        heads = heads or _held(mask.head_count)
-    batch, heads = 1 if batch is None else whole(batch, "batch"), whole(heads or 8, "heads")
+        heads = _held(mask.head_count) if heads is None else heads
+    batch, heads = 1 if batch is None else whole(batch, "batch"), 8 if heads is None else whole(heads, "heads", 1)
+    kv_heads = heads if kv_heads is None else whole(kv_heads, "kv_heads", 1)
     q = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device="meta")
-    k = torch.empty(batch, kv_heads or heads, whole(kv_len, "kv_len"), head_dim, dtype=dtype, device="meta")
+    k = torch.empty(batch, kv_heads, whole(kv_len, "kv_len"), head_dim, dtype=dtype, device="meta")
     call = read_call(q, k, k, mask, device=torch.device(device), **keywords)
-    return call.mask, call.request._replace(grad=bool(grad or call.request.bias_grad))
+    checked_length(call.mask, batch, heads, q_len, k.shape[2], tensors=False)
+    return call.mask, call.request._replace(grad=check_flag("grad", grad) or call.request.grad)
 
 
 def _held(own: int) -> int | None:
     """For how many samples or heads a mask holds data, or None."""
     return own if own > 1 else None
+
+
+def _names(*functions: Callable[..., Any]) -> frozenset[str]:
+    names = (parameter for function in functions for parameter in inspect.signature(function).parameters)
+    return frozenset(names) - {"keywords"}
+
+
+OPTIONS = _names(read_call) - {"q", "k", "v", "mask", "device"}
+SIZES_FORM, TENSORS_FORM = _names(_from_sizes) | OPTIONS, _names(_from_tensors) | OPTIONS

@@ -112,6 +112,9 @@ def test_one_row_serves_all_heads(dtype: torch.dtype) -> None:
         (lambda: tm.alibi(torch.ones(3, dtype=torch.int64)), "got int64 [3] on cpu"),
         (lambda: tm.relative(torch.ones(3)), "table must be a float tensor [heads, buckets]"),
         (lambda: tm.relative(torch.ones(1, 8)), "has an odd number of columns"),
+        (lambda: tm.relative(torch.ones(1, 33), max_distance=128), "has an even number of columns"),
+        (lambda: tm.relative(torch.ones(1, 8), max_distance=6.5), "max_distance must be a whole number"),
+        (lambda: tm.relative(torch.ones(1, 7), bidirectional="no"), "bidirectional must be True or False"),  # pyright: ignore
         (lambda: tm.relative(torch.ones(1, 8), max_distance=2), "max_distance=2 must be larger than the 2 distances"),
     ],
 )
@@ -119,4 +122,72 @@ def test_mistakes_are_named(make: object, words: str) -> None:
     assert callable(make)
     with pytest.raises(tm.MaskError) as caught:
         make()
+    assert words in str(caught.value)
+
+
+BACKENDS = ["sdpa", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 7), (7, 0), (0, 0)])
+@pytest.mark.parametrize("mask", [tm.local(3), tm.local(3).padded([0, 0]), tm.local(3).packed([0])], ids=str)
+def test_no_queries_and_no_keys(backend: str, q_len: int, kv_len: int, mask: tm.Mask) -> None:
+    if mask.kind == "packed" and q_len + kv_len:
+        mask = mask.base.packed([q_len], [kv_len])  # pyright: ignore
+    q, k = torch.randn(2, 3, q_len, 5), torch.randn(2, 3, kv_len, 5)
+    for bias in (tm.alibi(torch.ones(3)), tm.relative(torch.ones(3, 7))):
+        out = tm.attend(q, k, k, mask, bias=bias, backend=backend)
+        assert torch.equal(out, torch.zeros(2, 3, q_len, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slopes_in_half_precision_know_every_distance(backend: str, dtype: torch.dtype) -> None:
+    slopes = torch.tensor([0.5, 2.0])
+    value = table_of(tm.alibi(slopes.to(dtype)), 1, 70001, 2)
+    assert torch.equal(value, table_of(tm.alibi(slopes), 1, 70001, 2))
+    q, k = torch.randn(1, 2, 1, 5), torch.randn(1, 2, 1031, 5)
+    got, want = (tm.attend(q, k, k, bias=tm.alibi(s), backend=backend) for s in (slopes.to(dtype), slopes))
+    assert torch.equal(got, want)
+
+
+class Shaped(Recency):
+    """Whatever it was given, as a value."""
+
+    def value(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.weight
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [tm.everything, tm.local(2)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 1), (3, 1, 7), (2, 1, 1, 1)], ids=str)
+def test_values_of_any_rank_that_broadcasts(backend: str, mask: tm.Mask, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    value = torch.randn(shape)
+    for options in ({}, {"sink_logits": torch.zeros(3)}):
+        got = tm.attend(q, k, v, mask, bias=Shaped(value), backend=backend, **options)
+        want = tm.attend(q, k, v, mask, bias=value.expand(2, 3, 5, 7), backend="reference", **options)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0.5, "Shaped.value (of the bias object) must return a float tensor, got float 0.5"),
+        (torch.ones(5, 7, dtype=torch.int64), "must return a float tensor, got int64 [5, 7] on cpu"),
+        (torch.ones(2, 5, 7), "broadcasts to [b, h, q, k] = [2, 3, 5, 7], got float32 [2, 5, 7] on cpu"),
+        (torch.ones(1, 1, 1, 5, 7), "got float32 [1, 1, 1, 5, 7] on cpu"),
+    ],
+)
+def test_values_that_are_none_are_named(backend: str, value: object, words: str) -> None:
+    class Wrong(Shaped):
+        def value(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return value  # pyright: ignore
+
+    Wrong.__name__ = "Shaped"
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        tm.attend(q, k, k, tm.local(3), bias=Wrong(torch.ones(())), backend=backend)
     assert words in str(caught.value)

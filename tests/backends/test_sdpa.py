@@ -178,6 +178,20 @@ def test_masks_too_large_to_be_dense_are_refused_before_they_are_made() -> None:
     assert plan(tm.keys(torch.arange(length) > 5), length, batch=2).backend == "sdpa"
 
 
+def test_the_copies_of_a_bias_count() -> None:
+    """A mask, a bias object's values, and the two joined are there at once; and joining takes its time."""
+    length = 1 << 13
+    one = 8 * length * length * 4
+    assert one * 2 == DENSE_LIMIT
+    assert plan(tm.everything, length, bias=torch.zeros(8, 1, length)).backend == "sdpa"
+    assert plan(tm.everything, length, bias=tm.alibi(torch.ones(8))).backend == "sdpa"
+    found = plan(tm.window(5), length, bias=tm.alibi(torch.ones(8)))
+    assert found.objections["sdpa"] == ["a dense mask and bias of 4.2 GiB: the limit is 4.0 GiB"]
+    assert plan(tm.causal, 512).costs["sdpa"] < plan(tm.window(5), 512).costs["sdpa"]
+    bias = torch.zeros(8, 512, 512)
+    assert plan(tm.window(5), 512, bias=bias).costs["sdpa"] > 1.2 * plan(tm.window(5), 512).costs["sdpa"]
+
+
 def test_dead_rows_are_found_once() -> None:
     assert lower_dense(job(tm.causal & tm.window(3), 7)).dead is None
     dead = lower_dense(job(tm.window(3) - tm.blocks(2), 7)).dead

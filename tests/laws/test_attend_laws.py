@@ -337,6 +337,40 @@ def test_law_9_transforms_choose_or_name_the_backend_that_has_them() -> None:
         tm.attend(q[0], k[0], v[0], tm.causal, backend="sdpa")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_law_9_batches_of_gradients_are_refused_by_name(backend: str) -> None:
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    out = tm.attend(q, q, q, tm.causal, backend=backend)
+    many = torch.randn(3, *out.shape)
+    with pytest.raises(tm.PlanError, match=r"one gradient at a time(.|\n)*jacrev"):
+        torch.autograd.grad(out, q, many, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(tm.PlanError, match="vectorize=True"):
+        torch.autograd.functional.jacobian(lambda q: tm.attend(q, q, q, tm.causal, backend=backend), q, vectorize=True)
+    if backend == "sdpa":
+        with pytest.raises(tm.PlanError, match="one gradient at a time"):
+            torch.vmap(lambda g: torch.autograd.grad(out, q, g)[0])(many)
+        return
+    found = torch.vmap(lambda g: torch.autograd.grad(out, q, g, retain_graph=True)[0])(many)
+    for i in range(3):
+        torch.testing.assert_close(found[i], torch.autograd.grad(out, q, many[i], retain_graph=True)[0])
+
+
+def test_law_9_the_way_out_of_batches_of_gradients_works() -> None:
+    q = torch.randn(1, 1, 3, 2, dtype=torch.float64)
+
+    def call(q: Tensor) -> Tensor:
+        return tm.attend(q, q, q, tm.causal, backend="reference")
+
+    torch.testing.assert_close(torch.func.jacrev(call)(q), torch.autograd.functional.jacobian(call, q))
+
+
+def test_law_9_mask_tensors_that_vmap_maps_over_are_refused_by_name() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    for backend in (None, *BACKENDS):
+        with pytest.raises(tm.PlanError, match=r"samples of one call"):
+            torch.vmap(lambda m, b=backend: tm.attend(q, q, q, m, backend=b))(torch.ones(3, 5, 5, dtype=torch.bool))
+
+
 # -- all together: random calls against the oracle ---------------------------------------------------------------------
 
 

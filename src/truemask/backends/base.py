@@ -33,7 +33,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
+from truemask.errors import PlanError
 from truemask.geometry.tiles import TileMap
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
@@ -167,6 +169,25 @@ class Job:
         keys = torch.cat([k.expand(places, places), diagonal], 1)
         zero = torch.zeros((), dtype=torch.int64)
         return bool(differs.truth(zero, zero, q[:, None], keys).any())
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a `vmap` maps over the tensor: `torch.func`'s, or the older one that `is_grads_batched` uses."""
+    return is_batchedtensor(x) or is_older_batch(x)
+
+
+def is_older_batch(x: Tensor) -> bool:
+    """Whether the `vmap` is the older one, which knows few operations and no autograd function's own rule."""
+    return is_legacy_batchedtensor(x)
+
+
+def batched_refusal(backend: str) -> PlanError:
+    """What to say of gradients that arrive in batches: torch's own message is about some operation without a rule."""
+    return PlanError(
+        f"the backend {backend!r} differentiates one gradient at a time, not a batch of them (as `is_grads_batched`, "
+        "`vectorize=True` or `vmap` make): loop over them, or use `torch.func.jacrev`, `jacfwd` or `vjp` with `vmap` "
+        'on a function that calls attend(..., backend="reference")'
+    )
 
 
 class Backend(Protocol):

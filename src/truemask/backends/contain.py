@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs, Result
+from truemask.backends.base import Inputs, Result, batched_refusal, is_batched
 from truemask.backends.eager import beside_sink, eager_attention
 from truemask.backends.flash import Flash, hostile, kernel, kernel_backward, split, wide
 from truemask.errors import PlanError
@@ -72,6 +72,8 @@ class FlashFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if any(x is not None and is_batched(x) for x in grads):
+            raise batched_refusal("sdpa")
         dout, dlse = grads
         if dout is None and dlse is None:
             return None, None, None, None, None

@@ -1,6 +1,6 @@
-"""What the backends cost, in one table of measured constants.
+"""What the backends cost, in one table of measured constants; `benchmarks/costs.py` measures and prints it.
 
-Measured on one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, as the least processor time of several runs, and
+Measured on one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, as the least processor time of several runs, rates
 doubled: the predicted seconds are those of two such cores. Rates: b 1, h 4, d 64, n 512, no mask. Calls: b 1, h 4, d
 32, n 16 under a window, with the plan cached. Half-precision dtypes run in fp32 there. They rank backends, and say
 roughly how long.
@@ -27,6 +27,7 @@ class Rates(NamedTuple):
 SDPA = Rates(104e9, 93e9, 70e-6, 215e-6)
 REFERENCE = Rates(36e9, 31e9, 490e-6, 950e-6)
 DOUBLES = 2.6  # how much longer fp64 takes
+JOIN_RATE = 3.7e9  # bytes a second, of all its copies, at which a bias becomes dense and meets its mask
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 
 

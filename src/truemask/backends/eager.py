@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from truemask.backends.base import Inputs, Result
 from truemask.backends.dropping import kept
 from truemask.backends.trilinear import gather, outer
+from truemask.errors import describe
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 from truemask.masks.questions import indices
@@ -168,7 +169,22 @@ def bias_values(
     q, k = (side.to(device) for side in positions)
     q = q[..., rows]
     b, h, *_ = indices(sizes[0], sizes[1], 1, 1, device)
-    return bias.value(b, h, q.view(-1, 1, q.shape[-1], 1), k.view(-1, 1, 1, k.shape[-1]))
+    samples = [len(side) if side.ndim == 2 else 1 for side in (q, k)]
+    n, m = q.shape[-1], k.shape[-1]
+    value = bias.value(b, h, q.reshape(samples[0], 1, n, 1), k.reshape(samples[1], 1, 1, m))
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"attend: {_named(bias)} must return a float tensor, got {describe(value)}")
+    shape = (1,) * (4 - value.ndim) + tuple(value.shape)
+    if len(shape) > 4 or any(found not in (1, size) for found, size in zip(shape, (*sizes, n, m), strict=True)):
+        raise ValueError(
+            f"attend: {_named(bias)} must return a tensor that broadcasts to [b, h, q, k] = {[*sizes, n, m]}, "
+            f"got {describe(value)}"
+        )
+    return value.reshape(shape)
+
+
+def _named(bias: Bias) -> str:
+    return f"{type(bias).__name__}.value (of the bias object)"
 
 
 def _no_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:

@@ -21,7 +21,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.contain import flash_attention
-from truemask.backends.costs import SDPA, memory, seconds
+from truemask.backends.costs import JOIN_RATE, SDPA, memory, seconds
 from truemask.backends.eager import bias_values
 from truemask.backends.flash import Flash
 from truemask.masks.biases import Bias
@@ -59,7 +59,8 @@ class Sdpa:
 
     def cost(self, job: Job) -> float:
         r = job.request
-        return seconds(SDPA, r, r.cells * (causal_share(r) if _flag(job) else 1.0))
+        joining = _dense_bytes(job) / JOIN_RATE if r.bias else 0.0  # in every call; a mask alone is lowered once
+        return seconds(SDPA, r, r.cells * (causal_share(r) if _flag(job) else 1.0)) + joining
 
     def way(self, job: Job) -> str:
         if _flag(job):
@@ -175,18 +176,33 @@ def _flag(job: Job) -> bool:
 
 def _too_large(job: Job) -> list[str]:
     """An objection if what would be dense is larger than the limit."""
-    nbytes = _dense_cells(job) * _mask_dtype(job.request).itemsize
+    nbytes = _dense_bytes(job)
     if nbytes <= DENSE_LIMIT or (not job.request.bias and job.pattern != "other"):
         return []
-    return [f"a dense mask of {memory(nbytes)}: the limit is {memory(DENSE_LIMIT)}"]
+    what = "a dense mask and bias" if job.request.bias else "a dense mask"
+    return [f"{what} of {memory(nbytes)}: the limit is {memory(DENSE_LIMIT)}"]
+
+
+def _dense_bytes(job: Job) -> int:
+    """The bytes that a dense mask and bias take at once: the mask, the two joined, and a bias object's own values."""
+    r = job.request
+    mask = 0 if r.bias and job.pattern == "everything" else math.prod(_mask_sizes(job))
+    biases = ("", "tensor", "object").index(r.bias)
+    return (mask + biases * _dense_cells(job)) * _mask_dtype(r).itemsize
 
 
 def _dense_cells(job: Job) -> int:
     """The numbers in the dense mask, joined with the bias."""
+    sizes, bias = _mask_sizes(job), job.request.bias_shape
+    if job.request.bias == "object":  # positions that differ among samples make biases that do
+        bias = (job.request.batch if job.mask.batch_size != 1 else 1, *bias[1:])
+    return math.prod(map(max, sizes, bias or sizes))
+
+
+def _mask_sizes(job: Job) -> tuple[int, int, int, int]:
     r, mask = job.request, job.mask
     rows = r.q_len if mask.varies_with_query else 1
-    sizes = (1, 1, 1, 1) if mask == everything else (job.mask_batch, job.mask_heads, rows, r.kv_len)
-    return math.prod(map(max, sizes, r.bias_shape or sizes))
+    return (1, 1, 1, 1) if mask == everything else (job.mask_batch, job.mask_heads, rows, r.kv_len)
 
 
 def causal_share(r: Request) -> float:

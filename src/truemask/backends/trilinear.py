@@ -26,22 +26,32 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from truemask.backends.base import batched_refusal, is_older_batch
+
 Grads = tuple[Tensor | None, Tensor | None, None]
 
 
 def outer(a: Tensor, c: Tensor, allowed: Tensor) -> Tensor:
     """`w[g, n, m] = sum over d of a[g, n, d] * c[m, d]` on allowed cells, 0 elsewhere."""
+    _refuse_older_batches(a, c)
     return Outer.apply(a, c, allowed)  # pyright: ignore[reportReturnType]
 
 
 def gather(w: Tensor, c: Tensor, allowed: Tensor) -> Tensor:
     """`a[g, n, d] = sum over allowed m of w[g, n, m] * c[m, d]`."""
+    _refuse_older_batches(w, c)
     return Gather.apply(w, c, allowed)  # pyright: ignore[reportReturnType]
 
 
 def scatter(w: Tensor, a: Tensor, allowed: Tensor) -> Tensor:
     """`c[m, d] = sum over allowed g, n of w[g, n, m] * a[g, n, d]`."""
+    _refuse_older_batches(w, a)
     return Scatter.apply(w, a, allowed)  # pyright: ignore[reportReturnType]
+
+
+def _refuse_older_batches(*tensors: Tensor) -> None:
+    if any(is_older_batch(x) for x in tensors):
+        raise batched_refusal("reference")
 
 
 def _folded(x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Biases: numbers added to the scores, as objects that are asked cell by cell and never stored as `[q, k]`.
+"""Biases: numbers added to the scores, as objects that are asked about cells and store their parameters only.
 
 A mask says whether a query may attend to a key; a bias says how much it likes to (law 1: they travel separately). A
 bias object speaks about logical positions, as masks do: under `mask.at(q_start=...)` or `mask.packed(...)` it is
 asked about the positions that the mask's rows and keys have, so decoding, packing and padding need no change to it.
+Who computes decides how much exists at a time: `reference` asks for some rows of `[q, k]`, `sdpa` for all of them, in
+every call (its plan counts the bytes, and refuses where they are too many).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
+from truemask.masks.data_store import whole
 
 
 class Bias(ABC):
@@ -44,7 +47,7 @@ class Bias(ABC):
 
 
 class Alibi(Bias):
-    """`-slope[h] * |q - k|`."""
+    """`-slope[h] * |q - k|`, in at least fp32: half precision cannot tell distances beyond 256 (or 2048) apart."""
 
     def __init__(self, slopes: Tensor) -> None:
         self.slopes = _floats(slopes, "slopes", (1,), "[heads]")
@@ -58,7 +61,7 @@ class Alibi(Bias):
         return len(self.slopes)
 
     def value(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        slopes = self.slopes.to(q.device)
+        slopes = self.slopes.to(q.device, torch.promote_types(self.slopes.dtype, torch.float32))
         return -slopes[h if len(slopes) > 1 else h * 0] * (q - k).abs().to(slopes.dtype)
 
     def __repr__(self) -> str:
@@ -71,6 +74,16 @@ class Relative(Bias):
     def __init__(self, table: Tensor, max_distance: int | None, bidirectional: bool) -> None:
         self.table = _floats(table, "table", (2,), "[heads, buckets]")
         buckets = self.table.shape[1]
+        if not isinstance(bidirectional, bool):
+            raise MaskError(f"bidirectional must be True or False, got {describe(bidirectional)}")
+        if max_distance is not None:
+            max_distance = whole(max_distance, "max_distance", 1)
+        if bidirectional and max_distance is not None and buckets % 2:
+            raise MaskError(
+                f"a table of T5's buckets over both directions has an even number of columns, one half for each, got "
+                f"{describe(table)}, whose last column nothing would read; for distances into the past only pass "
+                "`bidirectional=False`"
+            )
         if bidirectional and max_distance is None and buckets % 2 == 0:
             raise MaskError(
                 f"a table over both directions has an odd number of columns (distances -r to r), got "
