@@ -25,6 +25,7 @@ OTHERS = {
     "CITATION.cff": "how to cite it",
     "LICENSE": "MIT",
     "docs/conventions.md": "the laws, each once, and the table of conventions",
+    "benchmarks/costs.py": "measures the constants by which the plan predicts seconds",
     "docs/attend.md": "every option of attend, run",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",

@@ -395,3 +395,16 @@ def test_mistakes_leave_no_plan_behind() -> None:
         with pytest.raises(kind):
             tm.attend(*given, **keywords)
     assert CACHE.info().entries == 0
+
+
+def test_a_tensor_that_sees_the_future_only_is_called_upside_down() -> None:
+    q = torch.randn(2, 3, 5, 7)
+    late = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    with pytest.warns(tm.ConventionWarning, match=r"5 x 5 lets every query see later keys only.*from_torch_mha"):
+        out = tm.attend(q, q, q, late)
+    assert not out[:, :, -1].any()  # it does what it was told: the last row sees nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tm.attend(q, q, q, ~late)
+        tm.attend(q, q, q, torch.zeros(5, 5, dtype=torch.bool))
+        tm.attend(q, q, q, tm.from_torch_mha(late))

@@ -1,9 +1,11 @@
-"""The words of a plan: its table, its refusals, and the warning about alignment."""
+"""The words of a plan: its table, its refusals, and the warnings about what was probably not meant."""
 
 from __future__ import annotations
 
 from truemask._door import counted
 from truemask.backends.base import Job, Request
+from truemask.masks.matrices import Dense
+from truemask.masks.positional import causal
 
 EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
 REINDEXING = ("at", "take", "packed", "padded", "prepended", "transposed")
@@ -95,4 +97,20 @@ def top_left_warning(job: Job) -> str:
         f"{counted(r.q_len, 'query')} and {counted(r.kv_len, 'key')} under `{mask}`, whose first query is position 0: "
         f"it does not see {unseen}. If {this}, as in decoding, "
         f"the mask is `.at(q_start={start})`"
+    )
+
+
+def upside_down_warning(job: Job) -> str:
+    """What to say of a square tensor whose queries see later keys and nothing else; or nothing."""
+    r, mask = job.request, job.mask
+    if not isinstance(mask, Dense) or not 3 < r.q_len == r.kv_len:  # smaller ones may be so by chance
+        return ""
+    sizes = {"batch": r.batch, "heads": r.heads}
+    pairs = int(mask.count(r.q_len, r.kv_len, **sizes).sum())
+    if not pairs or bool((mask & causal).count(r.q_len, r.kv_len, **sizes).any()):
+        return ""
+    return (
+        f"this mask of {r.q_len} x {r.kv_len} lets every query see later keys only, neither itself nor the past: it is "
+        "likely upside down. Here True means may attend; if True meant masked out, it is `from_torch_mha(mask)`, or "
+        "`~mask`"
     )

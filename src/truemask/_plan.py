@@ -14,7 +14,7 @@ from torch import Tensor
 
 from truemask._call import read_call
 from truemask._door import check_flag, checked_length
-from truemask._explain import explain_plan, refusal, top_left_warning
+from truemask._explain import explain_plan, refusal, top_left_warning, upside_down_warning
 from truemask.backends.base import Backend, Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends
 from truemask.errors import MaskError, PlanError, describe, suggest
@@ -73,7 +73,7 @@ def choose(mask: Mask, request: Request, wanted: str | None) -> Plan:
     costs = {backend.name: backend.cost(job) for backend in willing}
     best = min(allowed, key=lambda backend: (backend.last_resort, costs[backend.name]))
     ways = {backend.name: backend.way(job) for backend in willing}
-    return Plan(job, best.name, objections, costs, ways, top_left_warning(job))
+    return Plan(job, best.name, objections, costs, ways, top_left_warning(job) or upside_down_warning(job))
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
