@@ -57,8 +57,9 @@ def play(stage: Stage) -> None:
     stage.say(
         "A tensor cannot know what was meant, and a function like SDPA or ",
         ("attend", "code"),
-        " does what it says. What truemask adds: a row without keys is zeros, in every backend, dtype and direction; a "
-        "Decoder never reads the future, whatever it is given; an expression shows what it says (",
+        " does what it says. What truemask adds: it tells you that a tensor sees the future only; a row without keys "
+        "is zeros, in every backend, dtype and direction; a Decoder never reads the future, whatever it is given; an "
+        "expression shows what it says (",
         ("print(~causal)", "code"),
         "); foreign tensors come in by name (",
         ("tm.from_torch_mha(t)", "code"),

@@ -40,7 +40,7 @@ def tour(
 ) -> None:
     """Five minutes with attention masks: what goes wrong, what they cost, and a model that learns under one."""
     chosen, console = choose(only or [], skip or []), make_console()
-    plain(console, f"truemask: a tour of attention masks in {len(chosen)} acts. Ctrl-C skips an act, twice leaves.\n")
+    plain(console, f"truemask: a tour of attention masks in {acts(len(chosen))}. Ctrl-C skips an act, twice leaves.\n")
     began, chapters = time.perf_counter(), []
     for number, act in enumerate(ACTS, 1):
         if act not in chosen:
@@ -99,6 +99,11 @@ def _close(console: Console, chapters: list[Chapter], seconds: float, report: Pa
     outcome = f"; failed: {', '.join(failed)}" if failed else ""
     plain(
         console,
-        f"{len(chapters)} acts in {seconds:.0f} s{outcome}. The report, one file, offline: {report.resolve()}\n",
+        f"{acts(len(chapters))} in {seconds:.0f} s{outcome}. The report, one file, offline: {report.resolve()}\n",
     )
     plain(console, "Next:\n" + "\n".join(f"  {command}" for command in COMMANDS))
+
+
+def acts(count: int) -> str:
+    """`1 act`, `2 acts`."""
+    return f"{count} act{'s' * (count != 1)}"
