@@ -18,6 +18,7 @@ NAMES = """
     MaskError
     Plan
     PlanError
+    Rectangles
     TileMap
     TransformerWrapper
     TruemaskError

@@ -12,6 +12,7 @@ from truemask.errors import PlanError as PlanError
 from truemask.errors import TruemaskError as TruemaskError
 from truemask.generation.autoregressive import AutoregressiveWrapper as AutoregressiveWrapper
 from truemask.generation.cache import KVCache as KVCache
+from truemask.geometry.tiles import Rectangles as Rectangles
 from truemask.geometry.tiles import TileMap as TileMap
 from truemask.masks.biases import Bias as Bias
 from truemask.masks.biases import alibi as alibi

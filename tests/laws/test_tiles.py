@@ -193,3 +193,12 @@ def test_rows_can_be_walked_and_refuse_what_is_not_there() -> None:
         tiles.rows[4]
     with pytest.raises(IndexError, match=r"rows\[b, h, i\]"):
         tm.per_head([tm.causal, tm.window(2)]).tiles(8, block=2).rows[0]
+
+
+def test_a_user_can_ask_about_rectangles() -> None:
+    mask = tm.causal & tm.window(3)
+    rectangles = tm.Rectangles.of(q=([0, 3, 9], [3, 4, 12]), k=([3, 1, 0], [5, 4, 2]))
+    assert mask.tile(rectangles).tolist() == [0, 2, 0]
+    assert tm.per_head([tm.causal, tm.nothing]).tile(tm.Rectangles.of((5, 6), (0, 3), h=[0, 1])).tolist() == [2, 0]
+    with pytest.raises(ValueError, match="larger stop"):
+        tm.Rectangles.of(q=(3, 3), k=(0, 1))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States
 
@@ -27,6 +27,16 @@ class Rectangles:
     q1: Ints
     k0: Ints
     k1: Ints
+
+    @classmethod
+    def of(
+        cls, q: tuple[ArrayLike, ArrayLike], k: tuple[ArrayLike, ArrayLike], b: ArrayLike = 0, h: ArrayLike = 0
+    ) -> Rectangles:
+        """Rectangles of queries `[q[0], q[1])` and keys `[k[0], k[1])`: numbers, or arrays of them."""
+        b, h, q0, q1, k0, k1 = (np.asarray(x, np.int64) for x in (b, h, *q, *k))
+        if (q0 >= q1).any() or (k0 >= k1).any() or any((x < 0).any() for x in (b, h, q0, k0)):
+            raise ValueError(f"a rectangle is a start and a larger stop, from 0 on: got q {q}, k {k}, b {b}, h {h}")
+        return cls(b, h, q0, q1, k0, k1)
 
     def moved(self, **changes: Ints) -> Rectangles:
         """The same rectangles with some of their arrays replaced."""

@@ -229,7 +229,14 @@ class Mask(Questions):
         return self.bound(q.device)._truth(b, h, q, k).expand(shape)
 
     def tile(self, rectangles: Rectangles) -> States:
-        """EMPTY (0), MIXED (1) or FULL (2) for whole rectangles; EMPTY and FULL are proofs."""
+        """EMPTY (0), MIXED (1) or FULL (2) for whole rectangles; EMPTY and FULL are proofs, MIXED promises nothing.
+
+        They must lie within the mask's data (`check`).
+
+        >>> from truemask.masks.positional import causal
+        >>> causal.tile(Rectangles.of(q=([0, 0, 4], [4, 4, 8]), k=([4, 0, 0], [8, 4, 4]))).tolist()
+        [0, 1, 2]
+        """
         return self._tile(rectangles)
 
     def bound(self, device: torch.device | str) -> Mask:
