@@ -5,22 +5,25 @@
 #   VENV=../env             another place for it
 #   TORCH_INDEX=URL         where to take torch from (the address that pytorch.org's selector shows for your platform)
 #   TOUR="--skip learning"  options for the tour
+#   BENCH=--quick           options for the benchmarks
 
 PYTHON ?= python3
 VENV   ?= .venv
 TOUR   ?=
+BENCH  ?=
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 QUICK  := src tests/masks tests/backends tests/nn $(wildcard tests/test_*.py)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 
-.PHONY: help run test check venv lint types suite format clean
+.PHONY: help run test check venv lint types suite bench format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run      the tour: five minutes with attention masks (makes $(VENV) first)'
 	@echo 'make test     lint, types and the whole suite'
 	@echo 'make check    lint and the quick part of the suite'
+	@echo 'make bench    the benchmarks, half an hour on a quiet machine; writes benchmarks/README.md'
 	@echo 'make format   let ruff format and fix what it can; redraw pictures, map and shown outputs'
 	@echo 'make clean    remove $(VENV), caches and reports'
 
@@ -73,6 +76,9 @@ suite: $(VENV)/.test-stamp
 check: lint
 	@echo '== the quick tests'
 	@$(BIN)/python -m pytest -n $(JOBS) -q -x -m 'not slow' $(QUICK)
+
+bench: $(VENV)/.run-stamp
+	@$(BIN)/python benchmarks/report.py $(BENCH)
 
 format: $(VENV)/.test-stamp
 	@$(BIN)/ruff check --fix --quiet . || true

@@ -13,7 +13,7 @@ BEGIN, END = "<!-- map: begin -->\n```text\n", "```\n<!-- map: end -->"
 
 # What is not Python says here what it is; a folder stands for everything in it.
 OTHERS = {
-    "Makefile": "the commands: run, test, check, format, clean",
+    "Makefile": "the commands: run, test, check, bench, format, clean",
     "pyproject.toml": "the package, its extras, and the settings of ruff, pyright and pytest",
     "constraints.txt": "one tested version of every dependency",
     "tools/install_torch.sh": "torch first, with a word before a CUDA build is fetched for nothing",
@@ -25,7 +25,7 @@ OTHERS = {
     "CITATION.cff": "how to cite it",
     "LICENSE": "MIT",
     "docs/conventions.md": "the laws, each once, and the table of conventions",
-    "benchmarks/costs.py": "measures the constants by which the plan predicts seconds",
+    "benchmarks/README.md": "one run of the benchmarks, written by `make bench`",
     "docs/attend.md": "every option of attend, run",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",
@@ -47,6 +47,7 @@ def drawn(stairs: Sequence[str]) -> str:
     rooms = [
         ("src/truemask/, from the ground floor up", [(name, said(source / name)) for name in stairs]),
         ("tests/", [(p.relative_to(tests).as_posix(), said(p)) for p in sorted(tests.rglob("*.py")) if said(p)]),
+        ("benchmarks/", [(p.name, said(p)) for p in sorted((ROOT / "benchmarks").glob("*.py"))]),
         ("docs/ (scripts)", [(p.name, said(p)) for p in sorted((ROOT / "docs").glob("*.py"))]),
         ("the rest", list(OTHERS.items())),
     ]

@@ -18,6 +18,7 @@ import pages  # noqa: E402
 NOT_RUN = {
     "truemask tour": "minutes; tests of the command line run its acts",
     "truemask train": "two minutes of training; tests of the command line train for a few steps",
+    "truemask bench": "seconds of timing; tests of the command line race at tiny sizes",
     "truemask generate": "needs a trained run; tests of the command line make one",
 }
 
@@ -75,7 +76,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_language_page_has_every_mask() -> None:
-    from truemask.masks.core import KINDS
+    from truemask.masks.building import KINDS
 
     missing = {kind for kind in KINDS if kind not in NAMES.findall(read(ROOT / "docs" / "language.md"))}
     assert missing <= NOT_IN_THE_LANGUAGE, f"docs/language.md does not show {sorted(missing)}"

@@ -27,20 +27,36 @@ STAIRS = """
     geometry/__init__.py
     geometry/logic.py
     geometry/ranges.py
+    geometry/slabs.py
+    geometry/overlay.py
+    geometry/measure.py
     geometry/tiles.py
+    geometry/strips.py
+    geometry/quadtree.py
+    geometry/search.py
+    geometry/block_lists.py
     geometry/picture.py
 
     masks/__init__.py
     masks/data_store.py
     masks/hashing.py
+    masks/block_mask.py
+    masks/verdict.py
+    masks/exact.py
+    masks/slab_tensors.py
+    masks/pictures.py
     masks/questions.py
+    masks/value.py
+    masks/building.py
     masks/core.py
+    masks/traced.py
     masks/writing.py
     masks/combine.py
     masks/reindex.py
     masks/packing.py
     masks/choice.py
     masks/positional.py
+    masks/patterned.py
     masks/data.py
     masks/labels.py
     masks/matrices.py
@@ -55,6 +71,7 @@ STAIRS = """
 
     backends/__init__.py
     backends/base.py
+    backends/calibration.py
     backends/costs.py
     backends/dropping.py
     backends/trilinear.py
@@ -63,6 +80,14 @@ STAIRS = """
     backends/contain.py
     backends/reference.py
     backends/sdpa.py
+    backends/groups.py
+    backends/places.py
+    backends/strip_cells.py
+    backends/strip_kernel.py
+    backends/strip_math.py
+    backends/block_sparse.py
+    backends/score_mod.py
+    backends/flex.py
     backends/registry.py
 
     viz/__init__.py
@@ -72,7 +97,11 @@ STAIRS = """
     _door.py
     _call.py
     _explain.py
+    _choose.py
+    _cache.py
     _plan.py
+    _run.py
+    _compiled.py
     _attend.py
 
     nn/__init__.py
@@ -106,8 +135,14 @@ STAIRS = """
     cli/console.py
     cli/machine.py
     cli/options.py
+    cli/timing.py
+    cli/races.py
+    cli/calibrate.py
     cli/show.py
     cli/explain.py
+    cli/bench.py
+    cli/gpu_report.py
+    cli/doctor.py
     cli/generate.py
     cli/train.py
     cli/tour/__init__.py
@@ -119,6 +154,7 @@ STAIRS = """
     cli/tour/inverted.py
     cli/tour/patterns.py
     cli/tour/leak.py
+    cli/tour/race.py
     cli/tour/learning.py
     cli/tour/tour.py
     cli/app.py

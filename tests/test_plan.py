@@ -11,8 +11,8 @@ import torch
 
 import truemask as tm
 from tests.oracle import Three, three
-from truemask import _plan
-from truemask._plan import CACHE, PlanCache, plan
+from truemask._cache import CACHE, PlanCache
+from truemask._plan import plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends
@@ -356,7 +356,6 @@ def test_threads_share_one_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_know_the_backend_asked_for() -> None:
     assert plan(MASK, 5) is not plan(MASK, 5, backend="sdpa")
-    assert _plan.plan_key(MASK, plan(MASK, 5).request, None) == (MASK, plan(MASK, 5).request, None)
 
 
 def test_requests_are_values() -> None:

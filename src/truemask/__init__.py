@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from truemask._attend import attend as attend
-from truemask._plan import Plan as Plan
+from truemask._choose import Plan as Plan
 from truemask._plan import plan as plan
 from truemask.backends.registry import backends as backends
 from truemask.errors import ConventionWarning as ConventionWarning
@@ -44,13 +44,13 @@ from truemask.masks.labels import same as same
 from truemask.masks.matrices import block_pattern as block_pattern
 from truemask.masks.matrices import dense as dense
 from truemask.masks.matrices import tree as tree
+from truemask.masks.patterned import dilated as dilated
+from truemask.masks.patterned import grid as grid
+from truemask.masks.patterned import random as random
+from truemask.masks.patterned import strided as strided
 from truemask.masks.positional import blocks as blocks
 from truemask.masks.positional import causal as causal
-from truemask.masks.positional import dilated as dilated
-from truemask.masks.positional import grid as grid
 from truemask.masks.positional import local as local
-from truemask.masks.positional import random as random
-from truemask.masks.positional import strided as strided
 from truemask.masks.positional import window as window
 from truemask.masks.predicate import predicate as predicate
 from truemask.masks.serial import load_mask as load_mask

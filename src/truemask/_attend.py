@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from truemask._call import read_call
-from truemask._plan import CACHE
-from truemask.backends.base import Request, Result
-from truemask.errors import ConventionWarning
+from truemask._compiled import attend_traced
+from truemask._run import run
+from truemask.backends.base import Result
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 
@@ -128,6 +127,10 @@ def attend(
     >>> lse.exp()[0, 0]  # how many keys each row may see
     tensor([1., 2., 3., 4., 5.])
     """
+    if torch.compiler.is_dynamo_compiling():
+        options = {"scale": scale, "softcap": softcap, "dropout": dropout, "backend": backend}
+        asked = {"return_lse": return_lse, "return_weights": return_weights}
+        return _answer(attend_traced(q, k, v, mask, bias, sink_logits, **options, **asked), return_lse, return_weights)
     call = read_call(
         q,
         k,
@@ -141,28 +144,12 @@ def attend(
         return_lse=return_lse,
         return_weights=return_weights,
     )
-    entry = CACHE.entry(call.mask, call.request, backend)
-    if entry.plan.warning:
-        warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=2)
-    if q.is_meta:
-        return _answer(_shapes(call.request), call.request)
-    inputs = call.inputs
-    if inputs.dropout:
-        inputs = inputs._replace(seed=int(torch.randint(1 << 32, ())))
-    result = entry.backend.run(CACHE.lowered(entry), inputs, entry.plan.job)
-    return _answer(result, call.request)
+    return _answer(run(call, backend), return_lse, return_weights)
 
 
-def _answer(result: Result, request: Request) -> Tensor | tuple[Tensor, ...]:
+def _answer(result: Result, return_lse: bool, return_weights: bool) -> Tensor | tuple[Tensor, ...]:
     """out alone, or with what else was asked for."""
-    if not (request.return_lse or request.return_weights):
+    if not (return_lse or return_weights):
         return result.out
-    wanted = (True, request.return_lse, request.return_weights)
-    return tuple(x for x, asked in zip(result, wanted, strict=True) if asked and x is not None)
-
-
-def _shapes(r: Request) -> Result:
-    """Results on the meta device: shapes and dtypes without numbers."""
-    out = torch.empty(r.batch, r.heads, r.q_len, r.value_dim, dtype=r.dtype, device="meta")
-    lse = torch.empty(out.shape[:3], dtype=torch.float64 if r.dtype == torch.float64 else torch.float32, device="meta")
-    return Result(out, lse, torch.empty(*out.shape[:3], r.kv_len, dtype=r.dtype, device="meta"))
+    wanted = (True, return_lse, return_weights)
+    return tuple([x for x, asked in zip(result, wanted, strict=True) if asked and x is not None])

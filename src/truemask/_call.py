@@ -54,7 +54,7 @@ def read_call(
     check_qkv(q, k, v)
     real = None if q.is_meta else q.device
     device = real or device or torch.device("cpu")
-    q, k, v = _autocast(q, k, v, device)
+    q, k, v = cast(q, k, v, device)
     (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
     sizes = (b, hq, nq, nk)
     mask = as_mask(mask, *sizes)
@@ -106,7 +106,7 @@ def _bias_shape(bias: Tensor | Bias | None, sizes: tuple[int, int, int, int]) ->
     return tuple(bias.shape) if isinstance(bias, Tensor) else (1, bias.head_count, *sizes[2:])
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in its dtype, as `F.scaled_dot_product_attention` takes them; doubles stay."""
     kind = device.type
     if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:

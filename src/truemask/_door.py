@@ -103,8 +103,8 @@ def as_mask(mask: object, batch: int, heads: int, q_len: int, kv_len: int) -> Ma
         return mask
     if not isinstance(mask, Tensor):
         raise MaskError(_not_a_mask(mask))
-    if mask.dtype != torch.bool:
-        raise MaskError(_not_bool(mask))
+    sizes = (batch, heads, q_len, kv_len)
+    check_mask_tensor(mask, *sizes)
     if mask.is_meta:
         raise MaskError(
             f"attend: the mask is a meta tensor ({describe(mask)}), which has no values, and what a mask lets through "
@@ -115,12 +115,19 @@ def as_mask(mask: object, batch: int, heads: int, q_len: int, kv_len: int) -> Ma
             "attend: a mask tensor that vmap maps over has no values of its own to plan with, whatever the backend: "
             "give all of them as the samples of one call, `[b, h, q, k]` outside of vmap, or loop over them"
         )
-    sizes = (batch, heads, q_len, kv_len)
-    if mask.ndim == 2 and mask.shape == sizes[2:]:
+    if mask.ndim == 2:
         return dense(mask)
-    if mask.ndim == 4 and all(given in (1, size) for given, size in zip(mask.shape, sizes, strict=True)):
-        return dense(mask.expand(-1, -1, q_len, kv_len)) if batch else everything
-    raise MaskError(_wrong_mask_shape(mask, sizes))
+    return dense(mask.expand(-1, -1, q_len, kv_len)) if batch else everything
+
+
+def check_mask_tensor(mask: Tensor, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+    """Raise unless it is bool and `[q, k]` or `[b, h, q, k]`, 1 where it does not vary."""
+    if mask.dtype != torch.bool:
+        raise MaskError(_not_bool(mask))
+    sizes = (batch, heads, q_len, kv_len)
+    four = mask.ndim == 4 and all(given in (1, size) for given, size in zip(mask.shape, sizes, strict=True))
+    if not four and not (mask.ndim == 2 and mask.shape == sizes[2:]):
+        raise MaskError(_wrong_mask_shape(mask, sizes))
 
 
 def _not_a_mask(mask: object) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from truemask._door import counted
 from truemask.backends.base import Job, Request
+from truemask.backends.costs import source
 from truemask.masks.matrices import Dense
 from truemask.masks.positional import causal
 
@@ -18,9 +21,9 @@ def explain_plan(
     objections: dict[str, list[str]],
     costs: dict[str, float],
     ways: dict[str, str],
-    warning: str = "",
+    notes: Iterable[str] = (),
 ) -> str:
-    """The plan as plain text: the mask, the sizes, the tiles, a line for each backend, and the warning if there is one.
+    """The plan as plain text: the mask, the sizes, the tiles, a line for each backend, and the notes that say anything.
 
     `>` marks the chosen backend; one that cannot run the call says why.
     """
@@ -33,8 +36,9 @@ def explain_plan(
     widths = [max(len(row[i]) for row in [*rows, ("  backend", "predicted", "")]) for i in range(2)]
     table = [("  backend", "predicted", "how, or why not"), *rows]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in table]
+    lines.append(f"predicted from {source()}")
     return "\n".join(
-        [str(job.mask), sizes_text(job.request), tiles_text(job), *lines, *([f"warning: {warning}"] if warning else [])]
+        [str(job.mask), sizes_text(job.request), tiles_text(job), *lines, *(note for note in notes if note)]
     )
 
 
@@ -87,8 +91,10 @@ def refusal(job: Job, objections: dict[str, list[str]], wanted: str | None) -> s
 def top_left_warning(job: Job) -> str:
     """What to say of a mask that looks back, asked about fewer queries than keys without `at`; or nothing."""
     r, mask = job.request, job.mask
+    if not 0 < r.q_len < r.kv_len or mask.kind in REINDEXING:  # the short ways out, for decoding
+        return ""
     kinds = {part.kind for part in mask.walk()}
-    if not 0 < r.q_len < r.kv_len or kinds.intersection(REINDEXING) or not kinds.intersection(LOOKING_BACK):
+    if kinds.intersection(REINDEXING) or not kinds.intersection(LOOKING_BACK):
         return ""
     start = r.kv_len - r.q_len
     unseen = "the last key" if start == 1 else f"any of the last {start} keys"

@@ -1,180 +1,22 @@
-"""Who runs a call: every backend is asked, the cheapest willing one is kept, and the answer can be read (law 8)."""
+"""The public question: which backend would run a call, and why (law 8)."""
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from truemask._cache import CACHE
 from truemask._call import read_call
+from truemask._choose import Plan
 from truemask._door import check_flag, checked_length
-from truemask._explain import explain_plan, refusal, top_left_warning, upside_down_warning
-from truemask.backends.base import Backend, Job, Lowered, Request
-from truemask.backends.registry import BACKENDS, backends
-from truemask.errors import MaskError, PlanError, describe, suggest
+from truemask.backends.base import Request
+from truemask.errors import MaskError, describe, suggest
 from truemask.masks.core import Mask
 from truemask.masks.data_store import whole
-
-MOST_PLANS = 256
-MOST_BYTES = 1 << 28  # of lowered masks; the newest is kept whatever its size
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """How one kind of call runs: `str(plan)` is the table of backends with their reasons and predicted costs.
-
-    `backend` is the chosen one's name; `objections` says of every backend why it cannot run the call (an empty list: it
-    can); `costs` are predicted seconds of those that can.
-    """
-
-    job: Job
-    backend: str
-    objections: dict[str, list[str]]
-    costs: dict[str, float]
-    ways: dict[str, str]
-    warning: str = ""
-
-    @property
-    def mask(self) -> Mask:
-        """The mask that was planned for."""
-        return self.job.mask
-
-    @property
-    def request(self) -> Request:
-        """Sizes, dtype and flags of the call."""
-        return self.job.request
-
-    def __str__(self) -> str:
-        return explain_plan(self.job, self.backend, self.objections, self.costs, self.ways, self.warning)
-
-    def __repr__(self) -> str:
-        return f"<Plan of `{self.mask}`: {self.backend}>"
-
-
-def choose(mask: Mask, request: Request, wanted: str | None) -> Plan:
-    """Ask every backend about the call; `wanted` names the only one that may run it."""
-    checked_length(mask, request.batch, request.heads, request.q_len, request.kv_len)
-    if wanted is not None and wanted not in backends():
-        raise PlanError(
-            f"there is no backend {wanted!r}{suggest(str(wanted), backends())} (known: {', '.join(backends())})"
-        )
-    job = Job(mask, request)
-    objections = {backend.name: backend.objections(job) for backend in BACKENDS}
-    willing = [backend for backend in BACKENDS if not objections[backend.name]]
-    allowed = [backend for backend in willing if wanted in (None, backend.name)]
-    if not allowed:
-        raise PlanError(refusal(job, objections, wanted))
-    costs = {backend.name: backend.cost(job) for backend in willing}
-    best = min(allowed, key=lambda backend: (backend.last_resort, costs[backend.name]))
-    ways = {backend.name: backend.way(job) for backend in willing}
-    return Plan(job, best.name, objections, costs, ways, top_left_warning(job) or upside_down_warning(job))
-
-
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
-def plan_key(mask: Mask, request: Request, wanted: str | None) -> Hashable:
-    """What two calls must share to share a plan.
-
-    The one place that knows: when offsets travel as numbers, here is where `at` is peeled off the mask and lengths
-    become buckets.
-    """
-    return mask, request, wanted
-
-
-@dataclass(eq=False)
-class Entry:
-    """A plan, its backend, and what that backend has worked out for it."""
-
-    key: Hashable
-    plan: Plan
-    backend: Backend
-    lowered: Lowered | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class CacheInfo(NamedTuple):
-    """What a plan cache has done: plans found and made, masks lowered, entries and bytes held now."""
-
-    hits: int
-    misses: int
-    lowered: int
-    entries: int
-    nbytes: int
-
-
-class PlanCache:
-    """Plans and lowered masks by key, the least recently used given up first; safe for threads."""
-
-    def __init__(self, most_plans: int = MOST_PLANS, most_bytes: int = MOST_BYTES) -> None:
-        self.most_plans, self.most_bytes = most_plans, most_bytes
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._hits = self._misses = self._lowered = self._nbytes = 0
-
-    def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
-        """The plan for such a call, made now if there is none."""
-        if wanted is not None and not isinstance(wanted, str):
-            raise TypeError(f"backend must be None or one of {', '.join(backends())}, got {describe(wanted)}")
-        key = plan_key(mask, request, wanted)
-        with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
-                self._hits += 1
-                return found
-        made = choose(mask, request, wanted)  # outside the lock: two threads may do it twice, neither waits
-        backend = next(b for b in BACKENDS if b.name == made.backend)
-        with self._lock:
-            self._misses += 1
-            entry = self._entries.setdefault(key, Entry(key, made, backend))
-            self._shrink()
-        return entry
-
-    def lowered(self, entry: Entry) -> Lowered:
-        """What the entry's backend works out ahead; done once, however many threads and layers ask."""
-        if entry.lowered is not None:
-            return entry.lowered
-        with entry.lock:
-            if entry.lowered is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    made = entry.backend.lower(entry.plan.job)
-                with self._lock:  # kept and counted in one step, so that nobody gives up bytes that were not counted
-                    entry.lowered = made
-                    self._lowered += 1
-                    if self._entries.get(entry.key) is entry:
-                        self._nbytes += made.nbytes
-                        self._entries.move_to_end(entry.key)
-                        self._shrink()
-            return entry.lowered
-
-    def _shrink(self) -> None:
-        while len(self._entries) > 1 and (len(self._entries) > self.most_plans or self._nbytes > self.most_bytes):
-            _, oldest = self._entries.popitem(last=False)
-            self._nbytes -= oldest.lowered.nbytes if oldest.lowered else 0
-
-    def info(self) -> CacheInfo:
-        """The counts so far."""
-        with self._lock:
-            return CacheInfo(self._hits, self._misses, self._lowered, len(self._entries), self._nbytes)
-
-    def clear(self) -> None:
-        """Forget every plan and set the counts to zero."""
-        with self._lock:
-            self._entries.clear()
-            self._hits = self._misses = self._lowered = self._nbytes = 0
-
-
-CACHE = PlanCache()
-
-
-# -- the public question -----------------------------------------------------------------------------------------------
 
 
 @overload

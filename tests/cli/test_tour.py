@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from tests.train.conftest import folder as folder
 from tests.train.conftest import small
 from truemask.cli.app import app
-from truemask.cli.tour import learning, tour
+from truemask.cli.tour import learning, race, tour
 from truemask.cli.tour.curve import svg_curve, text_curve
 from truemask.cli.tour.inverted import examine
 from truemask.cli.tour.peers import PEERS
@@ -33,7 +34,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Act 5 on a small text, long enough to beat its bigram."""
+    """The last act on a small text, long enough to beat its bigram."""
     changes: dict[str, Any] = {"dim": 64, "depth": 2, "batch": 8, "lr": 1e-2, "steps": 120, "evaluate_every": 10**9}
     monkeypatch.setattr(learning, "configuration", lambda _minutes: small(folder, **changes))
 
@@ -82,6 +83,45 @@ def test_packed_documents_do_not_leak() -> None:
     assert re.search(r"^causal +yes, by \d+% +yes, by \d+% +differs", out, re.MULTILINE)
     assert re.search(r"^causal\.packed\(\[97, 151\]\) +not one bit +not one bit +same", out, re.MULTILINE)
     assert out.count("plan: ") == 7
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The race over a short course."""
+    monkeypatch.setattr(race, "LENGTH", 257)
+    monkeypatch.setattr(race, "HEADS", 1)
+
+
+def test_five_masks_race_and_agree(short: None) -> None:
+    code, out = run("--only", "race")
+    assert code == 0, out
+    assert len(re.findall(r"x (?:faster|slower) |as fast ", out)) == 5
+    differences = [float(number) for number in re.findall(r"\de[+-]\d\d", out)]
+    assert len(differences) == 5
+    assert max(differences) < 1e-4
+    assert out.count("█ ") == 10
+    assert Path("report.html").read_text().count("<rect") == 10
+
+
+def test_the_race_is_honest() -> None:
+    slower, faster = race.Lane("a", {"SDPA": 1.0, "truemask": 2.0}), race.Lane("b", {"SDPA": 3.0, "truemask": 1.0})
+    assert race.verdict([slower]) == "Here truemask was nowhere faster than SDPA."
+    assert (slower.outcome, faster.outcome) == (("2.0 x slower", "bad"), ("3.0 x faster", "good"))
+    assert race.Lane("c", {"SDPA": 1.0, "truemask": 1.02}).outcome == "as fast"
+    assert race.verdict([slower, faster]) == "truemask was faster under 1 of 2 masks, 3.0 times under `b`."
+
+
+def test_bars_grow_while_somebody_runs() -> None:
+    lane = race.Lane("a", {"SDPA": 1.0})
+    bars = race.Bars([lane], ascii=True)
+
+    def drawn() -> int:
+        return bars.__rich__().plain.count("#") - race.COLUMNS
+
+    assert drawn() == 0
+    seen = lane.run("truemask", lambda: (time.sleep(0.1), drawn())[1:])
+    assert 0 < seen[0] < race.COLUMNS
+    assert 0.1 <= lane.seconds["truemask"] < 1
 
 
 def test_learning_beats_the_bigram(quick: None) -> None:
@@ -165,10 +205,17 @@ def test_the_curve_shows_points_and_levels() -> None:
     assert svg_curve([], levels, 60.0).count("<circle") == 0
 
 
+def test_a_terminal_gets_the_bars(short: None) -> None:
+    console = Console(force_terminal=True, width=100, record=True, color_system="standard")
+    chapter, _ = tour.perform(race.ACT, 5, console, 1.0)
+    assert not chapter.failure
+    assert "█" in console.export_text()
+
+
 def test_a_terminal_gets_colours_and_a_live_curve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "configuration", lambda _minutes: small(folder, steps=3))
     console = Console(force_terminal=True, width=100, record=True, color_system="standard")
-    chapter, leave = tour.perform(learning.ACT, 5, console, 1.0)
+    chapter, leave = tour.perform(learning.ACT, 6, console, 1.0)
     assert chapter.failure.startswith("NotLearned")
     assert not leave
     assert "bits per byte on held-out files" in console.export_text()

@@ -13,7 +13,8 @@ from truemask.masks.core import Mask
 from truemask.masks.data import prefix
 from truemask.masks.labels import documents
 from truemask.masks.matrices import dense
-from truemask.masks.positional import blocks, causal, dilated, random, window
+from truemask.masks.positional import blocks, causal, window
+from truemask.masks.patterned import dilated, random
 from truemask.nn.wrappers import TransformerWrapper
 
 N = 17

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import truemask as tm
 from tests import descriptions
 from tests.cases import CASES, Case
-from truemask.masks.core import KINDS
+from truemask.masks.building import KINDS
 from truemask.masks.predicate import Predicate
 from truemask.masks.serial import from_json, to_json
 

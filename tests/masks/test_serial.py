@@ -16,7 +16,7 @@ import truemask as tm
 from tests.cases import CASES
 from tests.descriptions import formula
 from tests.strategies import LEAVES, Drawn, expressions
-from truemask.masks.core import KINDS
+from truemask.masks.building import KINDS
 from truemask.masks.serial import from_json, to_json
 
 SAVABLE = [case for case in CASES if "predicate" not in case.name]

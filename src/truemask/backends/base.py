@@ -41,8 +41,11 @@ from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.positional import causal
+from truemask.masks.reindex import At
 
 SMALL = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
+LOOKED_AT = 1 << 28  # cells that are worth evaluating for a proof: about a second
+NONE = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
 
 
 class Request(NamedTuple):
@@ -122,7 +125,7 @@ class Job:
         r = self.request
         if r.q_len * r.kv_len * self.mask_batch * self.mask_heads > SMALL:
             return None
-        return self.mask.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
+        return looked_at(self.mask, self.mask_batch, self.mask_heads, r.q_len, r.kv_len)
 
     @cached_property
     def pattern(self) -> str:
@@ -130,16 +133,18 @@ class Job:
         if self.small is not None:
             if self.small.all():
                 return "everything"
+            if self.request.q_len == 1:
+                return "other"
             return "causal" if torch.equal(self.small, torch.ones_like(self.small).tril()) else "other"
         if self._is_same_as(everything):
             return "everything"
         return "causal" if self._is_same_as(causal) else "other"
 
     def _is_same_as(self, other: Mask) -> bool:
-        """Whether the mask lets the same pairs through as `other`: exact, and cheap where they are far apart.
+        """Whether the mask provably lets the same pairs through as `other`: by slabs, or by looking if that is cheap.
 
-        The cells where they differ are `mask ^ other`. A FULL tile of that refutes; MIXED tiles (of `causal`: those on
-        the diagonal) are evaluated, after a few probes.
+        The cells where they differ are `mask ^ other`. Without slabs, a FULL tile of that refutes, and MIXED ones are
+        evaluated, after a few probes.
         """
         if self.mask == other:
             return True
@@ -147,8 +152,15 @@ class Job:
         differs = self.mask ^ other
         if self._probe(differs):
             return False
-        tiles = differs.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
-        return not tiles.counts.full and not any(part.cells.any() for part in tiles.evaluated())
+        tiles = differs.tiles(r.q_len, r.kv_len, block=1024, batch=self.mask_batch, heads=self.mask_heads)
+        if tiles.exact or tiles.counts.full:
+            return tiles.counts.mixed == tiles.counts.full == 0
+        return tiles.cells_to_evaluate <= LOOKED_AT and not any(part.cells.any() for part in tiles.patterns())
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What a backend keeps for the next question about this job."""
+        return {}
 
     @property
     def mask_batch(self) -> int:
@@ -169,6 +181,16 @@ class Job:
         keys = torch.cat([k.expand(places, places), diagonal], 1)
         zero = torch.zeros((), dtype=torch.int64)
         return bool(differs.truth(zero, zero, q[:, None], keys).any())
+
+
+def looked_at(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
+    """The mask as a bool tensor on the CPU; an outermost `at` moves the indices and is not bound, as decoding wants."""
+    q_start, k_start, base = (mask.q_start, mask.k_start, mask.base) if isinstance(mask, At) else (0, 0, mask)
+    b = NONE if batch == 1 else torch.arange(batch).view(-1, 1, 1, 1)
+    h = NONE if heads == 1 else torch.arange(heads).view(1, -1, 1, 1)
+    q = torch.arange(q_start, q_start + q_len).view(1, 1, -1, 1)
+    k = torch.arange(k_start, k_start + kv_len).view(1, 1, 1, -1)
+    return base.bound("cpu")._truth(b, h, q, k).expand(batch, heads, q_len, kv_len)
 
 
 def is_batched(x: Tensor) -> bool:

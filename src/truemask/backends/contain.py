@@ -1,4 +1,4 @@
-"""The CPU flash kernel held to laws 5 and 6: zeros for dead rows, and no NaN across a masked cell; and with sinks.
+"""A fast kernel held to laws 5 and 6: zeros for dead rows, and no NaN across a masked cell; and with sinks.
 
 One sum over the kernel's results notices what came through the mask (lse is part of it: some of the kernel's fast
 exponentials turn NaN into a number, its lse stays NaN). Then the rows concerned are computed by `eager`, where masked
@@ -11,6 +11,7 @@ The kernel's backward, given out' and lse', computes the gradients of just that,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 
 from truemask.backends.base import Inputs, Result, batched_refusal, is_batched
 from truemask.backends.eager import beside_sink, eager_attention
-from truemask.backends.flash import Flash, hostile, kernel, kernel_backward, split, wide
+from truemask.backends.flash import Kernel, hostile, run_backward, run_forward, split, wide
 from truemask.errors import PlanError
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -49,13 +50,13 @@ class Saved(NamedTuple):
 
 
 def flash_attention(
-    call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, grad: bool
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, grad: bool
 ) -> tuple[Tensor, Tensor]:
     """`out [b, hq, q, d]` and `lse [b, hq, q]`; q, k and v of one head size. Differentiable once if `grad`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if grad:
-        return FlashFunction.apply(call, q, k, v, sinks)  # pyright: ignore[reportReturnType]
-    found = _forward(call, q, k, v, sinks)
+        return FlashFunction.apply(kernel, q, k, v, sinks)  # pyright: ignore[reportReturnType]
+    found = _forward(kernel, q, k, v, sinks)
     return found.out, found.lse
 
 
@@ -63,9 +64,11 @@ class FlashFunction(Function):
     """The kernel with a backward that is contained too, and second derivatives refused by name."""
 
     @staticmethod
-    def forward(ctx: Any, call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = _forward(call, q, k, v, sinks)
-        ctx.call, ctx.alarmed = call, found.alarmed
+    def forward(
+        ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        found = _forward(kernel, q, k, v, sinks)
+        ctx.kernel, ctx.alarmed = kernel, found.alarmed
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, found.out, found.lse, found.merged)
         return found.out, found.lse
@@ -73,31 +76,43 @@ class FlashFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         if any(x is not None and is_batched(x) for x in grads):
-            raise batched_refusal("sdpa")
+            raise batched_refusal(ctx.kernel.name)
         dout, dlse = grads
         if dout is None and dlse is None:
             return None, None, None, None, None
         saved = Saved(*ctx.saved_tensors)
         dout = torch.zeros_like(saved.out) if dout is None else dout
-        if not torch.is_grad_enabled():
-            return None, *_gradients(ctx.call, ctx.alarmed, saved, dout, dlse)
-        with torch.no_grad():  # the caller asked for a graph of the gradients
-            found = _gradients(ctx.call, ctx.alarmed, saved, dout, dlse)
-        links = [x for x in (*saved[:4], dout, dlse) if x is not None]
-        return None, *_OnlyOnce.apply(len(links), *links, *found)  # pyright: ignore[reportGeneralTypeIssues]
+
+        def found() -> Grads:
+            return _gradients(ctx.kernel, ctx.alarmed, saved, dout, dlse)
+
+        return None, *once(ctx.kernel.name, [*saved[:4], dout, dlse], found)
+
+
+def once(
+    name: str, links: Sequence[Tensor | None], found: Callable[[], tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that `found` works out; if they are to be differentiated again, that is refused by name."""
+    if not torch.is_grad_enabled():
+        return found()
+    with torch.no_grad():  # the caller asked for a graph of the gradients
+        made = found()
+    some = [x for x in links if x is not None]
+    return _OnlyOnce.apply(name, len(some), *some, *made)  # pyright: ignore[reportReturnType]
 
 
 class _OnlyOnce(Function):
     """Gradients that may be used but not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, links: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, name: str, links: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
         return tuple(None if x is None else x.view_as(x) for x in tensors[links:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
         raise PlanError(
-            "the backend 'sdpa' has no second derivative (torch's kernel lacks it): "
+            f"the backend {ctx.name!r} has no second derivative: "
             'call attend(..., backend="reference"), whose derivatives of every order exist'
         )
 
@@ -105,18 +120,18 @@ class _OnlyOnce(Function):
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
-def _forward(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
+def _forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
     """The kernel's results with the sinks' share taken, contained if they are not finite."""
     if q.numel() == 0 or k.numel() == 0:  # the kernel divides by such sizes
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
         return Forward(torch.zeros_like(q), lse, lse)
-    found = kernel(call, q, k, v)
-    return _contained(call, q, k, v, sinks) if found is None else _finished(call, *found, sinks)
+    found = run_forward(kernel, q, k, v)
+    return _contained(kernel, q, k, v, sinks) if found is None else _finished(kernel, *found, sinks)
 
 
-def _finished(call: Flash, out: Tensor, own: Tensor, sinks: Tensor | None) -> Forward:
+def _finished(kernel: Kernel, out: Tensor, own: Tensor, sinks: Tensor | None) -> Forward:
     """The kernel's results as callers know them: lse -inf for dead rows, out beside the sinks."""
-    lse = own if call.dead is None else own.masked_fill(call.dead, -torch.inf)
+    lse = own if kernel.dead is None else own.masked_fill(kernel.dead, -torch.inf)
     if sinks is None:
         return Forward(out, lse, own)
     sink = sinks.to(own.dtype)[:, None]
@@ -124,54 +139,54 @@ def _finished(call: Flash, out: Tensor, own: Tensor, sinks: Tensor | None) -> Fo
     return Forward(out, lse, torch.logaddexp(own, sink))
 
 
-def _contained(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
+def _contained(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
     """Rows that something hostile reaches by `eager`, the others by the kernel; or else all by `eager`."""
-    parts = split(call, q, k, v)
-    found = None if parts.rows.all() else kernel(call, parts.q, parts.k, parts.v)
+    parts = split(kernel, q, k, v)
+    found = None if parts.rows.all() else run_forward(kernel, parts.q, parts.k, parts.v)
     if found is None:
-        made = _eager(call, q, k, v, sinks, None)
+        made = _eager(kernel, q, k, v, sinks, None)
         assert made.lse is not None
         return Forward(made.out, made.lse, made.lse, True)
-    out, lse, merged, _ = _finished(call, *found, sinks)
+    out, lse, merged, _ = _finished(kernel, *found, sinks)
     rows = parts.rows.nonzero()[:, 0]
     if len(rows):
-        made = _eager(call, q[:, :, rows], k, v, sinks, rows)
+        made = _eager(kernel, q[:, :, rows], k, v, sinks, rows)
         assert made.lse is not None
         lse = lse.index_copy(2, rows, made.lse)
         out = out.index_copy(2, rows, made.out)
     return Forward(out, lse, merged, True)
 
 
-def _eager(call: Flash, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rows: Tensor | None) -> Result:
+def _eager(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rows: Tensor | None) -> Result:
     """The same attention by `eager`; with `rows`, q holds those rows only."""
-    bias, mask = call.bias, call.mask
+    bias, mask = kernel.bias, kernel.mask
     if isinstance(bias, Tensor):
         bias = bias.detach() if rows is None or bias.shape[2] == 1 else bias.detach()[:, :, rows]
     if rows is not None:
         mask = mask.take(q=rows)
-    return eager_attention(Inputs(q, k, v, call.scale, bias=bias, sink_logits=sinks), mask)
+    return eager_attention(Inputs(q, k, v, kernel.scale, bias=bias, sink_logits=sinks), mask)
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
-def _gradients(call: Flash, alarmed: bool, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
+def _gradients(kernel: Kernel, alarmed: bool, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Of q, k, v and the sinks, by the kernel if its results are finite."""
-    grads = None if alarmed else _backward(call, saved, dout, dlse)
-    return _contained_backward(call, saved, dout, dlse) if grads is None else grads
+    grads = None if alarmed else _backward(kernel, saved, dout, dlse)
+    return _contained_backward(kernel, saved, dout, dlse) if grads is None else grads
 
 
-def _backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads | None:
+def _backward(kernel: Kernel, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads | None:
     """The kernel's gradients, or None if they are not finite."""
     q, k, v, sinks, out, _, merged = saved
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), _zeros(sinks)
-    dsinks = None if sinks is None else _sink_gradient(call, sinks, dout, out, merged)
+    dsinks = None if sinks is None else _sink_gradient(kernel, sinks, dout, out, merged)
     if dsinks is not None and not torch.isfinite(dsinks).all():
         return None
     if dlse is not None:
-        q, k, v, dout, out = _with_lse_gradient(call, saved, dout, dlse)
-    grads = kernel_backward(call, q, k, v, out, merged, dout)
+        q, k, v, dout, out = _with_lse_gradient(kernel, saved, dout, dlse)
+    grads = run_backward(kernel, q, k, v, out, merged, dout)
     if grads is None or dlse is None:
         return None if grads is None else (*grads, dsinks)
     dq, dk, dv = (grad[..., : saved.q.shape[-1]] for grad in grads)
@@ -182,16 +197,16 @@ def _zeros(sinks: Tensor | None) -> Tensor | None:
     return None if sinks is None else torch.zeros_like(sinks)
 
 
-def _sink_gradient(call: Flash, sinks: Tensor, dout: Tensor, out: Tensor, merged: Tensor) -> Tensor:
+def _sink_gradient(kernel: Kernel, sinks: Tensor, dout: Tensor, out: Tensor, merged: Tensor) -> Tensor:
     """`-exp(sink - lse') * (dout . out')` over samples and rows: what a softmax gives a column without a value."""
     share = torch.exp(sinks.to(merged.dtype)[:, None] - merged)
     reached = -share * (dout.to(merged.dtype) * out.to(merged.dtype)).sum(-1)
-    if call.dead is not None:
-        reached = reached.masked_fill(call.dead, 0)
+    if kernel.dead is not None:
+        reached = reached.masked_fill(kernel.dead, 0)
     return reached.sum((0, 2)).to(sinks.dtype)
 
 
-def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
+def _with_lse_gradient(kernel: Kernel, saved: Saved, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
     """q, k, v, dout and out with a few more columns, through which the kernel's backward adds the gradient of lse.
 
     The gradient of a score is p * (dout . v - dout . out + dlse). A column that is 0 in q, k and v, 1 in dout and
@@ -200,7 +215,7 @@ def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) ->
     """
     q, k, v, sinks, out, lse, merged = saved
     rest = dlse if sinks is None else dlse / torch.exp(lse - merged)
-    rest = rest if call.dead is None else rest.masked_fill(call.dead, 0)
+    rest = rest if kernel.dead is None else rest.masked_fill(kernel.dead, 0)
     parts: list[Tensor] = []
     for _ in range(3 if out.dtype in HALVES else 1):
         parts.append(rest.to(out.dtype))
@@ -212,9 +227,9 @@ def _with_lse_gradient(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor) ->
     return pad(q, (0, wider)), pad(k, (0, wider)), pad(v, (0, wider)), dout, out
 
 
-def _contained_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
+def _contained_backward(kernel: Kernel, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of and through the rows that something hostile reaches by `eager`, of the others by the kernel."""
-    parts = split(call, saved.q, saved.k, saved.v)
+    parts = split(kernel, saved.q, saved.k, saved.v)
     bad = parts.rows | hostile(dout).any(1).any(0)
     if dlse is not None:
         bad = bad | hostile(dlse[..., None]).any(1).any(0)
@@ -229,19 +244,19 @@ def _contained_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | 
         saved.merged.masked_fill(bad, 0),
     )
     others = None if dlse is None else dlse.masked_fill(bad, 0)
-    grads = None if bad.all() else _backward(call, clean, dout.masked_fill(column, 0), others)
+    grads = None if bad.all() else _backward(kernel, clean, dout.masked_fill(column, 0), others)
     if grads is None:
-        return _eager_backward(call, saved, dout, dlse, None)
+        return _eager_backward(kernel, saved, dout, dlse, None)
     rows = bad.nonzero()[:, 0]
     if not len(rows):
         return grads
-    more = _eager_backward(call, saved, dout, dlse, rows)
+    more = _eager_backward(kernel, saved, dout, dlse, rows)
     dq = grads[0].index_copy(2, rows, more[0])
     dsinks = None if grads[3] is None or more[3] is None else grads[3] + more[3]
     return dq, grads[1] + more[1], grads[2] + more[2], dsinks
 
 
-def _eager_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None, rows: Tensor | None) -> Grads:
+def _eager_backward(kernel: Kernel, saved: Saved, dout: Tensor, dlse: Tensor | None, rows: Tensor | None) -> Grads:
     """The gradients through some rows, or all, by way of `eager`; that of q for those rows alone."""
     if rows is not None:
         saved = saved._replace(q=saved.q[:, :, rows])
@@ -249,7 +264,7 @@ def _eager_backward(call: Flash, saved: Saved, dout: Tensor, dlse: Tensor | None
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in saved[:3])
         sinks = None if saved.sinks is None else saved.sinks.detach().requires_grad_()
-        made = _eager(call, q, k, v, sinks, rows)
+        made = _eager(kernel, q, k, v, sinks, rows)
         assert made.lse is not None
         results, arriving = [made.out], [dout]
         if dlse is not None:

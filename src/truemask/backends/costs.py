@@ -1,42 +1,160 @@
-"""What the backends cost, in one table of measured constants; `benchmarks/costs.py` measures and prints it.
+"""What the backends cost: constants that were measured, and the seconds that follow from them.
 
-Measured on one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, as the least processor time of several runs, rates
-doubled: the predicted seconds are those of two such cores. Rates: b 1, h 4, d 64, n 512, no mask. Calls: b 1, h 4, d
-32, n 16 under a window, with the plan cached. Half-precision dtypes run in fp32 there. They rank backends, and say
-roughly how long.
+`Table` ships with the constants of one machine. `truemask bench --calibrate` measures this one and stores what it finds
+(see `calibration`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is ever
+timed inside a run.
+
+The shipped ones: one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, least processor time of several runs, rates
+doubled, so that the predicted seconds are those of two such cores. They rank backends, and say roughly how long.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from truemask.backends.base import Request
+from truemask.backends.calibration import AGAIN, Entry, Machine, complain, read_entries, this_machine
 
 
-class Rates(NamedTuple):
-    """Useful arithmetic a second in fp32 and the seconds that any call takes, forward and backward."""
+@dataclass(frozen=True)
+class Rates:
+    """A backend's constants. Those called `call...` are seconds, `doubles` and `halves` factors, others per second.
 
-    forward: float
+    Calibration goes by these names, and by `backward` in a name: what is needed in training only.
+    """
+
+    forward: float  # useful arithmetic a second in fp32
     backward: float
-    call: float
+    call: float  # what any call takes
     call_backward: float
+    doubles: float = 2.6  # how many times longer the arithmetic takes in fp64
+    halves: float = 1.0  # and in bf16 and fp16
 
 
-SDPA = Rates(104e9, 93e9, 70e-6, 215e-6)
-REFERENCE = Rates(36e9, 31e9, 490e-6, 950e-6)
-DOUBLES = 2.6  # how much longer fp64 takes
-JOIN_RATE = 3.7e9  # bytes a second, of all its copies, at which a bias becomes dense and meets its mask
+@dataclass(frozen=True)
+class SdpaRates(Rates):
+    """`join`: bytes a second, of all its copies, at which a bias becomes dense and meets its mask."""
+
+    join: float = 3.7e9
+
+
+@dataclass(frozen=True)
+class StripRates(Rates):
+    """`call_group`: each group of strips; `copy`: bytes a second of rows gathered and added; `join` as above."""
+
+    call_group: float = 60e-6
+    copy: float = 24e9
+    join: float = 1.5e9
+
+
+@dataclass(frozen=True)
+class Table:
+    """The constants of every backend that has some, under the backend's name."""
+
+    sdpa: SdpaRates = SdpaRates(104e9, 93e9, 70e-6, 215e-6)
+    block_sparse: StripRates = StripRates(104e9, 93e9, 150e-6, 300e-6)
+    reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
+
+
+SHIPPED = Table()
+BACKENDS = tuple(field.name for field in fields(Table))
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 
 
 def seconds(rates: Rates, request: Request, cells: float) -> float:
     """Predicted seconds for so many scores: two products of the head sizes, and in training five more."""
-    work = 2 * cells * (request.head_dim + request.value_dim) * (DOUBLES if request.dtype == torch.float64 else 1)
+    work = 2 * cells * (request.head_dim + request.value_dim) * dtype_factor(rates, request.dtype)
     forward = rates.call + work / rates.forward
     backward = rates.call_backward + BACKWARD_PRODUCTS * work / rates.backward
     return forward + backward if request.grad else forward
+
+
+def dtype_factor(rates: Rates, dtype: torch.dtype) -> float:
+    """How many times longer than in fp32 the arithmetic takes."""
+    return {8: rates.doubles, 4: 1.0}.get(dtype.itemsize, rates.halves)
+
+
+# -- which constants hold ----------------------------------------------------------------------------------------------
+
+_entries: list[Entry] | None = None  # of the file, once it has been read
+_tables: dict[Machine, tuple[Table, str]] = {}  # what was made of them
+_assumed: Table | None = None
+
+
+def table() -> Table:
+    """The constants that hold now: those measured on this machine, or the shipped ones."""
+    return _assumed or _in_force()[0]
+
+
+@contextmanager
+def assumed(costs: Table) -> Iterator[None]:
+    """Ask what backends would cost if these were the constants."""
+    global _assumed
+    before, _assumed = _assumed, costs
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def source() -> str:
+    """Where the constants come from, in words."""
+    return _in_force()[1]
+
+
+def forget() -> None:
+    """Read the file again when somebody next asks."""
+    global _entries
+    _entries = None
+    _tables.clear()
+
+
+def _in_force() -> tuple[Table, str]:
+    global _entries
+    machine = this_machine()
+    if machine not in _tables:
+        if _entries is None:
+            _entries = read_entries()
+        _tables[machine] = _chosen(_entries, machine)
+    return _tables[machine]
+
+
+def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
+    """The table made of this machine's entry. Other threads are no mistake; a file only of other machines is one."""
+    for entry in entries:
+        if entry.machine == machine:
+            try:
+                return table_of(entry.costs), f"costs measured on this machine on {entry.measured}"
+            except ValueError as error:
+                complain(f"are wrong ({error})")
+                return SHIPPED, f"the shipped costs, because the measured ones are wrong; {AGAIN}"
+    threads = [entry.machine.threads for entry in entries if entry.machine._replace(threads=machine.threads) == machine]
+    if threads:
+        return SHIPPED, f"the shipped costs (measured were {threads[0]} threads, these are {machine.threads})"
+    if entries:
+        complain(f"are of another machine ({entries[-1].machine}; this is {machine})")
+    return SHIPPED, f"the shipped costs; {AGAIN}"
+
+
+def table_of(costs: dict[str, Any]) -> Table:
+    """The table of stored constants; `ValueError` names the one that cannot be, or the backend that is missing."""
+    found: dict[str, Rates] = {}
+    for name in BACKENDS:
+        shipped, numbers = getattr(SHIPPED, name), costs.get(name)
+        if not isinstance(numbers, dict):
+            raise ValueError(f"nothing is said of the backend {name!r}")
+        known = {field.name for field in fields(shipped)}
+        for key, number in numbers.items():
+            if key not in known or type(number) not in (int, float) or not 0 < number < math.inf:
+                raise ValueError(f"{name}: {key} = {number!r} is no constant above 0")
+        found[name] = replace(shipped, **numbers)
+    return Table(**found)  # pyright: ignore[reportArgumentType]
 
 
 def memory(nbytes: float) -> str:

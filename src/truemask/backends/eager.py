@@ -84,20 +84,38 @@ def _joined(parts: list[tuple[Tensor, ...]], dtype: torch.dtype, want_weights: b
 
 def _chunk(call: _Call, q: Tensor, first: int) -> tuple[Tensor, ...]:
     """Rows `first`, `first + 1`, ... `q [b, y, g, n, d]`: their out, lse and, if wanted, weights."""
-    inputs = call.inputs
-    allowed = _allowed(call, first, q.shape[-2])
-    s = outer(q, call.k, allowed) * inputs.scale
-    if inputs.softcap is not None:
-        s = inputs.softcap * torch.tanh(s / inputs.softcap)
-    if inputs.bias is not None:
-        s = s + torch.where(allowed, _bias(call, first, q), 0)
-    p, lse = _softmax(torch.where(allowed, s, -torch.inf))
-    if inputs.sink_logits is not None:
-        p = p * beside_sink(lse, inputs.sink_logits.to(p.dtype).view(*call.heads, 1))[..., None]
-    if inputs.dropout:
-        p = p * _kept(call, first, q) / (1 - inputs.dropout)
-    out = gather(p, call.v, allowed)
+    inputs, allowed = call.inputs, _allowed(call, first, q.shape[-2])
+    bias = None if inputs.bias is None else _bias(call, first, q)
+    keep = _kept(call, first, q) if inputs.dropout else None
+    sinks = None if inputs.sink_logits is None else inputs.sink_logits.view(*call.heads, 1)
+    out, lse, p = cells_attention(inputs, (q, call.k, call.v), allowed, bias, keep, sinks)
     return (out, lse, torch.where(allowed, p, 0)) if call.want_weights else (out, lse)
+
+
+def cells_attention(
+    numbers: Inputs,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    allowed: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and weights (unmasked) of `q [b, y, g, n, d]`, `k` and `v [b, y, k, d]` on cells `[b, y, g, n, k]`.
+
+    `numbers` gives scale, soft cap and rate of dropout; `keep` the cells that dropout keeps; `sinks` are `[y, g, 1]`.
+    """
+    q, k, v = qkv
+    s = outer(q, k, allowed) * numbers.scale
+    if numbers.softcap is not None:
+        s = numbers.softcap * torch.tanh(s / numbers.softcap)
+    if bias is not None:
+        s = s + torch.where(allowed, bias, 0)
+    p, lse = _softmax(torch.where(allowed, s, -torch.inf))
+    if sinks is not None:
+        p = p * beside_sink(lse, sinks.to(p.dtype))[..., None]
+    if keep is not None:
+        p = p * keep / (1 - numbers.dropout)
+    return gather(p, v, allowed), lse, p
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,13 +189,18 @@ def bias_values(
     b, h, *_ = indices(sizes[0], sizes[1], 1, 1, device)
     samples = [len(side) if side.ndim == 2 else 1 for side in (q, k)]
     n, m = q.shape[-1], k.shape[-1]
-    value = bias.value(b, h, q.reshape(samples[0], 1, n, 1), k.reshape(samples[1], 1, 1, m))
+    return checked_value(bias, b, h, q.reshape(samples[0], 1, n, 1), k.reshape(samples[1], 1, 1, m), (*sizes, n, m))
+
+
+def checked_value(bias: Bias, b: Tensor, h: Tensor, q: Tensor, k: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+    """What a bias object says of index tensors that broadcast to `sizes`: four axes, 1 where it does not vary."""
+    value = bias.value(b, h, q, k)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"attend: {_named(bias)} must return a float tensor, got {describe(value)}")
     shape = (1,) * (4 - value.ndim) + tuple(value.shape)
-    if len(shape) > 4 or any(found not in (1, size) for found, size in zip(shape, (*sizes, n, m), strict=True)):
+    if len(shape) > 4 or any(found not in (1, size) for found, size in zip(shape, sizes, strict=True)):
         raise ValueError(
-            f"attend: {_named(bias)} must return a tensor that broadcasts to [b, h, q, k] = {[*sizes, n, m]}, "
+            f"attend: {_named(bias)} must return a tensor that broadcasts to [b, h, q, k] = {list(sizes)}, "
             f"got {describe(value)}"
         )
     return value.reshape(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from truemask.backends.base import Inputs, Job, Lowered, Result
-from truemask.backends.costs import REFERENCE, seconds
+from truemask.backends.costs import seconds, table
 from truemask.backends.eager import eager_attention
 
 LARGEST_DENSE = 1 << 26  # bytes of a mask that is worth keeping
@@ -19,7 +19,7 @@ class Reference:
         return []
 
     def cost(self, job: Job) -> float:
-        return seconds(REFERENCE, job.request, job.request.cells)
+        return seconds(table().reference, job.request, job.request.cells)
 
     def way(self, job: Job) -> str:
         return "plain torch, in chunks of rows"

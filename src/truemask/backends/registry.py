@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from truemask.backends.base import Backend
+from truemask.backends.block_sparse import BlockSparse
+from truemask.backends.flex import Flex
 from truemask.backends.reference import Reference
 from truemask.backends.sdpa import Sdpa
 
-BACKENDS: tuple[Backend, ...] = (Sdpa(), Reference())
+BACKENDS: tuple[Backend, ...] = (Sdpa(), BlockSparse(), Flex(), Reference())
 
 
 def backends() -> tuple[str, ...]:
     """The names that `backend=` knows.
 
     >>> backends()
-    ('sdpa', 'reference')
+    ('sdpa', 'block_sparse', 'flex', 'reference')
     """
     return tuple(backend.name for backend in BACKENDS)

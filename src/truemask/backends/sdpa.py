@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.contain import flash_attention
-from truemask.backends.costs import JOIN_RATE, SDPA, memory, seconds
+from truemask.backends.costs import memory, seconds, table
 from truemask.backends.eager import bias_values
-from truemask.backends.flash import Flash
+from truemask.backends.flash import Flash, same_width
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 
@@ -59,8 +59,9 @@ class Sdpa:
 
     def cost(self, job: Job) -> float:
         r = job.request
-        joining = _dense_bytes(job) / JOIN_RATE if r.bias else 0.0  # in every call; a mask alone is lowered once
-        return seconds(SDPA, r, r.cells * (causal_share(r) if _flag(job) else 1.0)) + joining
+        rates = table().sdpa
+        joining = _dense_bytes(job) / rates.join if r.bias else 0.0  # in every call; a mask alone is lowered once
+        return seconds(rates, r, r.cells * (causal_share(r) if _flag(job) else 1.0)) + joining
 
     def way(self, job: Job) -> str:
         if _flag(job):
@@ -97,8 +98,7 @@ def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple
     if dtype != computes:
         q, k, v = q.to(computes), k.to(computes), v.to(computes)
     if q.shape[-1] != own:
-        width = max(q.shape[-1], own)
-        q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        q, k, v = same_width(q, k, v)
     additive, dead = dense or (None, None)
     call = Flash(inputs.scale, causal, additive, dead, job.mask, inputs.bias)
     out, lse = flash_attention(call, q, k, v, inputs.sink_logits, grad=job.request.grad)
@@ -129,8 +129,9 @@ def lower_dense(job: Job) -> Dense:
         allowed = job.small[:, :, :rows].to(r.device)
     else:
         allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
-    additive = torch.zeros(allowed.shape, dtype=_mask_dtype(r), device=r.device).masked_fill_(~allowed, -torch.inf)
-    return Dense(additive, _dead(additive))
+    additive = torch.where(allowed, torch.zeros((), dtype=_mask_dtype(r), device=r.device), -torch.inf)
+    alive = allowed.any(-1)
+    return Dense(additive, None if bool(alive.all()) else ~alive)
 
 
 def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
@@ -176,6 +177,8 @@ def _flag(job: Job) -> bool:
 
 def _too_large(job: Job) -> list[str]:
     """An objection if what would be dense is larger than the limit."""
+    if job.request.cells * 3 * 8 <= DENSE_LIMIT:  # more than all of it in fp64
+        return []
     nbytes = _dense_bytes(job)
     if nbytes <= DENSE_LIMIT or (not job.request.bias and job.pattern != "other"):
         return []

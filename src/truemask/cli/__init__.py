@@ -1,3 +1,3 @@
-"""The command line: `truemask tour`, `show`, `explain`, `train` and `generate`."""
+"""The command line: `truemask tour`, `show`, `explain`, `train`, `generate`, `bench` and `doctor`."""
 
 from truemask.cli.app import main as main

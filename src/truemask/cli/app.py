@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from truemask.cli.bench import bench
 from truemask.cli.console import never_fail_to_print, show_error
+from truemask.cli.doctor import doctor
 from truemask.cli.explain import explain
 from truemask.cli.generate import generate
 from truemask.cli.machine import version_of
@@ -38,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (tour, show, explain, train, generate):
+for command in (tour, show, explain, train, generate, bench, doctor):
     app.command()(command)
 
 

@@ -8,6 +8,18 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
+def spans(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """All numbers of many ranges `[begin, end)`, one after the other, and the range that each comes from.
+
+    >>> which, number = spans(np.array([5, 0]), np.array([7, 1]))
+    >>> which.tolist(), number.tolist()
+    ([0, 0, 1], [5, 6, 0])
+    """
+    size = end - begin
+    which = np.repeat(np.arange(len(size)), size)
+    return which, np.arange(len(which)) + (begin - np.cumsum(size) + size)[which]
+
+
 class RangeTable:
     """Minimum and maximum of `values[row, lo:hi]` for arrays of (row, lo, hi), by a sparse table of powers of two.
 

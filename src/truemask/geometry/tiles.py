@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from truemask.geometry.logic import EMPTY, FULL, MIXED, States
+from truemask.geometry.logic import EMPTY, FULL, MIXED, States, three
 
 Ints = NDArray[np.int64]
 BATCH_CELLS = 1 << 22  # cells evaluated at once: a few tens of megabytes of 64-bit indices
@@ -43,7 +43,7 @@ class Rectangles:
         return replace(self, **changes)
 
 
-Classify = Callable[[Rectangles], States]
+Phase = Callable[[Rectangles], Sequence[Ints]]
 Evaluate = Callable[[Ints, Ints, Ints, Ints], NDArray[np.bool_]]
 
 
@@ -72,6 +72,14 @@ class Evaluated(NamedTuple):
     j: Ints
     cells: NDArray[np.bool_]
     area: Ints
+
+
+class Patterns(NamedTuple):
+    """A batch of MIXED tiles that share few patterns of cells."""
+
+    cells: NDArray[np.bool_]  # [pattern, q, k], False beyond the true lengths
+    tiles: Ints  # which of the MIXED tiles, in the order of `mixed()`
+    which: Ints  # the pattern of each
 
 
 class TileRows:
@@ -121,6 +129,7 @@ class TileMap:
     runs: Ints  # [runs, 3]: start, stop, state; EMPTY ones left out
     evaluate: Evaluate
     exact: bool = False
+    phase: Phase | None = None  # numbers that tell tiles of different cells apart; None: all may differ
 
     @property
     def rows(self) -> TileRows:
@@ -173,23 +182,61 @@ class TileMap:
         (bq, bk) = self.block
         return i * bq, np.minimum((i + 1) * bq, self.q_len), j * bk, np.minimum((j + 1) * bk, self.kv_len)
 
-    def evaluated(self) -> Iterator[Evaluated]:
-        """The MIXED tiles in batches, with every cell's truth."""
+    @cached_property
+    def _sharing(self) -> tuple[Ints, Ints]:
+        """One MIXED tile of each pattern, and the number of the pattern of every MIXED tile."""
         b, h, i, j = self.mixed()
-        bq, bk = min(self.block[0], self.q_len), min(self.block[1], self.kv_len)
-        step = max(1, BATCH_CELLS // max(1, bq * bk))
-        for first in range(0, len(b), step):
-            part = slice(first, first + step)
-            yield self._evaluate_batch(b[part], h[part], i[part], j[part], bq, bk)
-
-    def _evaluate_batch(self, b: Ints, h: Ints, i: Ints, j: Ints, bq: int, bk: int) -> Evaluated:
+        if self.phase is None:
+            return np.arange(len(b)), np.arange(len(b))
         q0, q1, k0, k1 = self.extents(i, j)
+        numbers = [*self.phase(Rectangles(b, h, q0, q1, k0, k1)), q1 - q0, k1 - k0]
+        pattern = np.zeros(len(b), np.int64)
+        for number in numbers:
+            values, found = np.unique(np.broadcast_to(number, b.shape), return_inverse=True)
+            pattern = np.unique(pattern * len(values) + found, return_inverse=True)[1]
+        return np.unique(pattern, return_index=True)[1], pattern
+
+    @property
+    def cells_to_evaluate(self) -> int:
+        """Cells of all patterns of MIXED tiles: what counting and refining evaluate."""
+        return len(self._sharing[0]) * min(self.block[0], self.q_len) * min(self.block[1], self.kv_len)
+
+    def patterns(self) -> Iterator[Patterns]:
+        """The MIXED tiles in batches, each pattern evaluated once."""
+        shown, pattern = self._sharing
+        order = np.argsort(pattern, kind="stable")
+        ends = np.searchsorted(pattern[order], np.arange(len(shown) + 1))
+        places = self.mixed()
+        step = self._batch
+        for first in range(0, len(shown), step):
+            last = min(first + step, len(shown))
+            cells = self._cells(*(x[shown[first:last]] for x in places))
+            tiles = order[ends[first] : ends[last]]
+            yield Patterns(cells, tiles, pattern[tiles] - first)
+
+    def evaluated(self) -> Iterator[Evaluated]:
+        """The MIXED tiles in batches, in row order, with every cell's truth."""
+        b, h, i, j = self.mixed()
+        for first in range(0, len(b), self._batch):
+            part = slice(first, first + self._batch)
+            q0, q1, k0, k1 = self.extents(i[part], j[part])
+            cells = self._cells(b[part], h[part], i[part], j[part])
+            yield Evaluated(b[part], h[part], i[part], j[part], cells, (q1 - q0) * (k1 - k0))
+
+    @property
+    def _batch(self) -> int:
+        """Tiles evaluated at once."""
+        return max(1, BATCH_CELLS // max(1, min(self.block[0], self.q_len) * min(self.block[1], self.kv_len)))
+
+    def _cells(self, b: Ints, h: Ints, i: Ints, j: Ints) -> NDArray[np.bool_]:
+        """The cells of tiles, False beyond the true lengths."""
+        bq, bk = min(self.block[0], self.q_len), min(self.block[1], self.kv_len)
+        q0, _, k0, _ = self.extents(i, j)
         q = q0[:, None, None] + np.arange(bq)[None, :, None]
         k = k0[:, None, None] + np.arange(bk)[None, None, :]
         inside = (q < self.q_len) & (k < self.kv_len)
         q, k = np.minimum(q, self.q_len - 1), np.minimum(k, self.kv_len - 1)
-        cells = self.evaluate(b[:, None, None], h[:, None, None], q, k) & inside
-        return Evaluated(b, h, i, j, cells, (q1 - q0) * (k1 - k0))
+        return self.evaluate(b[:, None, None], h[:, None, None], q, k) & inside
 
     def dense(self) -> NDArray[np.bool_]:
         """Every cell, bool `[b, h, q, k]`: FULL runs are filled, MIXED tiles evaluated."""
@@ -209,16 +256,27 @@ class TileMap:
         if self.exact:
             return self
         b, h, i, j = self.mixed()
-        found = np.full(len(b), MIXED)
-        done = 0
-        for part in self.evaluated():
-            seen = part.cells.sum((1, 2))
-            found[done : done + len(seen)] = np.where(seen == 0, EMPTY, np.where(seen == part.area, FULL, MIXED))
-            done += len(seen)
+        q0, q1, k0, k1 = self.extents(i, j)
+        seen = np.zeros(len(b), np.int64)
+        for part in self.patterns():
+            seen[part.tiles] = part.cells.sum((1, 2))[part.which]
+        found = three(seen == 0, seen == (q1 - q0) * (k1 - k0))
         state = self.state
         state[b, h, i, j] = found
         starts, runs = runs_of(state)
         return replace(self, row_starts=starts, runs=runs, exact=True)
+
+
+def shared(parts: list[TileMap], which: Ints, evaluate: Evaluate, phase: Phase | None) -> TileMap:
+    """One map of samples and heads that share maps: `which [samples, heads]` of the parts each has."""
+    first = parts[0]
+    sizes = [np.diff(part.row_starts) for part in parts]
+    order = which.ravel()
+    starts = np.append(0, np.cumsum(np.concatenate([sizes[n] for n in order])))
+    runs = np.concatenate([parts[n].runs for n in order])
+    shape = (*which.shape, *first.shape[2:])
+    exact = all(part.exact for part in parts)
+    return TileMap(first.q_len, first.kv_len, first.block, shape, starts, runs, evaluate, exact, phase)  # pyright: ignore[reportArgumentType]
 
 
 def runs_of(state: States) -> tuple[Ints, Ints]:
@@ -237,69 +295,3 @@ def runs_of(state: States) -> tuple[Ints, Ints]:
     starts = np.zeros(len(flat) + 1, np.int64)
     np.cumsum(np.bincount(row[keep], minlength=len(flat)), out=starts[1:])
     return starts, runs
-
-
-def build_tile_map(
-    classify: Classify,
-    evaluate: Evaluate,
-    *,
-    q_len: int,
-    kv_len: int,
-    block: tuple[int, int],
-    batch: int,
-    heads: int,
-    exact: bool,
-) -> TileMap:
-    """Ask `classify` about coarse tiles first and about fine ones only inside the coarse tiles that stay MIXED."""
-    rows, columns = -(-q_len // block[0]), -(-kv_len // block[1])
-    grid = _Grid(classify, q_len, kv_len, block, batch, heads)
-    factor = 1 << (max(rows, columns).bit_length() // 2)
-    starts, runs, found = [np.zeros((batch * heads, 1), np.int64)], [], 0
-    parts = (grid.strip(first, min(first + factor, rows), columns, factor) for first in range(0, rows, factor))
-    shape = (batch, heads, rows, columns)
-    if batch * heads == 1:  # strips are already in row order: keep runs, never the dense map
-        for part in map(runs_of, parts):
-            starts.append(part[0][None, 1:] + found)
-            runs.append(part[1])
-            found += len(part[1])
-        row_starts = np.concatenate(starts, axis=1)[0]
-        all_runs = np.concatenate(runs) if runs else np.zeros((0, 3), np.int64)
-    else:
-        state = np.concatenate(list(parts), axis=2) if rows else np.zeros(shape, np.int8)
-        row_starts, all_runs = runs_of(state)
-    return TileMap(q_len, kv_len, block, shape, row_starts, all_runs, evaluate, exact)
-
-
-@dataclass(frozen=True)
-class _Grid:
-    classify: Classify
-    q_len: int
-    kv_len: int
-    block: tuple[int, int]
-    batch: int
-    heads: int
-
-    def ask(self, rows: Ints, columns: Ints, scale_q: int, scale_k: int) -> States:
-        """States `[b, h, rows, columns]` of tiles `scale` times as large as a block."""
-        bq, bk = self.block[0] * scale_q, self.block[1] * scale_k
-        i, j = rows[None, None, :, None], columns[None, None, None, :]
-        rectangles = Rectangles(
-            np.arange(self.batch)[:, None, None, None],
-            np.arange(self.heads)[None, :, None, None],
-            i * bq,
-            np.minimum((i + 1) * bq, self.q_len),
-            j * bk,
-            np.minimum((j + 1) * bk, self.kv_len),
-        )
-        return np.broadcast_to(self.classify(rectangles), (self.batch, self.heads, len(rows), len(columns)))
-
-    def strip(self, first: int, last: int, columns: int, factor: int) -> States:
-        """The states of rows of tiles `[first, last)`, with `first` a multiple of `factor`."""
-        rows = np.arange(first, last)
-        coarse = self.ask(np.array([first // factor]), np.arange(-(-columns // factor)), factor, factor)
-        state = np.repeat(np.repeat(coarse, factor, axis=3)[..., :columns], last - first, axis=2)
-        asked = np.flatnonzero((state[:, :, 0] == MIXED).any((0, 1)))
-        if len(asked):
-            known = state[..., asked]
-            state[..., asked] = np.where(known == MIXED, self.ask(rows, asked, 1, 1), known)
-        return state

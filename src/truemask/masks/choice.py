@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, ClassVar
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import MIXED, States
+from truemask.geometry.slabs import Region, Slabs
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written, operand
+from truemask.masks.core import Mask, operand
 from truemask.masks.reindex import look_up
+from truemask.masks.traced import recorded
+from truemask.masks.value import Written
 from truemask.masks.writing import ATOM
 
 
@@ -50,6 +54,19 @@ class _Choice(Mask):
         which = look_up(self.table("which"), entry, entry)
         parts = [(which == i) & mask._truth(b, h, q, k) for i, mask in enumerate(self._distinct[0])]
         return reduce(torch.logical_or, parts)
+
+    def _entry(self, b: int, h: int) -> tuple[int, Mask]:
+        """The distinct mask of a sample and head, and its number."""
+        distinct, place = self._distinct
+        which = int(place[min((b, h)[self.axis == "head"], len(place) - 1)])
+        return which, distinct[which]
+
+    def _slabs(self, r: Region) -> Slabs:
+        return self._entry(r.b, r.h)[1]._slabs(r)
+
+    def _variant(self, b: int, h: int) -> Hashable:
+        which, mask = self._entry(b, h)
+        return which, mask._variant(b, h)
 
     def _sort(self, entry: np.ndarray, r: Rectangles) -> States:
         distinct, place = self._distinct
@@ -119,6 +136,7 @@ class PerSample(_Choice):
         return self._sort(r.b, r)
 
 
+@recorded
 def per_head(masks: Any) -> Mask:
     """A mask for each query head, in order.
 
@@ -129,6 +147,7 @@ def per_head(masks: Any) -> Mask:
     return PerHead(_masks(masks, "per_head"))
 
 
+@recorded
 def per_sample(masks: Any) -> Mask:
     """A mask for each sample of the batch, in order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
-from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written, operand
+from truemask.geometry.overlay import all_of, any_of, odd_of
+from truemask.geometry.slabs import FAR, Region, Slabs, bands, blank
+from truemask.geometry.tiles import Ints, Rectangles
+from truemask.masks.core import Mask, operand
+from truemask.masks.value import Written
 from truemask.masks.writing import AND, ATOM, MINUS, NOT, OR, XOR, within
 
 
@@ -30,6 +33,12 @@ class Everything(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         return np.broadcast_to(FULL, np.broadcast_shapes(r.q0.shape, r.k0.shape))
+
+    def _slabs(self, r: Region) -> Slabs:
+        return bands(r.q0, r.q1, -FAR, 0, FAR, 0)
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return []
 
     def _write(self) -> Written:
         return "everything", ATOM
@@ -48,6 +57,12 @@ class Nothing(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         return np.broadcast_to(EMPTY, np.broadcast_shapes(r.q0.shape, r.k0.shape))
+
+    def _slabs(self, r: Region) -> Slabs:
+        return blank(r.q0, r.q1)
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return []
 
     def _write(self) -> Written:
         return "nothing", ATOM
@@ -72,6 +87,9 @@ class _Combination(Mask):
     def _tile(self, r: Rectangles) -> States:
         return reduce(type(self).fold, [term._tile(r) for term in self.terms])
 
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return [number for term in self.terms for number in term._phase(r)]
+
     def _write(self) -> Written:
         return f" {self.sign} ".join(within(term, self.level + 1) for term in self.terms), self.level
 
@@ -88,6 +106,10 @@ class And(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_and, [term._truth(b, h, q, k) for term in self.terms])
 
+    def _slabs(self, r: Region) -> Slabs:
+        inside = [term._slabs(r) for term in self.terms if not isinstance(term, Not)]
+        return all_of(inside, but=[term.base._slabs(r) for term in self.terms if isinstance(term, Not)])
+
 
 class Or(_Combination):
     """What any term lets through. Tiles: the maximum."""
@@ -98,6 +120,9 @@ class Or(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_or, [term._truth(b, h, q, k) for term in self.terms])
 
+    def _slabs(self, r: Region) -> Slabs:
+        return any_of([term._slabs(r) for term in self.terms])
+
 
 class Xor(_Combination):
     """What an odd number of terms lets through. Tiles: decided where all are."""
@@ -107,6 +132,9 @@ class Xor(_Combination):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_xor, [term._truth(b, h, q, k) for term in self.terms])
+
+    def _slabs(self, r: Region) -> Slabs:
+        return odd_of([term._slabs(r) for term in self.terms])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,6 +156,12 @@ class Minus(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         return kleene_and(self.left._tile(r), kleene_not(self.right._tile(r)))
+
+    def _slabs(self, r: Region) -> Slabs:
+        return all_of([self.left._slabs(r)], but=[self.right._slabs(r)])
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return [*self.left._phase(r), *self.right._phase(r)]
 
     def _write(self) -> Written:
         left = self.left.text if isinstance(self.left, Minus) else within(self.left, MINUS)
@@ -155,6 +189,12 @@ class Not(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         return kleene_not(self.base._tile(r))
+
+    def _slabs(self, r: Region) -> Slabs:
+        return all_of([], but=[self.base._slabs(r)])
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return self.base._phase(r)
 
     def _write(self) -> Written:
         return f"~{within(self.base, NOT)}", NOT

@@ -15,12 +15,12 @@ registry of kinds.
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,17 +28,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States
-from truemask.geometry.tiles import Rectangles
+from truemask.geometry.slabs import NoExactFormError, Region, Slabs
+from truemask.geometry.tiles import Ints, Rectangles
+from truemask.masks.building import KINDS, build, ticket_for
 from truemask.masks.data_store import Data, whole
 from truemask.masks.questions import ANY, Questions
-
-KINDS: dict[str, type[Mask]] = {}
-DEEPEST = 200  # nesting of an expression: far more than anyone writes, far less than Python's own limit
-
-Written = tuple[str, int]
+from truemask.masks.value import Value
+from truemask.masks.verdict import Verdict
 
 
-class Mask(Questions):
+class Mask(Value, Questions):
     """A rule that says which query may attend to which key, in each sample and head.
 
     Masks are values: immutable, hashable, picklable; `==` compares expressions, `equivalent` compares meaning. Combine
@@ -57,19 +56,48 @@ class Mask(Questions):
     _numbers: ClassVar[tuple[str, ...]] = ()  # fields that reach `_truth` as 0-d tensors
     _reads_query: ClassVar[bool] = True  # whether `_truth` itself looks at q, its parts aside
 
+    ticket: Tensor  # this mask in a compiled graph (building.py)
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        new = super().__new__(cls)
+        vars(new).update({} if torch.compiler.is_dynamo_compiling() else {"ticket": ticket_for(new)})
+        return new
+
     def __init_subclass__(cls) -> None:
         if cls.kind:
             KINDS[cls.kind] = cls
 
     # -- what each kind says ---------------------------------------------------------------------------------------
 
+    children: tuple[Mask, ...]
+
     @abstractmethod
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Bool tensor that broadcasts with the indices."""
 
-    @abstractmethod
-    def _write(self) -> Written:
-        """The text of this expression and how tightly it binds."""
+    def _slabs(self, r: Region) -> Slabs:
+        """The exact form for a region that is not empty, or `NoExactFormError`."""
+        raise NoExactFormError(f"`{self}` has no exact form")
+
+    def _variant(self, b: int, h: int) -> Hashable:
+        """What tells sample b and head h from others: those that share it have the same mask."""
+        own = [part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2]
+        return (*own, *(child._variant(b, h) for child in self.children))
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        """Numbers that are equal for tiles (of one size) only if their cells are."""
+        return [r.q0, r.k0, *([r.b] if self.batch_size != 1 else []), *([r.h] if self.head_count != 1 else [])]
+
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        """A row from which on what is seen of the keys below `k_stop` repeats, and with what period; None: never.
+
+        Rows beyond the mask's data do not count.
+        """
+        found = [child._settles(k_stop) for child in self.children]
+        known = [pair for pair in found if pair is not None]
+        if len(known) < len(found):
+            return None
+        return max((row for row, _ in known), default=0), math.lcm(*(period for _, period in known))
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         """Raise if positions below `q_stop` and `k_stop` are more than the data answers for."""
@@ -117,31 +145,31 @@ class Mask(Questions):
     # -- operators ---------------------------------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        return KINDS["and"].make(self, other)
+        return build("and", self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return KINDS["or"].make(self, other)
+        return build("or", self, other)
 
     def __xor__(self, other: Mask) -> Mask:
-        return KINDS["xor"].make(self, other)
+        return build("xor", self, other)
 
     def __sub__(self, other: Mask) -> Mask:
-        return KINDS["minus"].make(self, other)
+        return build("minus", self, other)
 
     def __invert__(self) -> Mask:
-        return KINDS["not"].make(self)
+        return build("not", self)
 
     def __rand__(self, other: object) -> Mask:
-        return KINDS["and"].make(other, self)
+        return build("and", other, self)
 
     def __ror__(self, other: object) -> Mask:
-        return KINDS["or"].make(other, self)
+        return build("or", other, self)
 
     def __rxor__(self, other: object) -> Mask:
-        return KINDS["xor"].make(other, self)
+        return build("xor", other, self)
 
     def __rsub__(self, other: object) -> Mask:
-        return KINDS["minus"].make(other, self)
+        return build("minus", other, self)
 
     def __bool__(self) -> bool:
         raise MaskError(
@@ -161,7 +189,7 @@ class Mask(Questions):
     @property
     def T(self) -> Mask:
         """Queries and keys change places."""
-        return KINDS["transposed"].make(self)
+        return build("transposed", self)
 
     def at(self, q_start: int = 0, k_start: int = 0) -> Mask:
         """The same mask for rows that start at position `q_start` and keys that start at `k_start`.
@@ -173,15 +201,15 @@ class Mask(Questions):
         >>> causal.at(q_start=3).to_dense(1)[0, 0].int().tolist()  # decoding position 3: four keys so far
         [[1, 1, 1, 1]]
         """
-        return KINDS["at"].make(self, q_start, k_start)
+        return build("at", self, q_start, k_start)
 
     def take(self, q: object = None, k: object = None) -> Mask:
         """The same mask for any rows and keys: logical positions, int64 `[n]` or `[b, n]`; None keeps an axis."""
-        return KINDS["take"].make(self, q, k)
+        return build("take", self, q, k)
 
     def select(self, samples: object = None, heads: object = None) -> Mask:
         """The same mask for chosen samples and heads, in that order (beams, compaction, tensor parallel)."""
-        return KINDS["select"].make(self, samples, heads)
+        return build("select", self, samples, heads)
 
     def packed(self, lengths: object, kv_lengths: object = None) -> Mask:
         """The same document, and this mask at positions that restart in each document (law 2 in docs/conventions.md).
@@ -192,7 +220,7 @@ class Mask(Questions):
         >>> causal.packed([2, 3]).to_dense(5)[0, 0].int().tolist()
         [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
         """
-        return KINDS["packed"].make(self, lengths, kv_lengths)
+        return build("packed", self, lengths, kv_lengths)
 
     def padded(self, starts: object) -> Mask:
         """Left padding: sample b begins at `starts[b]`, and this mask counts from there (law 2 in docs/conventions.md).
@@ -203,7 +231,7 @@ class Mask(Questions):
         >>> causal.padded([1]).to_dense(3)[0, 0].int().tolist()
         [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
         """
-        return KINDS["padded"].make(self, starts)
+        return build("padded", self, starts)
 
     def prepended(self, q: int = 0, k: int = 0, seen: Mask | None = None) -> Mask:
         """With `q` extra rows and `k` extra keys before the mask's own, which do not count them (registers, memory).
@@ -211,7 +239,7 @@ class Mask(Questions):
         The extra keys are seen by every row. The extra rows see them, and those of the mask's own keys that `seen`
         lets through (default: all); `seen` must be the same for every query.
         """
-        return KINDS["prepended"].make(self, q, k, KINDS["everything"].make() if seen is None else seen)
+        return build("prepended", self, q, k, build("everything") if seen is None else seen)
 
     @classmethod
     def make(cls, *args: Any, **parts: Any) -> Mask:
@@ -273,15 +301,48 @@ class Mask(Questions):
 
     def equivalent(
         self, other: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
-    ) -> bool:
+    ) -> Verdict:
         """Whether both masks let the same pairs through at these sizes; `==` compares the expressions instead.
 
+        The answer is true or false like a bool, and says which cell refutes it (`.witness`).
+
         >>> from truemask.masks.positional import causal, window
-        >>> window(8).equivalent(causal, 8), window(8).equivalent(causal, 9)
-        (True, False)
+        >>> window(8).equivalent(causal, 8)
+        yes
+        >>> window(8).equivalent(causal, 9)
+        no: query 8 may see key 0 under `causal`, but not under `window(8)`
         """
-        kv_len = self.kv_len_for(q_len) if kv_len is None else kv_len
-        return not bool((self ^ operand("equivalent", other)).count(q_len, kv_len, batch=batch, heads=heads).any())
+        other = operand("equivalent", other)
+        return self._refuted(self ^ other, other, q_len, kv_len, batch, heads)
+
+    def implies(
+        self, other: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> Verdict:
+        """Whether `other` lets through at least what this mask does; when not, `.witness` is a cell that it hides.
+
+        >>> from truemask.masks.positional import causal, window
+        >>> window(8).implies(causal, 1000)
+        yes
+        >>> causal.implies(window(8), 1000).witness
+        Cell(sample=0, head=0, query=8, key=0)
+        """
+        other = operand("implies", other)
+        return self._refuted(self - other, other, q_len, kv_len, batch, heads)
+
+    def _refuted(
+        self, against: Mask, other: Mask, q_len: int, kv_len: int | None, batch: int | None, heads: int | None
+    ) -> Verdict:
+        """What a cell of `against`, if there is one, says of this mask and another."""
+        kv_len = self.kv_len_for(whole(q_len, "q_len")) if kv_len is None else kv_len
+        cell = against._first(*against._sizes(q_len, kv_len, batch, heads))
+        if cell is None:
+            return Verdict(None)
+        b, h, q, k = (torch.tensor(i) for i in cell)
+        sees, hides = (self, other) if bool(self.truth(b, h, q, k)) else (other, self)
+        sizes = zip(("sample", "head"), cell, (against.batch_size, against.head_count), strict=False)
+        where = "".join(f" in {name} {place}" for name, place, size in sizes if size != 1)
+        seen = f"query {cell.query} may see key {cell.key}{where} under `{sees}`"
+        return Verdict(cell, f"no: {seen}, but not under `{hides}`")
 
     def positions(self, q_len: int, kv_len: int | None = None) -> tuple[Tensor, Tensor]:
         """The logical positions of rows and keys, int64 `[n]` or `[b, n]`: what rotary embeddings need.
@@ -296,70 +357,6 @@ class Mask(Questions):
         q, k = torch.arange(q_len), torch.arange(kv_len)
         self._check(q_len, kv_len)
         return self._logical(q, k) or (q, k)
-
-    # -- the expression as a value -------------------------------------------------------------------------------------
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The fields that the expression is made of, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
-
-    @cached_property
-    def _child_fields(self) -> tuple[str, ...]:
-        return tuple(name for name, part in self.parts.items() if _holds_masks(part))
-
-    @cached_property
-    def children(self) -> tuple[Mask, ...]:
-        """The masks that this one is made of."""
-        values = (getattr(self, name) for name in self._child_fields)
-        return tuple(m for value in values for m in ((value,) if isinstance(value, Mask) else value))
-
-    @cached_property
-    def depth(self) -> int:
-        """How deeply the expression is nested; a leaf has depth 1."""
-        return 1 + max((child.depth for child in self.children), default=0)
-
-    def walk(self) -> Iterator[Mask]:
-        """This mask and all those below it, outermost first."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
-
-    def __post_init__(self) -> None:
-        if self.depth > DEEPEST:
-            raise MaskError(
-                f"this expression is nested more than {DEEPEST} deep: combine masks of one kind flatly instead"
-            )
-        _ = self.batch_size, self.head_count  # parts that hold data for different numbers of samples are an error here
-
-    @cached_property
-    def _key(self) -> tuple[object, ...]:
-        return (self.kind, *self.parts.values())
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Mask) and hash(self) == hash(other) and self._key == other._key)
-
-    def __hash__(self) -> int:
-        if "_hash" not in vars(self):
-            vars(self)["_hash"] = hash(self._key)
-        return vars(self)["_hash"]
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.parts
-
-    @cached_property
-    def text(self) -> str:
-        """The expression as text; `tm.parse` reads it back if `has_text`."""
-        return self._write()[0]
-
-    @cached_property
-    def has_text(self) -> bool:
-        """Whether the text is complete: no data too large to write, no function."""
-        own = all(part.complete for part in self.parts.values() if isinstance(part, Data))
-        return own and all(child.has_text for child in self.children)
-
-    def __repr__(self) -> str:
-        return self.text
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
@@ -391,7 +388,3 @@ def joined(axis: str, masks: Iterable[Mask], sizes: Iterable[int]) -> int:
             raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}: they must agree")
         raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
     return next(iter(known), ANY if unknown else 1)
-
-
-def _holds_masks(value: object) -> bool:
-    return isinstance(value, Mask) or (isinstance(value, tuple) and bool(value) and isinstance(value[0], Mask))

@@ -6,6 +6,7 @@ door.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, kleene_and, three
+from truemask.geometry.overlay import any_of
 from truemask.geometry.ranges import Counts
+from truemask.geometry.slabs import FAR, Region, Slabs, bands, flag_runs, for_rows, from_cells
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, Written
+from truemask.masks.core import Mask
 from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.data_store import flags as as_flags
 from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.traced import recorded
+from truemask.masks.value import Written
 from truemask.masks.writing import call
 
 
@@ -58,6 +63,16 @@ class Prefix(Mask):
         length = np.asarray(self.length) if isinstance(self.length, int) else self.length.array[r.b]
         return three(r.k0 >= length, r.k1 <= length)
 
+    def _slabs(self, r: Region) -> Slabs:
+        return bands(r.q0, r.q1, -FAR, 0, number_for(self.length, r.b), 0)
+
+    def _variant(self, b: int, h: int) -> Hashable:
+        return number_for(self.length, b)
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        length = np.asarray(self.length) if isinstance(self.length, int) else self.length.array[r.b]
+        return [np.clip(length - r.k0, 0, r.k1 - r.k0)]
+
     def _write(self) -> Written:
         return call("prefix", self.length)
 
@@ -65,6 +80,11 @@ class Prefix(Mask):
 def per_sample_number(table: Tensor, b: Tensor) -> Tensor:
     """A 0-d number, or the sample's own of `[b]`."""
     return table if table.ndim == 0 else look_up(table, b, b)
+
+
+def number_for(number: int | Data, b: int) -> int:
+    """A number, or the sample's own."""
+    return number if isinstance(number, int) else int(number.array[min(b, len(number.array) - 1)])
 
 
 def _number_or_each(value: object, name: str) -> int | Data:
@@ -77,6 +97,7 @@ def _number_or_each(value: object, name: str) -> int | Data:
     return whole(value, name)
 
 
+@recorded
 def prefix(length: object) -> Mask:
     """The first `length` keys, for everyone: `k < length`; attention sinks, or the bidirectional part of a prefix-LM.
 
@@ -137,10 +158,24 @@ class Padding(Mask):
         states = [three(hi <= edge, lo >= edge) if left else three(lo >= edge, hi <= edge) for lo, hi in sides]
         return kleene_and(states[0], states[-1])
 
+    def _slabs(self, r: Region) -> Slabs:
+        edge = number_for(self._edge, r.b)
+        lo, hi = (edge, FAR) if self.lengths is None else (-FAR, edge)
+        seen = bands(r.q0, r.q1, *((-FAR, 0, FAR, 0) if self.on == "queries" else (lo, 0, hi, 0)))
+        return seen if self.on == "keys" else for_rows(seen, lo, hi)
+
+    def _variant(self, b: int, h: int) -> Hashable:
+        return number_for(self._edge, b)
+
+    def _settles(self, k_stop: int) -> tuple[int, int]:
+        edge = self._edge
+        return edge if isinstance(edge, int) else int(edge.array.max()), 1
+
     def _write(self) -> Written:
         return call("padding", lengths=self.lengths, starts=self.starts, on=None if self.on == "both" else self.on)
 
 
+@recorded
 def padding(lengths: object = None, starts: object = None, on: str = "both") -> Mask:
     """Real tokens only: right padding by `lengths=`, left padding by `starts=`, one number of tokens for each sample.
 
@@ -179,6 +214,11 @@ class _Flagged(Mask):
         seen = self._counts.between(b, lo, hi)
         return three(seen == 0, seen == hi - lo)
 
+    def _of(self, b: int) -> np.ndarray:
+        """The flags of a sample."""
+        flags = np.atleast_2d(self.flags.array)
+        return flags[min(b, len(flags) - 1)]
+
     def _write(self) -> Written:
         return call(self.kind, self.flags)
 
@@ -195,6 +235,10 @@ class Keys(_Flagged):
     def _tile(self, r: Rectangles) -> States:
         return self._states(r.b, r.k0, r.k1)
 
+    def _slabs(self, r: Region) -> Slabs:
+        start, stop = flag_runs(self._of(r.b)[r.k0 : r.k1], r.k0)
+        return bands(r.q0, r.q1, start, 0, stop, 0)
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         beyond(self, self.flags, k_stop, "keys")
 
@@ -210,10 +254,14 @@ class Queries(_Flagged):
     def _tile(self, r: Rectangles) -> States:
         return self._states(r.b, r.q0, r.q1)
 
+    def _slabs(self, r: Region) -> Slabs:
+        return rows_with(self._of(r.b), r)
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         beyond(self, self.flags, q_stop, "queries")
 
 
+@recorded
 def keys(flags: object) -> Mask:
     """Keys with a flag, for every query: `flags[k]`, bool `[n]` or `[b, n]`.
 
@@ -225,6 +273,7 @@ def keys(flags: object) -> Mask:
     return Keys(as_flags(flags, "keys(flags)"))
 
 
+@recorded
 def queries(flags: object) -> Mask:
     """Queries with a flag see everything, the others nothing: `flags[q]`, bool `[n]` or `[b, n]`.
 
@@ -232,6 +281,13 @@ def queries(flags: object) -> Mask:
     [[1, 1, 1], [0, 0, 0]]
     """
     return Queries(as_flags(flags, "queries(flags)"))
+
+
+def rows_with(flags: np.ndarray, r: Region) -> Slabs:
+    """Rows with a flag see everything, the others nothing; beyond the table there is no flag."""
+    start, stop = flag_runs(flags[r.q0 : r.q1], r.q0)
+    edges = np.unique(np.concatenate([start, stop, [r.q0, r.q1]]))
+    return from_cells(edges, np.array([-FAR, FAR]), np.isin(edges[:-1], start)[:, None])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -266,10 +322,19 @@ class GlobalTokens(Mask):
         rows, columns = self._counts.between(zero, r.q0, r.q1), self._counts.between(zero, r.k0, r.k1)
         return three((rows == 0) & (columns == 0), (rows == r.q1 - r.q0) | (columns == r.k1 - r.k0))
 
+    def _slabs(self, r: Region) -> Slabs:
+        flags = self._flags.numpy()
+        start, stop = flag_runs(flags[r.k0 : r.k1], r.k0)
+        return any_of([rows_with(flags, r), bands(r.q0, r.q1, start, 0, stop, 0)])
+
+    def _settles(self, k_stop: int) -> tuple[int, int]:
+        return len(self._flags), 1
+
     def _write(self) -> Written:
         return call("global_tokens", self.positions_)
 
 
+@recorded
 def global_tokens(positions: object) -> Mask:
     """Tokens that see all and are seen by all: q or k is one of `positions` (Longformer, arXiv 2004.05150).
 

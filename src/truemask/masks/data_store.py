@@ -45,6 +45,14 @@ class Data:
         view.flags.writeable = False
         return view
 
+    @cached_property
+    def _row_kinds(self) -> list[int]:
+        return np.unique(self.array, axis=0, return_inverse=True)[1].ravel().tolist() if self.tensor.numel() else [0]
+
+    def row_kind(self, row: int) -> int:
+        """A number that equal rows share; the last row stands for those beyond."""
+        return self._row_kinds[min(row, len(self._row_kinds) - 1)]
+
     @property
     def text(self) -> str:
         """The numbers themselves if they are few, otherwise dtype, shape and digest: `bool [2, 300] #0f3a...`."""

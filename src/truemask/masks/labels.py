@@ -12,13 +12,16 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, three
-from truemask.geometry.ranges import RunTable
+from truemask.geometry.ranges import RunTable, spans
+from truemask.geometry.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, Written, joined
+from truemask.masks.core import Mask, joined
 from truemask.masks.data import beyond
 from truemask.masks.data_store import Data, integers
 from truemask.masks.packing import document_lengths
 from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.traced import recorded
+from truemask.masks.value import Written
 from truemask.masks.writing import call
 
 
@@ -46,6 +49,14 @@ class Labels:
         """Tokens of each run, in the shape of the labels."""
         sizes = torch.from_numpy(np.diff(self.ends, axis=1, prepend=0))
         return Data(sizes[0] if self._flat else sizes)
+
+    def segments(self, b: int, first: int, stop: int) -> tuple[Ints, Ints, Ints]:
+        """The runs of sample b within `[first, stop)`: start, stop and label of each."""
+        ends, values = (x[min(b, len(x) - 1)] for x in (self.ends, self.values))
+        starts = np.append(0, ends[:-1]) if len(ends) else ends
+        starts, ends = np.maximum(starts, first), np.minimum(ends, stop)
+        some = starts < ends
+        return starts[some], ends[some], values[some]
 
     @property
     def numbered(self) -> bool:
@@ -99,6 +110,24 @@ class _Labelled(Mask):
     def _tile(self, r: Rectangles) -> States:
         qa, qb, ka, kb = self._extremes(r)
         return three((qb < ka) | (kb < qa), (qa == qb) & (ka == kb) & (qa == ka))
+
+    def _slabs(self, r: Region) -> Slabs:
+        """Each run of rows sees the runs of keys with its label."""
+        q, k = self._sides
+        rows, _, row_label = q.segments(r.b, r.q0, r.q1)
+        start, stop, label = k.segments(r.b, r.k0, r.k1)
+        kept = self._sees(label)
+        start, stop, label = start[kept], stop[kept], label[kept]
+        order = np.argsort(label, kind="stable")
+        begin, end = (np.searchsorted(label[order], row_label, side) for side in ("left", "right"))
+        affordable(int((end - begin).sum()))
+        run = order[spans(begin, end)[1]]
+        ends = np.stack([start[run], stop[run]])
+        return tidy(np.append(rows, r.q1), end - begin, ends, np.zeros_like(ends))
+
+    def _sees(self, label: Ints) -> np.ndarray:
+        """Whether keys with a label are seen at all."""
+        return np.ones(len(label), bool)
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         q, k = self._sides
@@ -156,6 +185,9 @@ class Same(_Labelled):
         apart = (qb < ka) | (kb < qa) | ((qa == none) & (qb == none)) | ((ka == none) & (kb == none))
         return three(apart, (qa == qb) & (ka == kb) & (qa == ka) & (qa != none))
 
+    def _sees(self, label: Ints) -> np.ndarray:
+        return label != self.none
+
     @cached_property
     def _shown(self) -> tuple[Data, Data | None]:
         q, k = self._sides
@@ -170,6 +202,7 @@ class Same(_Labelled):
         return call("same", q, none=None if self.none == -1 else self.none, kv_labels=k)
 
 
+@recorded
 def documents(lengths: object = None, ids: object = None, kv_lengths: object = None, kv_ids: object = None) -> Mask:
     """q and k in the same document of a packed row; `lengths` in tokens, or an id for each token.
 
@@ -198,6 +231,7 @@ def _numbered(lengths: Data) -> tuple[Data, Data]:
     return Data(ends), Data(torch.arange(ends.shape[-1]).expand_as(ends))
 
 
+@recorded
 def same(labels: object, none: int = -1, kv_labels: object = None) -> Mask:
     """Equal labels, and not the label `none`: image tokens, speakers, groups, in any order.
 

@@ -12,13 +12,19 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States, three
+from truemask.geometry.overlay import pieces
 from truemask.geometry.ranges import Areas, RangeTable
-from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written
+from truemask.geometry.slabs import NoExactFormError, Region, Slabs, affordable, from_cells
+from truemask.geometry.tiles import Ints, Rectangles
+from truemask.masks.core import Mask
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
 from truemask.masks.reindex import look_up, pick, rows_of
+from truemask.masks.traced import recorded
+from truemask.masks.value import Written
 from truemask.masks.writing import call
+
+LARGEST_READ = 1 << 26  # cells of a dense tensor that are looked through for its runs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +55,16 @@ class Dense(Mask):
         seen, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
         return three(seen == 0, seen == area)
 
+    def _slabs(self, r: Region) -> Slabs:
+        b, h = self._variant(r.b, r.h)
+        cells = self.tensor.array[b, h, r.q0 : r.q1, r.k0 : r.k1]
+        if cells.size > LARGEST_READ:
+            raise NoExactFormError(f"{cells.size} cells are more than are read for this")
+        return from_cells(np.arange(r.q0, r.q1 + 1), np.arange(r.k0, r.k1 + 1), cells)
+
+    def _variant(self, b: int, h: int) -> tuple[int, int]:
+        return min(b, self.batch_size - 1), min(h, self.head_count - 1)
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         beyond(self, self.tensor.tensor.shape[2], q_stop, "queries")
         beyond(self, self.tensor.tensor.shape[3], k_stop, "keys")
@@ -64,6 +80,7 @@ class Dense(Mask):
 AXES = {"qk": 2, "bqk": 3, "hqk": 3, "bhqk": 4}
 
 
+@recorded
 def dense(tensor: object, axes: str | None = None) -> Mask:
     """A boolean tensor as a mask, True = may attend: `[q, k]`, or `[b, h, q, k]` with size 1 where it does not vary.
 
@@ -120,6 +137,16 @@ class BlockPattern(Mask):
         seen, area = self._areas.covering(r.b * 0, r.h, r.q0 // n, (r.q1 - 1) // n + 1, r.k0 // n, (r.k1 - 1) // n + 1)
         return three(seen == 0, seen == area)
 
+    def _slabs(self, r: Region) -> Slabs:
+        n = self.size
+        table = self.matrix.array.reshape(self.head_count, *self.matrix.array.shape[-2:])[self._variant(r.b, r.h)]
+        row, column = (np.arange(first // n, (stop - 1) // n + 1) for first, stop in ((r.q0, r.q1), (r.k0, r.k1)))
+        rows, edges = np.append(np.maximum(row * n, r.q0), r.q1), np.append(column, column[-1] + 1) * n
+        return from_cells(rows, edges, table[row[0] : row[-1] + 1, column[0] : column[-1] + 1])
+
+    def _variant(self, b: int, h: int) -> int:
+        return min(h, self.head_count - 1)
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         rows, columns = self.matrix.tensor.shape[-2:]
         beyond(self, rows * self.size, q_stop, "queries")
@@ -129,6 +156,7 @@ class BlockPattern(Mask):
         return call("block_pattern", self.matrix, self.size)
 
 
+@recorded
 def block_pattern(matrix: object, size: int) -> Mask:
     """Any pattern of blocks: `matrix[q // size, k // size]`, bool `[rows, columns]` or `[h, rows, columns]`.
 
@@ -189,11 +217,44 @@ class Tree(Mask):
         stop_low, stop_high = stop.between(r.b, r.k0, r.k1)
         return three((stop_high <= q_low) | (k_low > q_high), (k_high <= q_low) & (q_high < stop_low))
 
+    def _slabs(self, r: Region) -> Slabs:
+        """Each node's rows see the runs of its ancestors, and its own tokens up to the row."""
+        parents = np.atleast_2d(self.parents.array)
+        parents, own = parents[min(r.b, len(parents) - 1)], self._nodes[min(r.b, len(self._nodes) - 1)][0]
+        stop = np.cumsum(own)
+        node, lo, hi = ancestor_runs(parents, stop - own, stop)
+        q0, q1, start, end = (
+            np.concatenate(x)
+            for x in ((stop - own, (stop - own)[node]), (stop, stop[node]), (stop - own, lo), (np.ones_like(stop), hi))
+        )
+        moves = (np.arange(len(end)) < len(stop)).astype(np.int64)
+        return pieces(r.q0, r.q1, q0, q1, start, end, 0, moves)
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         beyond(self, int(self._nodes[0][0].sum()), max(q_stop, k_stop), "positions")
 
     def _write(self) -> Written:
         return call("tree", self.parents, lengths=self.lengths)
+
+
+def ancestor_runs(parents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[Ints, Ints, Ints]:
+    """The runs of tokens of every node's ancestors: node, start and stop of each; neighbours are one run."""
+    up, first, last = parents.tolist(), starts.tolist(), stops.tolist()
+    found: dict[int, list[tuple[int, int]]] = {-1: []}  # of a node and its ancestors
+    total = 0
+    for leaf in range(len(up)):
+        path = [leaf]
+        while up[path[-1]] not in found:
+            path.append(up[path[-1]])
+        for node in reversed(path):
+            runs = found[up[node]]
+            joins = bool(runs) and runs[-1][1] == first[node]
+            found[node] = [*runs[:-1], (runs[-1][0], last[node])] if joins else [*runs, (first[node], last[node])]
+            total += len(runs)
+            affordable(total)
+    sizes = [len(found[parent]) for parent in up]
+    runs = np.array([run for parent in up for run in found[parent]], np.int64).reshape(-1, 2)
+    return np.repeat(np.arange(len(up)), sizes), runs[:, 0], runs[:, 1]
 
 
 def node_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,6 +278,7 @@ def node_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     return first, stop
 
 
+@recorded
 def tree(parents: object, lengths: object = None) -> Mask:
     """k is q or an ancestor of q: speculative drafts, or shared prefixes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,10 +13,14 @@ from torch import Tensor
 
 from truemask.errors import MaskError
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States, kleene_and, three
+from truemask.geometry.overlay import all_of, any_of
+from truemask.geometry.ranges import spans
+from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, blank, stacked, tidy
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written, joined, operand
+from truemask.masks.core import Mask, joined, operand
 from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.reindex import look_up, low_high, row_by_row, rows_of
+from truemask.masks.value import Written
 from truemask.masks.writing import call, method
 
 
@@ -77,6 +82,36 @@ class Packed(Mask):
         known = np.where(inside | (inner == EMPTY), inner, MIXED)
         return np.where(apart, EMPTY, np.where(single, known, MIXED)).astype(np.int8)
 
+    def _slabs(self, r: Region) -> Slabs:
+        """The base's slabs once for each document, moved there and cut to it."""
+        q, k = self._sides
+        (q_first, q_stop), (k_first, k_stop) = q.row(r.b), k.row(r.b)
+        real = np.flatnonzero((q_first < q_stop) & (q_stop > r.q0) & (q_first < r.q1))
+        q_first, q_stop, k_first, k_stop = (x[real] for x in (q_first, q_stop, k_first, k_stop))
+        sizes, widths = q_stop - q_first, k_stop - k_first
+        rows, none = np.append(q_first, q_stop[-1]), np.zeros((2, len(real)), np.int64)
+        documents = tidy(
+            rows, (widths > 0).astype(np.int64), np.stack([k_first, k_stop])[:, widths > 0], none[:, widths > 0]
+        )
+        if not widths.any():
+            return documents.between(r.q0, r.q1)
+        base = self.base._slabs(Region(r.b, r.h, 0, int(sizes.max()), 0, int(widths.max())))
+        document, slab = spans(np.zeros_like(sizes), np.searchsorted(base.rows, sizes))
+        affordable(int(base.sizes[slab].sum()))
+        place, run = spans(base.starts[slab], base.starts[slab + 1])
+        down, right = q_first[document], k_first[document]
+        ends = base.ends[:, run] + (right[place] - base.slopes[:, run] * down[place])
+        inside = Slabs(
+            np.append(down + base.rows[slab], rows[-1]),
+            np.append(0, np.cumsum(base.sizes[slab])),
+            ends,
+            base.slopes[:, run],
+        )
+        return all_of([inside, documents]).between(r.q0, r.q1)
+
+    def _settles(self, k_stop: int) -> tuple[int, int]:
+        return 0, 1  # there are no rows beyond the documents
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         for side, stop, name in ((self.lengths, q_stop, "queries"), (self.kv_lengths or self.lengths, k_stop, "keys")):
             total = int(side.tensor.sum(-1).max())
@@ -116,6 +151,11 @@ class Segments:
         """The first and the last segment of positions `[lo, hi)`."""
         b = np.minimum(b, len(self._document) - 1)
         return self._document[b, lo], self._document[b, hi - 1]
+
+    def row(self, b: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each segment of a sample begins and ends."""
+        b = min(b, len(self.starts) - 1)
+        return self.starts[b], self.ends[b]
 
     def span(self, b: np.ndarray, segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where a segment begins and ends."""
@@ -160,6 +200,22 @@ class Padded(Mask):
         q0, k0 = np.maximum(r.q0 - start, 0), np.maximum(r.k0 - start, 0)
         q1, k1 = np.maximum(r.q1 - start, q0 + 1), np.maximum(r.k1 - start, k0 + 1)
         return kleene_and(real, np.where(outside, EMPTY, self.base._tile(Rectangles(r.b, r.h, q0, q1, k0, k1))))
+
+    def _slabs(self, r: Region) -> Slabs:
+        start = int(self._start(np.array(r.b)))
+        q0, k0 = max(r.q0, start), max(r.k0, start)
+        if q0 >= r.q1 or k0 >= r.k1:
+            return blank(r.q0, r.q1)
+        base = self.base._slabs(r._replace(q0=q0, k0=k0).moved(-start, -start)).moved(start, start)
+        real = all_of([base, bands(q0, r.q1, start, 0, FAR, 0)])
+        return stacked([blank(r.q0, q0), real]) if r.q0 < q0 else real
+
+    def _variant(self, b: int, h: int) -> Hashable:
+        return int(self._start(np.array(b))), self.base._variant(b, h)
+
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        found = self.base._settles(k_stop)
+        return None if found is None else (found[0] + low_high(self.starts)[1], found[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         least = low_high(self.starts)[0]
@@ -210,6 +266,23 @@ class Prepended(Mask):
         own = np.where(r.q1 <= self.q, seen, np.where(r.q0 >= self.q, base, both))
         partly = np.where(own == FULL, FULL, MIXED)  # some extra keys, some of the mask's own
         return np.where(r.k1 <= self.k, FULL, np.where(r.k0 >= self.k, own, partly)).astype(np.int8)
+
+    def _slabs(self, r: Region) -> Slabs:
+        """Above the extra rows' own, below the base's, both behind the extra keys."""
+        k0, k1 = (max(x, self.k) - self.k for x in (r.k0, r.k1))
+        parts = []
+        for mask, q0, q1, up in ((self.seen, r.q0, min(r.q1, self.q), 0), (self.base, max(r.q0, self.q), r.q1, self.q)):
+            if q0 < q1:
+                extra = bands(q0, q1, 0, 0, self.k, 0) if self.k else blank(q0, q1)
+                own = blank(q0, q1)
+                if k0 < k1:
+                    own = mask._slabs(Region(r.b, r.h, q0 - up, q1 - up, k0, k1)).moved(up, self.k)
+                parts.append(any_of([extra, all_of([own, bands(q0, q1, self.k, 0, FAR, 0)])]))
+        return stacked(parts)
+
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        found = self.base._settles(max(0, k_stop - self.k))
+        return None if found is None else (found[0] + self.q, found[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         q_stop, k_stop = max(0, q_stop - self.q), max(0, k_stop - self.k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -14,8 +14,10 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written
+from truemask.masks.core import Mask
 from truemask.masks.questions import ANY
+from truemask.masks.traced import recorded
+from truemask.masks.value import Written
 from truemask.masks.writing import ATOM
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -55,10 +57,17 @@ class Predicate(Mask):
     def _tile(self, r: Rectangles) -> States:
         return np.broadcast_to(MIXED, np.broadcast_shapes(r.q0.shape, r.k0.shape, r.b.shape, r.h.shape))
 
+    def _variant(self, b: int, h: int) -> Hashable:
+        return b * (self.batch_size != 1), h * (self.head_count != 1)
+
+    def _settles(self, k_stop: int) -> None:
+        return None
+
     def _write(self) -> Written:
         return f"predicate({getattr(self.fn, '__qualname__', type(self.fn).__name__)})", ATOM
 
 
+@recorded
 def predicate(fn: MaskMod) -> Mask:
     """Whatever `fn(b, h, q, k)` says: int64 index tensors that broadcast, to bool; FlexAttention's `mask_mod`.
 

@@ -6,9 +6,8 @@ passed), and `batch` and `heads` where a mask varies over them without holding a
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,30 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
-from truemask.geometry.logic import States
-from truemask.geometry.picture import html_picture, text_picture
-from truemask.geometry.tiles import Rectangles, TileMap, build_tile_map
-from truemask.masks.data_store import whole
+from truemask.geometry.measure import first_cell, live_rows, pairs, seen_keys
+from truemask.geometry.search import first_cell_in, lives_in, pairs_in
+from truemask.geometry.tiles import TileMap, shared
+from truemask.masks.data_store import LARGEST, whole
+from truemask.masks.exact import Exact
+from truemask.masks.pictures import Pictures
+from truemask.masks.slab_tensors import SlabTensors, slab_tensors
+from truemask.masks.verdict import Cell
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 TILED_FROM = 1 << 16  # cells from which on a dense mask is filled tile by tile
 ANY = 0  # the size of an axis over which a mask varies without holding a number of entries
 
 
-class Questions(ABC):
+class Questions(Exact, Pictures):
     """What can be asked of a mask, in terms of the few things that it says of itself."""
 
-    _tiles_exact: ClassVar[bool] = False  # whether `_tile` answers MIXED only where both values occur
     batch_size: Any  # int: 1 all samples alike, ANY unknown, n data for n samples
     head_count: Any  # int: the same for heads
     text: Any  # str: the expression
-
-    @abstractmethod
-    def truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may attend to key k, on index tensors that broadcast."""
-
-    @abstractmethod
-    def _tile(self, r: Rectangles) -> States:
-        """Three-valued answers that broadcast with the rectangles."""
 
     @abstractmethod
     def check(self, q_len: int, kv_len: int, *, batch: int | None = None, heads: int | None = None) -> None:
@@ -48,6 +45,18 @@ class Questions(ABC):
     @abstractmethod
     def kv_len_for(self, q_len: int) -> int:
         """What `kv_len=None` means."""
+
+    @abstractmethod
+    def at(self, q_start: int = 0, k_start: int = 0) -> Any:
+        """The same mask for later rows and keys."""
+
+    @abstractmethod
+    def _check(self, q_stop: int, k_stop: int) -> None:
+        """Raise if positions below these are more than the data answers for."""
+
+    @abstractmethod
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        """A row from which on what is seen of the keys below `k_stop` repeats, and with what period."""
 
     def _sizes(self, q_len: int, kv_len: int | None, batch: int | None, heads: int | None) -> tuple[int, int, int, int]:
         """Checked (samples, heads, q_len, kv_len), with 1 where the mask does not vary."""
@@ -76,20 +85,9 @@ class Questions(ABC):
         if len(pair) != 2:
             raise MaskError(f"block is an int or a pair (queries, keys), got {describe(block)}")
         sizes = (whole(pair[0], "block", 1), whole(pair[1], "block", 1))
-        return build_tile_map(
-            self._tile,
-            self._cells,
-            q_len=q_len,
-            kv_len=kv_len,
-            block=sizes,
-            batch=samples,
-            heads=head_count,
-            exact=self._tiles_exact,
-        )
-
-    def _cells(self, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:
-        """`truth` on numpy arrays."""
-        return self.truth(*map(torch.from_numpy, (b, h, q, k))).numpy()
+        members, which = self._variants(samples, head_count)
+        parts = [self._map(b, h, q_len, kv_len, sizes) for b, h in members] or [self._map(0, 0, q_len, kv_len, sizes)]
+        return parts[0] if which.size == 1 else shared(parts, which, self._cells, self._phase)
 
     def to_dense(
         self,
@@ -106,6 +104,31 @@ class Questions(ABC):
             return torch.from_numpy(self.tiles(q_len, kv_len, batch=samples, heads=head_count).dense())
         b, h, q, k = indices(samples, head_count, q_len, kv_len, device)
         return self.truth(b, h, q, k).contiguous()
+
+    def to_block_mask(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        block: int | tuple[int, int] = 128,
+        batch: int | None = None,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> BlockMask:
+        """The mask for FlexAttention: a `torch.nn.attention.flex_attention.BlockMask`, without evaluating every cell.
+
+        Its lists are those of torch's `create_block_mask`, its `mask_mod` is `truth`; `block` is an int or (queries,
+        keys). `device=None` is the CPU. It can be made in a `DataLoader` worker, pinned, and moved with `.to(device)`,
+        which takes the mask's data along (docs/flex.md).
+
+        >>> from truemask.masks.positional import causal
+        >>> causal.to_block_mask(512).full_kv_num_blocks
+        tensor([[[0, 1, 2, 3]]], dtype=torch.int32)
+        """
+        from truemask.masks.block_mask import block_mask_of
+
+        tiles = self.tiles(q_len, kv_len, block, batch=batch, heads=heads)
+        return block_mask_of(self, tiles, device)
 
     def __getitem__(self, place: tuple[int, int]) -> bool:
         """Whether query `place[0]` may attend to key `place[1]`."""
@@ -130,13 +153,13 @@ class Questions(ABC):
         >>> causal.count(5)
         tensor([[15]])
         """
-        tiles = self.tiles(q_len, kv_len, batch=batch, heads=heads)
-        pairs = np.zeros(tiles.shape[:2], np.int64)
-        full = tiles.full()
-        np.add.at(pairs, (full.b, full.h), (full.q1 - full.q0) * (full.k1 - full.k0))
-        for part in tiles.evaluated():
-            np.add.at(pairs, (part.b, part.h), part.cells.sum((1, 2)))
-        return torch.from_numpy(pairs)
+        samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
+
+        def pairs_of(b: int, h: int) -> int:
+            slabs = self._exact(b, h, q_len, kv_len)
+            return pairs_in(self._searched(b, h, q_len, kv_len)) if slabs is None else pairs(slabs)
+
+        return self._for_each(pairs_of, samples, head_count)
 
     def density(
         self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
@@ -150,44 +173,120 @@ class Questions(ABC):
         self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
     ) -> Tensor:
         """Which queries may attend to nothing, bool `[b, h, q]`: their output is zeros (law 5, docs/conventions.md)."""
-        return self._dead(0, q_len, kv_len, batch, heads)
+        samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
+
+        def live(b: int, h: int) -> NDArray[np.bool_]:
+            slabs = self._exact(b, h, q_len, kv_len)
+            return lives_in(self._searched(b, h, q_len, kv_len), 0) if slabs is None else live_rows(slabs)
+
+        return ~self._for_each(live, samples, head_count).bool()
 
     def dead_keys(
         self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
     ) -> Tensor:
         """Which keys no query may attend to, bool `[b, h, k]`."""
-        return self._dead(1, q_len, kv_len, batch, heads)
+        samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
+        return ~self._seen(samples, head_count, q_len, kv_len)
 
-    def _dead(self, axis: int, q_len: int, kv_len: int | None, batch: int | None, heads: int | None) -> Tensor:
-        tiles = self.tiles(q_len, kv_len, batch=batch, heads=heads)
-        full, sizes = tiles.full(), (tiles.q_len, tiles.kv_len)
-        first, stop = ((full.q0, full.q1), (full.k0, full.k1))[axis]
-        seen = np.zeros(
-            (*tiles.shape[:2], sizes[axis] + tiles.block[axis] + 1), np.int64
-        )  # +1 where a run begins, -1 behind it
-        np.add.at(seen, (full.b, full.h, first), 1)
-        np.add.at(seen, (full.b, full.h, stop), -1)
-        alive = seen.cumsum(-1) > 0
-        for part in tiles.evaluated():
-            some = part.cells.any(2 - axis)
-            place = (part.i, part.j)[axis][:, None] * tiles.block[axis] + np.arange(part.cells.shape[1 + axis])
-            np.logical_or.at(alive, (part.b[:, None], part.h[:, None], place), some)
-        return torch.from_numpy(~alive[..., : sizes[axis]])
+    def live_keys(
+        self,
+        q_start: int,
+        kv_len: int | None = None,
+        *,
+        q_stop: int | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
+    ) -> Tensor:
+        """Which of the keys so far any later query may still see, bool `[b, h, k]`: what a cache must keep.
 
-    def show(
-        self, q_len: int = 16, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
-    ) -> str:
-        """A picture in text, one panel for each sample and head that differs."""
-        dense = self.to_dense(q_len, kv_len, batch=batch, heads=heads).numpy()
-        panels = [(label, dense[place]) for place, label in _panels(dense.shape)]
-        return "\n".join(text_picture(cells, title=f"{self}{label}") for label, cells in panels)
+        Later queries are those from position `q_start` on, up to `q_stop`; by default all that can ever come (as far as
+        the mask's data reach). `kv_len` is the number of keys, by default `q_start`.
 
-    def _repr_html_(self) -> str:
-        q_len = _picture_length(self)
-        dense = self.to_dense(q_len, batch=self.batch_size or 1, heads=self.head_count or 1).numpy()
-        places = list(_panels(dense.shape))[:8]
-        cells = np.stack([dense[place] for place, _ in places])
-        return html_picture(cells, title=str(self.text), labels=[label for _, label in places])
+        >>> from truemask.masks.positional import causal, window
+        >>> from truemask.masks.data import prefix
+        >>> mask = causal & (window(3) | prefix(1))
+        >>> mask.live_keys(6)[0, 0].int().tolist()  # the sink, and what position 6 and later ones look back at
+        [1, 0, 0, 0, 1, 1]
+        """
+        q_start = whole(q_start, "q_start")
+        kv_len = q_start if kv_len is None else whole(kv_len, "kv_len")
+        stop = self._last_query(q_start, kv_len) if q_stop is None else whole(q_stop, "q_stop", q_start)
+        later = cast("Questions", self.at(q_start=q_start))
+        samples, head_count, rows, _ = later._sizes(max(0, stop - q_start), kv_len, batch, heads)
+        return later._seen(samples, head_count, rows, kv_len)
+
+    def _last_query(self, q_start: int, kv_len: int) -> int:
+        """A row behind which no query sees any of the first keys that none before saw."""
+        settled = self._settles(kv_len)
+        held = self._rows_held(q_start)
+        if settled is None and held is None:
+            raise MaskError(
+                f"live_keys: what `{self}` lets later queries see of {kv_len} keys never repeats, and nothing says "
+                "where queries end: pass `q_stop=`, the number of queries that there will be"
+            )
+        stop = held if settled is None else max(q_start, settled[0]) + settled[1]
+        return min(stop, held) if stop is not None and held is not None else stop or 0
+
+    def _rows_held(self, q_start: int) -> int | None:
+        """How many queries the mask's data answer for; None if for any number."""
+
+        def answers(q_stop: int) -> bool:
+            try:
+                self._check(q_stop, 0)
+            except MaskError:
+                return False
+            return True
+
+        if answers(LARGEST - 1):
+            return None
+        low, high = 0, LARGEST - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if answers(middle) else (low, middle)
+        return low
+
+    def to_slabs(
+        self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> SlabTensors:
+        """The exact form as plain int64 tensors: slabs of rows, and runs of keys whose ends move by 0 or 1 a row.
+
+        Raises MaskError if the mask has none (predicates, random cells) or it would be larger than two million runs.
+
+        >>> from truemask.masks.positional import window
+        >>> slabs = window(3).to_slabs(8)
+        >>> slabs.q_start.tolist(), slabs.q_stop.tolist(), slabs.starts.tolist()
+        ([0, 3], [3, 8], [0, 1, 2])
+        >>> slabs.low.tolist(), slabs.low_slope.tolist(), slabs.high.tolist(), slabs.high_slope.tolist()
+        ([0, -2], [0, 1], [1, 1], [1, 1])
+        """
+        samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
+        members, which = self._variants(samples, head_count)
+        found = [self._exact(b, h, q_len, kv_len) for b, h in members]
+        parts = [slabs for slabs in found if slabs is not None]
+        if len(parts) < len(found):
+            raise MaskError(
+                f"`{self}` has no exact form for {q_len} queries and {kv_len} keys: `tiles(...)` and `to_dense(...)` "
+                "answer for such masks"
+            )
+        return slab_tensors(parts, which)
+
+    def _seen(self, samples: int, heads: int, q_len: int, kv_len: int) -> Tensor:
+        """Which keys some query sees."""
+
+        def seen(b: int, h: int) -> NDArray[np.bool_]:
+            slabs = self._exact(b, h, q_len, kv_len)
+            return lives_in(self._searched(b, h, q_len, kv_len), 1) if slabs is None else seen_keys(slabs, kv_len)
+
+        return self._for_each(seen, samples, heads).bool()
+
+    def _first(self, samples: int, heads: int, q_len: int, kv_len: int) -> Cell | None:
+        """A cell that is True, or None if there is none."""
+        for b, h in self._variants(samples, heads)[0]:
+            slabs = self._exact(b, h, q_len, kv_len)
+            found = first_cell_in(self._searched(b, h, q_len, kv_len)) if slabs is None else first_cell(slabs)
+            if found is not None:
+                return Cell(b, h, *found)
+        return None
 
 
 def indices(b: int, h: int, q: int, k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -202,20 +301,3 @@ def _axis(mask: Questions, name: str, own: int, asked: int | None) -> int:
         axis = {"batch": "samples", "heads": "heads"}[name]
         raise MaskError(f"the mask `{mask}` varies over {axis} and holds no number of them: pass `{name}=`")
     return 1 if own == 1 else own or (asked or 0)
-
-
-def _panels(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], str]]:
-    for b, h in np.ndindex(*shape[:2]):
-        names = [f"sample {b}"] * (shape[0] > 1) + [f"head {h}"] * (shape[1] > 1)
-        yield (b, h), f"  ({', '.join(names)})" if names else ""
-
-
-def _picture_length(mask: Questions, longest: int = 24) -> int:
-    """The longest length up to `longest` that the mask's data answers for."""
-    for length in range(longest, 0, -1):
-        try:
-            mask.check(length, mask.kv_len_for(length))
-        except MaskError:
-            continue
-        return length
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
+from truemask.geometry.overlay import all_of, any_of, transposed
 from truemask.geometry.ranges import RangeTable
-from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, Written, joined
+from truemask.geometry.slabs import NoExactFormError, Region, Slabs, bands, stacked
+from truemask.geometry.tiles import Ints, Rectangles
+from truemask.masks.core import Mask, joined
 from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
+from truemask.masks.value import Written
 from truemask.masks.writing import call, method
 
 
@@ -63,8 +67,12 @@ class At(Mask):
         if q_start == k_start == 0:
             return base
         if isinstance(base, At):
-            return cls(base.base, base.q_start + q_start, base.k_start + k_start)
-        return cls(base, q_start, k_start)
+            base, q_start, k_start = base.base, base.q_start + q_start, base.k_start + k_start
+        new = cls.__new__(cls)  # decoding makes one in every step: what follows from the base is not asked again
+        asked = ("batch_size", "head_count", "varies_with_query")
+        known = {name: getattr(base, name) for name in asked}
+        vars(new).update(base=base, q_start=q_start, k_start=k_start, children=(base,), **known)
+        return new
 
     @property
     def _tiles_exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -76,6 +84,17 @@ class At(Mask):
     def _tile(self, r: Rectangles) -> States:
         q, k = np.int64(self.q_start), np.int64(self.k_start)
         return self.base._tile(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
+
+    def _slabs(self, r: Region) -> Slabs:
+        return self.base._slabs(r.moved(self.q_start, self.k_start)).moved(-self.q_start, -self.k_start)
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        q, k = np.int64(self.q_start), np.int64(self.k_start)
+        return self.base._phase(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
+
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        found = self.base._settles(k_stop + self.k_start)
+        return None if found is None else (max(0, found[0] - self.q_start), found[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         self.base._check(q_stop + self.q_start, k_stop + self.k_start)
@@ -139,6 +158,31 @@ class Take(Mask):
             low, high = k.between(r.b, k0, k1)
             k0, k1 = low, high + 1
         return self.base._tile(r.moved(q0=q0, q1=q1, k0=k0, k1=k1))
+
+    def _slabs(self, r: Region) -> Slabs:
+        """Runs of positions that follow each other are shifts of the base; there must be few of keys."""
+        rows = _consecutive(self.q, r.b, r.q0, r.q1)
+        columns = _consecutive(self.k, r.b, r.k0, r.k1)
+        if len(columns) > MOST_MOVES or len(rows) * len(columns) > MOST_SHIFTS:
+            raise NoExactFormError(f"`{self}` takes positions in {len(rows)} x {len(columns)} runs")
+        parts = [
+            any_of([self._shifted(r, row, column) for column in columns])
+            if len(columns) > 1
+            else self._shifted(r, row, columns[0])
+            for row in rows
+        ]
+        return stacked(parts)
+
+    def _shifted(self, r: Region, row: tuple[int, int, int], column: tuple[int, int, int]) -> Slabs:
+        """The base for rows and keys (first, stop, position of the first) that follow each other, where those stand."""
+        (q0, q1, q), (k0, k1, k) = row, column
+        base = self.base._slabs(Region(r.b, r.h, q, q + q1 - q0, k, k + k1 - k0)).moved(q0 - q, k0 - k)
+        return base if self.k is None else all_of([base, bands(q0, q1, k0, 0, k1, 0)])
+
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        if self.q is not None:
+            return 0, 1  # there are no rows beyond those taken
+        return self.base._settles(k_stop if self.k is None else _stop(self.k))
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         for side, stop, name in ((self.q, q_stop, "queries"), (self.k, k_stop, "keys")):
@@ -208,6 +252,20 @@ class Select(Mask):
     def _tile(self, r: Rectangles) -> States:
         return self.base._tile(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
 
+    def _places(self, b: int, h: int) -> tuple[int, int]:
+        """The base's sample and head."""
+        return int(_pick(self.samples, np.array(b))), int(_pick(self.heads, np.array(h)))
+
+    def _slabs(self, r: Region) -> Slabs:
+        b, h = self._places(r.b, r.h)
+        return self.base._slabs(r._replace(b=b, h=h))
+
+    def _variant(self, b: int, h: int) -> Hashable:
+        return self.base._variant(*self._places(b, h))
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return self.base._phase(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
+
     def kv_len_for(self, q_len: int) -> int:
         return self.base.kv_len_for(q_len)
 
@@ -245,6 +303,16 @@ class Transposed(Mask):
     def _tile(self, r: Rectangles) -> States:
         return self.base._tile(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
 
+    def _slabs(self, r: Region) -> Slabs:
+        base = self.base._slabs(Region(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
+        return transposed(base, r.q0, r.q1)
+
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        return self.base._phase(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
+
+    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+        return None  # the base would have to say it of its rows
+
     def _check(self, q_stop: int, k_stop: int) -> None:
         self.base._check(k_stop, q_stop)
 
@@ -260,6 +328,20 @@ class Transposed(Mask):
 
     def _write(self) -> Written:
         return method(self.base, "T")
+
+
+MOST_MOVES, MOST_SHIFTS = 64, 1024  # runs of keys, and of rows times keys, that are worth shifting one by one
+
+
+def _consecutive(taken: Data | None, b: int, first: int, stop: int) -> list[tuple[int, int, int]]:
+    """Places `[first, stop)` as runs (start, stop, position of the first) of positions that follow each other."""
+    if taken is None:
+        return [(first, stop, first)]
+    positions = np.atleast_2d(taken.array)
+    positions = positions[min(b, len(positions) - 1), first:stop]
+    begins = np.flatnonzero(np.append(True, np.diff(positions) != 1))
+    stops = np.append(begins[1:], len(positions))
+    return [(first + int(i), first + int(j), int(positions[i])) for i, j in zip(begins, stops, strict=True)]
 
 
 def _positions(value: object, name: str) -> Data | None:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError, describe, suggest
-from truemask.masks.core import DEEPEST, KINDS, Mask, operand
+from truemask.masks.building import KINDS
+from truemask.masks.core import Mask, operand
 from truemask.masks.data import global_tokens, keys, queries
 from truemask.masks.data_store import LONGEST, Data, integers
 from truemask.masks.labels import same
 from truemask.masks.predicate import Predicate
 from truemask.masks.text import FUNCTIONS
+from truemask.masks.value import DEEPEST
 
 FORMAT = "truemask-1"
 Json = dict[str, Any]

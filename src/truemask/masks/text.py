@@ -18,7 +18,9 @@ from truemask.masks.core import Mask
 from truemask.masks.data import global_tokens, keys, padding, prefix, queries
 from truemask.masks.labels import documents, same
 from truemask.masks.matrices import block_pattern, dense, tree
-from truemask.masks.positional import blocks, causal, dilated, grid, local, random, strided, window
+from truemask.masks.patterned import dilated, grid, random, strided
+from truemask.masks.positional import blocks, causal, local, window
+from truemask.masks.traced import recorded
 
 LONGEST = 20_000  # characters
 DEEPEST = 100  # brackets, or signs in a row
@@ -43,6 +45,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Mask, Mask], Mask]] = {
 }
 
 
+@recorded
 def parse(text: str) -> Mask:
     """The mask that a text of the language says; the inverse of `str(mask)` where `mask.has_text`.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from truemask.masks.core import Mask, Written
+from truemask.masks.core import Mask
 from truemask.masks.data_store import Data
+from truemask.masks.value import Written
 
 # How tightly each form of text binds; Python's own order.
 OR, XOR, AND, MINUS, NOT, ATOM = range(6)

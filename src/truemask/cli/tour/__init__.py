@@ -1,1 +1,1 @@
-"""The tour: five acts about what attention masks do, measured while you watch."""
+"""The tour: six acts about what attention masks do, measured while you watch."""

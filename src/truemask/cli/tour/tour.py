@@ -18,11 +18,12 @@ from truemask.cli.tour.inverted import ACT as INVERTED
 from truemask.cli.tour.leak import ACT as LEAK
 from truemask.cli.tour.learning import ACT as LEARNING
 from truemask.cli.tour.patterns import ACT as PATTERNS
+from truemask.cli.tour.race import ACT as RACE
 from truemask.cli.tour.report import Chapter, write_report
 from truemask.cli.tour.stage import Act, Stage
 from truemask.errors import suggest
 
-ACTS = (ARTICLE, INVERTED, PATTERNS, LEAK, LEARNING)
+ACTS = (ARTICLE, INVERTED, PATTERNS, LEAK, RACE, LEARNING)
 NAMES = ", ".join(act.name for act in ACTS)
 TWICE = 2.0  # seconds within which a second Ctrl-C leaves the tour
 COMMANDS = (

@@ -20,8 +20,10 @@ from truemask.masks.foreign.reading import (
     zeros_and_ones,
 )
 from truemask.masks.positional import causal
+from truemask.masks.traced import recorded
 
 
+@recorded
 def from_torch_sdpa(attn_mask: Tensor) -> Mask:
     """The boolean `attn_mask` of `F.scaled_dot_product_attention`: True = attend, so nothing is flipped.
 
@@ -52,6 +54,7 @@ def from_torch_sdpa(attn_mask: Tensor) -> Mask:
     return from_cells("from_torch_sdpa", "attn_mask", attn_mask)
 
 
+@recorded
 def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
     """A float mask that is added to the scores: 0 = attend, the lowest numbers = hidden.
 
@@ -73,6 +76,7 @@ def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
     return from_cells("from_additive", "the mask", additive_visible("from_additive", "the mask", bias), axes)
 
 
+@recorded
 def from_torch_mha(
     attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None, *, num_heads: int | None = None
 ) -> Mask:
@@ -117,6 +121,7 @@ def from_torch_mha(
     return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
+@recorded
 def from_huggingface_2d(attention_mask: Tensor) -> Mask:
     """The 2-D `attention_mask` of Hugging Face: 1 = a real token, 0 = padding. It speaks of keys only.
 
@@ -132,7 +137,7 @@ def from_huggingface_2d(attention_mask: Tensor) -> Mask:
     >>> right
     keys([[True, True, False], [True, True, True]])
     >>> right.equivalent(tm.padding(lengths=[2, 3], on="keys"), 3)
-    True
+    yes
     """
     where = "from_huggingface_2d"
     require_tensor(where, attention_mask)
@@ -144,6 +149,7 @@ def from_huggingface_2d(attention_mask: Tensor) -> Mask:
     return key_visibility(zeros_and_ones(where, "attention_mask", attention_mask))
 
 
+@recorded
 def from_x_transformers(
     mask: Tensor | None = None, attn_mask: Tensor | None = None, *, heads: int | None = None
 ) -> Mask:
@@ -180,6 +186,7 @@ def from_x_transformers(
     return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
+@recorded
 def from_keras(attention_mask: Tensor | None = None, use_causal_mask: bool = False) -> Mask:
     """The masks of Keras' `MultiHeadAttention`: True = attend, ANDed with a top-left causal one if asked.
 

@@ -1,0 +1,259 @@
+"""`attend` under `torch.compile`: one operator, `truemask::attend`, and its backward.
+
+What dynamo traces is short: the mask is noted as text (masks/traced.py), and everything goes to the operator, whose
+run is the eager `attend` with its caches of plans. So nothing of a mask is a constant of the graph: another mask, other
+data, another offset or length are no new compilation.
+
+In training the run is recorded by autograd, and its record travels to the backward behind a tensor, `state`, whose
+memory owns it. A compiled graph may write over its tensors once it has no more use for them, and knows nothing of the
+record: so the run works on copies, and what it returns are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from truemask._call import Call, cast, read_call
+from truemask._door import check_mask_tensor
+from truemask._run import new_seed, run
+from truemask.backends.base import Result
+from truemask.errors import PlanError
+from truemask.masks.biases import Alibi, Bias, Relative, alibi, relative
+from truemask.masks.traced import BUILDERS, Note, read
+
+
+class Asked(NamedTuple):
+    """What the operators are asked: `SCHEMA` in Python's words."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: str  # as `Note` wrote it, with the tensors, ints and floats of its places
+    tensors: Sequence[Tensor]
+    ints: Sequence[int]
+    floats: Sequence[float]
+    bias: Tensor | None
+    bias_form: str  # as a note, with the tensor in its place
+    sinks: Tensor | None
+    seed: Tensor | None
+    scale: float | None
+    softcap: float | None
+    dropout: float
+    backend: str | None
+    return_lse: bool
+    return_weights: bool
+    grad: bool  # whether a backward may come
+
+
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, str mask, Tensor[] tensors, SymInt[] ints, float[] floats, Tensor? bias, "
+    "str bias_form, Tensor? sinks, Tensor? seed, float? scale, float? softcap, float dropout, str? backend, "
+    "bool return_lse, bool return_weights, bool grad"
+)
+
+
+def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, **options: Any) -> Result:
+    """The call, while `torch.compile` traces it."""
+    q, k, v = (q, k, v) if q.is_meta else cast(q, k, v, q.device)
+    note = Note()
+    text = note.write(mask)
+    added, form = _as_tensor(bias)
+    seed = new_seed() if options["dropout"] else None
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, added, sinks))
+    asked = Asked(q, k, v, text, note.tensors, note.ints, note.floats, added, form, sinks, seed, grad=grad, **options)
+    return Result(*torch.ops.truemask.attend(*asked)[:3])
+
+
+def _as_tensor(bias: Any) -> tuple[Tensor | None, str]:
+    """A bias as the tensor that may want gradients, and a note (traced.py) of the bias that holds it."""
+    if isinstance(bias, Alibi):
+        return bias.slopes, "alibi(T0, {})"
+    if isinstance(bias, Relative):
+        options = f"{{'max_distance': {bias.max_distance}, 'bidirectional': {bias.bidirectional}}}"
+        return bias.table, f"relative(T0, {options})"
+    if isinstance(bias, Bias):
+        return None, OTHER
+    return bias, "None" if bias is None else "T0"
+
+
+OTHER = "'a bias of another class'"
+BUILDERS.update(alibi=alibi, relative=relative)
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("truemask::attend", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse and weights, what was not asked for empty; and what the backward needs."""
+    asked = Asked(*args)
+    record = Record() if asked.grad else None
+    found = _eagerly(asked) if record is None else record.run(asked)
+    out = found.out.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    lse, weights = (asked.q.new_empty(0) if x is None else _own(x) for x in found[1:])
+    return out, lse, weights, torch.empty(0, dtype=torch.uint8) if record is None else record.state()
+
+
+@attend_op.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes; it passes the door, so that mistakes are told when the function is compiled."""
+    asked = Asked(*args)
+    r, new = _read(asked, None).request, asked.q.new_empty
+    if asked.mask == "T0":
+        check_mask_tensor(asked.tensors[0], r.batch, r.heads, r.q_len, r.kv_len)
+    rows = (r.batch, r.heads, r.q_len)
+    lse = new(rows, dtype=torch.float64 if r.dtype == torch.float64 else torch.float32) if r.return_lse else new(0)
+    weights = new((*rows, r.kv_len)) if r.return_weights else new(0)
+    state = torch.empty(int(asked.grad), dtype=torch.uint8)
+    return new((r.batch, r.q_len, r.heads, r.value_dim)).transpose(1, 2), lse, weights, state
+
+
+def _read(asked: Asked, mask: Any) -> Call:
+    if asked.bias_form == OTHER:
+        raise TypeError(
+            "attend: a compiled function takes a bias as a tensor, alibi(...) or relative(...): nobody knows which "
+            "tensors another bias object reads"
+        )
+    return read_call(
+        asked.q,
+        asked.k,
+        asked.v,
+        mask,
+        bias=read(asked.bias_form, [] if asked.bias is None else [asked.bias], (), ()),
+        scale=asked.scale,
+        softcap=asked.softcap,
+        sink_logits=asked.sinks,
+        dropout=asked.dropout,
+        return_lse=asked.return_lse,
+        return_weights=asked.return_weights,
+    )
+
+
+def _eagerly(asked: Asked) -> Result:
+    """The call as it runs without `torch.compile`."""
+    mask = read(asked.mask, asked.tensors, asked.ints, asked.floats)
+    return run(_read(asked, mask), asked.backend, asked.seed)
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy of the numbers, one after the other."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+# -- backward ----------------------------------------------------------------------------------------------------------
+
+
+class Record(bytearray):
+    """One run as autograd saw it; the memory of the tensor that stands for it."""
+
+    __slots__ = ("__weakref__", "leaves", "results")
+    leaves: dict[str, Tensor]
+    results: tuple[Tensor | None, ...]
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def run(self, asked: Asked) -> Result:
+        """The call on copies of its tensors."""
+        given = {name: getattr(asked, name) for name in DIFFERENTIABLE}
+        self.leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items() if x is not None}
+        with _recording():
+            self.results = found = _eagerly(asked._replace(**self.leaves))
+        return found
+
+    def state(self) -> Tensor:
+        """The tensor that keeps this record, and finds it: a single 0."""
+        tensor = torch.frombuffer(self, dtype=torch.uint8)
+        RECORDS[tensor.data_ptr()] = self
+        return tensor
+
+
+DIFFERENTIABLE = ("q", "k", "v", "sinks", "bias")
+RECORDS: WeakValueDictionary[int, Record] = WeakValueDictionary()
+
+
+@torch.library.custom_op("truemask::attend_backward", mutates_args=())
+def backward_op(
+    state: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    names: str,
+    sizes: Sequence[int],
+    sinks_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """The gradients of the tensors in `names`, whose sizes are strung together."""
+    record = RECORDS.get(state.data_ptr())
+    if record is None:
+        raise PlanError(
+            "attend: the backward of a compiled function was given a copy of what its forward left behind: hooks that "
+            "move saved tensors elsewhere (`save_on_cpu`) do not go with attend under torch.compile"
+        )
+    arrived = zip(record.results, (dout, dlse, dweights), strict=True)
+    results, arriving = zip(*[(x, dx) for x, dx in arrived if x is not None and dx is not None], strict=True)
+    leaves = [record.leaves[name] for name in names.split()]
+    with _recording():
+        grads = torch.autograd.grad(results, leaves, arriving, retain_graph=True, materialize_grads=True)
+    return [_own(grad) for grad in grads]
+
+
+@backward_op.register_fake
+def _(
+    state: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    names: str,
+    sizes: Sequence[int],
+    sinks_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    made, rest = [], list(sizes)
+    for name in names.split():
+        axes = {"sinks": 1, "bias": len(rest)}.get(name, 4)  # a bias comes last
+        dtype = {"sinks": sinks_dtype, "bias": bias_dtype}.get(name, dout.dtype)
+        made.append(dout.new_empty(rest[:axes], dtype=dtype))
+        rest = rest[axes:]
+    return made
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd as in eager code: inside of an operator's kernel torch leaves it out."""
+    left_out = torch._C._dispatch_tls_local_exclude_set()
+    key = torch._C.DispatchKey
+    for one in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
+        left_out = left_out.remove(one)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, left_out), torch.enable_grad():
+        yield
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    asked = Asked(*inputs)
+    ctx.save_for_backward(output[-1])
+    ctx.returned = asked.return_lse, asked.return_weights
+    ctx.shapes = {name: x.shape for name in DIFFERENTIABLE if (x := getattr(asked, name)) is not None}
+    ctx.dtypes = [None if x is None else x.dtype for x in (asked.sinks, asked.bias)]
+    ctx.lists = {name: len(getattr(asked, name)) for name in ("tensors", "ints", "floats")}
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor) -> tuple[Any, ...]:
+    (state,) = ctx.saved_tensors
+    names = [name for name in ctx.shapes if ctx.needs_input_grad[Asked._fields.index(name)]]
+    arriving = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
+    sizes = [size for name in names for size in ctx.shapes[name]]
+    found = torch.ops.truemask.attend_backward(state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
+    grads = dict(zip(names, found, strict=True))
+    lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule
+    return tuple((grads | lists).get(name) for name in Asked._fields)
+
+
+attend_op.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,263 @@
+"""Strips put into few large calls: which strips run side by side, padded to what, and under which additive mask.
+
+| the strips                        | run                                                                  |
+|-----------------------------------|----------------------------------------------------------------------|
+| see every key of their intervals  | with those as wide as they are, without a mask                       |
+| share a pattern                   | together under one mask, or under the kernel's flag if it is causal  |
+| are few of their kind             | padded to the widest of a batch, each under a mask of its own        |
+
+A batch whose rows and keys move in equal steps is run on overlapping views of q, k and v; the others are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from truemask.geometry.strips import ALL, ASKED, Strips
+
+Ints = NDArray[np.int64]
+
+FLOATS = 1 << 25  # bytes of additive masks that are kept as numbers; the others are kept as bits
+CAUSAL = -3  # beside ALL and ASKED: the pattern is top-left causal
+CALL_CELLS = 1 << 15  # cells, over the heads, that a call's own seconds are worth
+
+
+class Steps(NamedTuple):
+    """Where strips begin, if each begins as far behind the one before."""
+
+    first: int
+    step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """The additive masks of a group: distinct ones as numbers, or as bits, and which strip has which."""
+
+    table: Tensor | None  # [patterns, 1, height, width], 0 and -inf
+    bits: Tensor | None  # uint8 [patterns, bytes]
+    which: Tensor | None  # int64 [strips]; None: strip i has pattern i, or all have the only one
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in (self.table, self.bits, self.which) if x is not None)
+
+    def additive(self, part: slice, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        """`[1 or strips, 1, height, width]`."""
+        held = self.table if self.table is not None else self.bits
+        assert held is not None
+        if self.which is not None:
+            held = held.index_select(0, self.which[part])
+        elif len(held) > 1:
+            held = held[part]
+        if self.table is not None:
+            return held
+        cells = np.unpackbits(held.numpy(), axis=1, count=height * width)
+        allowed = torch.from_numpy(cells.view(np.bool_)).view(-1, 1, height, width)
+        return torch.where(allowed, torch.zeros((), dtype=dtype), -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Strips of one height and width that run in one call, or in a few if they are many.
+
+    Padded rows repeat a strip's last row, and padded keys its first; neither is seen, or is told by `real`.
+    """
+
+    height: int
+    width: int
+    size: int
+    rows: Steps | None
+    keys: Steps | None
+    row_places: Tensor | None  # int64 [strips, height], if `rows` is None
+    key_places: Tensor | None  # int64 [strips, width], if `keys` is None
+    real: Tensor | None  # bool [strips, height]: rows that are no padding; None if there is none
+    widths: Tensor | None  # int64 [strips] if some are padded
+    masking: Masking | None
+    causal: bool = False
+    asked: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self.row_places, self.key_places, self.real, self.widths)
+        return sum(x.nbytes for x in held if x is not None) + (self.masking.nbytes if self.masking else 0)
+
+    def row_index(self, part: slice) -> Tensor:
+        """The rows of some strips, `[strips, height]`."""
+        return _index(self.rows, self.row_places, self.height, part)
+
+    def key_index(self, part: slice) -> Tensor:
+        """The keys of some strips, `[strips, width]`."""
+        return _index(self.keys, self.key_places, self.width, part)
+
+    def parts(self, most: int) -> Iterator[slice]:
+        """The strips, at most so many at a time."""
+        return (slice(i, min(i + most, self.size)) for i in range(0, self.size, most))
+
+    @cached_property
+    def area(self) -> int:
+        """Cells that run."""
+        return self.size * self.height * self.width
+
+
+class Plane(NamedTuple):
+    """The groups of one sample and head (0 where the mask does not vary)."""
+
+    b: int
+    h: int
+    groups: tuple[Group, ...]
+
+
+def _index(steps: Steps | None, places: Tensor | None, size: int, part: slice) -> Tensor:
+    if steps is None:
+        assert places is not None
+        return places[part]
+    starts = steps.first + steps.step * torch.arange(part.start, part.stop)
+    return starts[:, None] + torch.arange(size)
+
+
+# -- grouping ----------------------------------------------------------------------------------------------------------
+
+
+def planes(strips: Strips, dtype: torch.dtype, heads: int) -> tuple[Plane, ...]:
+    """The groups of every sample and head; `heads` share a strip."""
+    maker = _Maker(strips, dtype, max(1, CALL_CELLS // heads))
+    places: dict[tuple[int, int], list[int]] = {}
+    for strip in np.flatnonzero(maker.widths):
+        places.setdefault((int(strips.b[strip]), int(strips.h[strip])), []).append(int(strip))
+    return tuple(Plane(b, h, tuple(maker.groups(np.array(some)))) for (b, h), some in places.items())
+
+
+class _Maker:
+    """What the groups of all planes share."""
+
+    def __init__(self, strips: Strips, dtype: torch.dtype, call_cells: int) -> None:
+        self.strips, self.dtype, self.call_cells = strips, dtype, call_cells
+        self.heights, self.widths = strips.heights, strips.widths
+        self.floats = FLOATS
+        self.causal = [_is_causal(pattern.cells) for pattern in strips.patterns]
+
+    def groups(self, members: Ints) -> list[Group]:
+        """The strips of one plane in groups: those alike first, then what is left over, by width."""
+        pattern = self.strips.pattern
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i in members:
+            causal = pattern[i] >= 0 and self.causal[pattern[i]]
+            kind = CAUSAL if causal else int(pattern[i])
+            alike.setdefault((kind, int(self.heights[i]), int(self.widths[i])), []).append(int(i))
+        made: list[Group] = []
+        left: dict[bool, list[int]] = {True: [], False: []}
+        for (kind, height, width), some in alike.items():
+            enough = len(some) * height * width >= self.call_cells or len(members) == len(some)
+            if kind != ASKED and enough:
+                made.append(self._made(np.array(some), causal=kind == CAUSAL))
+            else:
+                left[kind == ASKED] += some
+        for asked, some in left.items():
+            made += [self._made(batch, asked=asked) for batch in self._batches(np.array(some, np.int64))]
+        return made
+
+    def _batches(self, some: Ints) -> Iterator[Ints]:
+        """The widest first; a batch ends where another call costs less than padding up to its first strip."""
+        order = some[np.lexsort((self.strips.q0[some], -self.widths[some], -self.heights[some]))]
+        first = padding = 0
+        for n, i in enumerate(order):
+            top = order[first]
+            own = self.heights[i] * self.widths[i]
+            padding += self.heights[top] * self.widths[top] - own
+            if padding > self.call_cells and n > first:
+                yield np.sort(order[first:n])
+                first, padding = n, 0
+        if first < len(order):
+            yield np.sort(order[first:])
+
+    def _made(self, members: Ints, *, causal: bool = False, asked: bool = False) -> Group:
+        heights, widths = self.heights[members], self.widths[members]
+        height, width = int(heights.max()), int(widths.max())
+        even_rows, even_keys = bool((heights == height).all()), bool((widths == width).all())
+        q0 = self.strips.q0[members]
+        rows = _steps(q0) if even_rows else None
+        row_places = None
+        if rows is None:
+            row_places = q0[:, None] + np.minimum(np.arange(height), heights[:, None] - 1)
+        starts = self.strips.starts
+        single = bool((starts[members + 1] - starts[members] == 1).all())
+        keys = _steps(self.strips.keys[starts[members], 0]) if single and even_keys else None
+        key_places = None
+        if keys is None:
+            key_places = np.stack([_padded(self.strips.columns(i), width) for i in members])
+        real = None if even_rows else np.arange(height) < heights[:, None]
+        free = causal or asked or (even_rows and even_keys and bool((self.strips.pattern[members] == ALL).all()))
+        return Group(
+            height,
+            width,
+            len(members),
+            rows,
+            keys,
+            _tensor(row_places),
+            _tensor(key_places),
+            _tensor(real),
+            None if even_keys else torch.from_numpy(widths.copy()),
+            None if free else self._masking(members, height, width),
+            causal,
+            asked,
+        )
+
+    def _masking(self, members: Ints, height: int, width: int) -> Masking:
+        """The additive masks of strips, padded; distinct patterns once."""
+        kinds = np.stack([self.strips.pattern[members], self.heights[members], self.widths[members]], 1)
+        numbers: dict[tuple[int, int, int], int] = {}
+        which = [numbers.setdefault((a, b, c), len(numbers)) for a, b, c in kinds.tolist()]
+        nbytes = len(numbers) * height * width * self.dtype.itemsize
+        keep = nbytes <= self.floats
+        self.floats -= nbytes if keep else 0
+        apart = len(numbers) in (1, len(members))
+        places = None if apart else torch.tensor(which)
+        cells = (self._cells(*kind, height, width) for kind in numbers)
+        if not keep:
+            bits = np.stack([np.packbits(part) for part in cells])
+            return Masking(None, torch.from_numpy(bits), places)
+        table = torch.zeros(len(numbers), 1, height, width, dtype=self.dtype)
+        for row, part in zip(table, cells, strict=True):
+            row[0].masked_fill_(torch.from_numpy(~part), -torch.inf)
+        return Masking(table, None, places)
+
+    def _cells(self, pattern: int, own_height: int, own_width: int, height: int, width: int) -> NDArray[np.bool_]:
+        cells = np.zeros((height, width), bool)
+        cells[:own_height, :own_width] = self.strips.patterns[pattern].cells if pattern >= 0 else True
+        return cells
+
+
+def _is_causal(cells: NDArray[np.bool_]) -> bool:
+    """Whether row i sees the first i + 1 keys."""
+    return len(cells) > 1 and cells.shape[0] == cells.shape[1] and np.array_equal(cells, np.tri(len(cells), dtype=bool))
+
+
+def _steps(starts: Ints) -> Steps | None:
+    """The steps between starts, if they are equal and none is backwards."""
+    apart = np.diff(starts)
+    if len(apart) and (apart[0] < 0 or (apart != apart[0]).any()):
+        return None
+    return Steps(int(starts[0]), int(apart[0]) if len(apart) else 0)
+
+
+def _padded(columns: Ints, width: int) -> Ints:
+    return np.concatenate([columns, np.full(width - len(columns), columns[0])])
+
+
+def _tensor(array: NDArray[np.generic] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
+
+
+def total_area(planes: Sequence[Plane]) -> int:
+    """Cells that run in all planes."""
+    return sum(group.area for plane in planes for group in plane.groups)

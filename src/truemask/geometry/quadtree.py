@@ -1,0 +1,115 @@
+"""The tiles of masks that have no exact form: large squares first, and smaller ones only inside those in between.
+
+So the cost follows the boundary between EMPTY and FULL, not the area. (R. Finkel and J. Bentley, Quad trees, 1974;
+here each square has 8 x 8 parts, because a call of numpy costs more than a few squares.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from truemask.geometry.logic import FULL, MIXED, States
+from truemask.geometry.ranges import spans
+from truemask.geometry.tiles import Ints, Rectangles
+
+Classify = Callable[[Rectangles], States]
+
+PARTS = 8  # of a square, along each side
+AT_ONCE = 1 << 18  # squares classified in one call
+MOST = 1 << 23  # tiles in between that are worth keeping
+
+
+class TooManyTilesError(Exception):
+    """More than `MOST` tiles stay in between."""
+
+
+class _Squares(NamedTuple):
+    """Squares of tiles: sample and head, first row and column of tiles."""
+
+    b: Ints
+    h: Ints
+    i: Ints
+    j: Ints
+
+    def chosen(self, which: Ints | slice) -> _Squares:
+        return _Squares(*(x[which] for x in self))
+
+
+def classify_tiles(
+    classify: Classify, q_len: int, kv_len: int, block: tuple[int, int], b: int, h: int
+) -> tuple[Ints, Ints]:
+    """The tiles of one sample and head that are not EMPTY: where each row's runs begin, and (start, stop, state)."""
+    rows, columns = -(-q_len // block[0]), -(-kv_len // block[1])
+    side = 1
+    while side < max(rows, columns):
+        side *= PARTS
+    squares = _Squares(*(np.array([x], np.int64) for x in (b, h, 0, 0)))
+    known: list[Ints] = []
+    while len(squares.b):
+        state = _classified(classify, squares, side, (q_len, kv_len), block)
+        known.append(_runs(squares.chosen(state == FULL), side, rows, columns, int(FULL)))
+        squares = squares.chosen(state == MIXED)
+        if side == 1:
+            known.append(_runs(squares, 1, rows, columns, int(MIXED)))
+            break
+        side //= PARTS
+        squares = _parts(squares, side, rows, columns)
+    return _in_rows(np.concatenate(known), rows)
+
+
+def _classified(
+    classify: Classify, squares: _Squares, side: int, lengths: tuple[int, int], block: tuple[int, int]
+) -> States:
+    """EMPTY, MIXED or FULL for each square, cut at the true lengths."""
+    found = []
+    for part in _batches(squares):
+        (q0, q1), (k0, k1) = (
+            (x * size, np.minimum((x + side) * size, length))
+            for x, size, length in zip((part.i, part.j), block, lengths, strict=True)
+        )
+        found.append(np.broadcast_to(classify(Rectangles(part.b, part.h, q0, q1, k0, k1)), part.b.shape))
+    return np.concatenate(found)
+
+
+def _batches(squares: _Squares) -> Iterator[_Squares]:
+    for first in range(0, len(squares.b), AT_ONCE):
+        yield squares.chosen(slice(first, first + AT_ONCE))
+
+
+def _parts(squares: _Squares, side: int, rows: int, columns: int) -> _Squares:
+    """The smaller squares, `side` tiles wide, of larger ones."""
+    count = len(squares.b)
+    if count * PARTS**2 > MOST * 4:
+        raise TooManyTilesError(f"{count * PARTS**2} tiles")
+    step = np.arange(PARTS) * side
+    i = np.broadcast_to(squares.i[:, None, None] + step[:, None], (count, PARTS, PARTS)).ravel()
+    j = np.broadcast_to(squares.j[:, None, None] + step, (count, PARTS, PARTS)).ravel()
+    inside = np.flatnonzero((i < rows) & (j < columns))
+    owner = inside // PARTS**2
+    return _Squares(squares.b[owner], squares.h[owner], i[inside], j[inside])
+
+
+def _runs(squares: _Squares, side: int, rows: int, columns: int, state: int) -> Ints:
+    """The rows of tiles of squares: `[n, 4]` of row, start, stop, state."""
+    square, row = spans(squares.i, np.minimum(squares.i + side, rows))
+    if len(row) > MOST:
+        raise TooManyTilesError(f"{len(row)} runs")
+    start = squares.j[square]
+    return np.stack([row, start, np.minimum(start + side, columns), np.full(len(row), state)], axis=1)
+
+
+def _in_rows(runs: Ints, rows: int) -> tuple[Ints, Ints]:
+    """Runs in order, neighbours of one state joined."""
+    runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
+    begins, ends = np.ones(len(runs), bool), np.ones(len(runs), bool)
+    if len(runs):
+        before, after = runs[:-1], runs[1:]
+        goes_on = (before[:, 0] == after[:, 0]) & (before[:, 2] == after[:, 1]) & (before[:, 3] == after[:, 3])
+        begins[1:], ends[:-1] = ~goes_on, ~goes_on
+    joined = np.stack([runs[begins, 1], runs[ends, 2], runs[begins, 3]], axis=1)
+    starts = np.zeros(rows + 1, np.int64)
+    np.cumsum(np.bincount(runs[begins, 0], minlength=rows), out=starts[1:])
+    return starts, joined

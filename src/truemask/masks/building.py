@@ -1,0 +1,75 @@
+"""How masks come to be: by kind, with a ticket, or, while `torch.compile` traces, as a note of what was asked for.
+
+A ticket is a mask as a tensor, so that it can enter a compiled graph without becoming a constant of it.
+
+`torch.compile` compares what it treats as a constant, and compiles again when it changed. A tensor it takes as given.
+So every mask has a ticket, a tensor that holds a number, and whoever meets the ticket at run time gets the mask back.
+A ticket that a graph keeps for its backward keeps the mask too: the tensor's memory is an `Owner`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from truemask.masks.core import Mask
+
+KINDS: dict[str, type[Mask]] = {}  # every kind of mask by its name
+NOTES: list[type[Mask]] = []  # the class of notes (traced.py)
+
+
+def build(kind: str, *args: Any) -> Mask:
+    """What an operator or a re-indexing method makes."""
+    if torch.compiler.is_dynamo_compiling():
+        return NOTES[0](f"_{kind}", args)
+    return KINDS[kind].make(*args)
+
+
+# -- tickets -----------------------------------------------------------------------------------------------------------
+
+
+class Owner(bytearray):
+    """The memory of one ticket: its number, and who it stands for."""
+
+    __slots__ = ("__weakref__", "mask", "twin")
+    mask: ref[Mask]
+    twin: Mask | None  # made when the ticket is first shown; holding `mask` itself would be a cycle through a tensor
+
+
+OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
+NUMBERS = itertools.count(1)
+
+
+def ticket_for(mask: Mask) -> Tensor:
+    """A new ticket: int64 `[1]` on the CPU."""
+    number = next(NUMBERS)
+    owner = Owner(number.to_bytes(8, sys.byteorder))
+    owner.mask, owner.twin = ref(mask), None
+    OWNERS[number] = owner
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.frombuffer(owner, dtype=torch.int64)
+    return torch.frombuffer(owner, dtype=torch.int64)
+
+
+def mask_of(ticket: Tensor) -> Mask:
+    """The mask of a ticket, or one equal to it."""
+    owner = OWNERS[int(ticket)]
+    if owner.twin is None:
+        mask = owner.mask()
+        assert mask is not None, "a ticket lives in its mask, and was shown before it could outlive it"
+        owner.twin = twin(mask)
+    return owner.twin
+
+
+def twin(mask: Mask) -> Mask:
+    """An equal mask that shares all data but is another object, without a ticket."""
+    new = object.__new__(type(mask))
+    vars(new).update({name: part for name, part in vars(mask).items() if name != "ticket"})
+    return new

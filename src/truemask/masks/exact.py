@@ -1,0 +1,136 @@
+"""How a mask is known: exactly, by its slabs; else by its tiles, and by the cells of those that stay MIXED.
+
+Samples and heads that have the same mask are looked at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from truemask.errors import MaskError
+from truemask.geometry.logic import States
+from truemask.geometry.measure import tile_runs
+from truemask.geometry.overlay import cropped
+from truemask.geometry.quadtree import TooManyTilesError, classify_tiles
+from truemask.geometry.slabs import NoExactFormError, Region, Slabs, blank
+from truemask.geometry.tiles import Ints, Rectangles, TileMap
+
+MOST_EVALUATED = 1 << 33  # cells that a question may evaluate: a minute or two
+KEPT, KEPT_RUNS = 4, 1 << 16  # exact forms that a mask remembers, and how many runs one may have
+
+Answer = TypeVar("Answer")
+
+
+class Exact(ABC):
+    """What the questions stand on."""
+
+    _tiles_exact: ClassVar[bool] = False  # whether `_tile` answers MIXED only where both values occur
+
+    @abstractmethod
+    def truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may attend to key k, on index tensors that broadcast."""
+
+    @abstractmethod
+    def _tile(self, r: Rectangles) -> States:
+        """Three-valued answers that broadcast with the rectangles."""
+
+    @abstractmethod
+    def _slabs(self, r: Region) -> Slabs:
+        """The exact form for a region that is not empty, or `NoExactFormError`."""
+
+    @abstractmethod
+    def _variant(self, b: int, h: int) -> Hashable:
+        """What tells sample b and head h from others."""
+
+    @abstractmethod
+    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+        """Numbers that are equal for tiles only if their cells are."""
+
+    def _variants(self, samples: int, heads: int) -> tuple[list[tuple[int, int]], Ints]:
+        """A sample and head of each distinct mask, and which of them `[samples, heads]` have."""
+        if (samples, heads) == (1, 1):
+            return [(0, 0)], np.zeros((1, 1), np.int64)
+        numbers: dict[Hashable, int] = {}
+        members: list[tuple[int, int]] = []
+        which = np.zeros((samples, heads), np.int64)
+        for b, h in np.ndindex(samples, heads):
+            number = numbers.setdefault(self._variant(b, h), len(numbers))
+            which[b, h] = number
+            if number == len(members):
+                members.append((b, h))
+        return members, which
+
+    def _for_each(self, answer: Callable[[int, int], Answer], samples: int, heads: int) -> Tensor:
+        """An answer for each sample and head, `[samples, heads, ...]`."""
+        members, which = self._variants(samples, heads)
+        found = [np.asarray(answer(b, h)) for b, h in members]
+        return torch.from_numpy(np.stack(found)[which]) if found else torch.zeros(samples, heads, dtype=torch.int64)
+
+    def _exact(self, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
+        """The slabs of one sample and head, cut to the keys there are; None if the mask has no such form."""
+        known: dict[Any, Slabs | None] = vars(self).setdefault("_known", {})
+        key = (b, h, q_len, kv_len)
+        if key not in known:
+            try:
+                found = None if min(key[2:]) == 0 else self._slabs(Region(b, h, 0, q_len, 0, kv_len))
+                found = blank(0, q_len) if found is None else cropped(found, 0, kv_len)
+            except NoExactFormError:
+                found = None
+            if found is not None and found.ends.shape[1] > KEPT_RUNS:
+                return found
+            if len(known) >= KEPT:
+                known.clear()
+            known[key] = found
+            return found  # another thread may have cleared it
+        return known.get(key) if key in known else None
+
+    def _map(self, b: int, h: int, q_len: int, kv_len: int, block: tuple[int, int]) -> TileMap:
+        """The tiles of one sample and head: `[1, 1, rows, columns]`."""
+        shape = (1, 1, -(-q_len // block[0]), -(-kv_len // block[1]))
+        slabs = self._exact(b, h, q_len, kv_len)
+        if slabs is not None:
+            starts, runs = tile_runs(slabs, kv_len, block)
+        else:
+            try:
+                starts, runs = classify_tiles(self._tile, q_len, kv_len, block, b, h)
+            except TooManyTilesError as error:
+                raise MaskError(
+                    f"`{self}` has no exact form, and {error} of {block[0]} x {block[1]} would have to be kept for "
+                    f"{q_len} queries and {kv_len} keys: ask about fewer rows at a time (`mask.at(q_start=...)`) or "
+                    "larger blocks (`tiles(..., block=1024)`)"
+                ) from None
+        evaluate, phase = self._looked_at(b, h)
+        known = slabs is not None or self._tiles_exact
+        return TileMap(q_len, kv_len, block, shape, starts, runs, evaluate, known, phase)
+
+    def _looked_at(self, b: int, h: int) -> tuple[Callable[..., NDArray[np.bool_]], Callable[..., Sequence[Ints]]]:
+        """What cells and tiles answer in sample b and head h, which a map of one calls 0."""
+
+        def evaluate(b_: Ints, h_: Ints, q: Ints, k: Ints) -> NDArray[np.bool_]:
+            return self._cells(b_ + b, h_ + h, q, k)
+
+        def phase(r: Rectangles) -> Sequence[Ints]:
+            return self._phase(r.moved(b=r.b + b, h=r.h + h))
+
+        return evaluate, phase
+
+    def _searched(self, b: int, h: int, q_len: int, kv_len: int) -> TileMap:
+        """The tiles of a mask without exact form, if looking at their cells is affordable."""
+        tiles = self._map(b, h, q_len, kv_len, (128, 128))
+        if tiles.cells_to_evaluate > MOST_EVALUATED:
+            raise MaskError(
+                f"`{self}` has no exact form, and answering for {q_len} queries and {kv_len} keys would evaluate "
+                f"{tiles.cells_to_evaluate} cells: ask about fewer rows at a time, `mask.at(q_start=...)`"
+            )
+        return tiles
+
+    def _cells(self, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:
+        """`truth` on numpy arrays."""
+        return self.truth(*map(torch.from_numpy, (b, h, q, k))).numpy()

@@ -1,0 +1,103 @@
+"""A mask as a value: what it is made of, equality and hashing, pickling, and its text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from truemask.errors import MaskError
+from truemask.masks.data_store import Data
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEEPEST = 200  # nesting of an expression: far more than anyone writes, far less than Python's own limit
+
+Written = tuple[str, int]
+
+
+class Value(ABC):
+    """A frozen dataclass whose fields are numbers, data, and other values of its kind."""
+
+    kind: ClassVar[str] = ""
+    batch_size: Any
+    head_count: Any
+
+    @abstractmethod
+    def _write(self) -> Written:
+        """The text of this expression and how tightly it binds."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The fields that the expression is made of, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
+
+    @cached_property
+    def _child_fields(self) -> tuple[str, ...]:
+        return tuple(name for name, part in self.parts.items() if _holds_masks(part))
+
+    @cached_property
+    def children(self) -> tuple[Any, ...]:
+        """The masks that this one is made of."""
+        values = (getattr(self, name) for name in self._child_fields)
+        return tuple(m for value in values for m in ((value,) if isinstance(value, Value) else value))
+
+    @cached_property
+    def depth(self) -> int:
+        """How deeply the expression is nested; a leaf has depth 1."""
+        return 1 + max((child.depth for child in self.children), default=0)
+
+    def walk(self) -> Iterator[Any]:
+        """This mask and all those below it, outermost first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def __post_init__(self) -> None:
+        if self.depth > DEEPEST:
+            raise MaskError(
+                f"this expression is nested more than {DEEPEST} deep: combine masks of one kind flatly instead"
+            )
+        _ = self.batch_size, self.head_count  # parts that hold data for different numbers of samples are an error here
+
+    def twin(self) -> Self:
+        """An equal mask that shares all data but is another object."""
+        new = object.__new__(type(self))
+        vars(new).update({name: part for name, part in vars(self).items() if name != "ticket"})
+        return new
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        return (self.kind, *self.parts.values())
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Value) and hash(self) == hash(other) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        if "_hash" not in vars(self):
+            vars(self)["_hash"] = hash(self._key)
+        return vars(self)["_hash"]
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.parts
+
+    @cached_property
+    def text(self) -> str:
+        """The expression as text; `tm.parse` reads it back if `has_text`."""
+        return self._write()[0]
+
+    @cached_property
+    def has_text(self) -> bool:
+        """Whether the text is complete: no data too large to write, no function."""
+        own = all(part.complete for part in self.parts.values() if isinstance(part, Data))
+        return own and all(child.has_text for child in self.children)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _holds_masks(value: object) -> bool:
+    return isinstance(value, Value) or (isinstance(value, tuple) and bool(value) and isinstance(value[0], Value))
