@@ -27,6 +27,7 @@ OTHERS = {
     "docs/conventions.md": "the laws, each once, and the table of conventions",
     "benchmarks/README.md": "one run of the benchmarks, written by `make bench`",
     "docs/attend.md": "every option of attend, run",
+    "docs/flex.md": "block masks for FlexAttention, and the backend that runs it",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",
     "docs/from_x_transformers.md": "names kept, names changed",

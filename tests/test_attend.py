@@ -340,19 +340,19 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         (Q, K, V),
         {"backend": ["sdpa"]},
         TypeError,
-        "backend must be None or one of sdpa, reference, got list ['sdpa']",
+        f"backend must be None or one of {', '.join(tm.backends())}, got list ['sdpa']",
     ),
     "backend": (
         (Q, K, V),
         {"backend": "sdap"},
         tm.PlanError,
-        "there is no backend 'sdap', did you mean 'sdpa'? (known: sdpa, reference)",
+        f"there is no backend 'sdap', did you mean 'sdpa'? (known: {', '.join(tm.backends())})",
     ),
     "backend lacks": (
         (Q, K, V),
-        {"backend": "sdpa", "softcap": 2.0},
+        {"backend": "sdpa", "return_weights": True},
         tm.PlanError,
-        "sdpa: softcap: the kernel has no soft cap\nbackend='reference' can",
+        "sdpa: return_weights: the kernel never holds the weights\nbackend='reference' can",
     ),
 }
 

@@ -366,7 +366,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "too short": (lambda: tm.attend(Q, K, V, tm.keys(torch.ones(3).bool())), "5 queries and 5 keys"),
     "dropout": (lambda: tm.attend(Q, K, V, dropout=10.0), r"did you mean 0\.1"),
     "backend": (lambda: tm.attend(Q, K, V, backend="sdap"), "did you mean 'sdpa'"),
-    "lacking": (lambda: tm.attend(Q, K, V, backend="sdpa", softcap=2.0), "backend='reference' can"),
+    "lacking": (lambda: tm.attend(Q, K, V, backend="sdpa", return_weights=True), "backend='reference' can"),
     "bias": (lambda: tm.attend(Q, K, V, bias=torch.zeros(3, 5, 5)), "bias must broadcast"),
     "sinks": (lambda: tm.attend(Q, K, V, sink_logits=torch.zeros(3)), r"\[query heads\] = \[4\]"),
     "bias object": (lambda: tm.attend(Q, K, V, bias=Own()), "takes a bias as a tensor, alibi"),

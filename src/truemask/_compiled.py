@@ -25,7 +25,7 @@ from truemask._run import new_seed, run
 from truemask.backends.base import Result
 from truemask.errors import PlanError
 from truemask.masks.biases import Alibi, Bias, Relative, alibi, relative
-from truemask.masks.traced import BUILDERS, Note, read
+from truemask.masks.traced import BUILDERS, Note, Traced, read
 
 
 class Asked(NamedTuple):
@@ -84,6 +84,28 @@ def _as_tensor(bias: Any) -> tuple[Tensor | None, str]:
 
 OTHER = "'a bias of another class'"
 BUILDERS.update(alibi=alibi, relative=relative)
+
+
+def positions_traced(builder: str, mask: Any, numbers: list[int]) -> Tensor:
+    """What `builder` says of a mask and a layout, int64 `[b, n]`: a tensor of positions, while dynamo traces."""
+    note = Note()
+    text = note.write(Traced(builder, (mask, numbers, {})))
+    return torch.ops.truemask.positions(text, note.tensors, note.ints, note.floats, numbers[0], numbers[2])
+
+
+@torch.library.custom_op("truemask::positions", mutates_args=())
+def positions_op(
+    text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], batch: int, rows: int
+) -> Tensor:
+    """A note of positions, read."""
+    return read(text, tensors, ints, floats).clone(memory_format=torch.contiguous_format)
+
+
+@positions_op.register_fake
+def _(
+    text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], batch: int, rows: int
+) -> Tensor:
+    return torch.empty(batch, rows, dtype=torch.int64)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`to_block_mask` against torch's `create_block_mask`: lists, split, transposes, `mask_mod`; and its life in workers."""
+"""`to_block_mask` against torch's `create_block_mask`: lists, split, transposes, `mask_mod`; its life in workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.data import DataLoader, Dataset
 
@@ -122,6 +123,18 @@ def test_flex_attention_takes_it(name: str) -> None:
     q, k = torch.randn(2, 3, 131, 16), torch.randn(2, 3, 131, 16)
     out = flex_attention(q, k, k, block_mask=mask.to_block_mask(131))
     torch.testing.assert_close(out, tm.attend(q, k, k, mask))
+
+
+def test_other_numbers_and_documents_are_no_new_compilation() -> None:
+    """Of a function that somebody else compiled: numbers and data are inputs of its graph."""
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter, fullgraph=True)
+    torch.manual_seed(3)
+    q = torch.randn(2, 3, 131, 16)
+    for size, *lengths in ([20, 70, 61], [31, 100, 31], [17, 131]):
+        mask = (tm.causal & (tm.window(size) | tm.prefix(size // 9))).packed(lengths)
+        torch.testing.assert_close(compiled(q, q, q, block_mask=mask.to_block_mask(131)), tm.attend(q, q, q, mask))
+    assert counter.frame_count == 1
 
 
 def test_it_pickles_and_copies() -> None:

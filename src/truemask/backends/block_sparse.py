@@ -11,6 +11,7 @@ chunks of a few megabytes; half precision is computed in fp32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,24 +26,36 @@ from truemask.backends.groups import CALL_CELLS, planes
 from truemask.backends.strip_cells import Sparse
 from truemask.backends.strip_kernel import StripKernel
 from truemask.backends.strip_math import Leaves, StripMath, math_attention
-from truemask.geometry.strips import Strips, from_cells, from_tiles
-from truemask.geometry.tiles import TileMap
+from truemask.geometry.slabs import Slabs
+from truemask.geometry.strips import ASKED, LONG, Strips, from_cells, from_slabs, from_tiles, rough
 from truemask.masks.biases import Bias
 
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
-HEIGHTS = {32: 0.6, 64: 0.78, 128: 0.82, 192: 1.0, 256: 1.0}  # rows of a strip, and the kernel's speed with so many
+HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
+SPEED_AT = (
+    1,
+    16,
+    32,
+    64,
+    96,
+    128,
+    192,
+    512,
+)  # rows of a strip, and the kernel's speed with so many, forward and backward
+SPEED = (0.1, 0.55, 0.7, 0.8, 0.81, 0.84, 0.97, 1.0)
+SPEED_BACKWARD = (0.1, 0.3, 0.5, 0.72, 0.88, 0.95, 1.0, 1.0)
+FLAG = 512  # columns beyond the diagonal that the causal flag runs
 MATH = 3.0  # how many times longer plain torch takes
+MOST_ENDS = 1 << 14  # of runs that are cut into strips; others are tiled
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How tall strips are, and what is known of them before they are made."""
+    """The strips to run, and what they cost."""
 
+    strips: Strips
     height: int
-    rows: float  # of tiles, over samples and heads, that see anything
-    cells: float  # that run, for one head
-    calls: float
     cost: float
 
 
@@ -65,25 +78,26 @@ class BlockSparse:
         return choice(job).cost
 
     def way(self, job: Job) -> str:
-        chosen, r = choice(job), job.request
-        if not chosen.rows:
+        strips, r = choice(job).strips, job.request
+        if not len(strips):
             return "nothing to run"
-        width = chosen.cells / (chosen.rows * chosen.height)
-        share = chosen.cells / max(1, job.mask_batch * job.mask_heads * r.q_len * r.kv_len)
-        return f"strips of {chosen.height} rows x {width:.0f} keys, {min(share, 1.0):.0%} of all cells"
+        rows, area = int(strips.heights.max()), int(np.dot(strips.heights, strips.widths))
+        width, share = area / int(strips.heights.sum()), area / (math.prod(strips.shape) * r.q_len * r.kv_len)
+        return f"strips of up to {rows} rows x {width:.0f} keys, {share:.0%} of all cells"
 
     def lower(self, job: Job) -> Lowered:
         r = job.request
-        strips = strips_of(job)
+        strips = choice(job).strips
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+        heads = r.heads if job.mask_heads == 1 else 1
         dead = strips.dead()
         covered = int(strips.heights.sum()) == strips.shape[0] * strips.shape[1] * r.q_len
         sparse = Sparse(
-            planes(strips, dtype, r.heads if job.mask_heads == 1 else 1),
+            planes(strips, dtype, heads, heads * (r.head_dim + r.value_dim) * dtype.itemsize),
             (job.mask_batch, job.mask_heads),
             covered,
             torch.from_numpy(dead) if dead.any() else None,
-            bool((strips.pattern == -2).any()),
+            bool((strips.pattern == ASKED).any()),
         )
         return Lowered(sparse, sparse.nbytes)
 
@@ -118,12 +132,16 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
 # -- how tall the strips are -------------------------------------------------------------------------------------------
 
 
-def strips_of(job: Job) -> Strips:
-    """The strips that a job runs."""
-    r = job.request
-    if r.q_len <= FEW or not r.kv_len:
-        return from_cells(_few(job).numpy())
-    return from_tiles(_tiles(job, choice(job).height))
+def choice(job: Job) -> Choice:
+    """The strips that cost least, worked out once for each job."""
+    if "strips" not in job.notes:
+        r = job.request
+        if r.q_len <= FEW or not r.kv_len:
+            few = from_cells(_few(job).numpy())
+            job.notes["strips"] = Choice(few, r.q_len, cost_of(few, job))
+        else:
+            job.notes["strips"] = _least(job)
+    return job.notes["strips"]
 
 
 def _few(job: Job) -> Tensor:
@@ -133,56 +151,54 @@ def _few(job: Job) -> Tensor:
     return looked_at(job.mask, job.mask_batch, job.mask_heads, job.request.q_len, job.request.kv_len)
 
 
-def _tiles(job: Job, height: int) -> TileMap:
+def _least(job: Job) -> Choice:
+    """Strips of several heights are made, if the mask has an exact form; otherwise tiles say which will be least."""
     r = job.request
-    return job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads)
+    planes = _slabs(job)
+    heights = [height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0])]
+    shape = (job.mask_batch, job.mask_heads)
+    if planes is not None:
+        made = ((height, from_slabs(planes, r.q_len, r.kv_len, shape, height)) for height in heights)
+        return min((Choice(x, height, cost_of(x, job)) for height, x in made), key=lambda found: found.cost)
+    maps = {
+        height: job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads) for height in heights
+    }
+    height = min(maps, key=lambda height: cost_of(rough(maps[height]), job))
+    strips = from_tiles(maps[height])
+    return Choice(strips, height, cost_of(strips, job))
 
 
-def choice(job: Job) -> Choice:
-    """The height that costs least, worked out once for each job."""
-    if "strips" not in job.notes:
-        job.notes["strips"] = _choose(job)
-    return job.notes["strips"]
+def _slabs(job: Job) -> list[tuple[int, int, Slabs]] | None:
+    """The exact form of every sample and head, those that are the same as one object; None if there is none."""
+    r, left = job.request, MOST_ENDS
+    members, which = job.mask._variants(job.mask_batch, job.mask_heads)
+    found: list[Slabs] = []
+    for b, h in members:
+        slabs = job.mask._exact(b, h, r.q_len, r.kv_len)
+        if slabs is None or slabs.ends.shape[1] > left:
+            return None
+        left -= slabs.ends.shape[1]
+        found.append(slabs)
+    return [(b, h, found[which[b, h]]) for b, h in np.ndindex(*which.shape)]
 
 
-def _choose(job: Job) -> Choice:
-    r = job.request
-    if r.q_len <= FEW or not r.kv_len:
-        cells = _few(job)
-        widths = cells.any(2).sum(-1).flatten().numpy()
-        return _considered(job, max(r.q_len, 1), widths, 0.4)
-    tallest = max(r.q_len, min(HEIGHTS))
-    return min(
-        (
-            _considered(job, height, _widths(_tiles(job, height)), speed)
-            for height, speed in HEIGHTS.items()
-            if height <= tallest
-        ),
-        key=lambda found: found.cost,
-    )
-
-
-def _widths(tiles: TileMap) -> np.ndarray:
-    """Keys that each row of tiles runs."""
-    sizes = np.minimum(tiles.runs[:, 1] * tiles.block[1], tiles.kv_len) - tiles.runs[:, 0] * tiles.block[1]
-    sums = np.concatenate([[0], np.cumsum(sizes)])
-    return sums[tiles.row_starts[1:]] - sums[tiles.row_starts[:-1]]
-
-
-def _considered(job: Job, height: int, widths: np.ndarray, speed: float) -> Choice:
-    """What strips of a height would cost, given how many keys each of them runs."""
+def cost_of(strips: Strips, job: Job) -> float:
+    """Predicted seconds."""
     r, rates = job.request, table().block_sparse
-    rows, cells = int((widths > 0).sum()), float(widths.sum()) * height
-    samples = r.batch // max(1, job.mask_batch)
-    heads = r.heads // max(1, job.mask_heads)
-    most = len(np.unique(widths[widths > 0])) * job.mask_batch * job.mask_heads
-    calls = max(1.0, min(most, 1 + cells * heads / CALL_CELLS)) * samples
-    slower = (MATH if needs_math(r) else 1.0) / speed
-    copied = 2 * float(widths.sum()) * samples * r.kv_heads / max(1, job.mask_heads) * (r.head_dim + r.value_dim) * 4
-    cost = seconds(rates, r, cells * samples * heads * slower) + calls * rates.call_group
-    if r.bias:
-        cost += cells * samples * heads * 8 / rates.join
+    samples, heads = r.batch // max(1, strips.shape[0]), r.heads // max(1, strips.shape[1])
+    heights, widths = strips.heights, strips.widths
+    causal = heights >= LONG
+    cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG) / 2), widths) * (samples * heads)
+    times = MATH if needs_math(r) else 1.0
+    cost = seconds(rates, r._replace(grad=False), float((cells / np.interp(heights, SPEED_AT, SPEED)).sum()) * times)
+    kinds = len(np.unique(np.stack([strips.b, strips.h, strips.pattern, widths]), axis=1).T)
+    calls = min(kinds, 1 + cells.sum() / CALL_CELLS) * samples
+    shared = max(1, r.kv_heads // max(1, strips.shape[1]))
+    gathered = 4 * samples * shared * (r.head_dim + r.value_dim) * float(widths[np.diff(strips.starts) > 1].sum())
     if r.grad:
-        cost += calls * rates.call_group
-        copied *= 3
-    return Choice(height, rows, cells, calls, cost + copied / rates.copy)
+        slow = float((cells / np.interp(heights, SPEED_AT, SPEED_BACKWARD)).sum()) * times
+        both = seconds(rates, r, slow) - seconds(rates, r._replace(grad=False), slow)
+        cost, calls, gathered = cost + both, 2 * calls, 4 * gathered
+    if r.bias:
+        cost += float(cells.sum()) * 8 / rates.join
+    return cost + calls * rates.call_group + gathered / rates.copy

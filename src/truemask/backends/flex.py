@@ -1,4 +1,4 @@
-"""The backend over torch's FlexAttention: compiled on CUDA, where it skips EMPTY blocks; on the CPU chosen by name only.
+"""The backend over torch's FlexAttention: compiled on CUDA, where it skips EMPTY blocks; on the CPU by name only.
 
 * On CUDA every call runs compiled. No run on a GPU stands behind this yet: `truemask doctor --gpu` makes the report.
 * On the CPU FlexAttention has no backward, and without compiling it holds every score. It is here to be compared with,

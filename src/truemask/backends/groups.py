@@ -27,6 +27,7 @@ Ints = NDArray[np.int64]
 
 FLOATS = 1 << 25  # bytes of additive masks that are kept as numbers; the others are kept as bits
 CAUSAL = -3  # beside ALL and ASKED: the pattern is top-left causal
+CALL_BYTES = 1 << 19  # copied keys and values that are worth a call
 CALL_CELLS = 1 << 15  # cells, over the heads, that a call's own seconds are worth
 
 
@@ -87,9 +88,9 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held beside the masks."""
         held = (self.row_places, self.key_places, self.real, self.widths)
-        return sum(x.nbytes for x in held if x is not None) + (self.masking.nbytes if self.masking else 0)
+        return sum(x.nbytes for x in held if x is not None)
 
     def row_index(self, part: slice) -> Tensor:
         """The rows of some strips, `[strips, height]`."""
@@ -128,9 +129,9 @@ def _index(steps: Steps | None, places: Tensor | None, size: int, part: slice) -
 # -- grouping ----------------------------------------------------------------------------------------------------------
 
 
-def planes(strips: Strips, dtype: torch.dtype, heads: int) -> tuple[Plane, ...]:
-    """The groups of every sample and head; `heads` share a strip."""
-    maker = _Maker(strips, dtype, max(1, CALL_CELLS // heads))
+def planes(strips: Strips, dtype: torch.dtype, heads: int, key_bytes: int) -> tuple[Plane, ...]:
+    """The groups of every sample and head; `heads` share a strip, and one of its keys is so many bytes in all of them."""
+    maker = _Maker(strips, dtype, max(1, CALL_CELLS // heads), CALL_BYTES // key_bytes)
     places: dict[tuple[int, int], list[int]] = {}
     for strip in np.flatnonzero(maker.widths):
         places.setdefault((int(strips.b[strip]), int(strips.h[strip])), []).append(int(strip))
@@ -140,8 +141,10 @@ def planes(strips: Strips, dtype: torch.dtype, heads: int) -> tuple[Plane, ...]:
 class _Maker:
     """What the groups of all planes share."""
 
-    def __init__(self, strips: Strips, dtype: torch.dtype, call_cells: int) -> None:
-        self.strips, self.dtype, self.call_cells = strips, dtype, call_cells
+    def __init__(self, strips: Strips, dtype: torch.dtype, call_cells: int, call_keys: int) -> None:
+        self.strips, self.dtype, self.call_cells, self.call_keys = strips, dtype, call_cells, call_keys
+        self.single = np.diff(strips.starts) == 1
+        self.masks: dict[tuple[int, int, int], Masking] = {}
         self.heights, self.widths = strips.heights, strips.widths
         self.floats = FLOATS
         self.causal = [_is_causal(pattern.cells) for pattern in strips.patterns]
@@ -159,12 +162,28 @@ class _Maker:
         for (kind, height, width), some in alike.items():
             enough = len(some) * height * width >= self.call_cells or len(members) == len(some)
             if kind != ASKED and enough:
-                made.append(self._made(np.array(some), causal=kind == CAUSAL))
+                parts = self._even(np.array(some)) if width > self.call_keys else [np.array(some)]
+                made += [self._made(part, causal=kind == CAUSAL) for part in parts]
             else:
                 left[kind == ASKED] += some
         for asked, some in left.items():
             made += [self._made(batch, asked=asked) for batch in self._batches(np.array(some, np.int64))]
         return made
+
+    def _even(self, some: Ints) -> list[Ints]:
+        """Strips that are worth a call each, cut to those that move in equal steps: they need not be copied."""
+        if not self.single[some].all():
+            return [some]
+        starts = np.stack([self.strips.q0[some], self.strips.keys[self.strips.starts[some], 0]])
+        parts, first = [], 0
+        while first < len(some):
+            steps = np.diff(starts[:, first:], axis=1)
+            odd = np.flatnonzero((steps != steps[:, :1]).any(0)) if steps.shape[1] else []
+            stop = first + 1 + (int(odd[0]) if len(odd) else steps.shape[1])
+            stop = first + 1 if stop == first + 2 and stop < len(some) else stop
+            parts.append(some[first:stop])
+            first = stop
+        return parts
 
     def _batches(self, some: Ints) -> Iterator[Ints]:
         """The widest first; a batch ends where another call costs less than padding up to its first strip."""
@@ -190,7 +209,7 @@ class _Maker:
         if rows is None:
             row_places = q0[:, None] + np.minimum(np.arange(height), heights[:, None] - 1)
         starts = self.strips.starts
-        single = bool((starts[members + 1] - starts[members] == 1).all())
+        single = bool(self.single[members].all())
         keys = _steps(self.strips.keys[starts[members], 0]) if single and even_keys else None
         key_places = None
         if keys is None:
@@ -217,6 +236,9 @@ class _Maker:
         kinds = np.stack([self.strips.pattern[members], self.heights[members], self.widths[members]], 1)
         numbers: dict[tuple[int, int, int], int] = {}
         which = [numbers.setdefault((a, b, c), len(numbers)) for a, b, c in kinds.tolist()]
+        only = next(iter(numbers)) if len(numbers) == 1 else None
+        if only in self.masks and only[1:] == (height, width):
+            return self.masks[only]
         nbytes = len(numbers) * height * width * self.dtype.itemsize
         keep = nbytes <= self.floats
         self.floats -= nbytes if keep else 0
@@ -229,7 +251,10 @@ class _Maker:
         table = torch.zeros(len(numbers), 1, height, width, dtype=self.dtype)
         for row, part in zip(table, cells, strict=True):
             row[0].masked_fill_(torch.from_numpy(~part), -torch.inf)
-        return Masking(table, None, places)
+        made = Masking(table, None, places)
+        if only is not None and only[1:] == (height, width):
+            self.masks[only] = made
+        return made
 
     def _cells(self, pattern: int, own_height: int, own_width: int, height: int, width: int) -> NDArray[np.bool_]:
         cells = np.zeros((height, width), bool)

@@ -1,4 +1,4 @@
-"""What FlexAttention needs besides the mask: soft cap and bias as a `score_mod`, and data in sizes that are compiled once.
+"""What FlexAttention needs besides the mask: soft cap and bias as a `score_mod`, and data in sizes compiled once.
 
 `score_mod` and `mask_mod` are objects whose tensors `torch.compile` takes as inputs, so new numbers are no new
 compilation. The size of such a tensor would be a symbol in the compiled code, and torch 2.13 writes wrong C++ for some
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from truemask.backends.base import Inputs, Job
 from truemask.backends.eager import bias_values
+from truemask.backends.flash import wide
 from truemask.masks.biases import Alibi, Bias, Relative
 from truemask.masks.block_mask import MaskMod
 from truemask.masks.core import Mask
@@ -53,7 +54,7 @@ def score_mod_of(inputs: Inputs, job: Job) -> ScoreMod | None:
     r, bias, positions = job.request, inputs.bias, None
     if inputs.softcap is None and bias is None:
         return None
-    softcap = None if inputs.softcap is None else torch.full((), inputs.softcap, device=r.device)
+    softcap = None if inputs.softcap is None else torch.full((), inputs.softcap, dtype=wide(r.dtype), device=r.device)
     if isinstance(bias, Bias):
         positions = job.mask.positions(r.q_len, r.kv_len)
         if not isinstance(bias, (Alibi, Relative)):

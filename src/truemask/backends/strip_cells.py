@@ -33,8 +33,10 @@ class Sparse:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        groups = sum(group.nbytes for plane in self.planes for group in plane.groups)
-        return groups + (0 if self.dead is None else self.dead.nbytes)
+        groups = [group for plane in self.planes for group in plane.groups]
+        masks = {id(group.masking): group.masking.nbytes for group in groups if group.masking is not None}
+        dead = 0 if self.dead is None else self.dead.nbytes
+        return sum(group.nbytes for group in groups) + sum(masks.values()) + dead
 
 
 class Piece(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import Annotated
 
@@ -79,6 +80,8 @@ def _raced(name: str, mask: Mask, course: Course, grad: bool) -> list[str]:
 def _calibrate(console: Console) -> None:
     """Measure, show beside the shipped costs, store."""
     writable_file()
+    if busy():
+        plain(console, "other programs keep this machine busy: what is measured now is too slow; better to wait")
     found = measured_costs(lambda text: plain(console, f"  {text}"))
     file = store(found)
     costs.forget()
@@ -90,6 +93,11 @@ def _calibrate(console: Console) -> None:
         shown.add_row(*row)
     console.print(shown)
     plain(console, f"stored in {file}; plans are now predicted from {costs.source()}")
+
+
+def busy() -> bool:
+    """Whether other programs wanted more than half a processor in the last minute, as far as the system tells."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
 
 
 def beside_shipped(found: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:

@@ -25,7 +25,7 @@ from truemask.masks.data import prefix
 from truemask.masks.positional import window
 
 SECONDS = 0.8  # for each backend and job
-LEAST = 0.05  # no measurement makes anything shorter than that share at once
+LEAST = 0.05  # of a shipped constant, and 1 / LEAST times as much at most: beyond that a measurement is not believed
 STEPS, NUDGE = 6, 1e-4
 Say = Callable[[str], object]
 
@@ -102,10 +102,12 @@ def fitted(backend: Backend, rates: Rates, few: Measured, many: Measured) -> Rat
 
     In steps, because a backend that chooses among ways may choose another one under other constants.
     """
+    calls = work = 1.0
     for _ in range(STEPS):
-        of_calls, of_work = _factors(*(_parts(backend, rates, measured) for measured in (few, many)))
-        rates = _scaled(rates, few.grad, min(max(LEAST, of_calls), 1 / LEAST), min(max(LEAST, of_work), 1 / LEAST))
-    return rates
+        now = _scaled(rates, few.grad, calls, work)
+        of_calls, of_work = _factors(*(_parts(backend, now, measured) for measured in (few, many)))
+        calls, work = (min(max(LEAST, factor), 1 / LEAST) for factor in (calls * of_calls, work * of_work))
+    return _scaled(rates, few.grad, calls, work)
 
 
 class Parts(NamedTuple):
@@ -127,8 +129,7 @@ def _parts(backend: Backend, rates: Rates, measured: Measured) -> Parts:
 def _factors(few: Parts, many: Parts) -> tuple[float, float]:
     """By what to multiply calls and arithmetic."""
     of_calls = (few.seconds * many.work - many.seconds * few.work) / (few.calls * many.work - many.calls * few.work)
-    of_calls = max(LEAST, of_calls)
-    return of_calls, (many.seconds - of_calls * many.calls) / many.work
+    return of_calls, (many.seconds - max(LEAST, of_calls) * many.calls) / many.work
 
 
 def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> Rates:
@@ -144,7 +145,7 @@ def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> 
 def predicted(backend: Backend, rates: Rates, measured: Measured) -> float:
     """What the backend would cost if these were its constants; of a new job, because a job remembers choices."""
     with assumed(replace(SHIPPED, **{backend.name: rates})):
-        return backend.cost(measured.probe.job(measured.grad))
+        return float(backend.cost(measured.probe.job(measured.grad)))
 
 
 def join_rate(seconds: float, n: int = 1024) -> float:

@@ -1,4 +1,4 @@
-"""`truemask doctor`: what is installed, which backends run on this machine and why the others do not; a GPU's report."""
+"""`truemask doctor`: what is installed, which backends run here and why the others do not; the report of a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from truemask._explain import duration
 from truemask._plan import plan
+from truemask.backends import costs
 from truemask.cli.console import make_console, plain
 from truemask.cli.gpu_report import CHECKS, LENGTH, SECONDS, gpu_facts, report
 from truemask.cli.machine import facts
@@ -25,7 +26,7 @@ def doctor(
 ) -> None:
     """Say what is installed, which backends run here, and what keeps the others; a report to paste into an issue."""
     console = make_console()
-    _pairs(console, facts(torch.get_num_threads()))
+    _pairs(console, [*facts(torch.get_num_threads()), ("costs", costs.source())])
     if not gpu:
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             _backends(console, device)

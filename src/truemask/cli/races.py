@@ -14,8 +14,8 @@ from truemask._attend import attend
 from truemask.cli.timing import Run
 from truemask.masks.core import Mask
 from truemask.masks.data import global_tokens, prefix
-from truemask.masks.positional import blocks, causal, window
 from truemask.masks.patterned import random
+from truemask.masks.positional import blocks, causal, window
 
 BLOCK = 64  # BigBird's: 3 blocks around each, 2 that are global, 3 at random
 DOCUMENT = 700  # tokens, about

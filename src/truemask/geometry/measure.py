@@ -20,8 +20,10 @@ def pairs(x: Slabs) -> int:
     15
     """
     first, last = x.first, x.last
-    widths = (x.at(1, first) - x.at(0, first)) + (x.at(1, last) - x.at(0, last))
-    return int(((last - first + 1) * widths // 2).sum())
+    heights, widths = last - first + 1, (x.at(1, first) - x.at(0, first)) + (x.at(1, last) - x.at(0, last))
+    if heights.astype(float) @ widths > 1 << 62:  # more than 64 bits hold: Python's own integers
+        return sum(height * width // 2 for height, width in zip(heights.tolist(), widths.tolist(), strict=True))
+    return int((heights * widths // 2).sum())
 
 
 def live_rows(x: Slabs) -> Flags:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from truemask.geometry.ranges import spans
-from truemask.geometry.slabs import FAR, Flags, Ints, Slabs, affordable, bands, tidy
+from truemask.geometry.slabs import FAR, Flags, Ints, NoExactFormError, Slabs, affordable, bands, stacked, tidy
 
 Lines = tuple[Ints, Ints, Ints, Ints]  # of each run: its slab, ends [2, runs], slopes [2, runs], weight
 
@@ -34,8 +34,21 @@ def odd_of(parts: Sequence[Slabs]) -> Slabs:
 
 
 def cropped(slabs: Slabs, start: int, stop: int) -> Slabs:
-    """Keys `[start, stop)` alone."""
-    return all_of([slabs, bands(slabs.rows[0], slabs.rows[-1], start, 0, stop, 0)])
+    """Keys `[start, stop)` alone. Only the slabs that reach beyond are looked at again, if few stand between others."""
+    beyond = (slabs.at(0, slabs.first) < start) | (slabs.at(1, slabs.last) > stop)
+    if not beyond.any():
+        return slabs
+    steps = np.diff(np.pad(np.bincount(slabs.owner, beyond, len(slabs.sizes)) > 0, 1).view(np.int8))
+    first, last = slabs.rows[np.flatnonzero(steps == 1)], slabs.rows[np.flatnonzero(steps == -1)]
+    if len(first) > 8:
+        first, last = slabs.rows[:1], slabs.rows[-1:]
+    parts, done = [], int(slabs.rows[0])
+    for q0, q1 in zip(first.tolist(), last.tolist(), strict=True):
+        parts += [slabs.between(done, q0)] if done < q0 else []
+        parts.append(all_of([slabs.between(q0, q1), bands(q0, q1, start, 0, stop, 0)]))
+        done = q1
+    parts += [slabs.between(done, int(slabs.rows[-1]))] if done < slabs.rows[-1] else []
+    return parts[0] if len(parts) == 1 else stacked(parts)
 
 
 def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: ArrayLike = 0, t: ArrayLike = 0) -> Slabs:
@@ -59,7 +72,7 @@ def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: Arr
     def seen(total: Ints) -> Flags:
         return total > 0
 
-    return _resolved(_union(q0, q1, np.array([first, stop])), gather, seen)
+    return _resolved(_union(q0, q1, np.array([first, stop])), gather, seen, bool(s.any() or t.any()))
 
 
 def transposed(slabs: Slabs, first: int, stop: int) -> Slabs:
@@ -85,19 +98,18 @@ def _overlay(parts: Sequence[Slabs], weights: Sequence[int], seen: Callable[[Int
     The first `bounding` parts contain the result: what the others say elsewhere is left out.
     """
     rows = parts[0].rows if len(parts) == 1 else _union(*[part.rows for part in parts])
-    return _resolved(rows, lambda rows: _gathered(parts, weights, rows, bounding), seen)
+    moves = any(part.moves for part in parts)
+    return _resolved(rows, lambda rows: _gathered(parts, weights, rows, bounding), seen, moves)
 
 
-def _resolved(rows: Ints, gather: Callable[[Ints], Lines], seen: Callable[[Ints], Flags]) -> Slabs:
+def _resolved(rows: Ints, gather: Callable[[Ints], Lines], seen: Callable[[Ints], Flags], moves: bool) -> Slabs:
     """The cells for which `seen` holds of the sum of the weights around them, with rows cut where that needs it."""
     lines = gather(rows)
-    cuts = _crossings(rows, *lines[:3])
-    if len(cuts):
+    if moves and len(cuts := _crossings(rows, *lines[:3])):
         rows = _union(rows, cuts)
         lines = gather(rows)
     slab, ends, slopes = _swept(rows, *lines, seen)
-    cuts = _late(rows, slab, ends, slopes)
-    if len(cuts):
+    if moves and len(cuts := _late(rows, slab, ends, slopes)):
         rows = _union(rows, cuts)
         slab, ends, slopes = _swept(rows, *gather(rows), seen)
     return tidy(rows, np.bincount(slab, minlength=len(rows) - 1), ends, slopes)
@@ -115,7 +127,10 @@ def _gathered(parts: Sequence[Slabs], weights: Sequence[int], rows: Ints, boundi
         if n < bounding:
             low, high = _narrowed(part, begin, end, first, last, low, high)
     if bounding:
-        found = [(part, *_meeting(part, begin, end, first, last, low, high)) for part, begin, end in found]
+        found = [
+            (part, *(_meeting(part, begin, end, first, last, low, high) if part.most > 1 else (begin, end)))
+            for part, begin, end in found
+        ]
     affordable(int(sum((end - begin).sum() for _, begin, end in found)))
     columns = []
     for (part, begin, end), weight in zip(found, weights, strict=True):
@@ -159,15 +174,18 @@ def _crossings(rows: Ints, slab: Ints, ends: Ints, slopes: Ints) -> Ints:
     moves = slopes.ravel() == 1
     if not moves.any() or moves.all():
         return np.zeros(0, np.int64)
-    slab, ends = np.concatenate([slab, slab]), ends.ravel()
-    order = np.argsort(slab[~moves], kind="stable")
-    still_slab, still = slab[~moves][order], ends[~moves][order]
-    slab, line = slab[moves], ends[moves]
-    begin, end = np.searchsorted(still_slab, slab), np.searchsorted(still_slab, slab, "right")
+    slab, line = np.concatenate([slab, slab]), ends.ravel()
+    still, line, slab, of = line[~moves], line[moves], slab[moves], slab[~moves]
+    low, high = int(rows[0]) + int(line.min()), int(rows[-1]) + int(line.max())
+    span = high - low + 2  # where no line that moves comes, the others need no place of their own
+    if len(rows) * span >= 1 << 62:
+        raise NoExactFormError(f"{len(rows)} slabs of lines over {span} keys")
+    place = np.sort(of * span + np.clip(still - low, 0, span - 1), kind="stable")
+    begin = np.searchsorted(place, slab * span + (line + rows[slab] - low))
+    end = np.searchsorted(place, slab * span + (line + rows[slab + 1] - 1 - low))
     affordable(int((end - begin).sum()))
     mover, other = spans(begin, end)
-    cut, slab = still[other] - line[mover] + 1, slab[mover]
-    return cut[(cut > rows[slab]) & (cut < rows[slab + 1])]
+    return place[other] - (slab * span + line - low)[mover] + 1
 
 
 def _union(*numbers: Ints) -> Ints:
@@ -191,11 +209,13 @@ def _swept(
         slab = np.concatenate([slab, every, every])
         line, slope = np.concatenate([line, still - FAR, still + FAR]), np.concatenate([slope, still, still])
         change = np.concatenate([change, still, still])
-    alone = (rows[1:] - rows[:-1] == 1)[slab]
-    line, slope = np.where(alone, line + slope * rows[slab], line), np.where(alone, 0, slope)
+    alone = rows[1:] - rows[:-1] == 1
+    if alone.any():
+        alone = alone[slab]
+        line, slope = np.where(alone, line + slope * rows[slab], line), np.where(alone, 0, slope)
     order, same = _in_order(slab, line + slope * rows[slab], slope)
-    slab, line, slope, total = slab[order], line[order], slope[order], np.cumsum(change[order])
-    slab, line, slope, total = (x[~same] for x in (slab, line, slope, total))
+    total, order = np.cumsum(change[order])[~same], order[~same]
+    slab, line, slope = slab[order], line[order], slope[order]
     value = seen(total) & (line < FAR)
     before = np.zeros(len(value), bool)
     before[1:] = value[:-1] & (slab[1:] == slab[:-1])

@@ -94,9 +94,11 @@ def _parts(squares: _Squares, side: int, rows: int, columns: int) -> _Squares:
 
 def _runs(squares: _Squares, side: int, rows: int, columns: int, state: int) -> Ints:
     """The rows of tiles of squares: `[n, 4]` of row, start, stop, state."""
-    square, row = spans(squares.i, np.minimum(squares.i + side, rows))
-    if len(row) > MOST:
-        raise TooManyTilesError(f"{len(row)} runs")
+    stop = np.minimum(squares.i + side, rows)
+    total = int((stop - squares.i).sum())
+    if total > MOST:
+        raise TooManyTilesError(f"{total} runs")
+    square, row = spans(squares.i, stop)
     start = squares.j[square]
     return np.stack([row, start, np.minimum(start + side, columns), np.full(len(row), state)], axis=1)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,7 +33,10 @@ class NoExactFormError(Exception):
 
 
 class Region(NamedTuple):
-    """What slabs are asked about: rows `[q0, q1)` of sample b and head h; their runs are right for keys `[k0, k1)`."""
+    """What slabs are asked about: rows `[q0, q1)` of sample b and head h; their runs are right for keys `[k0, k1)`.
+
+    `known` holds what was found in answering one question, so that a part which occurs twice is worked out once.
+    """
 
     b: int
     h: int
@@ -41,6 +44,7 @@ class Region(NamedTuple):
     q1: int
     k0: int
     k1: int
+    known: dict[Any, Slabs] | None = None
 
     def moved(self, rows: int, keys: int) -> Region:
         """The region as a mask knows it that is re-indexed by so much."""
@@ -64,6 +68,16 @@ class Slabs:
     def sizes(self) -> Ints:
         """The number of runs of each slab."""
         return np.diff(self.starts)
+
+    @cached_property
+    def most(self) -> int:
+        """The largest number of runs of a slab."""
+        return int(self.sizes.max(initial=0))
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether any end moves."""
+        return bool(self.slopes.any())
 
     @cached_property
     def owner(self) -> Ints:
@@ -159,68 +173,99 @@ def affordable(ends: int) -> None:
 def tidy(rows: Ints, counts: Ints, ends: Ints, slopes: Ints) -> Slabs:
     """Neighbouring slabs whose runs go on in the same lines, as one; a row alone takes lines that pass through it."""
     rows, counts = np.asarray(rows, np.int64), np.asarray(counts)
-    alone, first = (np.repeat(x, counts) for x in (np.diff(rows) == 1, rows[:-1]))
-    ends, slopes = np.where(alone, ends + slopes * first, ends), np.where(alone, 0, slopes)
-    while len(counts) > 1:
-        joined = _adopted(rows, counts, ends, slopes)
+    alone = rows[1:] - rows[:-1] == 1
+    if alone.any():
+        single, first = np.repeat(alone, counts), np.repeat(rows[:-1], counts)
+        ends, slopes = np.where(single, ends + slopes * first, ends), np.where(single, 0, slopes)
+    found = _joined(rows, counts, ends, slopes, _same_lines(counts, ends, slopes))
+    while (alone := found[0][1:] - found[0][:-1] == 1).any():
+        joined = _adopted(*found, alone)
         if not joined.any():
             break
-        keep = np.append(True, ~joined)
-        runs = np.repeat(keep, counts)
-        rows, counts, ends, slopes = rows[np.append(keep, True)], counts[keep], ends[:, runs], slopes[:, runs]
+        found = _joined(*found, joined)
+        found = _joined(*found, _same_lines(*found[1:]))
+    rows, counts, ends, slopes = found
     return Slabs(rows, np.append(0, np.cumsum(counts)), ends, slopes)
 
 
-def _adopted(rows: Ints, counts: Ints, ends: Ints, slopes: Ints) -> Flags:
-    """Which slabs go on as the one above; rows alone have been given the lines of a neighbour, or of each other."""
-    alone, starts = np.diff(rows) == 1, np.cumsum(counts) - counts
-    above = _candidates(alone, counts, starts, ends)
-    pair, upper = spans(starts[above], starts[above] + counts[above])
-    lower = upper + counts[above][pair]
+def _joined(rows: Ints, counts: Ints, ends: Ints, slopes: Ints, joined: Flags) -> tuple[Ints, Ints, Ints, Ints]:
+    """Without the beginnings of slabs that are joined to the one above."""
+    if not joined.any():
+        return rows, counts, ends, slopes
+    keep = np.concatenate([[True], ~joined])
+    runs = np.repeat(keep, counts)
+    return np.append(rows[:-1][keep], rows[-1]), counts[keep], ends[:, runs], slopes[:, runs]
 
-    def everywhere(fits: Flags) -> Flags:
+
+class _Pairs(NamedTuple):
+    """Slabs and the next ones, with as many runs: the upper slabs, and for each run its pair and place in both."""
+
+    above: Ints
+    pair: Ints
+    upper: Ints
+    lower: Ints
+
+    @classmethod
+    def of(cls, above: Ints, counts: Ints, starts: Ints) -> _Pairs:
+        begin, count = starts[above], counts[above]
+        pair, upper = spans(begin, begin + count)
+        return cls(above, pair, upper, upper + count[pair])
+
+    def everywhere(self, fits: Flags) -> Flags:
         """Whether it fits on every run of a pair, at both ends."""
-        return np.bincount(pair, ~fits.all(0), len(above)) == 0
+        return np.bincount(self.pair[~(fits[0] & fits[1])], minlength=len(self.above)) == 0
 
-    joined = np.zeros(len(counts) - 1, bool)
-    joined[above] = everywhere((ends[:, upper] == ends[:, lower]) & (slopes[:, upper] == slopes[:, lower]))
-    if joined.any() or not alone.any():
-        return joined
-    row = rows[above + 1][pair]  # the first row of the lower slab
-    step = (ends[:, lower] + slopes[:, lower] * row) - (ends[:, upper] + slopes[:, upper] * (row - 1))
-    down = everywhere(step == slopes[:, upper]) & alone[above + 1] & ~alone[above]
-    up = everywhere(step == slopes[:, lower]) & alone[above] & ~alone[above + 1]
-    up &= ~np.isin(above, above[down] + 1)
-    both = everywhere((step == 0) | (step == 1)) & alone[above] & alone[above + 1]
-    both &= ~np.isin(above, above[down] + 1) & ~np.isin(above + 1, above[up])
-    both &= _every_other(above, both)
-    for chosen, source, target in ((down, upper, lower), (up, lower, upper)):
-        runs = chosen[pair]
-        ends[:, target[runs]], slopes[:, target[runs]] = ends[:, source[runs]], slopes[:, source[runs]]
-    runs = both[pair]
-    start = ends[:, upper[runs]] - step[:, runs] * (row[runs] - 1)  # slopes of rows alone are 0
-    for target in (upper[runs], lower[runs]):
-        ends[:, target], slopes[:, target] = start, step[:, runs]
-    joined[above] |= down | up | both
+
+def _same_lines(counts: Ints, ends: Ints, slopes: Ints) -> Flags:
+    """Which slabs go on in the lines of the one above."""
+    starts = np.cumsum(counts) - counts
+    joined = counts[1:] == counts[:-1]
+    if ends.shape[1]:
+        first = ends[0, np.minimum(starts, ends.shape[1] - 1)]
+        joined &= (first[1:] == first[:-1]) | (counts[1:] == 0)
+    if joined.any():
+        pairs = _Pairs.of(np.flatnonzero(joined), counts, starts)
+        a, b = pairs.upper, pairs.lower
+        joined[pairs.above] = pairs.everywhere((ends[:, a] == ends[:, b]) & (slopes[:, a] == slopes[:, b]))
     return joined
 
 
-def _candidates(alone: Flags, counts: Ints, starts: Ints, ends: Ints) -> Ints:
-    """Slabs that may be one with the next: as many runs, and the first begins in the same line or one slab is a row."""
-    above = np.flatnonzero(counts[1:] == counts[:-1])
-    if not ends.shape[1]:
-        return above
-    first = np.minimum(starts, ends.shape[1] - 1)
-    alike = (ends[0, first[above]] == ends[0, first[above + 1]]) | (counts[above] == 0)
-    return above[alike | alone[above] | alone[above + 1]]
+def _adopted(rows: Ints, counts: Ints, ends: Ints, slopes: Ints, alone: Flags) -> Flags:
+    """Rows alone are given the lines of a neighbour, or of each other: which slabs then go on as the one above."""
+    some = (counts[1:] == counts[:-1]) & (alone[1:] | alone[:-1])
+    joined = np.zeros(len(counts) - 1, bool)
+    if not some.any():
+        return joined
+    pairs = _Pairs.of(np.flatnonzero(some), counts, np.cumsum(counts) - counts)
+    above, upper, lower = pairs.above, pairs.upper, pairs.lower
+    row = rows[above + 1][pairs.pair]  # the first row of the lower slab
+    step = (ends[:, lower] + slopes[:, lower] * row) - (ends[:, upper] + slopes[:, upper] * (row - 1))
+    taken = np.zeros(len(counts), bool)  # slabs that get other lines
+    down = pairs.everywhere(step == slopes[:, upper]) & alone[above + 1] & ~alone[above]
+    taken[above[down] + 1] = True
+    up = pairs.everywhere(step == slopes[:, lower]) & alone[above] & ~alone[above + 1] & ~taken[above]
+    taken[above[up]] = True
+    both = pairs.everywhere((step == 0) | (step == 1)) & alone[above] & alone[above + 1]
+    both &= ~taken[above] & ~taken[above + 1]
+    both &= _every_other(above, both)
+    for chosen, source, target in ((down, upper, lower), (up, lower, upper)):
+        runs = chosen[pairs.pair]
+        ends[:, target[runs]], slopes[:, target[runs]] = ends[:, source[runs]], slopes[:, source[runs]]
+    runs = both[pairs.pair]
+    start = ends[:, upper[runs]] - step[:, runs] * (row[runs] - 1)  # slopes of rows alone are 0
+    for target in (upper[runs], lower[runs]):
+        ends[:, target], slopes[:, target] = start, step[:, runs]
+    joined[above] = down | up | both
+    return joined
 
 
 def _every_other(place: Ints, chosen: Flags) -> Flags:
     """Of places chosen in a row, the first, the third, and so on."""
     places = place[chosen]
-    begins = np.ones(len(places), bool)
-    begins[1:] = places[1:] != places[:-1] + 1
-    offset = places - np.maximum.accumulate(np.where(begins, places, -1)) if len(places) else places
     some = np.zeros(len(place), bool)
-    some[np.flatnonzero(chosen)[offset % 2 == 0]] = True
+    if len(places):
+        begins = np.ones(len(places), bool)
+        begins[1:] = places[1:] != places[:-1] + 1
+        offset = places - np.maximum.accumulate(np.where(begins, places, -1))
+        some[np.flatnonzero(chosen)[offset % 2 == 0]] = True
     return some

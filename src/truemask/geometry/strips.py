@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from truemask.geometry.logic import FULL, MIXED
 from truemask.geometry.slabs import Slabs
 from truemask.geometry.tiles import TileMap
 
@@ -121,14 +120,17 @@ def from_cells(cells: Flags) -> Strips:
 
 # -- from slabs --------------------------------------------------------------------------------------------------------
 
+LONG = 2048  # rows from which on a causal slab stays whole
 LOW = 24  # rows that a strip costs beside its own: low strips are slow
 
 
-def from_slabs(planes: Sequence[tuple[int, int, Slabs]], kv_len: int, shape: tuple[int, int], height: int) -> Strips:
+def from_slabs(
+    planes: Sequence[tuple[int, int, Slabs]], q_len: int, kv_len: int, shape: tuple[int, int], height: int
+) -> Strips:
     """Strips of at most `height` rows with exactly the keys that some row sees; slabs of all samples and heads.
 
-    Rows are cut where the slabs are, unless they see much the same. A slab that is top-left causal, as a document is,
-    stays one strip whatever its height: kernels have a flag for those.
+    Rows are cut where the slabs are, unless they see much the same. A long slab that is top-left causal stays one strip
+    whatever its height: kernels have a flag for those, which pays where they are long.
     """
     cut = _Cut(height)
     made: dict[int, list[_Strip]] = {}
@@ -143,7 +145,6 @@ def from_slabs(planes: Sequence[tuple[int, int, Slabs]], kv_len: int, shape: tup
     q0, q1, pattern = np.array([(x.q0, x.q1, x.pattern) for x in strips], np.int64).reshape(-1, 3).T
     starts = np.cumsum([0, *(len(x.keys) for x in strips)])
     keys = np.concatenate([x.keys for x in strips]) if strips else np.zeros((0, 2), np.int64)
-    q_len = int(planes[0][2].rows[-1]) if planes else 0
     return Strips(q_len, kv_len, shape, b, h, q0, q1, starts, keys, pattern, tuple(cut.patterns))
 
 
@@ -162,7 +163,7 @@ class _Cut:
     def __init__(self, height: int) -> None:
         self.height = height
         self.numbers: dict[bytes, int] = {}
-        self.alike: dict[tuple[int, ...], int] = {}
+        self.alike: dict[Hashable, int] = {}
         self.patterns: dict[Pattern, int] = {}
         self.left = KEPT
 
@@ -195,7 +196,8 @@ class _Cut:
             if runs.start == runs.stop:
                 continue
             ends, slopes = slabs.ends[:, runs], slabs.slopes[:, runs]
-            if ends.shape[1] == 1 and slopes[:, 0].tolist() == [0, 1] and ends[1, 0] == 1 and ends[0, 0] == first:
+            line = (*slopes[:, 0].tolist(), *ends[:, 0].tolist()) if ends.shape[1] == 1 else ()
+            if stop - first >= LONG and line == (0, 1, first, 1):
                 yield first, stop, np.array([[first, stop]]), True
                 continue
             for q0 in range(first, stop, self.height):
@@ -204,9 +206,12 @@ class _Cut:
                 yield q0, q1, united(np.stack([lo, hi], 1)), False
 
     def _made(self, slabs: Slabs, q0: int, q1: int, keys: Ints) -> _Strip:
-        """The strip; where one slab is cut into many, they have the same pattern as long as their intervals are alike."""
+        """The strip; those cut from one slab have the same pattern where their runs lie alike in their intervals."""
         a, b = int(np.searchsorted(slabs.rows, q0, "right")) - 1, int(np.searchsorted(slabs.rows, q1, "left"))
-        alike = (id(slabs), a, b, q1 - q0, *(keys[:, 1] - keys[:, 0]).tolist())
+        runs = slice(int(slabs.starts[a]), int(slabs.starts[b]))
+        starts = slabs.ends[0, runs] + slabs.slopes[0, runs] * q0
+        inside = starts - keys[np.searchsorted(keys[:, 0], starts, "right") - 1, 0]
+        alike = (id(slabs), a, b, q1 - q0, (keys[:, 1] - keys[:, 0]).tobytes(), inside.tobytes())
         if b - a > 1 or alike not in self.alike:
             self.alike[alike] = self._pattern(slabs, a, b, q0, q1, keys)
         return _Strip(q0, q1, keys, self.alike[alike])
@@ -222,6 +227,12 @@ class _Cut:
         interval = np.searchsorted(keys[:, 0], ends[0] + slopes[0] * rows[owner], "right") - 1
         ends = ends + (offsets[interval] - keys[interval, 0])
         width = int(offsets[-1])
+        heights, lengths = np.diff(rows)[owner], ends[1] - ends[0]
+        last = lengths + (slopes[1] - slopes[0]) * (heights - 1)
+        starts = (slopes[0] * rows[owner], slopes[1] * rows[owner])
+        cells = int((heights * (lengths + last + 2 * (starts[1] - starts[0]))).sum())
+        if cells == 2 * width * (q1 - q0):
+            return ALL
         key = np.concatenate([[q1 - q0, width, len(rows)], rows, owner, ends.ravel(), slopes.ravel()]).tobytes()
         if key not in self.numbers:
             cells = np.zeros((q1 - q0, width), bool)
@@ -386,9 +397,16 @@ def _evaluated(tiles: TileMap, known: _Cells) -> Iterator[_Segments]:
         yield _Segments(row[keep], k0[keep] + lo[keep], k0[keep] + hi[keep], np.array(number, np.int64), lo[keep])
 
 
-def counted(tiles: TileMap) -> tuple[int, int]:
-    """Cells and MIXED cells of the tiles that are not EMPTY, uncut: what strips of them would run."""
-    area = tiles.block[0] * tiles.block[1]
-    sizes = (tiles.runs[:, 1] - tiles.runs[:, 0]) * area
-    mixed = int(sizes[tiles.runs[:, 2] == MIXED].sum())
-    return mixed + int(sizes[tiles.runs[:, 2] == FULL].sum()), mixed
+def rough(tiles: TileMap) -> Strips:
+    """What `from_tiles` makes, roughly and without looking at a cell: for an estimate of what it costs."""
+    sizes = np.minimum(tiles.runs[:, 1] * tiles.block[1], tiles.kv_len) - tiles.runs[:, 0] * tiles.block[1]
+    sums = np.concatenate([[0], np.cumsum(sizes)])
+    widths = sums[tiles.row_starts[1:]] - sums[tiles.row_starts[:-1]]
+    rows = np.flatnonzero(widths)
+    b, h, i = (x.astype(np.int64) for x in np.unravel_index(rows, tiles.shape[:3]))
+    q0 = i * tiles.block[0]
+    keys = np.stack([np.zeros_like(rows), widths[rows]], 1)
+    shape = (tiles.shape[0], tiles.shape[1])
+    starts, seen = np.arange(len(rows) + 1), np.full(len(rows), ALL)
+    q1 = np.minimum(q0 + tiles.block[0], tiles.q_len)
+    return Strips(tiles.q_len, tiles.kv_len, shape, b, h, q0, q1, starts, keys, seen, ())

@@ -62,7 +62,7 @@ class _Choice(Mask):
         return which, distinct[which]
 
     def _slabs(self, r: Region) -> Slabs:
-        return self._entry(r.b, r.h)[1]._slabs(r)
+        return self._entry(r.b, r.h)[1].slabs_in(r)
 
     def _variant(self, b: int, h: int) -> Hashable:
         which, mask = self._entry(b, h)

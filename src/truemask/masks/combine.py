@@ -107,8 +107,8 @@ class And(_Combination):
         return reduce(torch.logical_and, [term._truth(b, h, q, k) for term in self.terms])
 
     def _slabs(self, r: Region) -> Slabs:
-        inside = [term._slabs(r) for term in self.terms if not isinstance(term, Not)]
-        return all_of(inside, but=[term.base._slabs(r) for term in self.terms if isinstance(term, Not)])
+        inside = [term.slabs_in(r) for term in self.terms if not isinstance(term, Not)]
+        return all_of(inside, but=[term.base.slabs_in(r) for term in self.terms if isinstance(term, Not)])
 
 
 class Or(_Combination):
@@ -121,7 +121,7 @@ class Or(_Combination):
         return reduce(torch.logical_or, [term._truth(b, h, q, k) for term in self.terms])
 
     def _slabs(self, r: Region) -> Slabs:
-        return any_of([term._slabs(r) for term in self.terms])
+        return any_of([term.slabs_in(r) for term in self.terms])
 
 
 class Xor(_Combination):
@@ -134,7 +134,7 @@ class Xor(_Combination):
         return reduce(torch.logical_xor, [term._truth(b, h, q, k) for term in self.terms])
 
     def _slabs(self, r: Region) -> Slabs:
-        return odd_of([term._slabs(r) for term in self.terms])
+        return odd_of([term.slabs_in(r) for term in self.terms])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,7 +158,7 @@ class Minus(Mask):
         return kleene_and(self.left._tile(r), kleene_not(self.right._tile(r)))
 
     def _slabs(self, r: Region) -> Slabs:
-        return all_of([self.left._slabs(r)], but=[self.right._slabs(r)])
+        return all_of([self.left.slabs_in(r)], but=[self.right.slabs_in(r)])
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:
         return [*self.left._phase(r), *self.right._phase(r)]
@@ -191,7 +191,7 @@ class Not(Mask):
         return kleene_not(self.base._tile(r))
 
     def _slabs(self, r: Region) -> Slabs:
-        return all_of([], but=[self.base._slabs(r)])
+        return all_of([], but=[self.base.slabs_in(r)])
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:
         return self.base._phase(r)

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States
+from truemask.geometry.overlay import cropped
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.building import KINDS, build, ticket_for
@@ -79,6 +80,14 @@ class Mask(Value, Questions):
         """The exact form for a region that is not empty, or `NoExactFormError`."""
         raise NoExactFormError(f"`{self}` has no exact form")
 
+    def slabs_in(self, r: Region) -> Slabs:
+        """The same, found once in answering a question."""
+        known = {} if r.known is None else r.known
+        key = (self, *r[:-1])
+        if key not in known:
+            known[key] = self._slabs(r)
+        return known[key]
+
     def _variant(self, b: int, h: int) -> Hashable:
         """What tells sample b and head h from others: those that share it have the same mask."""
         own = [part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2]
@@ -95,8 +104,8 @@ class Mask(Value, Questions):
         """
         found = [child._settles(k_stop) for child in self.children]
         known = [pair for pair in found if pair is not None]
-        if len(known) < len(found):
-            return None
+        if len(known) < len(found) or (not found and self._reads_query):
+            return None  # a leaf whose rows hold data never settles before they end
         return max((row for row, _ in known), default=0), math.lcm(*(period for _, period in known))
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -337,12 +346,18 @@ class Mask(Value, Questions):
         cell = against._first(*against._sizes(q_len, kv_len, batch, heads))
         if cell is None:
             return Verdict(None)
-        b, h, q, k = (torch.tensor(i) for i in cell)
-        sees, hides = (self, other) if bool(self.truth(b, h, q, k)) else (other, self)
+        sees, hides = (self, other) if self._sees(*cell) else (other, self)
         sizes = zip(("sample", "head"), cell, (against.batch_size, against.head_count), strict=False)
         where = "".join(f" in {name} {place}" for name, place, size in sizes if size != 1)
         seen = f"query {cell.query} may see key {cell.key}{where} under `{sees}`"
         return Verdict(cell, f"no: {seen}, but not under `{hides}`")
+
+    def _sees(self, b: int, h: int, q: int, k: int) -> bool:
+        """One cell, without tables of all positions where slabs know it."""
+        try:
+            return len(cropped(self.slabs_in(Region(b, h, q, q + 1, k, k + 1)), k, k + 1).owner) > 0
+        except NoExactFormError:
+            return bool(self.truth(*(torch.tensor(i) for i in (b, h, q, k))))
 
     def positions(self, q_len: int, kv_len: int | None = None) -> tuple[Tensor, Tensor]:
         """The logical positions of rows and keys, int64 `[n]` or `[b, n]`: what rotary embeddings need.

@@ -22,6 +22,7 @@ from truemask.geometry.quadtree import TooManyTilesError, classify_tiles
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs, blank
 from truemask.geometry.tiles import Ints, Rectangles, TileMap
 
+MOST_ROWS = 1 << 24  # of tiles, that a map may have
 MOST_EVALUATED = 1 << 33  # cells that a question may evaluate: a minute or two
 KEPT, KEPT_RUNS = 4, 1 << 16  # exact forms that a mask remembers, and how many runs one may have
 
@@ -77,23 +78,25 @@ class Exact(ABC):
         """The slabs of one sample and head, cut to the keys there are; None if the mask has no such form."""
         known: dict[Any, Slabs | None] = vars(self).setdefault("_known", {})
         key = (b, h, q_len, kv_len)
-        if key not in known:
-            try:
-                found = None if min(key[2:]) == 0 else self._slabs(Region(b, h, 0, q_len, 0, kv_len))
-                found = blank(0, q_len) if found is None else cropped(found, 0, kv_len)
-            except NoExactFormError:
-                found = None
-            if found is not None and found.ends.shape[1] > KEPT_RUNS:
-                return found
+        found = known.get(key, "unknown")  # asked once: another thread may clear it at any time
+        if not isinstance(found, str):
+            return found
+        try:
+            found = None if min(key[2:]) == 0 else self._slabs(Region(b, h, 0, q_len, 0, kv_len, {}))
+            found = blank(0, q_len) if found is None else cropped(found, 0, kv_len)
+        except NoExactFormError:
+            found = None
+        if found is None or found.ends.shape[1] <= KEPT_RUNS:
             if len(known) >= KEPT:
                 known.clear()
             known[key] = found
-            return found  # another thread may have cleared it
-        return known.get(key) if key in known else None
+        return found
 
     def _map(self, b: int, h: int, q_len: int, kv_len: int, block: tuple[int, int]) -> TileMap:
         """The tiles of one sample and head: `[1, 1, rows, columns]`."""
         shape = (1, 1, -(-q_len // block[0]), -(-kv_len // block[1]))
+        if shape[2] > MOST_ROWS:
+            raise MaskError(f"{q_len} queries are {shape[2]} rows of tiles of {block[0]}: ask with larger blocks")
         slabs = self._exact(b, h, q_len, kv_len)
         if slabs is not None:
             starts, runs = tile_runs(slabs, kv_len, block)

@@ -95,7 +95,7 @@ class Packed(Mask):
         )
         if not widths.any():
             return documents.between(r.q0, r.q1)
-        base = self.base._slabs(Region(r.b, r.h, 0, int(sizes.max()), 0, int(widths.max())))
+        base = self.base.slabs_in(Region(r.b, r.h, 0, int(sizes.max()), 0, int(widths.max()), r.known))
         document, slab = spans(np.zeros_like(sizes), np.searchsorted(base.rows, sizes))
         affordable(int(base.sizes[slab].sum()))
         place, run = spans(base.starts[slab], base.starts[slab + 1])
@@ -109,8 +109,8 @@ class Packed(Mask):
         )
         return all_of([inside, documents]).between(r.q0, r.q1)
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
-        return 0, 1  # there are no rows beyond the documents
+    def _settles(self, k_stop: int) -> None:
+        return None  # every document begins anew, and there are no rows beyond the last
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         for side, stop, name in ((self.lengths, q_stop, "queries"), (self.kv_lengths or self.lengths, k_stop, "keys")):
@@ -139,13 +139,23 @@ class Segments:
         self.lengths = np.atleast_2d(lengths.array)
         self.ends = self.lengths.cumsum(1)
         self.starts = self.ends - self.lengths
+        self._flat = lengths.tensor.ndim == 1
+
+    @cached_property
+    def _document(self) -> np.ndarray:
         segments = np.arange(self.lengths.shape[1])
-        document = np.stack([np.repeat(segments, row) for row in self.lengths])
-        offset = np.arange(document.shape[1]) - np.take_along_axis(self.starts, document, 1)
-        shape = document.shape[1:] if lengths.tensor.ndim == 1 else document.shape
-        self._document = document
-        self.document = torch.from_numpy(document.reshape(shape))
-        self.offset = torch.from_numpy(offset.reshape(shape))
+        return np.stack([np.repeat(segments, row) for row in self.lengths])
+
+    @property
+    def document(self) -> Tensor:
+        """The segment of every position, `[n]` or `[b, n]`."""
+        return torch.from_numpy(self._document[0] if self._flat else self._document)
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """Every position counted from the start of its segment."""
+        offset = np.arange(self._document.shape[1]) - np.take_along_axis(self.starts, self._document, 1)
+        return torch.from_numpy(offset[0] if self._flat else offset)
 
     def between(self, b: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first and the last segment of positions `[lo, hi)`."""
@@ -206,7 +216,7 @@ class Padded(Mask):
         q0, k0 = max(r.q0, start), max(r.k0, start)
         if q0 >= r.q1 or k0 >= r.k1:
             return blank(r.q0, r.q1)
-        base = self.base._slabs(r._replace(q0=q0, k0=k0).moved(-start, -start)).moved(start, start)
+        base = self.base.slabs_in(r._replace(q0=q0, k0=k0).moved(-start, -start)).moved(start, start)
         real = all_of([base, bands(q0, r.q1, start, 0, FAR, 0)])
         return stacked([blank(r.q0, q0), real]) if r.q0 < q0 else real
 
@@ -276,7 +286,7 @@ class Prepended(Mask):
                 extra = bands(q0, q1, 0, 0, self.k, 0) if self.k else blank(q0, q1)
                 own = blank(q0, q1)
                 if k0 < k1:
-                    own = mask._slabs(Region(r.b, r.h, q0 - up, q1 - up, k0, k1)).moved(up, self.k)
+                    own = mask.slabs_in(Region(r.b, r.h, q0 - up, q1 - up, k0, k1, r.known)).moved(up, self.k)
                 parts.append(any_of([extra, all_of([own, bands(q0, q1, self.k, 0, FAR, 0)])]))
         return stacked(parts)
 

@@ -168,8 +168,9 @@ class Random(Mask):
     def _slabs(self, r: Region) -> Slabs:
         """Where all blocks may be hashed: runs of the blocks of each row of blocks."""
         n = self.block
-        row, column = (np.arange(first // n, (stop - 1) // n + 1) for first, stop in ((r.q0, r.q1), (r.k0, r.k1)))
-        affordable(len(row) * len(column))
+        sides = [range(first // n, (stop - 1) // n + 1) for first, stop in ((r.q0, r.q1), (r.k0, r.k1))]
+        affordable(len(sides[0]) * len(sides[1]))
+        row, column = (np.arange(side.start, side.stop) for side in sides)
         seen = np.asarray(self._draw(np.asarray(r.h), row[:, None], column) < self.limit)
         return from_cells(np.append(np.maximum(row * n, r.q0), r.q1), np.append(column, column[-1] + 1) * n, seen)
 

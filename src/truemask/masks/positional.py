@@ -177,7 +177,8 @@ class Blocks(Mask):
         affordable(stop - first)
         block = np.arange(first, stop)
         rows = np.append(np.maximum(block * n, r.q0), r.q1)
-        ends = np.stack([block - self.back, block + self.ahead + 1]) * n
+        far = FAR // n  # so that no product overflows
+        ends = np.clip(np.stack([block - self.back, block + self.ahead + 1]), -far, far) * n
         return Slabs(rows, np.arange(len(rows)), ends, np.zeros_like(ends))
 
     def _settles(self, k_stop: int) -> tuple[int, int]:

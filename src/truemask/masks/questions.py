@@ -157,7 +157,10 @@ class Questions(Exact, Pictures):
 
         def pairs_of(b: int, h: int) -> int:
             slabs = self._exact(b, h, q_len, kv_len)
-            return pairs_in(self._searched(b, h, q_len, kv_len)) if slabs is None else pairs(slabs)
+            found = pairs_in(self._searched(b, h, q_len, kv_len)) if slabs is None else pairs(slabs)
+            if found >= 1 << 63:
+                raise MaskError(f"`{self}` lets {found} pairs through, more than int64 holds: ask about fewer queries")
+            return found
 
         return self._for_each(pairs_of, samples, head_count)
 
@@ -165,8 +168,8 @@ class Questions(Exact, Pictures):
         self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
     ) -> float:
         """The share of all (query, key) pairs that is let through, a mean over samples and heads; 0.0 of nothing."""
-        cells = q_len * (self.kv_len_for(q_len) if kv_len is None else kv_len)
         pairs = self.count(q_len, kv_len, batch=batch, heads=heads)
+        cells = q_len * (self.kv_len_for(q_len) if kv_len is None else kv_len)
         return float(pairs.double().mean()) / cells if cells else 0.0
 
     def dead_queries(

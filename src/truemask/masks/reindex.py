@@ -86,7 +86,10 @@ class At(Mask):
         return self.base._tile(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
 
     def _slabs(self, r: Region) -> Slabs:
-        return self.base._slabs(r.moved(self.q_start, self.k_start)).moved(-self.q_start, -self.k_start)
+        there = r.moved(self.q_start, self.k_start)
+        if max(there.q1, there.k1) > 2 * LARGEST:
+            raise NoExactFormError(f"`{self}` asks about positions beyond 2**41")
+        return self.base.slabs_in(there).moved(-self.q_start, -self.k_start)
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:
         q, k = np.int64(self.q_start), np.int64(self.k_start)
@@ -176,12 +179,12 @@ class Take(Mask):
     def _shifted(self, r: Region, row: tuple[int, int, int], column: tuple[int, int, int]) -> Slabs:
         """The base for rows and keys (first, stop, position of the first) that follow each other, where those stand."""
         (q0, q1, q), (k0, k1, k) = row, column
-        base = self.base._slabs(Region(r.b, r.h, q, q + q1 - q0, k, k + k1 - k0)).moved(q0 - q, k0 - k)
+        base = self.base.slabs_in(Region(r.b, r.h, q, q + q1 - q0, k, k + k1 - k0, r.known)).moved(q0 - q, k0 - k)
         return base if self.k is None else all_of([base, bands(q0, q1, k0, 0, k1, 0)])
 
     def _settles(self, k_stop: int) -> tuple[int, int] | None:
         if self.q is not None:
-            return 0, 1  # there are no rows beyond those taken
+            return None  # any row may see any key, up to the last one taken
         return self.base._settles(k_stop if self.k is None else _stop(self.k))
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -258,7 +261,7 @@ class Select(Mask):
 
     def _slabs(self, r: Region) -> Slabs:
         b, h = self._places(r.b, r.h)
-        return self.base._slabs(r._replace(b=b, h=h))
+        return self.base.slabs_in(r._replace(b=b, h=h))
 
     def _variant(self, b: int, h: int) -> Hashable:
         return self.base._variant(*self._places(b, h))
@@ -304,7 +307,7 @@ class Transposed(Mask):
         return self.base._tile(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
 
     def _slabs(self, r: Region) -> Slabs:
-        base = self.base._slabs(Region(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
+        base = self.base.slabs_in(Region(r.b, r.h, r.k0, r.k1, r.q0, r.q1, r.known))
         return transposed(base, r.q0, r.q1)
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:

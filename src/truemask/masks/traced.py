@@ -85,7 +85,9 @@ class Note:
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return f"T{len(self.tensors) - 1}"
-        if value is None or isinstance(value, (bool, str)):
+        if isinstance(value, bool):
+            return "True" if value else "False"  # what depends on a changing size has no repr
+        if value is None or isinstance(value, str):
             return repr(value)
         if isinstance(value, int):
             self.ints.append(value)
@@ -148,9 +150,9 @@ def _value(node: ast.expr, values: Values) -> Any:
             return lists[name[0]][int(name[1:])]
         case ast.Call(func=ast.Name(id=name)):
             args = [_value(arg, values) for arg in node.args]
-            if name.startswith("_"):
-                return KINDS[name[1:]].make(*args)
-            return BUILDERS[name](*args[:-1], **args[-1])
+            if name in BUILDERS:
+                return BUILDERS[name](*args[:-1], **args[-1])
+            return KINDS[name[1:]].make(*args)
         case ast.List():
             return [_value(item, values) for item in node.elts]
         case ast.Dict():

@@ -19,12 +19,14 @@ from functools import lru_cache, reduce
 import torch
 from torch import Tensor
 
+from truemask._compiled import positions_traced
 from truemask.errors import MaskError, describe
 from truemask.masks.combine import And, Minus, Nothing, Or, everything, nothing
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, Queries
 from truemask.masks.packing import Packed, Padded
 from truemask.masks.positional import Causal, Window, causal
+from truemask.masks.traced import BUILDERS, recorded
 from truemask.nn.doors import read_matrix, read_padding, warn
 
 
@@ -41,6 +43,11 @@ class Layout:
     begun: bool = False  # whether the cache holds keys, so that registers and memories are among them
 
     @property
+    def numbers(self) -> list[int]:
+        """All of it, for a compiled graph: `Layout(*numbers)`."""
+        return [self.batch, self.heads, self.new, self.past, self.registers, self.memories, self.begun]
+
+    @property
     def total(self) -> int:
         """Tokens in all, cached and new: what the user's mask speaks of."""
         return self.past + self.new
@@ -53,6 +60,8 @@ class Layout:
 
 def read_masks(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, layout: Layout, x: Tensor) -> Mask:
     """The AND of what the caller passed as `mask=` and `attn_mask=`, checked against the call's sizes."""
+    if torch.compiler.is_dynamo_compiling() and not (mask is None and attn_mask is None):
+        return _read_later(mask, attn_mask, layout.numbers)
     user = everything
     for name, value in (("mask", mask), ("attn_mask", attn_mask)):
         if value is not None:
@@ -60,6 +69,12 @@ def read_masks(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, layo
             term.check(layout.total, layout.total, batch=layout.batch, heads=layout.heads)
             user = _and(user, term)
     return user
+
+
+@recorded
+def _read_later(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, numbers: list[int]) -> Mask:
+    tensor = next((x for x in (mask, attn_mask) if isinstance(x, Tensor)), torch.empty(0))
+    return read_masks(mask, attn_mask, Layout(*numbers), tensor)
 
 
 def _read(name: str, value: Mask | Tensor, layout: Layout, x: Tensor) -> Mask:
@@ -125,6 +140,8 @@ def real_queries(mask: Mask) -> Mask:
 
 def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
     """The mask of this call's rows over all keys: causal if the module is, behind registers and memories."""
+    if torch.compiler.is_dynamo_compiling():
+        return _combine_later(user, layout.numbers, causal_too)
     if causal_too and layout.past == 0:
         _warn_if_ahead(user, layout)
     mask = _and(causal, user) if causal_too else user
@@ -135,6 +152,11 @@ def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
         if layout.registers and seen != nothing and real != everything:
             mask = mask & real.prepended(q=layout.registers, k=layout.memories)  # padding reads no register
     return mask.at(q_start=layout.first_row) if layout.first_row else mask
+
+
+@recorded
+def _combine_later(user: Mask, numbers: list[int], causal_too: bool) -> Mask:
+    return combine(user, Layout(*numbers), causal_too=causal_too)
 
 
 def _warn_if_ahead(user: Mask, layout: Layout) -> None:
@@ -175,6 +197,8 @@ def pairs_ahead(mask: Mask, n: int, batch: int, heads: int) -> int:
 
 def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
     """Logical positions of this call's tokens, int64 [n] or [b, n]: the caller's, or the mask's."""
+    if pos is None and torch.compiler.is_dynamo_compiling() and user is not everything:
+        return positions_traced("_positions_later", user, layout.numbers)
     if pos is None:
         return _own_positions(user, layout)
     if pos.is_floating_point() or pos.dtype == torch.bool:
@@ -202,6 +226,14 @@ def _own_positions(user: Mask, layout: Layout) -> Tensor:
             f"the mask `{user}` gives tokens another position as queries than as keys, and a token has one: {way_out}"
         )
     return q
+
+
+def _positions_later(user: Mask, numbers: list[int]) -> Tensor:
+    layout = Layout(*numbers)
+    return _own_positions(user, layout).expand(layout.batch, -1)
+
+
+BUILDERS["_positions_later"] = _positions_later
 
 
 def with_registers(positions: Tensor, layout: Layout) -> Tensor:

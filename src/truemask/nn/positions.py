@@ -68,7 +68,8 @@ class AbsolutePositionalEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """[n] or [b, n] -> [(b,) n, d]. Positions before 0 are padding, whose vector nobody reads: they take 0's."""
-        if positions.numel() and (last := int(positions.max())) >= self.max_seq_len:
+        looks = positions.numel() and not torch.compiler.is_compiling()  # a compiled graph cannot; indexing fails there
+        if looks and (last := int(positions.max())) >= self.max_seq_len:
             raise ValueError(
                 f"position {last} has no embedding: max_seq_len={self.max_seq_len} positions were learned, "
                 f"0 to {self.max_seq_len - 1}. Pass fewer tokens, build the model with a larger max_seq_len, "

@@ -7,8 +7,8 @@ from truemask.cli.tour.stage import SMALL, Act, Stage
 from truemask.geometry.picture import percent
 from truemask.masks.core import Mask
 from truemask.masks.data import global_tokens, prefix
-from truemask.masks.positional import blocks, causal, local, window
 from truemask.masks.patterned import random
+from truemask.masks.positional import blocks, causal, local, window
 
 LENGTH = 2048
 Pattern = tuple[str, str, Mask, Mask]  # name, formula, the mask drawn at SMALL, the mask counted at LENGTH
