@@ -23,12 +23,13 @@ shows the constants that plans predict with. `truemask bench` races masks of you
 Contestants take turns and medians are shown, *spread* is half the distance of the quartiles. A bar is what the project
 asks of itself on a quiet machine with two cores; where it is missed, the page says so.
 """
+TINY = "**This run was made at tiny sizes (`--quick`), to see that the scripts run. Its numbers say nothing.**\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
     """Run everything and write the page."""
     given = options(__doc__, arguments, page={"type": Path, "default": PAGE})
-    parts = [HEAD]
+    parts = [HEAD, *([TINY] if given.quick else [])]
     for title, script in (("Knowing a mask", plan), ("Attention under a mask", attend)):
         wanted = ["--quick"] * given.quick
         if given.json:

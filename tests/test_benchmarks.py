@@ -80,7 +80,7 @@ def test_bars_and_times_are_read_off(script: Script) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_the_peak_of_a_process_of_its_own(script: Script) -> None:
     harness = script("harness")
-    assert 50e6 < harness.peak_beyond(lambda: torch.ones(60_000_000, dtype=torch.uint8)) < 100e6
+    assert 190e6 < harness.peak_beyond(lambda: torch.ones(200_000_000, dtype=torch.uint8)) < 250e6
     assert harness.peak_elsewhere(str(FOLDER / "plan.py"), "causal.packed(lengths)") < 500e6
 
 
@@ -96,7 +96,7 @@ def test_the_hopeless_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"fast": 0.1, "slow": 5.0}
     monkeypatch.setattr("truemask.cli.timing.clock", lambda run: seconds[run()])
     runs = {name: lambda name=name: name for name in seconds}
-    assert list(turns(runs, 0.0, least=2, hopeless=10)) == [("slow", 5.0), ("fast", 0.1), ("fast", 0.1)]
+    assert list(turns(runs, 0.0, least=2, outsiders=["slow"])) == [("slow", 5.0), ("fast", 0.1), ("fast", 0.1)]
     told = list(turns(runs, 0.0, least=2))
     assert told.count(("slow", 5.0)) == 2, "a first run that took long counts"
 

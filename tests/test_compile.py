@@ -58,6 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     return tm.attend(q, k, v, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")
 def test_every_mask_of_the_catalogue_forward_and_backward() -> None:
     """Of every kind, in every size, samples and heads; a kind is compiled once, or twice where 1 is a size."""
@@ -171,7 +172,12 @@ INSIDE: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", INSIDE)
+FAST = ("padded", "operators", "a tensor")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in INSIDE]
+)
 def test_masks_made_inside(name: str) -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
         return tm.attend(q, k, v, INSIDE[name](n))
@@ -387,6 +393,62 @@ def test_a_look_back_mask_that_is_misaligned_warns() -> None:
     fn, _ = compiled(attend)
     with pytest.warns(tm.ConventionWarning, match=r"`\.at\(q_start=6\)`"):
         fn(*given, tm.causal)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def decoder(**keywords: Any) -> tm.Decoder:
+    torch.manual_seed(0)
+    return tm.Decoder(dim=16, depth=2, heads=2, attn_dim_head=8, attn_flash=True, rotary_pos_emb=True, **keywords)
+
+
+def test_a_decoder_is_one_graph() -> None:
+    """Another length and other documents in every step of training."""
+    layers = decoder()
+    fn, counter = compiled(layers)
+    for length in (7, 11, 13):
+        x, mask = torch.randn(2, length, 16), tm.window(5).packed([3, length - 3])
+        losses = [f(x, mask=mask).square().sum() for f in (fn, layers)]
+        grads = [torch.autograd.grad(loss, list(layers.parameters())) for loss in losses]
+        for got, want in zip(*grads, strict=True):
+            assert_same(got, want)
+    assert counter.frame_count == 2
+
+
+MODELS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
+    "memories and padding": ({"attn_num_mem_kv": 3}, lambda n: {"mask": torch.arange(n).expand(2, n) < 5}),
+    "a matrix": ({}, lambda n: {"attn_mask": torch.ones(n, n).bool().tril(2)}),
+    "left padding": ({}, lambda n: {"mask": tm.window(5).padded([0, n - 3])}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_masks_of_tensors(name: str) -> None:
+    keywords, masks = MODELS[name]
+    layers = decoder(**keywords)
+    net = tm.TransformerWrapper(num_tokens=11, max_seq_len=20, attn_layers=layers, num_memory_tokens=2)
+    fn, counter = compiled(net)
+    for n in (7, 11, 13):
+        ids = torch.arange(2 * n).view(2, n) % 11
+        assert_same(fn(ids, **masks(n)), net(ids, **masks(n)))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+def test_a_model_decodes_with_its_cache() -> None:
+    net = tm.TransformerWrapper(num_tokens=11, max_seq_len=50, attn_layers=decoder(), num_memory_tokens=2).eval()
+    fn, counter = compiled(net)
+    ids = torch.arange(2 * 11).view(2, 11) % 11
+    caches = [tm.KVCache(net, batch=2, tokens=20) for _ in range(2)]
+    with torch.no_grad():
+        for first, stop in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+            got, want = (f(ids[:, first:stop], cache=cache) for f, cache in zip((fn, net), caches, strict=True))
+            assert_same(got, want)
+            for cache in caches:
+                cache.advance()
+    assert counter.frame_count == 2
 
 
 # -- inductor ----------------------------------------------------------------------------------------------------------

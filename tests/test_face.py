@@ -37,6 +37,7 @@ NAMES = """
     from_keras
     from_torch_mha
     from_torch_sdpa
+    from_varlen
     from_x_transformers
     global_tokens
     grid
@@ -58,10 +59,12 @@ NAMES = """
     save_mask
     strided
     to_additive
+    to_flashmask
     to_huggingface_2d
     to_keras
     to_torch_mha
     to_torch_sdpa
+    to_varlen
     to_x_transformers
     tree
     window

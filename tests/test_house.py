@@ -67,6 +67,7 @@ STAIRS = """
     masks/foreign/reading.py
     masks/foreign/importers.py
     masks/foreign/exporters.py
+    masks/foreign/intervals.py
     masks/foreign/__init__.py
 
     backends/__init__.py
@@ -80,6 +81,7 @@ STAIRS = """
     backends/contain.py
     backends/reference.py
     backends/sdpa.py
+    backends/weave.py
     backends/groups.py
     backends/places.py
     backends/strip_cells.py

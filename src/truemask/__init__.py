@@ -32,12 +32,15 @@ from truemask.masks.foreign import from_huggingface_2d as from_huggingface_2d
 from truemask.masks.foreign import from_keras as from_keras
 from truemask.masks.foreign import from_torch_mha as from_torch_mha
 from truemask.masks.foreign import from_torch_sdpa as from_torch_sdpa
+from truemask.masks.foreign import from_varlen as from_varlen
 from truemask.masks.foreign import from_x_transformers as from_x_transformers
 from truemask.masks.foreign import to_additive as to_additive
+from truemask.masks.foreign import to_flashmask as to_flashmask
 from truemask.masks.foreign import to_huggingface_2d as to_huggingface_2d
 from truemask.masks.foreign import to_keras as to_keras
 from truemask.masks.foreign import to_torch_mha as to_torch_mha
 from truemask.masks.foreign import to_torch_sdpa as to_torch_sdpa
+from truemask.masks.foreign import to_varlen as to_varlen
 from truemask.masks.foreign import to_x_transformers as to_x_transformers
 from truemask.masks.labels import documents as documents
 from truemask.masks.labels import same as same

@@ -18,6 +18,7 @@ from tests.oracle import Three, three
 from truemask._cache import CACHE
 from truemask._plan import plan
 from truemask.backends import flex
+from truemask.backends.base import Job
 from truemask.backends.flex import Flex
 from truemask.backends.score_mod import LEAST_SIZE, padded
 from truemask.masks.core import Mask
@@ -159,6 +160,16 @@ def test_padded_data_reads_beyond_its_end_as_before() -> None:
     assert padded(torch.zeros(LEAST_SIZE + 1)).shape == (4 * LEAST_SIZE,)
     for kept in (torch.zeros(()), torch.zeros(0), torch.zeros(2, 3, 4)):
         assert padded(kept) is kept
+
+
+def test_what_is_lowered_says_its_size() -> None:
+    """Lists of two rows and columns at least, and four tables of a packed row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "COMPILE_ON_CPU", True)
+        job = Job(tm.causal.packed([10, 27]), plan(tm.causal, 37).request)
+        lists = 4 * (2 + 2 * 2) * 4
+        assert Flex().lower(job).nbytes == lists + 4 * LEAST_SIZE * 8
+    assert Flex().lower(job).nbytes == 0
 
 
 @pytest.fixture

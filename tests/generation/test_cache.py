@@ -143,3 +143,12 @@ def test_a_cache_runs_under_autocast() -> None:
 def test_an_encoder_told_to_be_causal_can_be_cached() -> None:
     net, tokens = wrapped(encoder()), ids(2, 9)
     assert_same(cached(net, tokens, [4, 5], mask=causal), net(tokens, mask=causal))
+
+
+@pytest.mark.parametrize("mask", [None, window(13)], ids=str)
+def test_an_answer_of_two_hundred_tokens_makes_two_plans(mask: Mask | None) -> None:
+    """One for the prompts and one for all that follows, in every layer."""
+    model = AutoregressiveWrapper(featured("rotary"))
+    CACHE.clear()
+    model.generate([ids(1, 5)[0], ids(1, 9)[0]], 200, temperature=0.0, mask=mask)
+    assert CACHE.info().misses == 2

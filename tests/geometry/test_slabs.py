@@ -218,7 +218,7 @@ SIZES = {
     "chunks": (tm.causal & tm.blocks(1024), MILLION, 1024),
     "padded": (tm.causal.padded([1000]), MILLION, 2),
     "registers": (tm.causal.prepended(q=4, k=4), MILLION, 2),
-    "global": (tm.window(512) | tm.global_tokens([0, 70000]), MILLION, 5),
+    "global": (tm.window(512) | tm.global_tokens([0, 70000]), MILLION, 8),
     "decoding": (tm.window(512).at(q_start=MILLION - 1), 1, 1),
 }
 

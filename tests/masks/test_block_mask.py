@@ -172,6 +172,7 @@ def only(rows: list[BlockMask]) -> BlockMask:
     return rows[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # newer Pythons, of any loader
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_worker_makes_it(workers: int) -> None:
     found = list(DataLoader(Rows(), batch_size=1, num_workers=workers, collate_fn=only))

@@ -154,7 +154,7 @@ def _few(job: Job) -> Tensor:
 def _least(job: Job) -> Choice:
     """Strips of several heights are made, if the mask has an exact form; otherwise tiles say which will be least."""
     r = job.request
-    planes = _slabs(job)
+    planes = slabs_of(job)
     heights = [height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0])]
     shape = (job.mask_batch, job.mask_heads)
     if planes is not None:
@@ -168,7 +168,7 @@ def _least(job: Job) -> Choice:
     return Choice(strips, height, cost_of(strips, job))
 
 
-def _slabs(job: Job) -> list[tuple[int, int, Slabs]] | None:
+def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
     """The exact form of every sample and head, those that are the same as one object; None if there is none."""
     r, left = job.request, MOST_ENDS
     members, which = job.mask._variants(job.mask_batch, job.mask_heads)

@@ -29,7 +29,7 @@ from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs import memory, seconds, table
 from truemask.backends.eager import beside_sink, eager_attention
 from truemask.backends.flash import finite, wide
-from truemask.backends.score_mod import ScoreMod, score_mod_of, static_data
+from truemask.backends.score_mod import ScoreMod, score_mod_of, static_data, table_bytes
 from truemask.masks.block_mask import MaskBlocks, MaskMod, block_mask_of
 from truemask.masks.core import Mask
 
@@ -88,7 +88,7 @@ class Flex:
             return Lowered(MaskMod(job.mask, r.device))
         tiles = job.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
         blocks = compact(block_mask_of(job.mask, tiles, r.device))
-        return Lowered(blocks, sum(x.nbytes for x in blocks.lists().values()))
+        return Lowered(blocks, sum(x.nbytes for x in blocks.lists().values()) + table_bytes(blocks.mask_mod))
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r = job.request

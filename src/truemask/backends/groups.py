@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from truemask.backends.weave import Woven, woven
 from truemask.geometry.strips import ALL, ASKED, Strips
 
 Ints = NDArray[np.int64]
@@ -85,12 +86,13 @@ class Group:
     masking: Masking | None
     causal: bool = False
     asked: bool = False
+    woven: Woven | None = None  # where the keys are, if they are in neither of the above
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the masks."""
         held = (self.row_places, self.key_places, self.real, self.widths)
-        return sum(x.nbytes for x in held if x is not None)
+        return sum(x.nbytes for x in held if x is not None) + (self.woven.keys.nbytes if self.woven else 0)
 
     def row_index(self, part: slice) -> Tensor:
         """The rows of some strips, `[strips, height]`."""
@@ -98,6 +100,8 @@ class Group:
 
     def key_index(self, part: slice) -> Tensor:
         """The keys of some strips, `[strips, width]`."""
+        if self.woven is not None:
+            return self.woven.keys.unfold(0, self.width, self.woven.step)[part]
         return _index(self.keys, self.key_places, self.width, part)
 
     def parts(self, most: int) -> Iterator[slice]:
@@ -130,7 +134,7 @@ def _index(steps: Steps | None, places: Tensor | None, size: int, part: slice) -
 
 
 def planes(strips: Strips, dtype: torch.dtype, heads: int, key_bytes: int) -> tuple[Plane, ...]:
-    """The groups of every sample and head; `heads` share a strip, and one of its keys is so many bytes in all of them."""
+    """The groups of every sample and head; `heads` share a strip, one key of which is so many bytes in all of them."""
     maker = _Maker(strips, dtype, max(1, CALL_CELLS // heads), CALL_BYTES // key_bytes)
     places: dict[tuple[int, int], list[int]] = {}
     for strip in np.flatnonzero(maker.widths):
@@ -212,7 +216,10 @@ class _Maker:
         single = bool(self.single[members].all())
         keys = _steps(self.strips.keys[starts[members], 0]) if single and even_keys else None
         key_places = None
-        if keys is None:
+        weave = self._woven(members) if keys is None and even_keys and not causal and not asked else None
+        if weave is not None:
+            width = weave.width
+        elif keys is None:
             key_places = np.stack([_padded(self.strips.columns(i), width) for i in members])
         real = None if even_rows else np.arange(height) < heights[:, None]
         free = causal or asked or (even_rows and even_keys and bool((self.strips.pattern[members] == ALL).all()))
@@ -226,17 +233,26 @@ class _Maker:
             _tensor(key_places),
             _tensor(real),
             None if even_keys else torch.from_numpy(widths.copy()),
-            None if free else self._masking(members, height, width),
+            None if free and weave is None else self._masking(members, height, width, weave),
             causal,
             asked,
+            weave,
         )
 
-    def _masking(self, members: Ints, height: int, width: int) -> Masking:
+    def _woven(self, members: Ints) -> Woven | None:
+        """The keys of strips that have the same number of intervals, woven."""
+        starts = self.strips.starts[members]
+        counts = self.strips.starts[members + 1] - starts
+        if (counts != counts[0]).any():
+            return None
+        return woven(self.strips.keys[starts[:, None] + np.arange(counts[0])])
+
+    def _masking(self, members: Ints, height: int, width: int, weave: Woven | None) -> Masking:
         """The additive masks of strips, padded; distinct patterns once."""
         kinds = np.stack([self.strips.pattern[members], self.heights[members], self.widths[members]], 1)
         numbers: dict[tuple[int, int, int], int] = {}
         which = [numbers.setdefault((a, b, c), len(numbers)) for a, b, c in kinds.tolist()]
-        only = next(iter(numbers)) if len(numbers) == 1 else None
+        only = next(iter(numbers)) if len(numbers) == 1 and weave is None else None
         if only in self.masks and only[1:] == (height, width):
             return self.masks[only]
         nbytes = len(numbers) * height * width * self.dtype.itemsize
@@ -245,6 +261,9 @@ class _Maker:
         apart = len(numbers) in (1, len(members))
         places = None if apart else torch.tensor(which)
         cells = (self._cells(*kind, height, width) for kind in numbers)
+        if weave is not None:
+            own = (self._cells(*kind, height, kind[2]) for kind in numbers)
+            cells = (part[:, weave.source] & (weave.source >= 0) for part in own)
         if not keep:
             bits = np.stack([np.packbits(part) for part in cells])
             return Masking(None, torch.from_numpy(bits), places)

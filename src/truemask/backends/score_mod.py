@@ -80,6 +80,12 @@ def static_data(mask_mod: Any) -> MaskMod:
     return new
 
 
+def table_bytes(mask_mod: Any) -> int:
+    """What the tables of a `mask_mod` hold, each once."""
+    tables = {id(x): x for part in vars(mask_mod)["bound"].walk() for x in vars(part)["_bound_tables"].values()}
+    return sum(x.nbytes for x in tables.values())
+
+
 def _with_static_tables(bound: Mask) -> Mask:
     """A bound mask with other tables; a mask that is part of it twice is so again."""
     done: dict[int, Any] = {}

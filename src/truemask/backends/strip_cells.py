@@ -15,7 +15,8 @@ from torch import Tensor
 from truemask.backends.base import Inputs
 from truemask.backends.dropping import kept
 from truemask.backends.eager import checked_value
-from truemask.backends.groups import Group, Plane
+from truemask.backends.groups import Group, Plane, Steps
+from truemask.backends.places import add, gathered, put, strided, taken
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 
@@ -100,6 +101,34 @@ class Cells(NamedTuple):
     def keys(self) -> Tensor:
         """`[s, 1, 1, m]`."""
         return self.group.key_index(self.part)[:, None, None, :]
+
+    def take_rows(self, x: Tensor) -> Tensor:
+        """The strips' rows of `x [b, h, n, d]`: `[s, h, n, d]`."""
+        group = self.group
+        return taken(self.piece.of(x), group.rows, group.row_places, self.part, group.height)
+
+    def put_rows(self, x: Tensor, new: Tensor) -> None:
+        """Write them."""
+        put(self.piece.of(x), self.group.rows, self.group.row_places, self.part, self.group.real, new)
+
+    def take_keys(self, x: Tensor) -> Tensor:
+        """The strips' keys of `x [b, y, k, d]`: `[s, y, m, d]`."""
+        group, part = self.group, self.part
+        if group.woven is None:
+            return taken(self.piece.keys_of(x), group.keys, group.key_places, part, group.width)
+        own = gathered(self.piece.keys_of(x), group.woven.part(part)[None])[0]
+        return strided(own, Steps(0, group.woven.step), slice(0, part.stop - part.start), group.width)
+
+    def add_keys(self, x: Tensor, new: Tensor) -> None:
+        """Add to them."""
+        group, part, total = self.group, self.part, self.piece.keys_of(x)
+        if group.woven is None:
+            add(total, group.keys, group.key_places, part, new)
+            return
+        keys = group.woven.part(part)[None]
+        own = new.new_zeros(new.shape[1], keys.shape[1], new.shape[3])
+        add(own, Steps(0, group.woven.step), None, slice(0, part.stop - part.start), new)
+        add(total, None, keys, slice(0, 1), own[None])
 
     def allowed(self, mask: Mask) -> Tensor:
         """What the mask lets through, bool `[1 or s, 1, n, m]`; nothing of what is padding."""

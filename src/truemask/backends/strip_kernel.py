@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from truemask.backends.flash import KERNEL, KERNEL_BACKWARD, Grads, wide
-from truemask.backends.places import add, put, taken
+from truemask.backends.places import put
 from truemask.backends.strip_cells import Cells, Sparse, folds, pieces
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
@@ -38,26 +38,22 @@ class StripKernel:
         out, lse = self._results(q)
         dead = torch.ones(q.shape[:3], dtype=torch.bool) if self._finds_dead else None
         for cells in self._cells(k.shape[1], q, k, v, out, lse):
-            piece, group, part = cells
-            at = (group.rows, group.row_places, part)
-            keys = (group.keys, group.key_places, part, group.width)
             additive = self._additive(cells, lse.dtype)
             own, own_lse = KERNEL(
-                taken(piece.of(q), *at, group.height),
-                taken(piece.keys_of(k), *keys),
-                taken(piece.keys_of(v), *keys),
+                cells.take_rows(q),
+                cells.take_keys(k),
+                cells.take_keys(v),
                 0.0,
-                group.causal,
+                cells.group.causal,
                 attn_mask=additive,
                 scale=self.scale,
             )
-            put(piece.of(out), *at, group.real, own)
-            put(piece.of(lse)[..., None], *at, group.real, own_lse[..., None])
-            if dead is not None and additive is not None:
-                lost = (additive == -torch.inf).all(-1).expand(own_lse.shape)
-                put(piece.of(dead)[..., None], *at, group.real, lost[..., None])
-            elif dead is not None:
-                put(piece.of(dead)[..., None], *at, group.real, torch.zeros_like(own_lse[..., None], dtype=torch.bool))
+            cells.put_rows(out, own)
+            cells.put_rows(lse[..., None], own_lse[..., None])
+            if dead is not None:
+                lost = torch.zeros(()) if additive is None else additive
+                lost = (lost == -torch.inf).all(-1).expand(own_lse.shape)
+                cells.put_rows(dead[..., None], lost[..., None])
         if dead is not None:
             self.dead = dead if bool(dead.any()) else None
         return out, lse
@@ -76,24 +72,21 @@ class StripKernel:
         dq = new(q.shape, dtype=q.dtype)
         dk, dv = torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype)
         for cells in self._cells(k.shape[1], q, k, v, out, lse, dout):
-            piece, group, part = cells
-            at = (group.rows, group.row_places, part)
-            keys = (group.keys, group.key_places, part)
             own = KERNEL_BACKWARD(
-                taken(piece.of(dout), *at, group.height),
-                taken(piece.of(q), *at, group.height),
-                taken(piece.keys_of(k), *keys, group.width),
-                taken(piece.keys_of(v), *keys, group.width),
-                taken(piece.of(out), *at, group.height),
-                taken(piece.of(lse)[..., None], *at, group.height).squeeze(-1),
+                cells.take_rows(dout),
+                cells.take_rows(q),
+                cells.take_keys(k),
+                cells.take_keys(v),
+                cells.take_rows(out),
+                cells.take_rows(lse[..., None]).squeeze(-1),
                 0.0,
-                group.causal,
+                cells.group.causal,
                 attn_mask=self._additive(cells, lse.dtype),
                 scale=self.scale,
             )
-            put(piece.of(dq), *at, group.real, own[0])
-            add(piece.keys_of(dk), *keys, own[1])
-            add(piece.keys_of(dv), *keys, own[2])
+            cells.put_rows(dq, own[0])
+            cells.add_keys(dk, own[1])
+            cells.add_keys(dv, own[2])
         return dq, dk, dv
 
     def sees(self, keys: Tensor, rows: int) -> Tensor:

@@ -6,7 +6,7 @@ backward runs them once more and differentiates them one by one: beside results 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from truemask.backends.base import Inputs, batched_refusal, is_batched
 from truemask.backends.contain import once
 from truemask.backends.eager import cells_attention
 from truemask.backends.flash import wide
-from truemask.backends.places import add, put, taken
 from truemask.backends.strip_cells import Cells, Sparse, pieces
 from truemask.masks.core import Mask
 
@@ -90,15 +89,16 @@ def _forward(call: StripMath, leaves: Leaves) -> tuple[Tensor, Tensor]:
     for cells in _cells(call, leaves):
         bias = None if call.numbers.bias is None else cells.bias(call.numbers.bias, call.positions)
         sinks = None if leaves.sinks is None else leaves.sinks[cells.piece.heads]
-        own, own_lse = _chunk(call, cells, _taken(cells, leaves), sinks, bias)
-        at = (cells.group.rows, cells.group.row_places, cells.part, cells.group.real)
-        put(cells.piece.of(out), *at, own)
-        put(cells.piece.of(lse)[..., None], *at, own_lse[..., None])
+        own, own_lse = _chunk(
+            call, cells, (cells.take_rows(leaves.q), cells.take_keys(leaves.k), cells.take_keys(leaves.v)), sinks, bias
+        )
+        cells.put_rows(out, own)
+        cells.put_rows(lse[..., None], own_lse[..., None])
     return out, lse
 
 
 def _backward(
-    call: StripMath, leaves: Leaves, grads: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+    call: StripMath, leaves: Leaves, grads: Sequence[Tensor | None], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all leaves; None where nobody asked."""
     tensors = [*leaves[:5], *leaves.parameters]
@@ -107,11 +107,7 @@ def _backward(
         for x, need in zip(tensors, needed, strict=True)
     ]
     for cells in _cells(call, leaves):
-        at = (cells.group.rows, cells.group.row_places, cells.part)
-        arriving = [
-            None if x is None else taken(cells.piece.of(x.unsqueeze(-1) if x.ndim == 3 else x), *at, cells.group.height)
-            for x in grads
-        ]
+        arriving = [None if x is None else cells.take_rows(x if x.ndim == 4 else x[..., None]) for x in grads]
         _add_gradients(call, cells, leaves, arriving, totals)
     return tuple(
         total if total is None or x is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)
@@ -123,7 +119,10 @@ def _add_gradients(
 ) -> None:
     """Run one chunk again and add what it gives to the leaves' gradients."""
     with torch.enable_grad():
-        qkv = [x.detach().requires_grad_() for x in _taken(cells, leaves)]
+        qkv = [
+            x.detach().requires_grad_()
+            for x in (cells.take_rows(leaves.q), cells.take_keys(leaves.k), cells.take_keys(leaves.v))
+        ]
         sinks = None if leaves.sinks is None else leaves.sinks.detach().requires_grad_()
         value = None
         if leaves.bias is not None:
@@ -143,11 +142,10 @@ def _add_gradients(
 
 
 def _add(cells: Cells, leaf: int, total: Tensor, new: Tensor, bias: Tensor | None) -> None:
-    piece, group, part = cells
     if leaf == 0:
-        put(piece.of(total), group.rows, group.row_places, part, group.real, new)
+        cells.put_rows(total, new)
     elif leaf < 3:
-        add(piece.keys_of(total), group.keys, group.key_places, part, new)
+        cells.add_keys(total, new)
     elif leaf == BIAS and bias is not None:
         plane = cells.plane_of(total)
         _, rows, keys = cells.bias_place(bias)
@@ -172,13 +170,6 @@ def _chunk(call: StripMath, cells: Cells, qkv: Any, sinks: Tensor | None, bias: 
     qkv = (q.unflatten(1, (shared, -1)), k, v)
     out, lse, _ = cells_attention(call.numbers, qkv, grouped(allowed), added, keep, column)
     return out.flatten(1, 2), lse.flatten(1, 2)
-
-
-def _taken(cells: Cells, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor]:
-    piece, group, part = cells
-    keys = (group.keys, group.key_places, part, group.width)
-    q = taken(piece.of(leaves.q), group.rows, group.row_places, part, group.height)
-    return q, taken(piece.keys_of(leaves.k), *keys), taken(piece.keys_of(leaves.v), *keys)
 
 
 def _cells(call: StripMath, leaves: Leaves) -> Iterator[Cells]:

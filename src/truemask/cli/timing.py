@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 Run = Callable[[], object]
 LONG = 2.0  # seconds; a first run that takes longer is no warm-up any more, but counts
+HOPELESS = 10.0  # times slower than the fastest
 
 
 class Timing(NamedTuple):
@@ -34,17 +35,17 @@ def clock(run: Run) -> float:
 
 
 def turns(
-    contestants: Mapping[str, Run], seconds: float, *, least: int = 3, most: int = 1000, hopeless: float | None = None
+    contestants: Mapping[str, Run], seconds: float, *, least: int = 3, most: int = 1000, outsiders: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
     """Who ran, and how long, one by one. Each gets about so many seconds, and `least` to `most` runs.
 
-    The first run of each warms up and is not told, unless it is `LONG`. Who is `hopeless` times slower in it than the
-    fastest is out: that run is told and stays the only one.
+    The first run of each warms up and is not told, unless it is `LONG`. An outsider who is `HOPELESS` times slower in
+    it than the fastest is out: that run is told and stays the only one.
     """
     first = {name: clock(run) for name, run in contestants.items()}
     spent, runs, going = dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0), list(contestants)
     for name, took in first.items():
-        out = hopeless is not None and took > hopeless * min(first.values())
+        out = name in outsiders and took > HOPELESS * min(first.values())
         if out:
             going.remove(name)
         if out or took > LONG:
@@ -72,7 +73,7 @@ def race(
     *,
     least: int = 3,
     most: int = 1000,
-    hopeless: float | None = None,
+    outsiders: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Every contestant's timing, as `turns` runs them.
 
@@ -81,6 +82,6 @@ def race(
     [('a', 5), ('b', 5)]
     """
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    for name, took in turns(contestants, seconds, least=least, most=most, hopeless=hopeless):
+    for name, took in turns(contestants, seconds, least=least, most=most, outsiders=outsiders):
         found[name].append(took)
     return {name: timing(times) for name, times in found.items()}

@@ -18,12 +18,13 @@ from truemask.geometry.tiles import Ints, Rectangles
 Classify = Callable[[Rectangles], States]
 
 PARTS = 8  # of a square, along each side
+BAND = PARTS**2  # rows of tiles looked at together, in squares as high: what is kept is runs, not tiles
 AT_ONCE = 1 << 18  # squares classified in one call
-MOST = 1 << 23  # tiles in between that are worth keeping
+MOST = 1 << 24  # runs, and squares in a band, that are worth keeping
 
 
 class TooManyTilesError(Exception):
-    """More than `MOST` tiles stay in between."""
+    """More than anyone could keep or evaluate."""
 
 
 class _Squares(NamedTuple):
@@ -39,17 +40,43 @@ class _Squares(NamedTuple):
 
 
 def classify_tiles(
-    classify: Classify, q_len: int, kv_len: int, block: tuple[int, int], b: int, h: int
+    classify: Classify, q_len: int, kv_len: int, block: tuple[int, int], b: int, h: int, most_mixed: int | None = None
 ) -> tuple[Ints, Ints]:
-    """The tiles of one sample and head that are not EMPTY: where each row's runs begin, and (start, stop, state)."""
+    """The tiles of one sample and head that are not EMPTY: where each row's runs begin, and (start, stop, state).
+
+    Whoever cannot use more than `most_mixed` MIXED tiles says so, and is told early.
+    """
     rows, columns = -(-q_len // block[0]), -(-kv_len // block[1])
-    side = 1
-    while side < max(rows, columns):
-        side *= PARTS
-    squares = _Squares(*(np.array([x], np.int64) for x in (b, h, 0, 0)))
-    known: list[Ints] = []
+    counts, runs, total, mixed = [np.zeros(1, np.int64)], [np.zeros((0, 3), np.int64)], 0, 0
+    across = np.arange(0, columns, BAND)
+    for top in range(0, rows, BAND):
+        squares = _Squares(*(np.full(len(across), x, np.int64) for x in (b, h, top)), across)
+        found = _band(classify, squares, rows, columns, (q_len, kv_len), block)
+        starts, joined = _in_rows(found, top, min(top + BAND, rows))
+        counts.append(np.diff(starts))
+        runs.append(joined)
+        total += len(joined)
+        _affordable(total, "runs of tiles", MOST)
+        if most_mixed is not None:
+            mixed += int((joined[:, 1] - joined[:, 0])[joined[:, 2] == MIXED].sum())
+            _affordable(mixed, "tiles to evaluate", most_mixed)
+    return np.cumsum(np.concatenate(counts)), np.concatenate(runs)
+
+
+def _affordable(number: int, what: str, most: int) -> None:
+    if number > most:
+        raise TooManyTilesError(f"{number} {what}")
+
+
+def _band(
+    classify: Classify, squares: _Squares, rows: int, columns: int, lengths: tuple[int, int], block: tuple[int, int]
+) -> Ints:
+    """The runs of a band of rows, in any order: `[n, 4]` of row, start, stop, state."""
+    _affordable(len(squares.b), "squares", MOST)
+    side = BAND
+    known = [np.zeros((0, 4), np.int64)]
     while len(squares.b):
-        state = _classified(classify, squares, side, (q_len, kv_len), block)
+        state = _classified(classify, squares, side, lengths, block)
         known.append(_runs(squares.chosen(state == FULL), side, rows, columns, int(FULL)))
         squares = squares.chosen(state == MIXED)
         if side == 1:
@@ -57,7 +84,7 @@ def classify_tiles(
             break
         side //= PARTS
         squares = _parts(squares, side, rows, columns)
-    return _in_rows(np.concatenate(known), rows)
+    return np.concatenate(known)
 
 
 def _classified(
@@ -82,8 +109,7 @@ def _batches(squares: _Squares) -> Iterator[_Squares]:
 def _parts(squares: _Squares, side: int, rows: int, columns: int) -> _Squares:
     """The smaller squares, `side` tiles wide, of larger ones."""
     count = len(squares.b)
-    if count * PARTS**2 > MOST * 4:
-        raise TooManyTilesError(f"{count * PARTS**2} tiles")
+    _affordable(count * PARTS**2, "tiles in a band", MOST)
     step = np.arange(PARTS) * side
     i = np.broadcast_to(squares.i[:, None, None] + step[:, None], (count, PARTS, PARTS)).ravel()
     j = np.broadcast_to(squares.j[:, None, None] + step, (count, PARTS, PARTS)).ravel()
@@ -103,8 +129,8 @@ def _runs(squares: _Squares, side: int, rows: int, columns: int, state: int) -> 
     return np.stack([row, start, np.minimum(start + side, columns), np.full(len(row), state)], axis=1)
 
 
-def _in_rows(runs: Ints, rows: int) -> tuple[Ints, Ints]:
-    """Runs in order, neighbours of one state joined."""
+def _in_rows(runs: Ints, first: int, stop: int) -> tuple[Ints, Ints]:
+    """Where the runs of rows `[first, stop)` begin, and they in order, neighbours of one state joined."""
     runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
     begins, ends = np.ones(len(runs), bool), np.ones(len(runs), bool)
     if len(runs):
@@ -112,6 +138,5 @@ def _in_rows(runs: Ints, rows: int) -> tuple[Ints, Ints]:
         goes_on = (before[:, 0] == after[:, 0]) & (before[:, 2] == after[:, 1]) & (before[:, 3] == after[:, 3])
         begins[1:], ends[:-1] = ~goes_on, ~goes_on
     joined = np.stack([runs[begins, 1], runs[ends, 2], runs[begins, 3]], axis=1)
-    starts = np.zeros(rows + 1, np.int64)
-    np.cumsum(np.bincount(runs[begins, 0], minlength=rows), out=starts[1:])
-    return starts, joined
+    counts = np.bincount(runs[begins, 0] - first, minlength=stop - first)
+    return np.append(0, np.cumsum(counts)), joined

@@ -237,9 +237,10 @@ class _Cut:
         if key not in self.numbers:
             cells = np.zeros((q1 - q0, width), bool)
             columns = np.arange(width)
-            for n, (lo, hi), (s, t) in zip(owner, ends.T, slopes.T, strict=True):
-                some = np.arange(rows[n], rows[n + 1])[:, None]
-                cells[rows[n] : rows[n + 1]] |= (columns >= lo + s * some) & (columns < hi + t * some)
+            lines = zip(rows[owner].tolist(), rows[owner + 1].tolist(), *ends.tolist(), *slopes.tolist(), strict=True)
+            for top, bottom, lo, hi, s, t in lines:
+                some = np.arange(top, bottom)[:, None]
+                cells[top:bottom] |= (columns >= lo + s * some) & (columns < hi + t * some)
             self.numbers[key] = self._number(cells)
         return self.numbers[key]
 

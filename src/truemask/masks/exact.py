@@ -23,7 +23,7 @@ from truemask.geometry.slabs import NoExactFormError, Region, Slabs, blank
 from truemask.geometry.tiles import Ints, Rectangles, TileMap
 
 MOST_ROWS = 1 << 24  # of tiles, that a map may have
-MOST_EVALUATED = 1 << 33  # cells that a question may evaluate: a minute or two
+MOST_EVALUATED, MOST_MIXED = 1 << 30, 1 << 23  # cells that a question may evaluate (a minute or a few), and tiles
 KEPT, KEPT_RUNS = 4, 1 << 16  # exact forms that a mask remembers, and how many runs one may have
 
 Answer = TypeVar("Answer")
@@ -92,26 +92,29 @@ class Exact(ABC):
             known[key] = found
         return found
 
-    def _map(self, b: int, h: int, q_len: int, kv_len: int, block: tuple[int, int]) -> TileMap:
+    def _map(
+        self, b: int, h: int, q_len: int, kv_len: int, block: tuple[int, int], most_mixed: int | None = None
+    ) -> TileMap:
         """The tiles of one sample and head: `[1, 1, rows, columns]`."""
         shape = (1, 1, -(-q_len // block[0]), -(-kv_len // block[1]))
-        if shape[2] > MOST_ROWS:
-            raise MaskError(f"{q_len} queries are {shape[2]} rows of tiles of {block[0]}: ask with larger blocks")
         slabs = self._exact(b, h, q_len, kv_len)
         if slabs is not None:
             starts, runs = tile_runs(slabs, kv_len, block)
         else:
             try:
-                starts, runs = classify_tiles(self._tile, q_len, kv_len, block, b, h)
+                starts, runs = classify_tiles(self._tile, q_len, kv_len, block, b, h, most_mixed)
             except TooManyTilesError as error:
-                raise MaskError(
-                    f"`{self}` has no exact form, and {error} of {block[0]} x {block[1]} would have to be kept for "
-                    f"{q_len} queries and {kv_len} keys: ask about fewer rows at a time (`mask.at(q_start=...)`) or "
-                    "larger blocks (`tiles(..., block=1024)`)"
-                ) from None
+                raise self._beyond(f"{error} of {block[0]} x {block[1]} are too many", q_len, kv_len) from None
         evaluate, phase = self._looked_at(b, h)
         known = slabs is not None or self._tiles_exact
         return TileMap(q_len, kv_len, block, shape, starts, runs, evaluate, known, phase)
+
+    def _beyond(self, why: str, q_len: int, kv_len: int) -> MaskError:
+        """What to say where tiles or cells are more than can be looked at."""
+        return MaskError(
+            f"`{self}` has no exact form, and {why} for {q_len} queries and {kv_len} keys: ask about fewer rows at a "
+            "time (`mask.at(q_start=...)`), or about larger tiles (`tiles(..., block=1024)`)"
+        )
 
     def _looked_at(self, b: int, h: int) -> tuple[Callable[..., NDArray[np.bool_]], Callable[..., Sequence[Ints]]]:
         """What cells and tiles answer in sample b and head h, which a map of one calls 0."""
@@ -126,12 +129,10 @@ class Exact(ABC):
 
     def _searched(self, b: int, h: int, q_len: int, kv_len: int) -> TileMap:
         """The tiles of a mask without exact form, if looking at their cells is affordable."""
-        tiles = self._map(b, h, q_len, kv_len, (128, 128))
-        if tiles.cells_to_evaluate > MOST_EVALUATED:
-            raise MaskError(
-                f"`{self}` has no exact form, and answering for {q_len} queries and {kv_len} keys would evaluate "
-                f"{tiles.cells_to_evaluate} cells: ask about fewer rows at a time, `mask.at(q_start=...)`"
-            )
+        tiles = self._map(b, h, q_len, kv_len, (128, 128), MOST_MIXED)
+        cells = tiles.cells_to_evaluate
+        if cells > MOST_EVALUATED:
+            raise self._beyond(f"{cells} cells to evaluate are too many", q_len, kv_len)
         return tiles
 
     def _cells(self, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:

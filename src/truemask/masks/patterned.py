@@ -157,9 +157,10 @@ class Random(Mask):
         top, bottom, left, right = r.q0 // n, (r.q1 - 1) // n, r.k0 // n, (r.k1 - 1) // n
         height, width = bottom - top, right - left
         few = (height < most) & (width < most)
+        tallest, widest = (int(np.broadcast_to(x, few.shape)[few].max(initial=-1)) + 1 for x in (height, width))
         seen_all, seen_any = True, False
-        for i in range(min(most, int(height.max(initial=0)) + 1)):
-            for j in range(min(most, int(width.max(initial=0)) + 1)):
+        for i in range(tallest):
+            for j in range(widest):
                 place = (r.h, np.minimum(top + i, bottom), np.minimum(left + j, right))
                 seen: Flags = np.asarray(self._draw(*place) < self.limit)
                 seen_all, seen_any = seen_all & seen, seen_any | seen
