@@ -400,9 +400,10 @@ def test_a_look_back_mask_that_is_misaligned_warns() -> None:
 
 def decoder(**keywords: Any) -> tm.Decoder:
     torch.manual_seed(0)
-    return tm.Decoder(dim=16, depth=2, heads=2, attn_dim_head=8, attn_flash=True, rotary_pos_emb=True, **keywords)
+    return tm.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, attn_flash=True, rotary_pos_emb=True, **keywords)
 
 
+@pytest.mark.slow
 def test_a_decoder_is_one_graph() -> None:
     """Another length and other documents in every step of training."""
     layers = decoder()

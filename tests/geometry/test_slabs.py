@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_what_slabs_answer_is_what_cells_say(x: list[Pair], high: int, wide: int
         state[i, j] = int(tile.any()) + int(tile.all())
     for i, row in enumerate(state):
         edges = np.flatnonzero(np.diff(np.pad(row, 1)))
-        expected = [[a, b, row[a]] for a, b in zip(edges, edges[1:], strict=False) if row[a]]
+        expected = [[a, b, row[a]] for a, b in pairwise(edges) if row[a]]
         assert runs[starts[i] : starts[i + 1]].tolist() == expected
 
 

@@ -26,8 +26,11 @@ from truemask.backends.groups import CALL_CELLS, planes
 from truemask.backends.strip_cells import Sparse
 from truemask.backends.strip_kernel import StripKernel
 from truemask.backends.strip_math import Leaves, StripMath, math_attention
+from truemask.geometry.slab_strips import from_slabs
 from truemask.geometry.slabs import Slabs
-from truemask.geometry.strips import ASKED, LONG, Strips, from_cells, from_slabs, from_tiles, rough
+from truemask.geometry.strips import ASKED, CAUSAL, Strips, from_cells
+from truemask.geometry.tile_strips import from_tiles, rough
+from truemask.geometry.tiles import TileMap
 from truemask.masks.biases import Bias
 
 FEW = 16  # rows that are looked at cell by cell
@@ -47,16 +50,17 @@ SPEED = (0.1, 0.55, 0.7, 0.8, 0.81, 0.84, 0.97, 1.0)
 SPEED_BACKWARD = (0.1, 0.3, 0.5, 0.72, 0.88, 0.95, 1.0, 1.0)
 FLAG = 512  # columns beyond the diagonal that the causal flag runs
 MATH = 3.0  # how many times longer plain torch takes
+MANY = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
 MOST_ENDS = 1 << 14  # of runs that are cut into strips; others are tiled
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The strips to run, and what they cost."""
+    """How tall strips are, what they cost, and the strips themselves, if they were made to find out."""
 
-    strips: Strips
     height: int
     cost: float
+    strips: Strips | None = None
 
 
 class BlockSparse:
@@ -78,16 +82,17 @@ class BlockSparse:
         return choice(job).cost
 
     def way(self, job: Job) -> str:
-        strips, r = choice(job).strips, job.request
-        if not len(strips):
-            return "nothing to run"
-        rows, area = int(strips.heights.max()), int(np.dot(strips.heights, strips.widths))
-        width, share = area / int(strips.heights.sum()), area / (math.prod(strips.shape) * r.q_len * r.kv_len)
-        return f"strips of up to {rows} rows x {width:.0f} keys, {share:.0%} of all cells"
+        chosen, r = choice(job), job.request
+        if chosen.strips is None:
+            return f"strips of up to {chosen.height or r.q_len} rows"
+        strips = chosen.strips
+        rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
+        share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
+        return f"strips of up to {chosen.height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
 
     def lower(self, job: Job) -> Lowered:
         r = job.request
-        strips = choice(job).strips
+        strips = strips_of(job)
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         heads = r.heads if job.mask_heads == 1 else 1
         dead = strips.dead()
@@ -132,16 +137,24 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
 # -- how tall the strips are -------------------------------------------------------------------------------------------
 
 
-def choice(job: Job) -> Choice:
-    """The strips that cost least, worked out once for each job."""
+def strips_of(job: Job) -> Strips:
+    """The strips that a job runs, made once."""
     if "strips" not in job.notes:
         r = job.request
         if r.q_len <= FEW or not r.kv_len:
-            few = from_cells(_few(job).numpy())
-            job.notes["strips"] = Choice(few, r.q_len, cost_of(few, job))
+            job.notes["strips"] = from_cells(_few(job).numpy())
         else:
-            job.notes["strips"] = _least(job)
+            chosen = choice(job)
+            job.notes["strips"] = chosen.strips or _made(job, chosen.height)
     return job.notes["strips"]
+
+
+def choice(job: Job) -> Choice:
+    """The height that costs least, worked out once."""
+    if "choice" not in job.notes:
+        few = job.request.q_len <= FEW or not job.request.kv_len
+        job.notes["choice"] = Choice(0, cost_of(strips_of(job), job)) if few else _least(job)
+    return job.notes["choice"]
 
 
 def _few(job: Job) -> Tensor:
@@ -152,20 +165,27 @@ def _few(job: Job) -> Tensor:
 
 
 def _least(job: Job) -> Choice:
-    """Strips of several heights are made, if the mask has an exact form; otherwise tiles say which will be least."""
+    """Strips of several heights are made if the mask has an exact form and they are few; or else tiles are counted."""
     r = job.request
-    planes = slabs_of(job)
     heights = [height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0])]
-    shape = (job.mask_batch, job.mask_heads)
-    if planes is not None:
-        made = ((height, from_slabs(planes, r.q_len, r.kv_len, shape, height)) for height in heights)
-        return min((Choice(x, height, cost_of(x, job)) for height, x in made), key=lambda found: found.cost)
-    maps = {
-        height: job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads) for height in heights
-    }
-    height = min(maps, key=lambda height: cost_of(rough(maps[height]), job))
-    strips = from_tiles(maps[height])
-    return Choice(strips, height, cost_of(strips, job))
+    if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
+        made = ((height, _made(job, height)) for height in heights)
+        found = [Choice(height, cost_of(strips, job), strips) for height, strips in made]
+    else:
+        found = [Choice(height, cost_of(rough(_tiles(job, height)), job)) for height in heights]
+    return min(found, key=lambda choice: choice.cost)
+
+
+def _made(job: Job, height: int) -> Strips:
+    r, slabs = job.request, slabs_of(job)
+    if slabs is None:
+        return from_tiles(_tiles(job, height))
+    return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height)
+
+
+def _tiles(job: Job, height: int) -> TileMap:
+    r = job.request
+    return job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads)
 
 
 def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
@@ -187,7 +207,7 @@ def cost_of(strips: Strips, job: Job) -> float:
     r, rates = job.request, table().block_sparse
     samples, heads = r.batch // max(1, strips.shape[0]), r.heads // max(1, strips.shape[1])
     heights, widths = strips.heights, strips.widths
-    causal = heights >= LONG
+    causal = strips.pattern == CAUSAL
     cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG) / 2), widths) * (samples * heads)
     times = MATH if needs_math(r) else 1.0
     cost = seconds(rates, r._replace(grad=False), float((cells / np.interp(heights, SPEED_AT, SPEED)).sum()) * times)

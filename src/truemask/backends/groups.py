@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.backends.weave import Woven, woven
-from truemask.geometry.strips import ALL, ASKED, Strips
+from truemask.geometry.strips import ALL, ASKED, CAUSAL, Strips
 
 Ints = NDArray[np.int64]
 
 FLOATS = 1 << 25  # bytes of additive masks that are kept as numbers; the others are kept as bits
-CAUSAL = -3  # beside ALL and ASKED: the pattern is top-left causal
 CALL_BYTES = 1 << 19  # copied keys and values that are worth a call
 CALL_CELLS = 1 << 15  # cells, over the heads, that a call's own seconds are worth
 
@@ -137,9 +136,10 @@ def planes(strips: Strips, dtype: torch.dtype, heads: int, key_bytes: int) -> tu
     """The groups of every sample and head; `heads` share a strip, one key of which is so many bytes in all of them."""
     maker = _Maker(strips, dtype, max(1, CALL_CELLS // heads), CALL_BYTES // key_bytes)
     places: dict[tuple[int, int], list[int]] = {}
-    for strip in np.flatnonzero(maker.widths):
-        places.setdefault((int(strips.b[strip]), int(strips.h[strip])), []).append(int(strip))
-    return tuple(Plane(b, h, tuple(maker.groups(np.array(some)))) for (b, h), some in places.items())
+    for n, (b, h, width) in enumerate(zip(strips.b.tolist(), strips.h.tolist(), maker.widths.tolist(), strict=True)):
+        if width:
+            places.setdefault((b, h), []).append(n)
+    return tuple(Plane(b, h, tuple(maker.groups(some))) for (b, h), some in places.items())
 
 
 class _Maker:
@@ -151,21 +151,20 @@ class _Maker:
         self.masks: dict[tuple[int, int, int], Masking] = {}
         self.heights, self.widths = strips.heights, strips.widths
         self.floats = FLOATS
-        self.causal = [_is_causal(pattern.cells) for pattern in strips.patterns]
 
-    def groups(self, members: Ints) -> list[Group]:
+    def groups(self, members: list[int]) -> list[Group]:
         """The strips of one plane in groups: those alike first, then what is left over, by width."""
+        if len(members) == 1:
+            return [self._one(members[0])]
         pattern = self.strips.pattern
         alike: dict[tuple[int, ...], list[int]] = {}
         for i in members:
-            causal = pattern[i] >= 0 and self.causal[pattern[i]]
-            kind = CAUSAL if causal else int(pattern[i])
-            alike.setdefault((kind, int(self.heights[i]), int(self.widths[i])), []).append(int(i))
+            alike.setdefault((int(pattern[i]), int(self.heights[i]), int(self.widths[i])), []).append(int(i))
         made: list[Group] = []
         left: dict[bool, list[int]] = {True: [], False: []}
         for (kind, height, width), some in alike.items():
             enough = len(some) * height * width >= self.call_cells or len(members) == len(some)
-            if kind != ASKED and enough:
+            if kind == CAUSAL or (kind != ASKED and enough):
                 parts = self._even(np.array(some)) if width > self.call_keys else [np.array(some)]
                 made += [self._made(part, causal=kind == CAUSAL) for part in parts]
             else:
@@ -173,6 +172,17 @@ class _Maker:
         for asked, some in left.items():
             made += [self._made(batch, asked=asked) for batch in self._batches(np.array(some, np.int64))]
         return made
+
+    def _one(self, i: int) -> Group:
+        """A group of one strip, as decoding has it: no time is lost on it."""
+        strips, height, width = self.strips, int(self.heights[i]), int(self.widths[i])
+        kind, start = int(strips.pattern[i]), int(strips.starts[i])
+        keys, places = Steps(int(strips.keys[start, 0]), 0), None
+        if not self.single[i]:
+            keys, places = None, torch.from_numpy(strips.columns(i))[None]
+        masking = self._masking(np.array([i]), height, width, None) if kind >= 0 else None
+        rows = Steps(int(strips.q0[i]), 0)
+        return Group(height, width, 1, rows, keys, None, places, None, None, masking, kind == CAUSAL, kind == ASKED)
 
     def _even(self, some: Ints) -> list[Ints]:
         """Strips that are worth a call each, cut to those that move in equal steps: they need not be copied."""
@@ -279,11 +289,6 @@ class _Maker:
         cells = np.zeros((height, width), bool)
         cells[:own_height, :own_width] = self.strips.patterns[pattern].cells if pattern >= 0 else True
         return cells
-
-
-def _is_causal(cells: NDArray[np.bool_]) -> bool:
-    """Whether row i sees the first i + 1 keys."""
-    return len(cells) > 1 and cells.shape[0] == cells.shape[1] and np.array_equal(cells, np.tri(len(cells), dtype=bool))
 
 
 def _steps(starts: Ints) -> Steps | None:

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import itertools
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from truemask.masks.core import Mask
+from truemask.masks.value import Value
 
-KINDS: dict[str, type[Mask]] = {}  # every kind of mask by its name
-NOTES: list[type[Mask]] = []  # the class of notes (traced.py)
+KINDS: dict[str, type[Any]] = {}  # every kind of mask by its name
+NOTES: list[type[Any]] = []  # the class of notes (traced.py)
 
 
-def build(kind: str, *args: Any) -> Mask:
+def build(kind: str, *args: Any) -> Any:
     """What an operator or a re-indexing method makes."""
     if torch.compiler.is_dynamo_compiling():
         return NOTES[0](f"_{kind}", args)
@@ -38,15 +37,15 @@ class Owner(bytearray):
     """The memory of one ticket: its number, and who it stands for."""
 
     __slots__ = ("__weakref__", "mask", "twin")
-    mask: ref[Mask]
-    twin: Mask | None  # made when the ticket is first shown; holding `mask` itself would be a cycle through a tensor
+    mask: ref[Value]
+    twin: Value | None  # made when the ticket is first shown; holding `mask` itself would be a cycle through a tensor
 
 
 OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
 NUMBERS = itertools.count(1)
 
 
-def ticket_for(mask: Mask) -> Tensor:
+def ticket_for(mask: Value) -> Tensor:
     """A new ticket: int64 `[1]` on the CPU."""
     number = next(NUMBERS)
     owner = Owner(number.to_bytes(8, sys.byteorder))
@@ -58,7 +57,7 @@ def ticket_for(mask: Mask) -> Tensor:
     return torch.frombuffer(owner, dtype=torch.int64)
 
 
-def mask_of(ticket: Tensor) -> Mask:
+def mask_of(ticket: Tensor) -> Any:
     """The mask of a ticket, or one equal to it."""
     owner = OWNERS[int(ticket)]
     if owner.twin is None:
@@ -68,7 +67,7 @@ def mask_of(ticket: Tensor) -> Mask:
     return owner.twin
 
 
-def twin(mask: Mask) -> Mask:
+def twin(mask: Value) -> Value:
     """An equal mask that shares all data but is another object, without a ticket."""
     new = object.__new__(type(mask))
     vars(new).update({name: part for name, part in vars(mask).items() if name != "ticket"})

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.building import KINDS, build, ticket_for
 from truemask.masks.data_store import Data, whole
 from truemask.masks.questions import ANY, Questions
-from truemask.masks.value import Value
+from truemask.masks.value import Value, joined
 from truemask.masks.verdict import Verdict
 
 
@@ -387,19 +387,3 @@ def operand(sign: str, value: object) -> Mask:
         else ("call it with its arguments first" if callable(value) else "`everything` and `nothing` are the constants")
     )
     raise MaskError(f"`{sign}` combines masks with masks, got {describe(value)}: {way}")
-
-
-def joined(axis: str, masks: Iterable[Mask], sizes: Iterable[int]) -> int:
-    """The common size of an axis: 1 gives way to any, ANY to a number, and two numbers must agree."""
-    known: dict[int, Mask] = {}
-    unknown = False
-    for mask, size in zip(masks, sizes, strict=True):
-        unknown |= size == ANY
-        if size > 1:
-            known.setdefault(size, mask)
-    if len(known) > 1:
-        (a, first), (b, second), *_ = known.items()
-        if first is second:
-            raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}: they must agree")
-        raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
-    return next(iter(known), ANY if unknown else 1)

@@ -97,6 +97,8 @@ class Exact(ABC):
     ) -> TileMap:
         """The tiles of one sample and head: `[1, 1, rows, columns]`."""
         shape = (1, 1, -(-q_len // block[0]), -(-kv_len // block[1]))
+        if shape[2] > MOST_ROWS:
+            raise MaskError(f"{q_len} queries are {shape[2]} rows of tiles of {block[0]}: ask with larger blocks")
         slabs = self._exact(b, h, q_len, kv_len)
         if slabs is not None:
             starts, runs = tile_runs(slabs, kv_len, block)

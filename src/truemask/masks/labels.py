@@ -15,13 +15,13 @@ from truemask.geometry.logic import States, three
 from truemask.geometry.ranges import RunTable, spans
 from truemask.geometry.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, joined
+from truemask.masks.core import Mask
 from truemask.masks.data import beyond
 from truemask.masks.data_store import Data, integers
 from truemask.masks.packing import document_lengths
 from truemask.masks.reindex import look_up, rows_of
 from truemask.masks.traced import recorded
-from truemask.masks.value import Written
+from truemask.masks.value import Written, joined
 from truemask.masks.writing import call
 
 

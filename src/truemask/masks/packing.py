@@ -17,10 +17,10 @@ from truemask.geometry.overlay import all_of, any_of
 from truemask.geometry.ranges import spans
 from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, blank, stacked, tidy
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, joined, operand
+from truemask.masks.core import Mask, operand
 from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.reindex import look_up, low_high, row_by_row, rows_of
-from truemask.masks.value import Written
+from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
 

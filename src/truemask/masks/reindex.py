@@ -17,10 +17,10 @@ from truemask.geometry.overlay import all_of, any_of, transposed
 from truemask.geometry.ranges import RangeTable
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs, bands, stacked
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, joined
+from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
-from truemask.masks.value import Written
+from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from truemask.errors import MaskError
 from truemask.masks.data_store import Data
+from truemask.masks.questions import ANY
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,3 +102,19 @@ class Value(ABC):
 
 def _holds_masks(value: object) -> bool:
     return isinstance(value, Value) or (isinstance(value, tuple) and bool(value) and isinstance(value[0], Value))
+
+
+def joined(axis: str, masks: Iterable[Value], sizes: Iterable[int]) -> int:
+    """The common size of an axis: 1 gives way to any, ANY to a number, and two numbers must agree."""
+    known: dict[int, Value] = {}
+    unknown = False
+    for mask, size in zip(masks, sizes, strict=True):
+        unknown |= size == ANY
+        if size > 1:
+            known.setdefault(size, mask)
+    if len(known) > 1:
+        (a, first), (b, second), *_ = known.items()
+        if first is second:
+            raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}: they must agree")
+        raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
+    return next(iter(known), ANY if unknown else 1)

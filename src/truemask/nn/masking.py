@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Layout:
     begun: bool = False  # whether the cache holds keys, so that registers and memories are among them
 
     @property
-    def numbers(self) -> list[int]:
+    def numbers(self) -> list[Any]:
         """All of it, for a compiled graph: `Layout(*numbers)`."""
         return [self.batch, self.heads, self.new, self.past, self.registers, self.memories, self.begun]
 
@@ -72,7 +73,7 @@ def read_masks(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, layo
 
 
 @recorded
-def _read_later(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, numbers: list[int]) -> Mask:
+def _read_later(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, numbers: list[Any]) -> Mask:
     tensor = next((x for x in (mask, attn_mask) if isinstance(x, Tensor)), torch.empty(0))
     return read_masks(mask, attn_mask, Layout(*numbers), tensor)
 
@@ -155,7 +156,7 @@ def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
 
 
 @recorded
-def _combine_later(user: Mask, numbers: list[int], causal_too: bool) -> Mask:
+def _combine_later(user: Mask, numbers: list[Any], causal_too: bool) -> Mask:
     return combine(user, Layout(*numbers), causal_too=causal_too)
 
 
@@ -228,7 +229,7 @@ def _own_positions(user: Mask, layout: Layout) -> Tensor:
     return q
 
 
-def _positions_later(user: Mask, numbers: list[int]) -> Tensor:
+def _positions_later(user: Mask, numbers: list[Any]) -> Tensor:
     layout = Layout(*numbers)
     return _own_positions(user, layout).expand(layout.batch, -1)
 

@@ -12,7 +12,7 @@ Here `True` means "may attend" (law 1 of `docs/conventions.md`). What the others
 | x-transformers `mask` | bool | (b, k) | True = a real token |
 | x-transformers `attn_mask` | bool | (q, k), (h, q, k), (b, h, q, k) | True = attend |
 | Keras `attention_mask` | bool, 0/1 | (b, q, k) | True = attend |
-| FlashAttention `cu_seqlens_q`, `cu_seqlens_k` | int32 | (documents + 1) | same document = attend, within `window_size` |
+| FlashAttention `cu_seqlens_q`, `cu_seqlens_k` | int32 | (documents + 1) | attend within a document and `window_size` |
 | FlashMask `startend_row_indices` | int32 | (b, h, k, 1, 2 or 4) | the queries from which a key is hidden |
 
 A mask keeps no gradient and a bias is not a mask: numbers that are neither 0 nor hidden belong in `attend(...,

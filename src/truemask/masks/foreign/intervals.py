@@ -199,8 +199,8 @@ def _varlen(found: _Documents, band: tuple[int, int], keys: int) -> Varlen:
     sides = [np.append(0, np.cumsum(side[some])) for side in (q, k)]
     if max(side[-1] for side in sides) >= 1 << 31:
         raise MaskError(f"to_varlen: {sides[0][-1]} queries and {sides[1][-1]} keys are more than int32 counts")
-    totals = (torch.from_numpy(side.astype(np.int32)) for side in sides)
-    return Varlen(*totals, int(q.max()), int(k.max()), band[1] == 0, band)
+    totals_q, totals_k = (torch.from_numpy(side.astype(np.int32)) for side in sides)
+    return Varlen(totals_q, totals_k, int(q.max()), int(k.max()), band[1] == 0, band)
 
 
 def _differs(mask: Mask, cell: tuple[int, int], sizes: tuple[int, int], samples: int) -> MaskError:
@@ -208,9 +208,9 @@ def _differs(mask: Mask, cell: tuple[int, int], sizes: tuple[int, int], samples:
     (sample, q), k = divmod(cell[0], sizes[0]), cell[1]
     k -= sample * sizes[1]
     where = f" of sample {sample}" if samples > 1 else ""
-    sees = bool(mask.truth(*(torch.tensor(i) for i in (sample, 0, q, k))))
+    sees = "" if bool(mask.truth(*(torch.tensor(i) for i in (sample, 0, q, k)))) else "not "
     return MaskError(
-        f"to_varlen: `{mask}` is not documents with one band: query {q}{where} may {'' if sees else 'not '}see key {k}, "
+        f"to_varlen: `{mask}` is not documents with one band: query {q}{where} may {sees}see key {k}, "
         f"unlike in the nearest mask that is. {OTHERS}"
     )
 
@@ -231,10 +231,9 @@ def from_varlen(
     >>> import torch
     >>> from_varlen(torch.tensor([0, 3, 7]), causal=True)
     causal.packed([3, 4])
-    >>> from_varlen(torch.tensor([0, 1, 2]), torch.tensor([0, 5, 9]), causal=True, window_size=(2, 0)).to_dense(2, 9)[
-    ...     0, 0
-    ... ].int().tolist()
-    [[0, 0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1]]
+    >>> steps = from_varlen([0, 1, 2], [0, 3, 7], window_size=(1, 0))  # two samples decode
+    >>> steps.to_dense(2, 7)[0, 0].int().tolist()
+    [[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1]]
     """
     q = _totals(cu_seqlens_q, "cu_seqlens_q")
     k = q if cu_seqlens_k is None else _totals(cu_seqlens_k, "cu_seqlens_k")
