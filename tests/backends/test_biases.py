@@ -93,7 +93,7 @@ def test_a_bias_of_ones_own_trains() -> None:
         out = tm.attend(q, k, v, tm.causal, bias=given)
         grads.append(torch.autograd.grad(out.sin().sum(), weight)[0])
     torch.testing.assert_close(*grads)
-    assert tm.plan(q, k, v, tm.causal, bias=bias).backend == "reference"
+    assert tm.plan(q, k, v, tm.causal, bias=bias).backend == "block_sparse"
     assert tm.plan(q, k, v, tm.causal, bias=Recency(weight.detach())).backend == "sdpa"
 
 
@@ -125,7 +125,7 @@ def test_mistakes_are_named(make: object, words: str) -> None:
     assert words in str(caught.value)
 
 
-BACKENDS = ["sdpa", "reference"]
+BACKENDS = ["sdpa", "block_sparse", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

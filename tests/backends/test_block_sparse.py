@@ -64,7 +64,8 @@ def both(mask: Mask, tensors: list[Tensor], backend: str, **options: Any) -> lis
     torch.manual_seed(7)
     more = [x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]
     arriving = (torch.randn_like(out), torch.randn_like(lse))
-    grads = torch.autograd.grad((out, lse), [*tensors, *more], arriving, allow_unused=True)
+    found = torch.autograd.grad((out, lse), [*tensors, *more], arriving, allow_unused=True)
+    grads: list[Tensor | None] = list(found)
     return [out.detach(), lse.detach(), *(torch.zeros(()) if g is None else g for g in grads)]
 
 
@@ -108,9 +109,9 @@ def painted(strips: Strips, mask: Mask) -> Tensor:
 @given(drawn=expressions(), height=st.integers(1, 7), keys=st.integers(1, 7), budget=st.sampled_from([0, 1 << 20]))
 def test_strips_cover_the_mask_exactly(drawn: Drawn, height: int, keys: int, budget: int) -> None:
     reach, mask = drawn.reach, drawn.mask
-    sizes = {"batch": reach.batch, "heads": reach.heads}
-    want = mask.to_dense(reach.q, reach.k, **sizes)
-    assert torch.equal(painted(from_tiles(mask.tiles(reach.q, reach.k, (height, keys), **sizes), budget), mask), want)
+    want = mask.to_dense(reach.q, reach.k, batch=reach.batch, heads=reach.heads)
+    tiles = mask.tiles(reach.q, reach.k, (height, keys), batch=reach.batch, heads=reach.heads)
+    assert torch.equal(painted(from_tiles(tiles, budget), mask), want)
     assert torch.equal(painted(from_cells(want.numpy()), mask), want)
     job = job_of(mask, reach.q, reach.k, reach.batch, reach.heads)
     planes = block_sparse.slabs_of(job)
@@ -401,9 +402,9 @@ def test_objections(keywords: dict[str, Any], word: str) -> None:
 
 
 def test_second_derivatives_are_refused_by_name() -> None:
-    for options in ({}, {"softcap": 3.0}):
+    for softcap in (None, 3.0):
         tensors = leaves(1, 2, 2, 23, 23)
-        out = tm.attend(*three(tensors), SINKS, backend="block_sparse", **options)
+        out = tm.attend(*three(tensors), SINKS, backend="block_sparse", softcap=softcap)
         (dq,) = torch.autograd.grad(out.sin().sum(), tensors[0], create_graph=True)
         with pytest.raises(tm.PlanError, match=r"'block_sparse' has no second derivative.*backend=\"reference\""):
             dq.sum().backward()

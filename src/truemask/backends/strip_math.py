@@ -135,7 +135,8 @@ def _add_gradients(
     sources = [*qkv, sinks, value if leaves.bias is not None else None, *leaves.parameters]
     wanted = [(i, x) for i, x in enumerate(sources) if x is not None and totals[i] is not None]
     found = torch.autograd.grad([x for x, _ in pairs], [x for _, x in wanted], [g for _, g in pairs], allow_unused=True)
-    for (i, _), new in zip(wanted, found, strict=True):
+    grads: list[Tensor | None] = list(found)
+    for (i, _), new in zip(wanted, grads, strict=True):
         total = totals[i]
         if new is not None and total is not None:
             _add(cells, i, total, new, leaves.bias)

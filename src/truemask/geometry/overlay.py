@@ -60,12 +60,12 @@ def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: Arr
     q0, q1 = np.maximum(q0, first), np.minimum(q1, stop)
     q0, q1, lo, hi, s, t = (x[q0 < q1] for x in (q0, q1, lo, hi, s, t))
 
-    def gather(rows: Ints) -> Lines:
-        begin, end = np.searchsorted(rows, q0), np.searchsorted(rows, q1)
+    def gather(above: Ints, below: Ints) -> Lines:
+        begin, end = np.searchsorted(above, q0), np.searchsorted(above, q1)
         affordable(int((end - begin).sum()))
         piece, slab = spans(begin, end)
         ends, slopes = np.stack([lo[piece], hi[piece]]), np.stack([s[piece], t[piece]])
-        top, bottom = (ends + slopes * row for row in (rows[slab], rows[slab + 1] - 1))
+        top, bottom = (ends + slopes * row[slab] for row in (above, below))
         real = (top[0] < top[1]) | (bottom[0] < bottom[1])
         return slab[real], ends[:, real], slopes[:, real], np.ones(int(real.sum()), np.int64)
 
@@ -99,25 +99,31 @@ def _overlay(parts: Sequence[Slabs], weights: Sequence[int], seen: Callable[[Int
     """
     rows = parts[0].rows if len(parts) == 1 else _union(*[part.rows for part in parts])
     moves = any(part.moves for part in parts)
-    return _resolved(rows, lambda rows: _gathered(parts, weights, rows, bounding), seen, moves)
+    return _resolved(rows, lambda first, last: _gathered(parts, weights, first, last, bounding), seen, moves)
 
 
-def _resolved(rows: Ints, gather: Callable[[Ints], Lines], seen: Callable[[Ints], Flags], moves: bool) -> Slabs:
+Gather = Callable[[Ints, Ints], Lines]  # from the first and the last row of slabs
+
+
+def _resolved(rows: Ints, gather: Gather, seen: Callable[[Ints], Flags], moves: bool) -> Slabs:
     """The cells for which `seen` holds of the sum of the weights around them, with rows cut where that needs it."""
-    lines = gather(rows)
+    lines = gather(rows[:-1], rows[1:] - 1)
     if moves and len(cuts := _crossings(rows, *lines[:3])):
         rows = _union(rows, cuts)
-        lines = gather(rows)
-    slab, ends, slopes = _swept(rows, *lines, seen)
-    if moves and len(cuts := _late(rows, slab, ends, slopes)):
-        rows = _union(rows, cuts)
-        slab, ends, slopes = _swept(rows, *gather(rows), seen)
+        lines = gather(rows[:-1], rows[1:] - 1)
+    slab, ends, slopes = _swept(rows[:-1], rows[1:] - 1, *lines, seen)
+    if moves and len(late := _late(rows, slab, ends, slopes)):
+        row, ends_there, slopes_there = _swept(late, late, *gather(late, late), seen)
+        finer = _union(rows, late)
+        slab = np.concatenate([np.searchsorted(finer, rows[slab]), np.searchsorted(finer, late[row])])
+        order = np.argsort(slab, kind="stable")
+        ends, slopes = (np.concatenate(x, axis=1)[:, order] for x in ((ends, ends_there), (slopes, slopes_there)))
+        rows, slab = finer, slab[order]
     return tidy(rows, np.bincount(slab, minlength=len(rows) - 1), ends, slopes)
 
 
-def _gathered(parts: Sequence[Slabs], weights: Sequence[int], rows: Ints, bounding: int) -> Lines:
-    """The runs of all parts over finer rows, without those that the bounding parts leave out."""
-    first, last = rows[:-1], rows[1:] - 1
+def _gathered(parts: Sequence[Slabs], weights: Sequence[int], first: Ints, last: Ints, bounding: int) -> Lines:
+    """The runs of all parts between finer rows, without those that the bounding parts leave out."""
     found = []
     low, high = np.full(len(first), -FAR), np.full(len(first), FAR)
     for n, part in enumerate(parts):
@@ -191,11 +197,11 @@ def _crossings(rows: Ints, slab: Ints, ends: Ints, slopes: Ints) -> Ints:
 def _union(*numbers: Ints) -> Ints:
     """Different numbers, in order. (`np.unique` hashes integers, which takes longer.)"""
     every = np.sort(np.concatenate(numbers), kind="stable")
-    return every[np.append(True, every[1:] != every[:-1])]
+    return every[np.append(True, every[1:] != every[:-1])] if len(every) else every
 
 
 def _swept(
-    rows: Ints, slab: Ints, ends: Ints, slopes: Ints, weight: Ints, seen: Callable[[Ints], Flags]
+    first: Ints, last: Ints, slab: Ints, ends: Ints, slopes: Ints, weight: Ints, seen: Callable[[Ints], Flags]
 ) -> tuple[Ints, Ints, Ints]:
     """Go through the ends of each slab from left to right, adding weights: the runs where `seen` holds.
 
@@ -205,15 +211,15 @@ def _swept(
     change = np.concatenate([weight, -weight])
     beyond = bool(seen(np.zeros(1, np.int64))[0])  # whether cells in no part are seen
     if beyond:
-        every, still = np.arange(len(rows) - 1), np.zeros(len(rows) - 1, np.int64)
+        every, still = np.arange(len(first)), np.zeros(len(first), np.int64)
         slab = np.concatenate([slab, every, every])
         line, slope = np.concatenate([line, still - FAR, still + FAR]), np.concatenate([slope, still, still])
         change = np.concatenate([change, still, still])
-    alone = rows[1:] - rows[:-1] == 1
+    top, alone = first[slab], first == last
     if alone.any():
         alone = alone[slab]
-        line, slope = np.where(alone, line + slope * rows[slab], line), np.where(alone, 0, slope)
-    order, same = _in_order(slab, line + slope * rows[slab], slope)
+        line, slope = np.where(alone, line + slope * top, line), np.where(alone, 0, slope)
+    order, same = _in_order(slab, line + slope * top, slope)
     total, order = np.cumsum(change[order])[~same], order[~same]
     slab, line, slope = slab[order], line[order], slope[order]
     value = seen(total) & (line < FAR)
@@ -229,7 +235,7 @@ def _late(rows: Ints, slab: Ints, ends: Ints, slopes: Ints) -> Ints:
     start, stop = ends + slopes * last
     closed = start == stop
     closed[:-1] |= (stop[:-1] == start[1:]) & (slab[1:] == slab[:-1])
-    return last[closed]
+    return _union(last[closed])
 
 
 def _in_order(slab: Ints, place: Ints, slope: Ints) -> tuple[Ints, Flags]:

@@ -50,7 +50,8 @@ def classify_tiles(
     counts, runs, total, mixed = [np.zeros(1, np.int64)], [np.zeros((0, 3), np.int64)], 0, 0
     across = np.arange(0, columns, BAND)
     for top in range(0, rows, BAND):
-        squares = _Squares(*(np.full(len(across), x, np.int64) for x in (b, h, top)), across)
+        sample, head, row = (np.full(len(across), x, np.int64) for x in (b, h, top))
+        squares = _Squares(sample, head, row, across)
         found = _band(classify, squares, rows, columns, (q_len, kv_len), block)
         starts, joined = _in_rows(found, top, min(top + BAND, rows))
         counts.append(np.diff(starts))

@@ -25,7 +25,7 @@ def lives_in(tiles: TileMap, axis: int) -> Flags:
     alive = steps.cumsum() > 0
     tile = tiles.mixed()[2 + axis]
     for part in tiles.patterns():
-        some = part.cells.any(2 - axis)
+        some: Flags = np.logical_or.reduce(part.cells, axis=2 - axis)
         place = tile[part.tiles][:, None] * block + np.arange(some.shape[1])
         np.logical_or.at(alive, place, some[part.which])
     return alive[:size]
@@ -38,7 +38,7 @@ def first_cell_in(tiles: TileMap) -> tuple[int, int] | None:
         return int(full.q0[0]), int(full.k0[0])
     _, _, i, j = tiles.mixed()
     for part in tiles.patterns():
-        hits = np.flatnonzero(part.cells.any((1, 2))[part.which])
+        hits = np.flatnonzero(np.logical_or.reduce(part.cells, axis=(1, 2))[part.which])
         if len(hits):
             tile = part.tiles[hits[0]]
             row, column = np.argwhere(part.cells[part.which[hits[0]]])[0]

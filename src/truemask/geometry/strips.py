@@ -95,13 +95,17 @@ def from_cells(cells: Flags) -> Strips:
     chosen: list[int] = []
     for b, h in np.ndindex(samples, heads):
         plane = cells[b, h]
-        seen = plane.any(0)
-        edges = np.flatnonzero(np.diff(seen, prepend=False, append=False))
-        if not len(edges):
+        seen: Flags = plane[0] if q_len == 1 else np.asarray(plane.any(axis=0))
+        if not seen.any():
             continue
+        edges = np.flatnonzero(seen[1:] != seen[:-1]) + 1
+        edges = np.concatenate([[0] if seen[0] else [], edges, [kv_len] if seen[-1] else []]).astype(np.int64)
         places.append((b, h))
         keys.append(edges.reshape(-1, 2))
-        part = plane[:, seen] if len(edges) > 2 else plane[:, edges[0] : edges[1]]
+        if q_len == 1:
+            chosen.append(ALL)
+            continue
+        part = plane[:, seen]
         chosen.append(ALL if part.all() else patterns.setdefault(Pattern.of(part), len(patterns)))
     b, h = np.array(places, np.int64).reshape(-1, 2).T
     starts = np.cumsum([0, *map(len, keys)])

@@ -116,7 +116,7 @@ class _Labelled(Mask):
         q, k = self._sides
         rows, _, row_label = q.segments(r.b, r.q0, r.q1)
         start, stop, label = k.segments(r.b, r.k0, r.k1)
-        kept = self._sees(label)
+        kept = self._visible(label)
         start, stop, label = start[kept], stop[kept], label[kept]
         order = np.argsort(label, kind="stable")
         begin, end = (np.searchsorted(label[order], row_label, side) for side in ("left", "right"))
@@ -125,7 +125,7 @@ class _Labelled(Mask):
         ends = np.stack([start[run], stop[run]])
         return tidy(np.append(rows, r.q1), end - begin, ends, np.zeros_like(ends))
 
-    def _sees(self, label: Ints) -> np.ndarray:
+    def _visible(self, label: Ints) -> np.ndarray:
         """Whether keys with a label are seen at all."""
         return np.ones(len(label), bool)
 
@@ -185,7 +185,7 @@ class Same(_Labelled):
         apart = (qb < ka) | (kb < qa) | ((qa == none) & (qb == none)) | ((ka == none) & (kb == none))
         return three(apart, (qa == qb) & (ka == kb) & (qa == ka) & (qa != none))
 
-    def _sees(self, label: Ints) -> np.ndarray:
+    def _visible(self, label: Ints) -> np.ndarray:
         return label != self.none
 
     @cached_property

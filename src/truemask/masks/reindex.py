@@ -68,10 +68,11 @@ class At(Mask):
             return base
         if isinstance(base, At):
             base, q_start, k_start = base.base, base.q_start + q_start, base.k_start + k_start
-        new = cls.__new__(cls)  # decoding makes one in every step: what follows from the base is not asked again
-        asked = ("batch_size", "head_count", "varies_with_query")
-        known = {name: getattr(base, name) for name in asked}
-        vars(new).update(base=base, q_start=q_start, k_start=k_start, children=(base,), **known)
+        # Decoding makes one in every step: no ticket (traced.py writes it out), and nothing asked twice.
+        new = object.__new__(cls)
+        known = {name: getattr(base, name) for name in ("batch_size", "head_count", "varies_with_query")}
+        known |= {"base": base, "q_start": q_start, "k_start": k_start}
+        vars(new).update(known, children=(base,), _key=("at", base, q_start, k_start))
         return new
 
     @property

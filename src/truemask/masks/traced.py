@@ -79,6 +79,8 @@ class Note:
         """The text of a mask or an argument; what may change is kept aside."""
         if isinstance(value, Traced):
             return f"{value.builder}({', '.join([self.write(arg) for arg in value.args])})"
+        if isinstance(value, Mask) and value.kind == "at":
+            return self.write(Traced("_at", (value.base, value.q_start, value.k_start)))  # pyright: ignore
         if isinstance(value, Mask):
             self.tensors.append(value.ticket)
             return f"M{len(self.tensors) - 1}"
