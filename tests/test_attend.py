@@ -24,7 +24,7 @@ def qkv(b: int = 2, h: int = 4, y: int = 2, q: int = 5, k: int = 5, d: int = 8, 
 # -- what comes back ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "block_sparse", "reference"])
 def test_results_come_in_order(backend: str) -> None:
     given = qkv()
     out = tm.attend(*given, tm.causal, backend=backend)
@@ -65,7 +65,7 @@ def test_bool_tensors_are_masks() -> None:
 def test_heads_are_shared_in_blocks() -> None:
     q, k, v = qkv(h=6, y=3)
     many_k, many_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
-    for backend in ("sdpa", "reference"):
+    for backend in ("sdpa", "block_sparse", "reference"):
         torch.testing.assert_close(
             tm.attend(q, k, v, tm.causal, backend=backend), tm.attend(q, many_k, many_v, tm.causal, backend=backend)
         )
@@ -139,7 +139,7 @@ def test_the_tensors_given_are_not_changed() -> None:
     given = qkv()
     given[2][0, 0, 4] = torch.nan
     copies = [x.clone() for x in given]
-    for backend in ("sdpa", "reference"):
+    for backend in ("sdpa", "block_sparse", "reference"):
         tm.attend(*given, tm.causal, backend=backend)
     for x, copy in zip(given, copies, strict=True):
         assert torch.equal(x.nan_to_num(9), copy.nan_to_num(9))
@@ -171,7 +171,7 @@ def test_fewer_queries_than_keys_warn_if_the_mask_looks_back() -> None:
         tm.attend(*qkv(), tm.causal)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "block_sparse", "reference"])
 def test_rows_asked_one_by_one_are_the_rows_of_the_whole(backend: str) -> None:
     q, k, v = qkv(q=13, k=13, dtype=torch.float64)
     mask = tm.causal & (tm.window(3) | tm.prefix(2))

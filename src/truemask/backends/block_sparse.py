@@ -35,7 +35,7 @@ from truemask.masks.biases import Bias
 
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
-HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
+HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried, the first only without gradients
 SPEED_AT = (
     1,
     16,
@@ -167,7 +167,8 @@ def _few(job: Job) -> Tensor:
 def _least(job: Job) -> Choice:
     """Strips of several heights are made if the mask has an exact form and they are few; or else tiles are counted."""
     r = job.request
-    heights = [height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0])]
+    some = HEIGHTS[1:] if r.grad else HEIGHTS
+    heights = [height for height in some if height <= max(r.q_len, some[0])]
     if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
         made = ((height, _made(job, height)) for height in heights)
         found = [Choice(height, cost_of(strips, job), strips) for height, strips in made]

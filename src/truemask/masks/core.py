@@ -70,7 +70,7 @@ class Mask(Value, Questions):
 
     # -- what each kind says ---------------------------------------------------------------------------------------
 
-    children: tuple[Mask, ...]
+    children: tuple[Mask, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @abstractmethod
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
