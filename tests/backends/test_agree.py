@@ -11,6 +11,7 @@ from torch import Tensor
 
 import truemask as tm
 from tests import oracle
+from tests.cases import CASES, Case
 from tests.oracle import Three, three
 from truemask._plan import plan
 from truemask.backends.dropping import kept
@@ -129,6 +130,16 @@ def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(name: str, mask: str) -> None:
     agree(name, Problem(MASKS[mask]), torch.float64, {}, {})
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_the_catalogue(name: str, case: Case) -> None:
+    """Every mask there is, in every dtype: two query heads share a key head where the mask says nothing of heads."""
+    mask = case.make()
+    heads = case.heads if mask.head_count != 1 else 2
+    for dtype in DTYPES:
+        agree(name, Problem(mask, case.batch, heads, 1, case.q_len, case.kv_len), dtype, {}, {})
 
 
 @pytest.mark.parametrize("name", BACKENDS)
