@@ -33,6 +33,7 @@ from truemask.geometry.tile_strips import from_tiles, rough
 from truemask.geometry.tiles import TileMap
 from truemask.masks.biases import Bias
 
+STRIPS, CHOICE = "block_sparse strips", "block_sparse choice"  # in a job's notes
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
 HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried, the first only without gradients
@@ -56,11 +57,11 @@ MOST_ENDS = 1 << 14  # of runs that are cut into strips; others are tiled
 
 @dataclass(frozen=True)
 class Choice:
-    """How tall strips are, what they cost, and the strips themselves, if they were made to find out."""
+    """How tall strips are, what they cost, and what they are in words."""
 
     height: int
     cost: float
-    strips: Strips | None = None
+    words: str
 
 
 class BlockSparse:
@@ -82,17 +83,12 @@ class BlockSparse:
         return choice(job).cost
 
     def way(self, job: Job) -> str:
-        chosen, r = choice(job), job.request
-        if chosen.strips is None:
-            return f"strips of up to {chosen.height or r.q_len} rows"
-        strips = chosen.strips
-        rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
-        share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
-        return f"strips of up to {chosen.height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
+        return choice(job).words
 
     def lower(self, job: Job) -> Lowered:
         r = job.request
         strips = strips_of(job)
+        job.notes.pop(STRIPS, None)  # what is lowered is all that stays
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         heads = r.heads if job.mask_heads == 1 else 1
         dead = strips.dead()
@@ -139,22 +135,21 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
 
 def strips_of(job: Job) -> Strips:
     """The strips that a job runs, made once."""
-    if "strips" not in job.notes:
-        r = job.request
-        if r.q_len <= FEW or not r.kv_len:
-            job.notes["strips"] = from_cells(_few(job).numpy())
-        else:
-            chosen = choice(job)
-            job.notes["strips"] = chosen.strips or _made(job, chosen.height)
-    return job.notes["strips"]
+    r = job.request
+    few = r.q_len <= FEW or not r.kv_len
+    if STRIPS not in job.notes and not few:
+        height = choice(job).height  # which may have made them
+        if STRIPS not in job.notes:
+            return _made(job, height)
+    return job.notes[STRIPS] if STRIPS in job.notes else from_cells(_few(job).numpy())
 
 
 def choice(job: Job) -> Choice:
     """The height that costs least, worked out once."""
-    if "choice" not in job.notes:
+    if CHOICE not in job.notes:
         few = job.request.q_len <= FEW or not job.request.kv_len
-        job.notes["choice"] = Choice(0, cost_of(strips_of(job), job)) if few else _least(job)
-    return job.notes["choice"]
+        job.notes[CHOICE] = _choice(job, job.request.q_len, strips_of(job)) if few else _least(job)
+    return job.notes[CHOICE]
 
 
 def _few(job: Job) -> Tensor:
@@ -169,12 +164,21 @@ def _least(job: Job) -> Choice:
     r = job.request
     some = HEIGHTS[1:] if r.grad else HEIGHTS
     heights = [height for height in some if height <= max(r.q_len, some[0])]
-    if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
-        made = ((height, _made(job, height)) for height in heights)
-        found = [Choice(height, cost_of(strips, job), strips) for height, strips in made]
-    else:
-        found = [Choice(height, cost_of(rough(_tiles(job, height)), job)) for height in heights]
-    return min(found, key=lambda choice: choice.cost)
+    exact = job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None
+    found = [(height, _made(job, height) if exact else rough(_tiles(job, height))) for height in heights]
+    choices = [_choice(job, *pair) for pair in found]
+    best = min(range(len(found)), key=lambda i: choices[i].cost)
+    if exact:
+        job.notes[STRIPS] = found[best][1]
+    return choices[best]
+
+
+def _choice(job: Job, height: int, strips: Strips) -> Choice:
+    r = job.request
+    rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
+    share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
+    words = f"strips of {height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
+    return Choice(height, cost_of(strips, job), words)
 
 
 def _made(job: Job, height: int) -> Strips:

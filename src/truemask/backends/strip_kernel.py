@@ -13,7 +13,7 @@ from truemask.backends.strip_cells import Cells, Sparse, folds, pieces
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
 
-CHUNK_BYTES = 1 << 23  # of what one call copies or makes
+CHUNK_BYTES = 1 << 24  # of what one call copies or makes
 
 
 class StripKernel:
