@@ -15,8 +15,8 @@ from truemask.generation.autoregressive import AutoregressiveWrapper, evaluating
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import keys, prefix
-from truemask.masks.positional import blocks, causal, window
 from truemask.masks.patterned import dilated
+from truemask.masks.positional import blocks, causal, window
 from truemask.nn.wrappers import TransformerWrapper
 
 PROMPTS = [ids(5, seed=1), ids(3, seed=2), ids(11, seed=3)]

@@ -15,8 +15,8 @@ from truemask.masks.core import Mask
 from truemask.masks.data import keys, padding, prefix, queries
 from truemask.masks.labels import documents
 from truemask.masks.matrices import dense
-from truemask.masks.positional import causal, local, window
 from truemask.masks.patterned import dilated, random
+from truemask.masks.positional import causal, local, window
 from truemask.nn.layers import AttentionLayers
 from truemask.nn.masking import looks_back, pairs_ahead, seen_by_all
 

@@ -9,8 +9,8 @@ from tests.nn.models import FEATURES, assert_same, decoder, featured, features, 
 from truemask.errors import MaskError
 from truemask.masks.core import Mask
 from truemask.masks.data import prefix
-from truemask.masks.positional import blocks, causal, window
 from truemask.masks.patterned import dilated
+from truemask.masks.positional import blocks, causal, window
 from truemask.nn.positions import AbsolutePositionalEmbedding, RotaryEmbedding, rotate
 
 LENGTHS = [5, 3, 11]
