@@ -177,7 +177,7 @@ def _choice(job: Job, height: int, strips: Strips) -> Choice:
     r = job.request
     rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
     share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
-    words = f"strips of {height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
+    words = f"strips of up to {height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
     return Choice(height, cost_of(strips, job), words)
 
 
