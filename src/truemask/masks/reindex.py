@@ -15,7 +15,7 @@ from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.overlay import all_of, any_of, transposed
 from truemask.geometry.ranges import RangeTable
-from truemask.geometry.slabs import NoExactFormError, Region, Slabs, bands, stacked
+from truemask.geometry.slabs import NoExactFormError, Region, Slabs, bands, from_cells, stacked
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, Data, integers, whole
@@ -167,6 +167,8 @@ class Take(Mask):
         """Runs of positions that follow each other are shifts of the base; there must be few of keys."""
         rows = _consecutive(self.q, r.b, r.q0, r.q1)
         columns = _consecutive(self.k, r.b, r.k0, r.k1)
+        if len(rows) * len(columns) > FEW_SHIFTS and (r.q1 - r.q0) * (r.k1 - r.k0) <= FEW_CELLS:
+            return self._looked_at_whole(r)
         if len(columns) > MOST_MOVES or len(rows) * len(columns) > MOST_SHIFTS:
             raise NoExactFormError(f"`{self}` takes positions in {len(rows)} x {len(columns)} runs")
         parts = [
@@ -176,6 +178,12 @@ class Take(Mask):
             for row in rows
         ]
         return stacked(parts)
+
+    def _looked_at_whole(self, r: Region) -> Slabs:
+        """From the cells, where they are fewer than all the shifting is worth."""
+        q, k = np.arange(r.q0, r.q1), np.arange(r.k0, r.k1)
+        cells = self._cells(np.array(r.b), np.array(r.h), q[:, None], k)
+        return from_cells(np.append(q, r.q1), np.append(k, r.k1), cells)
 
     def _shifted(self, r: Region, row: tuple[int, int, int], column: tuple[int, int, int]) -> Slabs:
         """The base for rows and keys (first, stop, position of the first) that follow each other, where those stand."""
@@ -335,6 +343,7 @@ class Transposed(Mask):
 
 
 MOST_MOVES, MOST_SHIFTS = 64, 1024  # runs of keys, and of rows times keys, that are worth shifting one by one
+FEW_SHIFTS, FEW_CELLS = 4, 1 << 14  # above so many, so few cells are looked at instead
 
 
 def _consecutive(taken: Data | None, b: int, first: int, stop: int) -> list[tuple[int, int, int]]:
