@@ -532,3 +532,10 @@ def test_expressions_far_out(drawn: Drawn, q: int, k: int) -> None:
 
 def np_indices(r: Reach) -> tuple[torch.Tensor, ...]:
     return torch.meshgrid(*(torch.arange(n) for n in (r.batch, r.heads, r.q, r.k)), indexing="ij")
+
+
+def test_an_empty_batch_keeps_its_axes() -> None:
+    mask = tm.causal.padded([0, 2, 1]).select(samples=[])
+    assert mask.count(5, batch=0).shape == (0, 1)
+    assert mask.dead_queries(5, 7, batch=0).shape == (0, 1, 5)
+    assert mask.dead_keys(5, 7, batch=0).shape == (0, 1, 7)

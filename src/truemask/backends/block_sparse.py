@@ -37,16 +37,8 @@ STRIPS, CHOICE = "block_sparse strips", "block_sparse choice"  # in a job's note
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
 HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried, the first only without gradients
-SPEED_AT = (
-    1,
-    16,
-    32,
-    64,
-    96,
-    128,
-    192,
-    512,
-)  # rows of a strip, and the kernel's speed with so many, forward and backward
+# Rows of a strip, and the kernel's speed with so many, forward and backward.
+SPEED_AT = (1, 16, 32, 64, 96, 128, 192, 512)
 SPEED = (0.1, 0.55, 0.7, 0.8, 0.81, 0.84, 0.97, 1.0)
 SPEED_BACKWARD = (0.1, 0.3, 0.5, 0.72, 0.88, 0.95, 1.0, 1.0)
 FLAG = 512  # columns beyond the diagonal that the causal flag runs

@@ -68,11 +68,13 @@ class Exact(ABC):
                 members.append((b, h))
         return members, which
 
-    def _for_each(self, answer: Callable[[int, int], Answer], samples: int, heads: int) -> Tensor:
-        """An answer for each sample and head, `[samples, heads, ...]`."""
+    def _for_each(self, answer: Callable[[int, int], Answer], samples: int, heads: int, *size: int) -> Tensor:
+        """An answer of this size for each sample and head, `[samples, heads, *size]`."""
         members, which = self._variants(samples, heads)
         found = [np.asarray(answer(b, h)) for b, h in members]
-        return torch.from_numpy(np.stack(found)[which]) if found else torch.zeros(samples, heads, dtype=torch.int64)
+        return (
+            torch.from_numpy(np.stack(found)[which]) if found else torch.zeros(samples, heads, *size, dtype=torch.int64)
+        )
 
     def _exact(self, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
         """The slabs of one sample and head, cut to the keys there are; None if the mask has no such form."""

@@ -182,7 +182,7 @@ class Questions(Exact, Pictures):
             slabs = self._exact(b, h, q_len, kv_len)
             return lives_in(self._searched(b, h, q_len, kv_len), 0) if slabs is None else live_rows(slabs)
 
-        return ~self._for_each(live, samples, head_count).bool()
+        return ~self._for_each(live, samples, head_count, q_len).bool()
 
     def dead_keys(
         self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
@@ -280,7 +280,7 @@ class Questions(Exact, Pictures):
             slabs = self._exact(b, h, q_len, kv_len)
             return lives_in(self._searched(b, h, q_len, kv_len), 1) if slabs is None else seen_keys(slabs, kv_len)
 
-        return self._for_each(seen, samples, heads).bool()
+        return self._for_each(seen, samples, heads, kv_len).bool()
 
     def _first(self, samples: int, heads: int, q_len: int, kv_len: int) -> Cell | None:
         """A cell that is True, or None if there is none."""
