@@ -12,6 +12,7 @@ import truemask as tm
 from truemask.cli.races import race_masks
 
 Make = Callable[[], tm.Mask]
+Spelled = tuple[Make, Make]  # one meaning by two expressions
 KINDS = 10
 DENSITIES = (0.01, 0.6)  # of the random expressions of `attend.py`
 
@@ -38,7 +39,7 @@ def random_masks(n: int, how_many: int) -> list[tm.Mask]:
 class Expression:
     """A random structured expression whose numbers are drawn and whose masks are not made yet."""
 
-    leaves: list[Make]
+    leaves: list[Spelled]
     joints: list[tuple[int, int, str]]  # (place, place, operation): both are taken out, the result goes to the end
 
     @classmethod
@@ -51,14 +52,18 @@ class Expression:
 
     def mask(self) -> tm.Mask:
         """The mask, made anew."""
-        return self._joined(WAYS)
+        return self._joined(WAYS, 0)
 
     def rewritten(self) -> tm.Mask:
-        """The same meaning by other operations (De Morgan), so that no comparison of texts can know it."""
-        return self._joined(OTHER_WAYS)
+        """The same meaning by other operations (De Morgan) on the same leaves."""
+        return self._joined(OTHER_WAYS, 0)
 
-    def _joined(self, ways: dict[str, Callable[[tm.Mask, tm.Mask], tm.Mask]]) -> tm.Mask:
-        terms = [make() for make in self.leaves]
+    def respelled(self) -> tm.Mask:
+        """The same meaning by other operations on other leaves: nothing but the cells themselves can tell."""
+        return self._joined(OTHER_WAYS, 1)
+
+    def _joined(self, ways: dict[str, Callable[[tm.Mask, tm.Mask], tm.Mask]], spelling: int) -> tm.Mask:
+        terms = [spelled[spelling]() for spelled in self.leaves]
         for first, second, sign in self.joints:
             a, b = terms.pop(first), terms.pop(second)
             terms.append(ways[sign](a, b))
@@ -74,22 +79,23 @@ OTHER_WAYS: dict[str, Callable[[tm.Mask, tm.Mask], tm.Mask]] = {
 }
 
 
-def leaf(draw: Random, n: int, pieces: int, kind: int) -> Make:
-    """One of ten kinds of leaf, with numbers of its own."""
+def leaf(draw: Random, n: int, pieces: int, kind: int) -> Spelled:
+    """One of ten kinds of leaf, with numbers of its own, in two spellings that are the same on n tokens."""
     size = draw.randint(-(-n // pieces), -(-2 * n // pieces))
     wide = draw.randint(n // 64 + 1, n // 8 + 2)
     tokens, cut = sorted(draw.sample(range(n), min(8, n))), lengths(draw, n, pieces)
-    makers: tuple[Make, ...] = (
-        lambda: tm.causal,
-        lambda: tm.window(wide),
-        lambda: tm.local(wide),
-        lambda: tm.prefix(wide),
-        lambda: tm.global_tokens(tokens),
-        lambda: tm.blocks(size),
-        lambda: tm.blocks(size, back=1, ahead=1),
-        lambda: tm.documents(cut),
-        lambda: tm.causal.packed(cut),
-        lambda: tm.window(wide).packed(cut),
+    equal = [size] * -(-n // size)
+    makers: tuple[Spelled, ...] = (
+        (lambda: tm.causal, lambda: tm.window(n)),
+        (lambda: tm.window(wide), lambda: tm.causal & tm.local(wide - 1)),
+        (lambda: tm.local(wide), lambda: tm.local(wide).T),
+        (lambda: tm.prefix(wide), lambda: tm.prefix(wide + 1).at(k_start=1)),
+        (lambda: tm.global_tokens(tokens), lambda: tm.global_tokens(tokens).T),
+        (lambda: tm.blocks(size), lambda: tm.documents(equal)),
+        (lambda: tm.blocks(size, back=1, ahead=1), lambda: tm.blocks(size, back=1) | tm.blocks(size, ahead=1)),
+        (lambda: tm.documents(cut), lambda: tm.everything.packed(cut)),
+        (lambda: tm.causal.packed(cut), lambda: tm.causal & tm.documents(cut)),
+        (lambda: tm.window(wide).packed(cut), lambda: tm.window(wide) & tm.documents(cut)),
     )
     return makers[kind]
 

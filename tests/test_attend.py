@@ -299,6 +299,8 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         TypeError,
         "scale must be a number, got float32 [] on cpu: take `.item()`",
     ),
+    "tiny softcap": ((Q, K, V), {"softcap": 1e-50}, ValueError, "softcap must be above 0, and 1.2e-38 at least"),
+    "endless scale": ((Q, K, V), {"scale": 10**400}, ValueError, "scale must be a finite number"),
     "softcap": ((Q, K, V), {"softcap": 0.0}, ValueError, "softcap must be above 0, got 0.0; None means none"),
     "sinks": ((Q, K, V), {"sink_logits": torch.zeros(2)}, ValueError, "[query heads] = [4], got float32 [2] on cpu"),
     "sinks elsewhere": (

@@ -325,11 +325,12 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
 def test_the_operator_keeps_torchs_rules(grad: bool) -> None:
     q, k, v = qkv(grad=grad)
     sinks = torch.zeros(4, requires_grad=grad)
-    tail = (None, None, 0.0, None, True, False, grad)
-    asked = (q, k, v, "_at(M0, I0, I1)", [MASK.ticket], [0, 0], [], None, "None", sinks, None, *tail)
+    tail = (None, None, 0.0, None, True, False)
+    names = ("q k v sinks", "q k v bias") if grad else ("", "")
+    asked = (q, k, v, "_at(M0, I0, I1)", [MASK.ticket], [0, 0], [], None, "None", sinks, None, *tail, names[0])
     torch.library.opcheck(_compiled.attend_op, asked)
     table = torch.randn(4, 13, requires_grad=grad)
-    asked = (q, k, v, "T0", [torch.ones(7, 7).bool()], [], [], table, "relative(T0, {})", None, None, *tail)
+    asked = (q, k, v, "T0", [torch.ones(7, 7).bool()], [], [], table, "relative(T0, {})", None, None, *tail, names[1])
     torch.library.opcheck(_compiled.attend_op, asked)
 
 

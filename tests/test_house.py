@@ -27,8 +27,10 @@ STAIRS = """
     geometry/__init__.py
     geometry/logic.py
     geometry/ranges.py
+    geometry/lines.py
     geometry/slabs.py
     geometry/overlay.py
+    geometry/forms.py
     geometry/measure.py
     geometry/tiles.py
     geometry/strips.py

@@ -21,6 +21,7 @@ from truemask.backends.base import Backend, Job, Lowered, Request
 from truemask.backends.registry import backends
 from truemask.errors import describe
 from truemask.masks.core import Mask
+from truemask.masks.data_store import ordinary_tensors
 from truemask.masks.reindex import At, Take
 
 MOST_PLANS = 256
@@ -95,21 +96,26 @@ class PlanCache:
                 self._entries.move_to_end(key)
                 self._hits += 1
                 return found
+        with ordinary_tensors():
+            made, family, new = self._made(key, *key)
+        with self._lock:
+            self._hits, self._misses = self._hits + (not new), self._misses + new
+            if new and family is not None:
+                self._keep(family, made.plan.choice)
+            entry = self._entries.setdefault(key, made)
+            self._steps += entry is made and made.is_short
+            self._shrink()
+        return entry
+
+    def _made(self, key: Hashable, mask: Mask, request: Request, wanted: str | None) -> tuple[Entry, Hashable, bool]:
+        """A plan, the family of calls that its choice is for (None: this call alone), and whether the choice is new."""
         job = checked_job(mask, request)
         family = structure_key(mask, request, wanted) if request.q_len <= SHORT else None
         choice = None if family is None else self._kept(family, job)
         new = choice is None
         if choice is None:
             choice = choose(job, wanted)  # outside the lock: two threads may do it twice, neither waits
-        made = Entry(key, planned(job, choice))
-        with self._lock:
-            self._hits, self._misses = self._hits + (not new), self._misses + new
-            if new and family is not None:
-                self._keep(family, choice)
-            entry = self._entries.setdefault(key, made)
-            self._steps += entry is made and made.is_short
-            self._shrink()
-        return entry
+        return Entry(key, planned(job, choice)), family, new
 
     def _kept(self, family: Hashable, job: Job) -> Choice | None:
         """An earlier choice that holds for this job, if its backend can run it."""
@@ -132,7 +138,7 @@ class PlanCache:
             return entry.lowered
         with entry.lock:
             if entry.lowered is None:
-                with torch.inference_mode(False), torch.no_grad():
+                with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
                     made = entry.backend.lower(entry.plan.job)
                 with self._lock:  # kept and counted in one step, so that nobody gives up bytes that were not counted
                     entry.lowered = made

@@ -51,10 +51,10 @@ def read_call(
 
     `device` is what meta tensors stand for (default: the CPU); biases and sinks beside them may be anywhere.
     """
+    q, k, v = cast(q, k, v, device)
     check_qkv(q, k, v)
     real = None if q.is_meta else q.device
     device = real or device or torch.device("cpu")
-    q, k, v = cast(q, k, v, device)
     (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
     sizes = (b, hq, nq, nk)
     mask = as_mask(mask, *sizes)
@@ -106,13 +106,20 @@ def _bias_shape(bias: Tensor | Bias | None, sizes: tuple[int, int, int, int]) ->
     return tuple(bias.shape) if isinstance(bias, Tensor) else (1, bias.head_count, *sizes[2:])
 
 
-def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, q, k and v in its dtype, as `F.scaled_dot_product_attention` takes them; doubles stay."""
-    kind = device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
-        return q, k, v
+def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k and v in its dtype, as `F.scaled_dot_product_attention` takes them; doubles stay.
+
+    What is no tensor, or not of floats, is left for the door to refuse.
+    """
+    given = (q, k, v)
+    if not isinstance(q, Tensor):
+        return given
+    kind = (device or torch.device("cpu")).type if q.is_meta else q.device.type
+    if not torch.is_autocast_enabled(kind) or not all(isinstance(x, Tensor) and x.is_floating_point() for x in given):
+        return given
     dtype = torch.get_autocast_dtype(kind)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in given)
+    return q, k, v
 
 
 def transform() -> str:

@@ -48,25 +48,27 @@ class Asked(NamedTuple):
     backend: str | None
     return_lse: bool
     return_weights: bool
-    grad: bool  # whether a backward may come
+    grads: str  # of q, k, v, sinks and bias, which want gradients
 
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, str mask, Tensor[] tensors, SymInt[] ints, float[] floats, Tensor? bias, "
     "str bias_form, Tensor? sinks, Tensor? seed, float? scale, float? softcap, float dropout, str? backend, "
-    "bool return_lse, bool return_weights, bool grad"
+    "bool return_lse, bool return_weights, str grads"
 )
 
 
 def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, **options: Any) -> Result:
     """The call, while `torch.compile` traces it."""
-    q, k, v = (q, k, v) if q.is_meta else cast(q, k, v, q.device)
+    q, k, v = cast(q, k, v)
     note = Note()
     text = note.write(mask)
     added, form = _as_tensor(bias)
     seed = new_seed() if options["dropout"] else None
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, added, sinks))
-    asked = Asked(q, k, v, text, note.tensors, note.ints, note.floats, added, form, sinks, seed, grad=grad, **options)
+    given = zip(DIFFERENTIABLE, (q, k, v, sinks, added), strict=True)
+    wanted = [name for name, x in given if x is not None and x.requires_grad and torch.is_grad_enabled()]
+    grads = " ".join(wanted)
+    asked = Asked(q, k, v, text, note.tensors, note.ints, note.floats, added, form, sinks, seed, grads=grads, **options)
     return Result(*torch.ops.truemask.attend(*asked)[:3])
 
 
@@ -115,7 +117,7 @@ def _(
 def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse and weights, what was not asked for empty; and what the backward needs."""
     asked = Asked(*args)
-    record = Record() if asked.grad else None
+    record = Record() if asked.grads else None
     found = _eagerly(asked) if record is None else record.run(asked)
     out = found.out.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     lse, weights = (asked.q.new_empty(0) if x is None else _own(x) for x in found[1:])
@@ -132,7 +134,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (r.batch, r.heads, r.q_len)
     lse = new(rows, dtype=torch.float64 if r.dtype == torch.float64 else torch.float32) if r.return_lse else new(0)
     weights = new((*rows, r.kv_len)) if r.return_weights else new(0)
-    state = torch.empty(int(asked.grad), dtype=torch.uint8)
+    state = torch.empty(int(bool(asked.grads)), dtype=torch.uint8)
     return new((r.batch, r.q_len, r.heads, r.value_dim)).transpose(1, 2), lse, weights, state
 
 
@@ -182,11 +184,12 @@ class Record(bytearray):
         super().__init__(1)
 
     def run(self, asked: Asked) -> Result:
-        """The call on copies of its tensors."""
-        given = {name: getattr(asked, name) for name in DIFFERENTIABLE}
-        self.leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items() if x is not None}
+        """The call on copies of its tensors; those that want gradients are kept."""
+        wanted = asked.grads.split()
+        given = {name: x.detach().clone() for name in DIFFERENTIABLE if (x := getattr(asked, name)) is not None}
+        self.leaves = {name: given[name].requires_grad_() for name in wanted}
         with _recording():
-            self.results = found = _eagerly(asked._replace(**self.leaves))
+            self.results = found = _eagerly(asked._replace(**given))
         return found
 
     def state(self) -> Tensor:
@@ -200,48 +203,51 @@ DIFFERENTIABLE = ("q", "k", "v", "sinks", "bias")
 RECORDS: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
 
-@torch.library.custom_op("truemask::attend_backward", mutates_args=())
-def backward_op(
-    state: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    dweights: Tensor | None,
-    names: str,
-    sizes: Sequence[int],
-    sinks_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """The gradients of the tensors in `names`, whose sizes are strung together."""
-    record = RECORDS.get(state.data_ptr())
+class Arrived(NamedTuple):
+    """What the operator of the backward is asked: `BACKWARD_SCHEMA` in Python's words."""
+
+    state: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    dweights: Tensor | None
+    names: str  # of the tensors whose gradients are wanted
+    sizes: Sequence[int]  # theirs, strung together
+    sinks_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
+
+
+BACKWARD_SCHEMA = (
+    "(Tensor state, Tensor dout, Tensor? dlse, Tensor? dweights, str names, SymInt[] sizes, ScalarType? sinks_dtype, "
+    "ScalarType? bias_dtype) -> Tensor[]"
+)
+
+
+@torch.library.custom_op("truemask::attend_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def backward_op(*args: Any) -> list[Tensor]:
+    """The gradients that are wanted."""
+    asked = Arrived(*args)
+    record = RECORDS.get(asked.state.data_ptr())
     if record is None:
         raise PlanError(
             "attend: the backward of a compiled function was given a copy of what its forward left behind: hooks that "
             "move saved tensors elsewhere (`save_on_cpu`) do not go with attend under torch.compile"
         )
-    arrived = zip(record.results, (dout, dlse, dweights), strict=True)
+    arrived = zip(record.results, (asked.dout, asked.dlse, asked.dweights), strict=True)
     results, arriving = zip(*[(x, dx) for x, dx in arrived if x is not None and dx is not None], strict=True)
-    leaves = [record.leaves[name] for name in names.split()]
+    leaves = [record.leaves[name] for name in asked.names.split()]
     with _recording():
         grads = torch.autograd.grad(results, leaves, arriving, retain_graph=True, materialize_grads=True)
     return [_own(grad) for grad in grads]
 
 
 @backward_op.register_fake
-def _(
-    state: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    dweights: Tensor | None,
-    names: str,
-    sizes: Sequence[int],
-    sinks_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    made, rest = [], list(sizes)
-    for name in names.split():
+def _(*args: Any) -> list[Tensor]:
+    asked = Arrived(*args)
+    made, rest = [], list(asked.sizes)
+    for name in asked.names.split():
         axes = {"sinks": 1, "bias": len(rest)}.get(name, 4)  # a bias comes last
-        dtype = {"sinks": sinks_dtype, "bias": bias_dtype}.get(name, dout.dtype)
-        made.append(dout.new_empty(rest[:axes], dtype=dtype))
+        dtype = {"sinks": asked.sinks_dtype, "bias": asked.bias_dtype}.get(name, asked.dout.dtype)
+        made.append(asked.dout.new_empty(rest[:axes], dtype=dtype))
         rest = rest[axes:]
     return made
 
@@ -262,7 +268,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     asked = Asked(*inputs)
     ctx.save_for_backward(output[-1])
     ctx.returned = asked.return_lse, asked.return_weights
-    ctx.shapes = {name: x.shape for name in DIFFERENTIABLE if (x := getattr(asked, name)) is not None}
+    ctx.shapes = {name: getattr(asked, name).shape for name in asked.grads.split()}
     ctx.dtypes = [None if x is None else x.dtype for x in (asked.sinks, asked.bias)]
     ctx.lists = {name: len(getattr(asked, name)) for name in ("tensors", "ints", "floats")}
 

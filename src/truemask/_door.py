@@ -16,6 +16,7 @@ from truemask.masks.core import Mask
 from truemask.masks.matrices import dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALLEST = torch.finfo(torch.float32).tiny  # below it, dividing by a number gives NaN
 WEIGHTS_LIMIT = 8 << 30  # bytes of `return_weights` that are surely a mistake
 
 
@@ -182,13 +183,23 @@ def _wrong_mask_shape(mask: Tensor, sizes: tuple[int, int, int, int]) -> str:
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """`value` as a finite float, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if type(value) is float and math.isfinite(value) and (not positive or value >= SMALLEST):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _finite(value):
         if isinstance(value, Tensor):
             raise TypeError(f"attend: {name} must be a number, got {describe(value)}: take `.item()` of a tensor")
         raise ValueError(f"attend: {name} must be a finite number, got {describe(value)}")
-    if positive and not float(value) > 0:
-        raise ValueError(f"attend: {name} must be above 0, got {value}; None means none")
+    if positive and not float(value) >= SMALLEST:
+        tiny = f", and {SMALLEST:.2g} at least" if float(value) > 0 else ""
+        raise ValueError(f"attend: {name} must be above 0{tiny}, got {value}; None means none")
     return float(value)
+
+
+def _finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def check_dropout(value: object) -> float:

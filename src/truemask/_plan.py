@@ -127,10 +127,11 @@ def _from_sizes(
         raise TypeError(f"plan: dtype must be a torch.dtype, got {describe(dtype)}")
     q_len, head_dim = whole(q_len, "q_len"), whole(head_dim, "head_dim", 1)
     if kv_len is None:
-        kv_len = mask.kv_len_for(q_len) if isinstance(mask, Mask) else q_len if mask is None else mask.shape[-1]
-    if isinstance(mask, Mask):
-        batch = _held(mask.batch_size) if batch is None else batch
-        heads = _held(mask.head_count) if heads is None else heads
+        kv_len = mask.kv_len_for(q_len) if isinstance(mask, Mask) else _keys_of(mask, q_len)
+    if mask is not None:
+        samples, own = (mask.batch_size, mask.head_count) if isinstance(mask, Mask) else _four_axes(mask)
+        batch = _held(samples) if batch is None else batch
+        heads = _held(own) if heads is None else heads
     batch, heads = 1 if batch is None else whole(batch, "batch"), 8 if heads is None else whole(heads, "heads", 1)
     kv_heads = heads if kv_heads is None else whole(kv_heads, "kv_heads", 1)
     q = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device="meta")
@@ -138,6 +139,15 @@ def _from_sizes(
     call = read_call(q, k, k, mask, device=torch.device(device), **keywords)
     checked_length(call.mask, batch, heads, q_len, k.shape[2], tensors=False)
     return call.mask, call.request._replace(grad=check_flag("grad", grad) or call.request.grad)
+
+
+def _four_axes(mask: Tensor) -> tuple[int, int]:
+    """The samples and heads of a bool tensor `[q, k]` or `[b, h, q, k]`."""
+    return (mask.shape[0], mask.shape[1]) if mask.ndim == 4 else (1, 1)
+
+
+def _keys_of(mask: Tensor | None, q_len: int) -> int:
+    return mask.shape[-1] if mask is not None and mask.ndim else q_len
 
 
 def _held(own: int) -> int | None:

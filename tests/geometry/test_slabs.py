@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import truemask as tm
-from truemask.geometry import measure
-from truemask.geometry.overlay import all_of, any_of, cropped, odd_of, pieces, transposed
+from truemask.geometry import forms, measure, overlay
+from truemask.geometry.forms import Form, conjunction, parity
+from truemask.geometry.overlay import all_of, any_of, cropped, odd_of, pieces, roughly_odd, transposed
 from truemask.geometry.slabs import FAR, MOST, NoExactFormError, Slabs, bands, blank, for_rows, stacked, tidy
 
 Cells = NDArray[np.bool_]
@@ -100,6 +101,44 @@ def test_what_is_in_no_part_is_the_complement(x: list[Pair]) -> None:
     check(complement, ~p)
     check(all_of([], but=[complement]), p)
     check(all_of([], but=[a, b]), ~(p | q))
+
+
+@given(several())
+def test_chunks_and_single_steps_give_the_same(x: list[Pair]) -> None:
+    (a, b, c), (p, q, r) = zip(*x, strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlay, "CHUNK", 2)
+        patch.setattr(forms, "AT_ONCE", 3)
+        check(all_of([a, b], but=[c]), p & q & ~r)
+        check(conjunction([Form(a), Form(b), Form(c, True)], {}).settled, p & q & ~r)
+        check(conjunction([Form(a, True), Form(b, True), Form(c, True)], {}).settled, ~(p | q | r))
+        check(parity([Form(a), Form(b), Form(c)], {}).settled, p ^ q ^ r)
+
+
+@given(several(2), st.lists(st.booleans(), min_size=2, max_size=2))
+def test_forms_are_one_for_all_spellings(x: list[Pair], negated: list[bool]) -> None:
+    a, b = (Form(pair.slabs, no) for pair, no in zip(x, negated, strict=True))
+    p, q = (pair.cells ^ no for pair, no in zip(x, negated, strict=True))
+    known: dict[object, Form] = {}
+    check(conjunction([a, b], known).settled, p & q)
+    check((~conjunction([~a, ~b], known)).settled, p | q)
+    check(parity([a, b], known).settled, p ^ q)
+    check(conjunction([a, b, ~a], known).settled, p & False)
+    check(parity([a, b, a], known).settled, q)
+    assert conjunction([b, a], known) == conjunction([a, b, a], known)
+    assert parity([~b, a], known) == parity([~a, b], known) == ~parity([a, b], known)
+
+
+@given(several(2), st.data())
+def test_rough_slabs_count_and_settle(x: list[Pair], data: st.DataObject) -> None:
+    (a, b), (p, q) = zip(*x, strict=True)
+    start, stop = sorted(data.draw(st.tuples(numbers(0, p.shape[1]), numbers(0, p.shape[1]))))
+    found, cells = roughly_odd([a, b]).clipped(start, stop), (p ^ q) & within(p.shape[1], start, stop)
+    assert measure.pairs(found) == cells.sum()
+    check(found.settled, cells)
+    first = np.add(np.argwhere(cells)[:1], (int(a.rows[0]), 0))
+    assert measure.first_cell(found) == (tuple(first[0].tolist()) if len(first) else None)
+    assert measure.first_cell(roughly_odd([a, a.between(int(a.rows[0]), int(a.rows[-1]))])) is None
 
 
 @given(several(1), st.data())

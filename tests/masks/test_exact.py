@@ -251,13 +251,13 @@ def test_live_keys_of_a_long_past() -> None:
 
 def test_samples_and_heads_that_share_a_mask_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    find = exact.Exact._exact
+    find = exact.Exact._rough
 
     def watched(self: Any, *place: int) -> Any:
         asked.append(place[:2])
         return find(self, *place)
 
-    monkeypatch.setattr(exact.Exact, "_exact", watched)
+    monkeypatch.setattr(exact.Exact, "_rough", watched)
     starts = [3, 0, 3, 3, 0]
     heads = [tm.causal, tm.window(2), tm.causal]
     flags = torch.tensor([[True, True, False], [True, False, True], [True, True, False]])

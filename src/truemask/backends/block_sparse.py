@@ -21,7 +21,7 @@ from torch import Tensor
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at
 from truemask.backends.contain import flash_attention
 from truemask.backends.costs import seconds, table
-from truemask.backends.flash import same_width
+from truemask.backends.flash import fitted
 from truemask.backends.groups import CALL_CELLS, planes
 from truemask.backends.strip_cells import Sparse
 from truemask.backends.strip_kernel import StripKernel
@@ -33,14 +33,15 @@ from truemask.geometry.tile_strips import from_tiles, rough
 from truemask.geometry.tiles import TileMap
 from truemask.masks.biases import Bias
 
-STRIPS, CHOICE = "block_sparse strips", "block_sparse choice"  # in a job's notes
+CHOICE = "block_sparse choice"  # in a job's notes
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
-HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried, the first only without gradients
-# Rows of a strip, and the kernel's speed with so many, forward and backward.
-SPEED_AT = (1, 16, 32, 64, 96, 128, 192, 512)
-SPEED = (0.1, 0.55, 0.7, 0.8, 0.81, 0.84, 0.97, 1.0)
-SPEED_BACKWARD = (0.1, 0.3, 0.5, 0.72, 0.88, 0.95, 1.0, 1.0)
+HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
+# Rows of a strip, and the kernel's speed with so many, forward and backward: it takes 32 rows at a time, 64 of 192 and
+# more, 256 of 768 and more.
+SPEED_AT = (1, 16, 32, 64, 96, 128, 191, 192, 256, 768)
+SPEED = (0.1, 0.5, 0.62, 0.7, 0.71, 0.73, 0.74, 0.92, 0.93, 1.0)
+SPEED_BACKWARD = (0.1, 0.25, 0.42, 0.77, 0.82, 0.85, 0.87, 0.93, 0.95, 1.0)
 FLAG = 512  # columns beyond the diagonal that the causal flag runs
 MATH = 3.0  # how many times longer plain torch takes
 MANY = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
@@ -80,7 +81,6 @@ class BlockSparse:
     def lower(self, job: Job) -> Lowered:
         r = job.request
         strips = strips_of(job)
-        job.notes.pop(STRIPS, None)  # what is lowered is all that stays
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         heads = r.heads if job.mask_heads == 1 else 1
         dead = strips.dead()
@@ -91,6 +91,7 @@ class BlockSparse:
             covered,
             torch.from_numpy(dead) if dead.any() else None,
             bool((strips.pattern == ASKED).any()),
+            int(strips.widths.sum()) < strips.shape[0] * strips.shape[1] * r.kv_len,
         )
         return Lowered(sparse, sparse.nbytes)
 
@@ -98,21 +99,32 @@ class BlockSparse:
         r, sparse = job.request, lowered.data
         positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
         compute = torch.float64 if r.dtype == torch.float64 else torch.float32
-        q, k, v = (x.to(compute) for x in inputs[:3])
+        q, k, v = inputs[:3]
+        later = sparse.few_keys and not r.grad  # converting a whole cache would take longer than a step of decoding
         if needs_math(r):
-            call = StripMath(sparse, job.mask, inputs, positions)
-            out, lse = math_attention(call, _leaves(q, k, v, inputs), grad=r.grad)
+            q, k, v = q.to(compute), k if later else k.to(compute), v if later else v.to(compute)
+            out, lse = math_attention(_math(sparse, inputs, job, positions), _leaves(q, k, v, inputs), grad=r.grad)
         else:
             bias = inputs.bias.detach() if isinstance(inputs.bias, Tensor) else inputs.bias
             kernel = StripKernel(sparse, job.mask, inputs.scale, bias, positions)
-            out, lse = flash_attention(kernel, *same_width(q, k, v), inputs.sink_logits, grad=r.grad)
-            out = out if out.shape[-1] == r.value_dim else out[..., : r.value_dim]
+            width = max(r.head_dim, r.value_dim)
+            q = fitted(q, width, compute)
+            k, v = (k, v) if later else (fitted(x, width, compute) for x in (k, v))
+            out, lse = flash_attention(kernel, q, k, v, inputs.sink_logits, grad=r.grad)
+            out = out if width == r.value_dim else out[..., : r.value_dim]
         return Result(out.to(r.dtype), lse if r.return_lse else None)
 
 
 def needs_math(r: Request) -> bool:
     """Whether a call asks for what the flash kernel cannot do."""
     return r.softcap or r.dropout or r.bias_grad
+
+
+def _math(sparse: Sparse, inputs: Inputs, job: Job, positions: tuple[Tensor, Tensor] | None) -> StripMath:
+    """The call without its tensors: what a backward keeps of them it saves by autograd's own means."""
+    none = inputs.q.new_empty(0)
+    bias = inputs.bias if isinstance(inputs.bias, Bias) else None
+    return StripMath(sparse, job.mask, inputs._replace(q=none, k=none, v=none, bias=bias, sink_logits=None), positions)
 
 
 def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
@@ -126,22 +138,19 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
 
 
 def strips_of(job: Job) -> Strips:
-    """The strips that a job runs, made once."""
-    r = job.request
-    few = r.q_len <= FEW or not r.kv_len
-    if STRIPS not in job.notes and not few:
-        height = choice(job).height  # which may have made them
-        if STRIPS not in job.notes:
-            return _made(job, height)
-    return job.notes[STRIPS] if STRIPS in job.notes else from_cells(_few(job).numpy())
+    """The strips that a job runs."""
+    return from_cells(_few(job).numpy()) if _is_short(job) else _made(job, choice(job).height)
 
 
 def choice(job: Job) -> Choice:
     """The height that costs least, worked out once."""
     if CHOICE not in job.notes:
-        few = job.request.q_len <= FEW or not job.request.kv_len
-        job.notes[CHOICE] = _choice(job, job.request.q_len, strips_of(job)) if few else _least(job)
+        job.notes[CHOICE] = _choice(job, job.request.q_len, strips_of(job)) if _is_short(job) else _least(job)
     return job.notes[CHOICE]
+
+
+def _is_short(job: Job) -> bool:
+    return job.request.q_len <= FEW or not job.request.kv_len
 
 
 def _few(job: Job) -> Tensor:
@@ -152,17 +161,12 @@ def _few(job: Job) -> Tensor:
 
 
 def _least(job: Job) -> Choice:
-    """Strips of several heights are made if the mask has an exact form and they are few; or else tiles are counted."""
+    """Strips of several heights are cut if the mask has an exact form and they are few; or else tiles are counted."""
     r = job.request
-    some = HEIGHTS[1:] if r.grad else HEIGHTS
-    heights = [height for height in some if height <= max(r.q_len, some[0])]
+    heights = [height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0])]
     exact = job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None
-    found = [(height, _made(job, height) if exact else rough(_tiles(job, height))) for height in heights]
-    choices = [_choice(job, *pair) for pair in found]
-    best = min(range(len(found)), key=lambda i: choices[i].cost)
-    if exact:
-        job.notes[STRIPS] = found[best][1]
-    return choices[best]
+    cut = [_made(job, height, drawn=False) if exact else rough(_tiles(job, height)) for height in heights]
+    return min((_choice(job, *pair) for pair in zip(heights, cut, strict=True)), key=lambda one: one.cost)
 
 
 def _choice(job: Job, height: int, strips: Strips) -> Choice:
@@ -173,11 +177,11 @@ def _choice(job: Job, height: int, strips: Strips) -> Choice:
     return Choice(height, cost_of(strips, job), words)
 
 
-def _made(job: Job, height: int) -> Strips:
+def _made(job: Job, height: int, *, drawn: bool = True) -> Strips:
     r, slabs = job.request, slabs_of(job)
     if slabs is None:
         return from_tiles(_tiles(job, height))
-    return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height)
+    return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height, drawn=drawn)
 
 
 def _tiles(job: Job, height: int) -> TileMap:

@@ -12,6 +12,7 @@ The kernel's backward, given out' and lse', computes the gradients of just that,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.functional import pad
 
 from truemask.backends.base import Inputs, Result, batched_refusal, is_batched
 from truemask.backends.eager import beside_sink, eager_attention
-from truemask.backends.flash import Kernel, hostile, run_backward, run_forward, split, wide
+from truemask.backends.flash import Kernel, fitted, hostile, run_backward, run_forward, split, wide
 from truemask.errors import PlanError
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -52,25 +53,32 @@ class Saved(NamedTuple):
 def flash_attention(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """`out [b, hq, q, d]` and `lse [b, hq, q]`; q, k and v of one head size. Differentiable once if `grad`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    """`out [b, hq, q, d]` and `lse [b, hq, q]`, differentiable once if `grad`.
+
+    q, k and v are `fitted`; without gradients k and v need not be, if the kernel fits what it takes of them.
+    """
     if grad:
-        return FlashFunction.apply(kernel, q, k, v, sinks)  # pyright: ignore[reportReturnType]
+        bias = kernel.bias
+        guarded = () if bias is None else (bias,) if isinstance(bias, Tensor) else bias.parameters
+        return FlashFunction.apply(kernel, q, k, v, sinks, *guarded)  # pyright: ignore[reportReturnType]
     found = _forward(kernel, q, k, v, sinks)
     return found.out, found.lse
 
 
 class FlashFunction(Function):
-    """The kernel with a backward that is contained too, and second derivatives refused by name."""
+    """The kernel with a backward that is contained too, and second derivatives refused by name.
+
+    What is `guarded` has no gradient here; it is saved so that torch notices a change of it before the backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+        ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *guarded: Tensor
     ) -> tuple[Tensor, Tensor]:
         found = _forward(kernel, q, k, v, sinks)
         ctx.kernel, ctx.alarmed = kernel, found.alarmed
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, found.out, found.lse, found.merged)
+        ctx.save_for_backward(q, k, v, sinks, found.out, found.lse, found.merged, *guarded)
         return found.out, found.lse
 
     @staticmethod
@@ -78,15 +86,13 @@ class FlashFunction(Function):
         if any(x is not None and is_batched(x) for x in grads):
             raise batched_refusal(ctx.kernel.name)
         dout, dlse = grads
+        rest = (None,) * (len(ctx.needs_input_grad) - 5)
         if dout is None and dlse is None:
-            return None, None, None, None, None
-        saved = Saved(*ctx.saved_tensors)
+            return None, None, None, None, None, *rest
+        saved = Saved(*ctx.saved_tensors[:7])
         dout = torch.zeros_like(saved.out) if dout is None else dout
-
-        def found() -> Grads:
-            return _gradients(ctx.kernel, ctx.alarmed, saved, dout, dlse)
-
-        return None, *once(ctx.kernel.name, [*saved[:4], dout, dlse], found)
+        found = partial(_gradients, ctx.kernel, ctx.alarmed, saved, dout, dlse)
+        return None, *once(ctx.kernel.name, (*saved[:4], dout, dlse), found), *rest
 
 
 def once(
@@ -141,6 +147,7 @@ def _finished(kernel: Kernel, out: Tensor, own: Tensor, sinks: Tensor | None) ->
 
 def _contained(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
     """Rows that something hostile reaches by `eager`, the others by the kernel; or else all by `eager`."""
+    k, v = (fitted(x, q.shape[-1], q.dtype) for x in (k, v))
     parts = split(kernel, q, k, v)
     found = None if parts.rows.all() else run_forward(kernel, parts.q, parts.k, parts.v)
     if found is None:

@@ -9,7 +9,6 @@ Shapes: b samples, h query heads = y key heads x g, q rows (n of a chunk), k key
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from truemask.backends.base import Inputs, Result
 from truemask.backends.dropping import kept
-from truemask.backends.trilinear import gather, outer
+from truemask.backends.trilinear import gather, no_autocast, outer
 from truemask.errors import describe
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
@@ -58,7 +57,7 @@ def eager_attention(
     """
     compute = compute or (torch.float64 if inputs.q.dtype == torch.float64 else torch.float32)
     (b, hq, rows), (y, keys) = inputs.q.shape[:3], inputs.k.shape[1:3]
-    with _no_autocast(inputs.q.device):
+    with no_autocast(inputs.q.device):
         positions = mask.positions(rows, keys) if isinstance(inputs.bias, Bias) else None
         k, v = inputs.k.to(compute), inputs.v.to(compute)
         call = _Call(inputs, mask, k, v, (y, hq // y), dense, positions, want_weights)
@@ -208,10 +207,3 @@ def checked_value(bias: Bias, b: Tensor, h: Tensor, q: Tensor, k: Tensor, sizes:
 
 def _named(bias: Bias) -> str:
     return f"{type(bias).__name__}.value (of the bias object)"
-
-
-def _no_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
-    """Keeps autocast from rounding the products of a computation whose dtype is chosen."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

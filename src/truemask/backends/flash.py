@@ -107,15 +107,25 @@ def run_backward(
     return grads if finite(*grads) else None
 
 
-def same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with zeros behind the narrower ones: kernels want one head size, and such columns change nothing."""
+def all_fitted(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in one dtype and head size: zeros behind the narrower ones change nothing."""
     width = max(q.shape[-1], v.shape[-1])
-    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))  # pyright: ignore[reportReturnType]
+    return fitted(q, width, dtype), fitted(k, width, dtype), fitted(v, width, dtype)
+
+
+def fitted(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """A tensor as kernels take it: of this dtype, zeros up to this width, and no gaps in its last axis."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def finite(*tensors: Tensor) -> bool:
     """Whether the sum of everything is finite."""
-    return math.isfinite(sum(x.sum(dtype=wide(x.dtype)).item() for x in tensors))
+    total = 0.0
+    for x in tensors:
+        total += (x.sum() if x.dtype.itemsize >= 4 else x.sum(dtype=torch.float32)).item()
+    return math.isfinite(total)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -11,9 +11,8 @@ A batch whose rows and keys move in equal steps is run on overlapping views of q
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -106,11 +105,6 @@ class Group:
     def parts(self, most: int) -> Iterator[slice]:
         """The strips, at most so many at a time."""
         return (slice(i, min(i + most, self.size)) for i in range(0, self.size, most))
-
-    @cached_property
-    def area(self) -> int:
-        """Cells that run."""
-        return self.size * self.height * self.width
 
 
 class Plane(NamedTuple):
@@ -305,8 +299,3 @@ def _padded(columns: Ints, width: int) -> Ints:
 
 def _tensor(array: NDArray[np.generic] | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
-
-
-def total_area(planes: Sequence[Plane]) -> int:
-    """Cells that run in all planes."""
-    return sum(group.area for plane in planes for group in plane.groups)

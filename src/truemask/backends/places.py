@@ -34,7 +34,7 @@ def gathered(x: Tensor, places: Tensor) -> Tensor:
     """Strips copied: `[strips, h, size, d]` of `x [h, n, d]` at `places [strips, size]`."""
     h, _, d = x.shape
     strips, size = places.shape
-    if x.is_contiguous():
+    if x.is_contiguous() or x.stride(-1) != 1:
         return x.index_select(1, places.flatten()).view(h, strips, size, d).transpose(0, 1)
     matrix, numbers = _matrix(x, places)
     return matrix.index_select(0, numbers.flatten()).view(strips, size, h, d).transpose(1, 2)
@@ -47,7 +47,7 @@ def put(x: Tensor, steps: Steps | None, places: Tensor | None, part: slice, real
         return
     assert places is not None
     matrix, numbers = _matrix(x, places[part])
-    rows = new.transpose(1, 2).flatten(0, 2) if new.ndim == 4 else new
+    rows = new.transpose(1, 2).flatten(0, 2)
     numbers = numbers.flatten()
     if real is not None:
         keep = real[part].unsqueeze(-1).expand(*real[part].shape, x.shape[0]).flatten().nonzero()[:, 0]

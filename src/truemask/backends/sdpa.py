@@ -23,7 +23,7 @@ from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.contain import flash_attention
 from truemask.backends.costs import memory, seconds, table
 from truemask.backends.eager import bias_values
-from truemask.backends.flash import Flash, same_width
+from truemask.backends.flash import Flash, all_fitted
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 
@@ -95,14 +95,12 @@ def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple
     """The CPU kernel; it wants one head size, and columns of zeros change nothing."""
     q, k, v = inputs.q, inputs.k, inputs.v
     dtype, own, computes = q.dtype, v.shape[-1], kernel_dtype(job.request)
-    if dtype != computes:
-        q, k, v = q.to(computes), k.to(computes), v.to(computes)
-    if q.shape[-1] != own:
-        q, k, v = same_width(q, k, v)
+    q, k, v = all_fitted(q, k, v, computes)
     additive, dead = dense or (None, None)
     call = Flash(inputs.scale, causal, additive, dead, job.mask, inputs.bias)
     out, lse = flash_attention(call, q, k, v, inputs.sink_logits, grad=job.request.grad)
-    return (out if q.shape[-1] == own else out[..., :own]).to(dtype), lse
+    out = out if out.shape[-1] == own else out[..., :own]
+    return out if dtype == computes else out.to(dtype), lse
 
 
 def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:

@@ -30,6 +30,7 @@ class Sparse:
     covered: bool  # whether every row is in a strip
     dead: Tensor | None  # bool [b, h, q] of `shape`; None if every row sees something
     asked: bool  # whether some patterns are not kept, so that only a run knows which of their rows are dead
+    few_keys: bool  # whether all strips together take fewer keys than there are, as in decoding
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from truemask.backends.flash import KERNEL, KERNEL_BACKWARD, Grads, wide
+from truemask.backends.flash import KERNEL, KERNEL_BACKWARD, Grads, fitted, wide
 from truemask.backends.places import put
 from truemask.backends.strip_cells import Cells, Sparse, folds, pieces
 from truemask.masks.biases import Bias
@@ -41,8 +41,8 @@ class StripKernel:
             additive = self._additive(cells, lse.dtype)
             own, own_lse = KERNEL(
                 cells.take_rows(q),
-                cells.take_keys(k),
-                cells.take_keys(v),
+                _keys(cells, k, q),
+                _keys(cells, v, q),
                 0.0,
                 cells.group.causal,
                 attn_mask=additive,
@@ -75,8 +75,8 @@ class StripKernel:
             own = KERNEL_BACKWARD(
                 cells.take_rows(dout),
                 cells.take_rows(q),
-                cells.take_keys(k),
-                cells.take_keys(v),
+                _keys(cells, k, q),
+                _keys(cells, v, q),
                 cells.take_rows(out),
                 cells.take_rows(lse[..., None]).squeeze(-1),
                 0.0,
@@ -147,3 +147,8 @@ class StripKernel:
 
 def _floats(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, torch.zeros((), dtype=dtype), -torch.inf)
+
+
+def _keys(cells: Cells, x: Tensor, q: Tensor) -> Tensor:
+    """The keys that strips take of k or v, as the kernel takes them beside q."""
+    return fitted(cells.take_keys(x), q.shape[-1], q.dtype)

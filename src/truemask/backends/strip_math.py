@@ -18,6 +18,7 @@ from truemask.backends.contain import once
 from truemask.backends.eager import cells_attention
 from truemask.backends.flash import wide
 from truemask.backends.strip_cells import Cells, Sparse, pieces
+from truemask.backends.trilinear import no_autocast
 from truemask.masks.core import Mask
 
 BIAS = 4  # the leaf that is a tensor with as many cells as scores
@@ -29,7 +30,7 @@ class StripMath(NamedTuple):
 
     sparse: Sparse
     mask: Mask
-    numbers: Inputs  # of which scale, soft cap, dropout and seed count
+    numbers: Inputs  # of which scale, soft cap, dropout, seed and a bias object count; its tensors are empty or None
     positions: tuple[Tensor, Tensor] | None
     name: str = "block_sparse"
 
@@ -53,9 +54,10 @@ class Leaves(NamedTuple):
 
 def math_attention(call: StripMath, leaves: Leaves, *, grad: bool) -> tuple[Tensor, Tensor]:
     """`out [b, hq, q, dv]` and `lse [b, hq, q]`, differentiable once if `grad`."""
-    if grad:
-        return MathFunction.apply(call, *leaves[:5], *leaves.parameters)  # pyright: ignore[reportReturnType]
-    return _forward(call, leaves)
+    with no_autocast(leaves.q.device):
+        if grad:
+            return MathFunction.apply(call, *leaves[:5], *leaves.parameters)  # pyright: ignore[reportReturnType]
+        return _forward(call, leaves)
 
 
 class MathFunction(Function):
@@ -77,7 +79,8 @@ class MathFunction(Function):
             return (None,) * (1 + len(tensors))
 
         def found() -> tuple[Tensor | None, ...]:
-            return _backward(ctx.call, Leaves.of(tensors), grads, ctx.needs_input_grad[1:])
+            with no_autocast(tensors[0].device):
+                return _backward(ctx.call, Leaves.of(tensors), grads, ctx.needs_input_grad[1:])
 
         return None, *once(ctx.call.name, [*tensors, *grads], found)
 
@@ -87,7 +90,8 @@ def _forward(call: StripMath, leaves: Leaves) -> tuple[Tensor, Tensor]:
     out = leaves.q.new_zeros(b, h, n, dv)
     lse = leaves.q.new_full((b, h, n), -torch.inf)
     for cells in _cells(call, leaves):
-        bias = None if call.numbers.bias is None else cells.bias(call.numbers.bias, call.positions)
+        given = leaves.bias if leaves.bias is not None else call.numbers.bias
+        bias = None if given is None else cells.bias(given, call.positions)
         sinks = None if leaves.sinks is None else leaves.sinks[cells.piece.heads]
         own, own_lse = _chunk(
             call, cells, (cells.take_rows(leaves.q), cells.take_keys(leaves.k), cells.take_keys(leaves.v)), sinks, bias
@@ -158,7 +162,8 @@ def _add(cells: Cells, leaf: int, total: Tensor, new: Tensor, bias: Tensor | Non
 
 def _chunk(call: StripMath, cells: Cells, qkv: Any, sinks: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """out `[s, h, n, dv]` and lse `[s, h, n]` of some strips."""
-    q, k, v = qkv
+    q = qkv[0]
+    k, v = (x.to(q.dtype) for x in qkv[1:])
     shared = k.shape[1]
 
     def grouped(x: Tensor) -> Tensor:

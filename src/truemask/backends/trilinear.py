@@ -19,6 +19,7 @@ shared keys are never repeated. All tensors may have further axes in front, whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
@@ -88,6 +89,13 @@ def contained_product(w: Tensor, x: Tensor, allowed: Callable[[], Tensor]) -> Te
     return total
 
 
+def no_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Keeps autocast from rounding the products of a computation whose dtype is chosen."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _outer(a: Tensor, c: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(allowed, _unfolded(_folded(a) @ c.mT, a), 0)
 
@@ -148,7 +156,8 @@ class Outer(_Side):
             return None, None, None
         a, c, allowed = ctx.saved_tensors
         need_a, need_c, _ = ctx.needs_input_grad
-        return gather(grad, c, allowed) if need_a else None, scatter(grad, a, allowed) if need_c else None, None
+        with no_autocast(grad.device):
+            return gather(grad, c, allowed) if need_a else None, scatter(grad, a, allowed) if need_c else None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
@@ -173,7 +182,8 @@ class Gather(_Side):
             return None, None, None
         w, c, allowed = ctx.saved_tensors
         need_w, need_c, _ = ctx.needs_input_grad
-        return outer(grad, c, allowed) if need_w else None, scatter(w, grad, allowed) if need_c else None, None
+        with no_autocast(grad.device):
+            return outer(grad, c, allowed) if need_w else None, scatter(w, grad, allowed) if need_c else None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
@@ -198,7 +208,8 @@ class Scatter(_Side):
             return None, None, None
         w, a, allowed = ctx.saved_tensors
         need_w, need_a, _ = ctx.needs_input_grad
-        return outer(a, grad, allowed) if need_w else None, gather(w, grad, allowed) if need_a else None, None
+        with no_autocast(grad.device):
+            return outer(a, grad, allowed) if need_w else None, gather(w, grad, allowed) if need_a else None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Timing: contestants take turns (A B C A B C ...), so that a noisy minute hits all of them; medians are compared."""
+"""Timing: contestants take turns (A B C C B A ...), so that a noisy minute hits all of them; medians are compared."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def turns(
         if out or took > LONG:
             spent[name], runs[name] = took, 1
             yield name, took
+    order = 1
     while going:
-        for name in tuple(going):
+        order = -order  # A B C C B A: nobody always follows the same rival
+        for name in going[::order]:
             took = clock(contestants[name])
             spent[name] += took
             runs[name] += 1

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from truemask.geometry.lines import Flags, Ints, union
 from truemask.geometry.logic import FULL, MIXED
 from truemask.geometry.ranges import spans
-from truemask.geometry.slabs import Flags, Ints, Slabs
+from truemask.geometry.slabs import Slabs
 
 
 def pairs(x: Slabs) -> int:
-    """The number of cells: each run is a sum of an arithmetic series.
+    """The number of cells, of rough slabs too: each run is a sum of an arithmetic series.
 
     >>> from truemask.geometry.slabs import bands
     >>> pairs(bands(0, 5, 0, 0, 1, 1))  # causal
@@ -40,9 +41,10 @@ def seen_keys(x: Slabs, width: int) -> Flags:
 
 
 def first_cell(x: Slabs) -> tuple[int, int] | None:
-    """The first cell in reading order, or None if there is none."""
-    if not len(x.owner):
+    """The first cell in reading order, or None if there is none; slabs may be rough."""
+    if not pairs(x):
         return None
+    x = x.settled
     row = int(x.rows[x.owner[0]])
     return row, int(x.ends[0, 0] + x.slopes[0, 0] * row)
 
@@ -56,7 +58,7 @@ def tile_runs(x: Slabs, width: int, block: tuple[int, int]) -> tuple[Ints, Ints]
     (bq, bk), columns = block, -(-width // block[1])
     height = int(x.rows[-1])
     count = -(-height // bq)
-    cuts = np.unique(np.concatenate([x.rows, np.arange(0, height, bq)]))
+    cuts = union(x.rows, np.arange(0, height, bq))
     slab = np.searchsorted(x.rows, cuts[:-1], "right") - 1
     piece, run = spans(x.starts[slab], x.starts[slab + 1])
     top, bottom = cuts[:-1][piece], cuts[1:][piece] - 1

@@ -1,54 +1,73 @@
 """The algebra of slabs: unions, intersections and differences, transposition, and the union of any pieces.
 
-All of it is one sweep. Rows are cut where ends of runs cross, so that in each slab the ends have one order; then they
-are gone through from left to right, and a sum of weights says which parts a key is in.
+All of it is one sweep. The ends of the runs of a slab are sorted; rows are cut where ends cross, so that in each slab
+they have one order; then they are gone through from left to right, and a sum of weights says which parts a key is in.
+
+Slabs go through in chunks that stay in the cache. An end, with its slab and weight, is one 64-bit number, so that all
+that is known of it moves when it is sorted: slab, place on the slab's first row, slope, weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from truemask.geometry.lines import Flags, Ints, after, places, union
 from truemask.geometry.ranges import spans
-from truemask.geometry.slabs import FAR, Flags, Ints, NoExactFormError, Slabs, affordable, bands, stacked, tidy
+from truemask.geometry.slabs import FAR, NoExactFormError, Slabs, affordable, bands, roughly
 
-Lines = tuple[Ints, Ints, Ints, Ints]  # of each run: its slab, ends [2, runs], slopes [2, runs], weight
+Seen = Callable[[Ints], Flags]
+CHUNK = 1 << 14  # runs that are looked at together
+FEW = 3  # runs of a slab that are not worth choosing among
 
 
 def all_of(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
     """The cells that are in all `parts` and in none of `but`; `parts` may be empty."""
-    weights = [1] * len(parts) + [-1] * len(but)
-    return _overlay([*parts, *but], weights, lambda n: n == len(parts), len(parts))
+    return roughly_all(parts, but).settled
 
 
 def any_of(parts: Sequence[Slabs]) -> Slabs:
     """The cells that are in any part."""
-    return _overlay(parts, [1] * len(parts), lambda n: n > 0, 0)
+    return roughly_any(parts).settled
 
 
 def odd_of(parts: Sequence[Slabs]) -> Slabs:
     """The cells that are in an odd number of parts."""
-    return _overlay(parts, [1] * len(parts), lambda n: n % 2 == 1, 0)
+    return roughly_odd(parts).settled
+
+
+def roughly_all(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
+    """`all_of`, as rough slabs."""
+    if not parts:
+        parts = [bands(but[0].rows[0], but[0].rows[-1], -FAR, 0, FAR, 0)]
+    if len(parts) == 1 and not but:
+        return parts[0]
+    n = len(parts)
+    weights = [1] * n + [-1] * len(but)
+    return _overlay([*parts, *but], weights, lambda total: total == n, partial(_bounded, bounding=n))
+
+
+def roughly_any(parts: Sequence[Slabs]) -> Slabs:
+    """`any_of`, as rough slabs."""
+    return parts[0] if len(parts) == 1 else _overlay(parts, [1] * len(parts), lambda total: total > 0)
+
+
+def roughly_odd(parts: Sequence[Slabs]) -> Slabs:
+    """`odd_of`, as rough slabs."""
+    if len(parts) == 1:
+        return parts[0]
+    needed = _unlike if len(parts) == 2 else None
+    return _overlay(parts, [1] * len(parts), lambda total: total & 1 == 1, needed)
 
 
 def cropped(slabs: Slabs, start: int, stop: int) -> Slabs:
-    """Keys `[start, stop)` alone. Only the slabs that reach beyond are looked at again, if few stand between others."""
-    beyond = (slabs.at(0, slabs.first) < start) | (slabs.at(1, slabs.last) > stop)
-    if not beyond.any():
-        return slabs
-    steps = np.diff(np.pad(np.bincount(slabs.owner, beyond, len(slabs.sizes)) > 0, 1).view(np.int8))
-    first, last = slabs.rows[np.flatnonzero(steps == 1)], slabs.rows[np.flatnonzero(steps == -1)]
-    if len(first) > 8:
-        first, last = slabs.rows[:1], slabs.rows[-1:]
-    parts, done = [], int(slabs.rows[0])
-    for q0, q1 in zip(first.tolist(), last.tolist(), strict=True):
-        parts += [slabs.between(done, q0)] if done < q0 else []
-        parts.append(all_of([slabs.between(q0, q1), bands(q0, q1, start, 0, stop, 0)]))
-        done = q1
-    parts += [slabs.between(done, int(slabs.rows[-1]))] if done < slabs.rows[-1] else []
-    return parts[0] if len(parts) == 1 else stacked(parts)
+    """Keys `[start, stop)` alone."""
+    found = slabs.clipped(start, stop)
+    return slabs if found is slabs else found.settled
 
 
 def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: ArrayLike = 0, t: ArrayLike = 0) -> Slabs:
@@ -58,21 +77,17 @@ def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: Arr
     """
     q0, q1, lo, hi, s, t = (np.ravel(x) for x in np.broadcast_arrays(q0, q1, lo, hi, s, t))
     q0, q1 = np.maximum(q0, first), np.minimum(q1, stop)
-    q0, q1, lo, hi, s, t = (x[q0 < q1] for x in (q0, q1, lo, hi, s, t))
-
-    def gather(above: Ints, below: Ints) -> Lines:
-        begin, end = np.searchsorted(above, q0), np.searchsorted(above, q1)
-        affordable(int((end - begin).sum()))
-        piece, slab = spans(begin, end)
-        ends, slopes = np.stack([lo[piece], hi[piece]]), np.stack([s[piece], t[piece]])
-        top, bottom = (ends + slopes * row[slab] for row in (above, below))
-        real = (top[0] < top[1]) | (bottom[0] < bottom[1])
-        return slab[real], ends[:, real], slopes[:, real], np.ones(int(real.sum()), np.int64)
-
-    def seen(total: Ints) -> Flags:
-        return total > 0
-
-    return _resolved(_union(q0, q1, np.array([first, stop])), gather, seen, bool(s.any() or t.any()))
+    q0 = np.where(s < t, np.maximum(q0, lo - hi + 1), q0)  # where a piece is not empty
+    q1 = np.where(s > t, np.minimum(q1, hi - lo), np.where((s == t) & (lo >= hi), q0, q1))
+    real = q0 < q1
+    q0, q1, lines = q0[real], q1[real], np.stack([2 * lo + s, 2 * hi + t])[:, real]
+    rows = union(q0, q1, np.array([first, stop]))
+    begin, end = np.searchsorted(rows, q0), np.searchsorted(rows, q1)
+    affordable(int((end - begin).sum()))
+    piece, slab = spans(begin, end)
+    order = np.argsort(slab, kind="stable")
+    heap = Slabs(rows, after(np.bincount(slab, minlength=len(rows) - 1)), lines[:, piece[order]])
+    return _overlay([heap], [1], lambda total: total > 0).settled
 
 
 def transposed(slabs: Slabs, first: int, stop: int) -> Slabs:
@@ -92,58 +107,79 @@ def transposed(slabs: Slabs, first: int, stop: int) -> Slabs:
     return pieces(first, stop, q0, q1, start, end, moves.astype(np.int64), leaves.astype(np.int64))
 
 
-def _overlay(parts: Sequence[Slabs], weights: Sequence[int], seen: Callable[[Ints], Flags], bounding: int) -> Slabs:
-    """The cells for which `seen` holds of the sum of the weights of the parts that they are in.
+# -- the sweep ---------------------------------------------------------------------------------------------------------
 
-    The first `bounding` parts contain the result: what the others say elsewhere is left out.
+
+Found = list[tuple[Slabs, Ints, Ints]]  # parts, and from and up to which of their runs each finer slab has
+
+
+def _overlay(
+    parts: Sequence[Slabs], weights: Sequence[int], seen: Seen, needed: Callable[[Found, Ints], Found] | None = None
+) -> Slabs:
+    """The cells for which `seen` holds of the sum of the weights of the parts that they are in; 0 is not seen. Rough.
+
+    `needed` chooses, between finer rows, the runs that are looked at.
     """
-    rows = parts[0].rows if len(parts) == 1 else _union(*[part.rows for part in parts])
+    rows, there = _common(parts)
+    found = [(part, part.starts[at], part.starts[at + 1]) for part, at in zip(parts, there, strict=True)]
+    found = needed(found, rows) if needed else found
+    sizes = sum((end - begin for _, begin, end in found), np.zeros(len(rows) - 1, np.int64))
+    affordable(int(sizes.sum()))
     moves = any(part.moves for part in parts)
-    return _resolved(rows, lambda first, last: _gathered(parts, weights, first, last, bounding), seen, moves)
+    bits = (2 * len(parts)).bit_length()
+    swept: list[tuple[Ints, Ints, Ints]] = []
+    for a, b in _chunks(sizes):
+        chosen = [(part, *spans(begin[a:b], end[a:b])) for part, begin, end in found]
+        slab = np.concatenate([slab for _, slab, _ in chosen])
+        lines = np.concatenate([part.lines.take(run, axis=1) for part, _, run in chosen], axis=1)
+        weight = np.repeat(weights, [len(slab) for _, slab, _ in chosen])
+        ends = _Ends(rows[a : b + 1], np.concatenate([slab, slab]), lines.ravel(), np.concatenate([weight, -weight]))
+        ordered = ends.in_order(bits)
+        if moves and (cut := ordered.cut()) is not None:
+            ordered = cut.in_order(bits)
+        swept.append(ordered.runs(seen))
+        affordable(sum(lines.shape[1] for _, _, lines in swept))
+    if len(swept) == 1:
+        return roughly(*swept[0])
+    tops, counts, lines = zip(*swept, strict=True)
+    every = np.concatenate([*(top[:-1] for top in tops), rows[-1:]])
+    return roughly(every, np.concatenate(counts), np.concatenate(lines, axis=1))
 
 
-Gather = Callable[[Ints, Ints], Lines]  # from the first and the last row of slabs
+def _common(parts: Sequence[Slabs]) -> tuple[Ints, list[Ints]]:
+    """The rows at which a slab of any part begins, and which slab of each part is there."""
+    n = len(parts)
+    every = np.concatenate([part.rows * n + i for i, part in enumerate(parts)])
+    every.sort(kind="stable")  # which is quick on what is sorted in parts
+    row, part = np.divmod(every, n)
+    last = np.flatnonzero(np.append(row[1:] != row[:-1], True))
+    return row[last], [np.cumsum(part == i)[last[:-1]] - 1 for i in range(n)]
 
 
-def _resolved(rows: Ints, gather: Gather, seen: Callable[[Ints], Flags], moves: bool) -> Slabs:
-    """The cells for which `seen` holds of the sum of the weights around them, with rows cut where that needs it."""
-    lines = gather(rows[:-1], rows[1:] - 1)
-    if moves and len(cuts := _crossings(rows, *lines[:3])):
-        rows = _union(rows, cuts)
-        lines = gather(rows[:-1], rows[1:] - 1)
-    slab, ends, slopes = _swept(rows[:-1], rows[1:] - 1, *lines, seen)
-    if moves and len(late := _late(rows, slab, ends, slopes)):
-        row, ends_there, slopes_there = _swept(late, late, *gather(late, late), seen)
-        finer = _union(rows, late)
-        slab = np.concatenate([np.searchsorted(finer, rows[slab]), np.searchsorted(finer, late[row])])
-        order = np.argsort(slab, kind="stable")
-        ends, slopes = (np.concatenate(x, axis=1)[:, order] for x in ((ends, ends_there), (slopes, slopes_there)))
-        rows, slab = finer, slab[order]
-    return tidy(rows, np.bincount(slab, minlength=len(rows) - 1), ends, slopes)
-
-
-def _gathered(parts: Sequence[Slabs], weights: Sequence[int], first: Ints, last: Ints, bounding: int) -> Lines:
-    """The runs of all parts between finer rows, without those that the bounding parts leave out."""
-    found = []
+def _bounded(found: Found, rows: Ints, bounding: int) -> Found:
+    """Without the runs that cannot meet what all of the first parts have."""
+    first, last = rows[:-1], rows[1:] - 1
     low, high = np.full(len(first), -FAR), np.full(len(first), FAR)
-    for n, part in enumerate(parts):
-        place = np.searchsorted(part.rows, first, "right") - 1
-        begin, end = part.starts[place], part.starts[place + 1]
-        found.append((part, begin, end))
-        if n < bounding:
-            low, high = _narrowed(part, begin, end, first, last, low, high)
-    if bounding:
-        found = [
-            (part, *(_meeting(part, begin, end, first, last, low, high) if part.most > 1 else (begin, end)))
-            for part, begin, end in found
-        ]
-    affordable(int(sum((end - begin).sum() for _, begin, end in found)))
-    columns = []
-    for (part, begin, end), weight in zip(found, weights, strict=True):
-        slab, run = spans(begin, end)
-        columns.append((slab, part.ends[:, run], part.slopes[:, run], np.full(len(slab), weight)))
-    slab, ends, slopes, weight = (np.concatenate(column, axis=-1) for column in zip(*columns, strict=True))
-    return slab, ends, slopes, weight
+    for part, begin, end in found[:bounding]:
+        low, high = _narrowed(part, begin, end, first, last, low, high)
+    some = low < high
+    left: Found = []
+    for part, begin, end in found:
+        end = np.where(some, end, begin)
+        if part.most > FEW:
+            begin, end = _meeting(part, begin, end, first, last, low, high)
+        left.append((part, begin, end))
+    return left
+
+
+def _unlike(found: Found, rows: Ints) -> Found:
+    """Without the runs of rows on which two parts have the same lines."""
+    (x, a, b), (y, c, d) = found
+    same = b - a == d - c
+    slab, run = spans(a, np.where(same, b, a))
+    differs = (x.lines[:, run] != y.lines[:, run + (c - a)[slab]]).any(0)
+    same &= np.bincount(slab[differs], minlength=len(rows) - 1) == 0
+    return [(x, a, np.where(same, a, b)), (y, c, np.where(same, c, d))]
 
 
 def _narrowed(part: Slabs, begin: Ints, end: Ints, first: Ints, last: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints]:
@@ -152,15 +188,14 @@ def _narrowed(part: Slabs, begin: Ints, end: Ints, first: Ints, last: Ints, low:
     a, b = np.where(some, begin, 0), np.where(some, end - 1, 0)
     if not some.any():
         return np.full_like(low, FAR), np.full_like(high, -FAR)
-    lo, hi = part.ends[0, a] + part.slopes[0, a] * first, part.ends[1, b] + part.slopes[1, b] * last
+    lo, hi = places(part.lines[0].take(a), first), places(part.lines[1].take(b), last)
     return np.where(some, np.maximum(low, lo), FAR), np.where(some, np.minimum(high, hi), -FAR)
 
 
 def _meeting(part: Slabs, begin: Ints, end: Ints, first: Ints, last: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints]:
     """The runs of the part that meet the keys `[low, high)` of each finer slab: runs of a slab are in order."""
-    (lo, hi), (s, t) = part.ends, part.slopes
-    begin = _bisect(begin, end, lambda run: hi[run] + t[run] * last > low)
-    return begin, _bisect(begin, end, lambda run: lo[run] + s[run] * first >= high)
+    begin = _bisect(begin, end, lambda run: places(part.lines[1].take(run), last) > low)
+    return begin, _bisect(begin, end, lambda run: places(part.lines[0].take(run), first) >= high)
 
 
 def _bisect(begin: Ints, end: Ints, test: Callable[[Ints], Flags]) -> Ints:
@@ -175,81 +210,97 @@ def _bisect(begin: Ints, end: Ints, test: Callable[[Ints], Flags]) -> Ints:
     return left
 
 
-def _crossings(rows: Ints, slab: Ints, ends: Ints, slopes: Ints) -> Ints:
-    """The rows after those in which a moving line meets a standing one: cut there, and no two lines cross inside."""
-    moves = slopes.ravel() == 1
-    if not moves.any() or moves.all():
-        return np.zeros(0, np.int64)
-    slab, line = np.concatenate([slab, slab]), ends.ravel()
-    still, line, slab, of = line[~moves], line[moves], slab[moves], slab[~moves]
-    low, high = int(rows[0]) + int(line.min()), int(rows[-1]) + int(line.max())
-    span = high - low + 2  # where no line that moves comes, the others need no place of their own
-    if len(rows) * span >= 1 << 62:
-        raise NoExactFormError(f"{len(rows)} slabs of lines over {span} keys")
-    place = np.sort(of * span + np.clip(still - low, 0, span - 1), kind="stable")
-    begin = np.searchsorted(place, slab * span + (line + rows[slab] - low))
-    end = np.searchsorted(place, slab * span + (line + rows[slab + 1] - 1 - low))
-    affordable(int((end - begin).sum()))
-    mover, other = spans(begin, end)
-    return place[other] - (slab * span + line - low)[mover] + 1
+def _chunks(sizes: Ints) -> Iterator[tuple[int, int]]:
+    """Slabs `[a, b)` that are looked at together."""
+    total = after(sizes)
+    a = 0
+    while a < len(sizes):
+        b = min(int(np.searchsorted(total, total[a] + CHUNK, "right")) - 1, a + CHUNK)
+        b = max(b, a + 1)
+        yield a, b
+        a = b
 
 
-def _union(*numbers: Ints) -> Ints:
-    """Different numbers, in order. (`np.unique` hashes integers, which takes longer.)"""
-    every = np.sort(np.concatenate(numbers), kind="stable")
-    return every[np.append(True, every[1:] != every[:-1])] if len(every) else every
+class _Ends(NamedTuple):
+    """The ends of the runs of some slabs, in any order: the slab, the line, and by how much the sum changes there."""
+
+    rows: Ints
+    slab: Ints
+    line: Ints
+    change: Ints
+
+    def in_order(self, bits: int) -> _Sorted:
+        """From slab to slab, from left to right on its first row, and what stands still first; changes take `bits`."""
+        place = self.line & 1
+        place *= (2 * self.rows).take(self.slab)
+        place += self.line
+        near = place[np.abs(self.line) < FAR]  # further is the same as `FAR`
+        low, high = ((int(near.min()) & -2) - 2, (int(near.max()) & -2) + 2) if len(near) else (-2, 2)
+        np.clip(place, low, high, out=place)
+        width = (high - low).bit_length()
+        if len(self.rows).bit_length() + width + bits > 63:
+            raise NoExactFormError(f"{len(self.rows)} slabs of lines over {high - low} places")
+        place -= low
+        place += self.slab << width
+        place <<= bits
+        place += self.change
+        place += 1 << (bits - 1)
+        place.sort()
+        return _Sorted(self.rows, place >> bits, (place & ((1 << bits) - 1)) - (1 << (bits - 1)), low, high, width)
 
 
-def _swept(
-    first: Ints, last: Ints, slab: Ints, ends: Ints, slopes: Ints, weight: Ints, seen: Callable[[Ints], Flags]
-) -> tuple[Ints, Ints, Ints]:
-    """Go through the ends of each slab from left to right, adding weights: the runs where `seen` holds.
+class _Sorted(NamedTuple):
+    """Ends in order. A spot is, from the highest bit on, the slab, twice the place on its first row, and the slope."""
 
-    A slab, ends and slopes for each, in order.
-    """
-    slab, line, slope = np.concatenate([slab, slab]), ends.ravel(), slopes.ravel()
-    change = np.concatenate([weight, -weight])
-    beyond = bool(seen(np.zeros(1, np.int64))[0])  # whether cells in no part are seen
-    if beyond:
-        every, still = np.arange(len(first)), np.zeros(len(first), np.int64)
-        slab = np.concatenate([slab, every, every])
-        line, slope = np.concatenate([line, still - FAR, still + FAR]), np.concatenate([slope, still, still])
-        change = np.concatenate([change, still, still])
-    top, alone = first[slab], first == last
-    if alone.any():
-        alone = alone[slab]
-        line, slope = np.where(alone, line + slope * top, line), np.where(alone, 0, slope)
-    order, same = _in_order(slab, line + slope * top, slope)
-    total, order = np.cumsum(change[order])[~same], order[~same]
-    slab, line, slope = slab[order], line[order], slope[order]
-    value = seen(total) & (line < FAR)
-    before = np.zeros(len(value), bool)
-    before[1:] = value[:-1] & (slab[1:] == slab[:-1])
-    opens, closes = value & ~before, before & ~value
-    return slab[opens], np.stack([line[opens], line[closes]]), np.stack([slope[opens], slope[closes]])
+    rows: Ints
+    spot: Ints
+    change: Ints
+    low: int
+    high: int
+    width: int
 
+    def read(self, spot: Ints) -> tuple[Ints, Ints]:
+        """The slab and the line of spots."""
+        slab = spot >> self.width
+        line = spot & ((1 << self.width) - 1)
+        line += self.low
+        out = line <= self.low, line >= self.high
+        line -= (line & 1) * (2 * self.rows).take(slab)
+        line[out[0]], line[out[1]] = -2 * FAR, 2 * FAR
+        return slab, line
 
-def _late(rows: Ints, slab: Ints, ends: Ints, slopes: Ints) -> Ints:
-    """The last rows of slabs in which a run vanishes, or touches the next one: they stand alone."""
-    last = rows[slab + 1] - 1
-    start, stop = ends + slopes * last
-    closed = start == stop
-    closed[:-1] |= (stop[:-1] == start[1:]) & (slab[1:] == slab[:-1])
-    return _union(last[closed])
+    def runs(self, seen: Seen) -> tuple[Ints, Ints, Ints]:
+        """Rows, counts and lines where `seen` holds of the sum of changes from the left."""
+        last = np.ones(len(self.spot), bool)  # of the same lines
+        np.not_equal(self.spot[1:], self.spot[:-1], out=last[:-1])
+        value = seen(np.cumsum(self.change)[last])
+        turns = value.copy()
+        turns[1:] ^= value[:-1]
+        slab, line = self.read(self.spot[last][turns])
+        return self.rows, np.bincount(slab[::2], minlength=len(self.rows) - 1), line.reshape(-1, 2).T
 
-
-def _in_order(slab: Ints, place: Ints, slope: Ints) -> tuple[Ints, Flags]:
-    """Lines by slab, place on its first row, and slope; and which of them are followed by the same line."""
-    same = np.zeros(len(slab), bool)
-    if not len(slab):
-        return slab, same
-    low, high = int(place.min()), int(place.max())
-    if (int(slab.max()) + 1) * (high - low + 1) * 2 < 1 << 63:
-        key = (slab * (high - low + 1) + (place - low)) * 2 + slope
-        order = np.argsort(key, kind="stable")  # which is quick on what is sorted in parts
-        key = key[order]
-        same[:-1] = key[1:] == key[:-1]
-        return order, same
-    order = np.lexsort((slope, place, slab))
-    same[:-1] = np.all([x[order][1:] == x[order][:-1] for x in (slab, place, slope)], axis=0)
-    return order, same
+    def cut(self) -> _Ends | None:
+        """With rows cut behind those in which a moving line meets a standing one; None if none crosses one."""
+        rows, spot = self.rows, self.spot
+        moving = (spot & 1) == 1
+        mover, still = np.flatnonzero(moving), spot[~moving]
+        if not len(mover) or not len(still):
+            return None
+        at = spot[mover] - 1
+        slab = at >> self.width
+        bottom = np.minimum(at + 2 * (rows[1:] - rows[:-1] - 1)[slab], ((slab + 1) << self.width) - 1)
+        begin = mover - np.arange(len(mover))  # as many standing ones come before
+        meets = np.flatnonzero(np.append(still, 1 << 62)[begin] < bottom)
+        if not len(meets):
+            return None
+        slab, at, begin = slab[meets], at[meets], begin[meets]
+        end = np.searchsorted(still, bottom[meets])
+        affordable(int((end - begin).sum()))
+        which, other = spans(begin, end)
+        finer = union(rows, rows[slab[which]] + ((still[other] - at[which]) >> 1) + 1)
+        slab, line = self.read(spot)
+        into = np.searchsorted(finer, rows)
+        begin, end = into[slab], into[slab + 1]
+        affordable(int((end - begin).sum()) // 2)
+        which, piece = spans(begin, end)
+        return _Ends(finer, piece, line[which], self.change[which])

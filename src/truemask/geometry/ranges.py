@@ -17,7 +17,9 @@ def spans(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """
     size = end - begin
     which = np.repeat(np.arange(len(size)), size)
-    return which, np.arange(len(which)) + (begin - np.cumsum(size) + size)[which]
+    number = np.repeat(end - np.cumsum(size), size)
+    number += np.arange(len(which))
+    return which, number
 
 
 class RangeTable:

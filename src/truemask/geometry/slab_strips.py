@@ -15,14 +15,21 @@ LOW = 24  # rows that a strip costs beside its own: low strips are slow
 
 
 def from_slabs(
-    planes: Sequence[tuple[int, int, Slabs]], q_len: int, kv_len: int, shape: tuple[int, int], height: int
+    planes: Sequence[tuple[int, int, Slabs]],
+    q_len: int,
+    kv_len: int,
+    shape: tuple[int, int],
+    height: int,
+    *,
+    drawn: bool = True,
 ) -> Strips:
     """Strips of at most `height` rows with exactly the keys that some row sees; slabs of all samples and heads.
 
     Rows are cut where the slabs are, unless they see much the same. A long slab that is top-left causal stays one strip
-    whatever its height: kernels have a flag for those, which pays where they are long.
+    whatever its height: kernels have a flag for those, which pays where they are long. Who only wants to know what
+    strips would cost need not have their patterns `drawn`: those are numbers then, the same for strips surely alike.
     """
-    cut = _Cut(height)
+    cut = _Cut(height, drawn)
     made: dict[int, list[_Strip]] = {}
     strips: list[_Strip] = []
     places: list[tuple[int, int]] = []
@@ -50,8 +57,8 @@ class _Strip(NamedTuple):
 class _Cut:
     """Strips of slabs, and the patterns that they have, once each."""
 
-    def __init__(self, height: int) -> None:
-        self.height = height
+    def __init__(self, height: int, drawn: bool) -> None:
+        self.height, self.drawn = height, drawn
         self.numbers: dict[bytes, int] = {}
         self.alike: dict[Hashable, int] = {}
         self.patterns: dict[Pattern, int] = {}
@@ -105,7 +112,7 @@ class _Cut:
         inside = starts - keys[np.searchsorted(keys[:, 0], starts, "right") - 1, 0]
         alike = (id(slabs), a, b, q1 - q0, (keys[:, 1] - keys[:, 0]).tobytes(), inside.tobytes())
         if b - a > 1 or alike not in self.alike:
-            self.alike[alike] = self._pattern(slabs, a, b, q0, q1, keys)
+            self.alike[alike] = self._pattern(slabs, a, b, q0, q1, keys) if self.drawn else len(self.alike)
         return _Strip(q0, q1, keys, self.alike[alike])
 
     def _pattern(self, slabs: Slabs, a: int, b: int, q0: int, q1: int, keys: Ints) -> int:

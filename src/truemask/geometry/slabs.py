@@ -17,12 +17,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from truemask.geometry.lines import Flags, Ints, after, joined, places, tidied, union
 from truemask.geometry.ranges import spans
-
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 FAR = 1 << 42  # beyond every position: the end of a run that has none
 MOST = 1 << 21  # ends of runs that are worth looking at, over all rows
@@ -44,7 +42,7 @@ class Region(NamedTuple):
     q1: int
     k0: int
     k1: int
-    known: dict[Any, Slabs] | None = None
+    known: dict[Any, Any] | None = None
 
     def moved(self, rows: int, keys: int) -> Region:
         """The region as a mask knows it that is re-indexed by so much."""
@@ -56,18 +54,39 @@ class Slabs:
     """Rows `[rows[i], rows[i + 1])` see the runs `starts[i]:starts[i + 1]`, which are in order and apart.
 
     Run j is the keys from `ends[0, j] + slopes[0, j] * q` up to, not including, `ends[1, j] + slopes[1, j] * q`; it is
-    empty on no row of its slab, and no two lines cross inside one.
+    empty on no row of its slab, and no two lines cross inside one. In `rough` slabs, which one step of a calculation
+    leaves to the next, runs may be empty, or touch each other, on the first and on the last row of a slab.
     """
 
     rows: Ints  # [m + 1], increasing
     starts: Ints  # [m + 1]
-    ends: Ints  # [2, runs]
-    slopes: Ints  # [2, runs], 0 or 1
+    lines: Ints  # [2, runs]: 2 * end + slope
+    rough: bool = False
 
-    @property
+    @classmethod
+    def of(cls, rows: Ints, starts: Ints, ends: Ints, slopes: Ints) -> Slabs:
+        """Slabs of ends and slopes, `[2, runs]` both."""
+        return cls(rows, starts, 2 * ends + slopes)
+
+    @cached_property
+    def ends(self) -> Ints:
+        """Where the lines are on row 0."""
+        return self.lines >> 1
+
+    @cached_property
+    def slopes(self) -> Ints:
+        """Whether the lines move, 0 or 1."""
+        return self.lines & 1
+
+    @cached_property
     def sizes(self) -> Ints:
         """The number of runs of each slab."""
-        return np.diff(self.starts)
+        return self.starts[1:] - self.starts[:-1]
+
+    @property
+    def runs(self) -> int:
+        """The number of runs."""
+        return self.lines.shape[1]
 
     @cached_property
     def most(self) -> int:
@@ -77,38 +96,93 @@ class Slabs:
     @cached_property
     def moves(self) -> bool:
         """Whether any end moves."""
-        return bool(self.slopes.any())
+        return bool((self.lines & 1).any())
 
     @cached_property
     def owner(self) -> Ints:
         """The slab of each run."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
-    @property
+    @cached_property
     def first(self) -> Ints:
         """The first row of each run's slab."""
-        return self.rows[self.owner]
+        return np.repeat(self.rows[:-1], self.sizes)
 
-    @property
+    @cached_property
     def last(self) -> Ints:
         """The last row of each run's slab."""
-        return self.rows[self.owner + 1] - 1
+        return np.repeat(self.rows[1:] - 1, self.sizes)
+
+    @cached_property
+    def settled(self) -> Slabs:
+        """Rough slabs as they should be: no run empty, none touching, and as few slabs as go on in the same lines."""
+        if not self.rough:
+            return self
+        x = self
+        lo, hi = places(self.lines, self.first)
+        low, high = places(self.lines, self.last)
+        same = self.owner[1:] == self.owner[:-1]
+        narrow = [_meets(*ends, same) for ends in ((lo, hi), (low, high))]
+        if narrow[0].any() or narrow[1].any():
+            x = self.cut(np.concatenate([self.first[narrow[0]] + 1, self.last[narrow[1]]]))
+            lo, hi = places(x.lines, x.first)
+            x = x.without(lo == hi)
+            lo, hi = places(x.lines, x.first)
+            apart = (hi[:-1] != lo[1:]) | (x.owner[1:] != x.owner[:-1])
+            opens, closes = np.append(True, apart)[: len(lo)], np.append(apart, True)[: len(lo)]
+            counts = np.bincount(x.owner[opens], minlength=len(x.sizes))
+            x = Slabs(x.rows, after(counts), np.stack([x.lines[0, opens], x.lines[1, closes]]))
+        return _tidy(x.rows, x.sizes, x.lines)
 
     def at(self, side: int, row: Ints) -> Ints:
         """Where the runs begin (side 0) or end (side 1) on a row of each."""
-        return self.ends[side] + self.slopes[side] * row
+        return places(self.lines[side], row)
 
     def moved(self, rows: int, keys: int) -> Slabs:
         """The same picture `rows` further down and `keys` further right."""
-        return replace(self, rows=self.rows + rows, ends=self.ends - self.slopes * rows + keys)
+        lines = self.lines - 2 * (rows * (self.lines & 1) - keys)
+        return replace(self, rows=self.rows + rows, lines=lines)
 
     def between(self, first: int, stop: int) -> Slabs:
         """The rows `[first, stop)` alone, which must be some of those there are."""
+        if first == self.rows[0] and stop == self.rows[-1]:
+            return self
         a, b = np.searchsorted(self.rows, first, "right") - 1, np.searchsorted(self.rows, stop, "left")
         rows = np.concatenate([[first], self.rows[a + 1 : b], [stop]]).astype(np.int64)
-        runs = slice(self.starts[a], self.starts[b])
         starts = self.starts[a : b + 1] - self.starts[a]
-        return Slabs(rows, starts, self.ends[:, runs], self.slopes[:, runs])
+        return replace(self, rows=rows, starts=starts, lines=self.lines[:, self.starts[a] : self.starts[b]])
+
+    def cut(self, at: Ints) -> Slabs:
+        """The same runs in slabs that begin at these rows too."""
+        rows = union(self.rows, at)
+        slab = np.searchsorted(self.rows, rows[:-1], "right") - 1
+        run = spans(self.starts[slab], self.starts[slab + 1])[1]
+        return replace(self, rows=rows, starts=after(self.sizes[slab]), lines=self.lines[:, run])
+
+    def without(self, runs: Flags) -> Slabs:
+        """Without some runs."""
+        if not runs.any():
+            return self
+        counts = self.sizes - np.bincount(self.owner[runs], minlength=len(self.sizes))
+        return replace(self, starts=after(counts), lines=self.lines[:, ~runs])
+
+    def clipped(self, start: int, stop: int) -> Slabs:
+        """The keys `[start, stop)` alone, rough; itself if there are no others."""
+        if not ((self.at(0, self.first) < start).any() or (self.at(1, self.last) > stop).any()):
+            return self
+        passing = np.concatenate([edge - self.ends + 1 for edge in (start, stop)])  # the rows after a line is there
+        inside = (self.first < passing) & (passing <= self.last) & (np.concatenate([self.slopes] * 2) == 1)
+        x = self.cut(passing[inside]) if inside.any() else self
+        top, bottom = places(x.lines, x.first), places(x.lines, x.last)
+        lines = np.where(bottom <= start, 2 * start, np.where(top >= stop, 2 * stop, x.lines))
+        return Slabs(x.rows, x.starts, lines, rough=True).without(lines[0] == lines[1])
+
+
+def _meets(lo: Ints, hi: Ints, same: Flags) -> Flags:
+    """Which runs are empty, or touch the next one of the same slab."""
+    found = lo == hi
+    found[:-1] |= (hi[:-1] == lo[1:]) & same
+    return found
 
 
 # -- making slabs ------------------------------------------------------------------------------------------------------
@@ -118,13 +192,12 @@ def bands(first: ArrayLike, stop: ArrayLike, lo: ArrayLike, s: ArrayLike, hi: Ar
     """One slab of rows `[first, stop)` with the runs `[lo + s * q, hi + t * q)`, in order and apart."""
     lo, hi, s, t = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, np.int64)) for x in (lo, hi, s, t)))
     affordable(lo.size)
-    return Slabs(np.array([first, stop], np.int64), np.array([0, lo.size]), np.stack([lo, hi]), np.stack([s, t]))
+    return Slabs.of(np.array([first, stop], np.int64), np.array([0, lo.size]), np.stack([lo, hi]), np.stack([s, t]))
 
 
 def blank(first: ArrayLike, stop: ArrayLike) -> Slabs:
     """Rows that see nothing."""
-    none = np.zeros((2, 0), np.int64)
-    return Slabs(np.array([first, stop], np.int64), np.zeros(2, np.int64), none, none)
+    return Slabs(np.array([first, stop], np.int64), np.zeros(2, np.int64), np.zeros((2, 0), np.int64))
 
 
 def for_rows(slabs: Slabs, first: int, stop: int) -> Slabs:
@@ -141,8 +214,7 @@ def stacked(parts: Sequence[Slabs]) -> Slabs:
     """Slabs of rows that follow each other, as one."""
     counts = np.concatenate([part.sizes for part in parts])
     rows = np.concatenate([part.rows[:-1] for part in parts] + [parts[-1].rows[-1:]])
-    ends, slopes = (np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("ends", "slopes"))
-    return tidy(rows, counts, ends, slopes)
+    return _tidy(rows, counts, np.concatenate([part.lines for part in parts], axis=1))
 
 
 def flag_runs(flags: Flags, first: int = 0) -> tuple[Ints, Ints]:
@@ -157,8 +229,8 @@ def from_cells(rows: Ints, edges: Ints, cells: Flags) -> Slabs:
     row, opens = np.nonzero(steps == 1)
     _, closes = np.nonzero(steps == -1)
     affordable(len(row))
-    ends = np.stack([edges[opens], edges[closes]])
-    return tidy(rows, np.bincount(row, minlength=len(cells)), ends, np.zeros_like(ends))
+    lines = 2 * np.stack([edges[opens], edges[closes]])
+    return _tidy(rows, np.bincount(row, minlength=len(cells)), lines)
 
 
 def affordable(ends: int) -> None:
@@ -167,105 +239,17 @@ def affordable(ends: int) -> None:
         raise NoExactFormError(f"{ends} runs")
 
 
-# -- fewer slabs -------------------------------------------------------------------------------------------------------
-
-
 def tidy(rows: Ints, counts: Ints, ends: Ints, slopes: Ints) -> Slabs:
     """Neighbouring slabs whose runs go on in the same lines, as one; a row alone takes lines that pass through it."""
-    rows, counts = np.asarray(rows, np.int64), np.asarray(counts)
-    alone = rows[1:] - rows[:-1] == 1
-    if alone.any():
-        single, first = np.repeat(alone, counts), np.repeat(rows[:-1], counts)
-        ends, slopes = np.where(single, ends + slopes * first, ends), np.where(single, 0, slopes)
-    found = _joined(rows, counts, ends, slopes, _same_lines(counts, ends, slopes))
-    while (alone := found[0][1:] - found[0][:-1] == 1).any():
-        joined = _adopted(*found, alone)
-        if not joined.any():
-            break
-        found = _joined(*found, joined)
-        found = _joined(*found, _same_lines(*found[1:]))
-    rows, counts, ends, slopes = found
-    return Slabs(rows, np.append(0, np.cumsum(counts)), ends, slopes)
+    return _tidy(np.asarray(rows, np.int64), np.asarray(counts), 2 * ends + slopes)
 
 
-def _joined(rows: Ints, counts: Ints, ends: Ints, slopes: Ints, joined: Flags) -> tuple[Ints, Ints, Ints, Ints]:
-    """Without the beginnings of slabs that are joined to the one above."""
-    if not joined.any():
-        return rows, counts, ends, slopes
-    keep = np.concatenate([[True], ~joined])
-    runs = np.repeat(keep, counts)
-    return np.append(rows[:-1][keep], rows[-1]), counts[keep], ends[:, runs], slopes[:, runs]
+def _tidy(rows: Ints, counts: Ints, lines: Ints) -> Slabs:
+    rows, counts, lines = tidied(rows, counts, lines)
+    return Slabs(rows, after(counts), lines)
 
 
-class _Pairs(NamedTuple):
-    """Slabs and the next ones, with as many runs: the upper slabs, and for each run its pair and place in both."""
-
-    above: Ints
-    pair: Ints
-    upper: Ints
-    lower: Ints
-
-    @classmethod
-    def of(cls, above: Ints, counts: Ints, starts: Ints) -> _Pairs:
-        begin, count = starts[above], counts[above]
-        pair, upper = spans(begin, begin + count)
-        return cls(above, pair, upper, upper + count[pair])
-
-    def everywhere(self, fits: Flags) -> Flags:
-        """Whether it fits on every run of a pair, at both ends."""
-        return np.bincount(self.pair[~(fits[0] & fits[1])], minlength=len(self.above)) == 0
-
-
-def _same_lines(counts: Ints, ends: Ints, slopes: Ints) -> Flags:
-    """Which slabs go on in the lines of the one above."""
-    starts = np.cumsum(counts) - counts
-    joined = counts[1:] == counts[:-1]
-    if ends.shape[1]:
-        first = ends[0, np.minimum(starts, ends.shape[1] - 1)]
-        joined &= (first[1:] == first[:-1]) | (counts[1:] == 0)
-    if joined.any():
-        pairs = _Pairs.of(np.flatnonzero(joined), counts, starts)
-        a, b = pairs.upper, pairs.lower
-        joined[pairs.above] = pairs.everywhere((ends[:, a] == ends[:, b]) & (slopes[:, a] == slopes[:, b]))
-    return joined
-
-
-def _adopted(rows: Ints, counts: Ints, ends: Ints, slopes: Ints, alone: Flags) -> Flags:
-    """Rows alone are given the lines of a neighbour, or of each other: which slabs then go on as the one above."""
-    some = (counts[1:] == counts[:-1]) & (alone[1:] | alone[:-1])
-    joined = np.zeros(len(counts) - 1, bool)
-    if not some.any():
-        return joined
-    pairs = _Pairs.of(np.flatnonzero(some), counts, np.cumsum(counts) - counts)
-    above, upper, lower = pairs.above, pairs.upper, pairs.lower
-    row = rows[above + 1][pairs.pair]  # the first row of the lower slab
-    step = (ends[:, lower] + slopes[:, lower] * row) - (ends[:, upper] + slopes[:, upper] * (row - 1))
-    taken = np.zeros(len(counts), bool)  # slabs that get other lines
-    down = pairs.everywhere(step == slopes[:, upper]) & alone[above + 1] & ~alone[above]
-    taken[above[down] + 1] = True
-    up = pairs.everywhere(step == slopes[:, lower]) & alone[above] & ~alone[above + 1] & ~taken[above]
-    taken[above[up]] = True
-    both = pairs.everywhere((step == 0) | (step == 1)) & alone[above] & alone[above + 1]
-    both &= ~taken[above] & ~taken[above + 1]
-    both &= _every_other(above, both)
-    for chosen, source, target in ((down, upper, lower), (up, lower, upper)):
-        runs = chosen[pairs.pair]
-        ends[:, target[runs]], slopes[:, target[runs]] = ends[:, source[runs]], slopes[:, source[runs]]
-    runs = both[pairs.pair]
-    start = ends[:, upper[runs]] - step[:, runs] * (row[runs] - 1)  # slopes of rows alone are 0
-    for target in (upper[runs], lower[runs]):
-        ends[:, target], slopes[:, target] = start, step[:, runs]
-    joined[above] = down | up | both
-    return joined
-
-
-def _every_other(place: Ints, chosen: Flags) -> Flags:
-    """Of places chosen in a row, the first, the third, and so on."""
-    places = place[chosen]
-    some = np.zeros(len(place), bool)
-    if len(places):
-        begins = np.ones(len(places), bool)
-        begins[1:] = places[1:] != places[:-1] + 1
-        offset = places - np.maximum.accumulate(np.where(begins, places, -1))
-        some[np.flatnonzero(chosen)[offset % 2 == 0]] = True
-    return some
+def roughly(rows: Ints, counts: Ints, lines: Ints) -> Slabs:
+    """Neighbouring slabs with the same lines as one, and nothing else done to them: rough."""
+    rows, counts, lines = joined(rows, counts, lines)
+    return Slabs(rows, after(counts), lines, rough=True)

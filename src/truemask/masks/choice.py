@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
+from truemask.geometry.forms import Form
 from truemask.geometry.logic import MIXED, States
-from truemask.geometry.slabs import Region, Slabs
+from truemask.geometry.slabs import Region
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.reindex import look_up
@@ -61,8 +62,8 @@ class _Choice(Mask):
         which = int(place[min((b, h)[self.axis == "head"], len(place) - 1)])
         return which, distinct[which]
 
-    def _slabs(self, r: Region) -> Slabs:
-        return self._entry(r.b, r.h)[1].slabs_in(r)
+    def _form(self, r: Region) -> Form:
+        return self._entry(r.b, r.h)[1].form_in(r)
 
     def _variant(self, b: int, h: int) -> Hashable:
         which, mask = self._entry(b, h)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.geometry.forms import Form, conjunction, parity
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
-from truemask.geometry.overlay import all_of, any_of, odd_of
 from truemask.geometry.slabs import FAR, Region, Slabs, bands, blank
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask, operand
@@ -106,9 +106,8 @@ class And(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_and, [term._truth(b, h, q, k) for term in self.terms])
 
-    def _slabs(self, r: Region) -> Slabs:
-        inside = [term.slabs_in(r) for term in self.terms if not isinstance(term, Not)]
-        return all_of(inside, but=[term.base.slabs_in(r) for term in self.terms if isinstance(term, Not)])
+    def _form(self, r: Region) -> Form:
+        return all_forms(self, r)
 
 
 class Or(_Combination):
@@ -120,8 +119,8 @@ class Or(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_or, [term._truth(b, h, q, k) for term in self.terms])
 
-    def _slabs(self, r: Region) -> Slabs:
-        return any_of([term.slabs_in(r) for term in self.terms])
+    def _form(self, r: Region) -> Form:
+        return ~all_forms(Not(self), r)
 
 
 class Xor(_Combination):
@@ -133,8 +132,8 @@ class Xor(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_xor, [term._truth(b, h, q, k) for term in self.terms])
 
-    def _slabs(self, r: Region) -> Slabs:
-        return odd_of([term.slabs_in(r) for term in self.terms])
+    def _form(self, r: Region) -> Form:
+        return parity([_literal(*term, r) for term in _addends(self)], {} if r.known is None else r.known)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,8 +156,8 @@ class Minus(Mask):
     def _tile(self, r: Rectangles) -> States:
         return kleene_and(self.left._tile(r), kleene_not(self.right._tile(r)))
 
-    def _slabs(self, r: Region) -> Slabs:
-        return all_of([self.left.slabs_in(r)], but=[self.right.slabs_in(r)])
+    def _form(self, r: Region) -> Form:
+        return all_forms(self, r)
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:
         return [*self.left._phase(r), *self.right._phase(r)]
@@ -190,8 +189,8 @@ class Not(Mask):
     def _tile(self, r: Rectangles) -> States:
         return kleene_not(self.base._tile(r))
 
-    def _slabs(self, r: Region) -> Slabs:
-        return all_of([], but=[self.base.slabs_in(r)])
+    def _form(self, r: Region) -> Form:
+        return ~self.base.form_in(r)
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:
         return self.base._phase(r)
@@ -201,6 +200,45 @@ class Not(Mask):
 
     def kv_len_for(self, q_len: int) -> int:
         return self.base.kv_len_for(q_len)
+
+
+# -- exact forms: the same one for all spellings by De Morgan's laws ---------------------------------------------------
+
+
+def all_forms(mask: Mask, r: Region) -> Form:
+    """The exact form of a mask as the conjunction of its factors."""
+    return conjunction([_literal(*factor, r) for factor in _factors(mask)], {} if r.known is None else r.known)
+
+
+def _literal(mask: Mask, negated: bool, r: Region) -> Form:
+    return ~mask.form_in(r) if negated else mask.form_in(r)
+
+
+def _factors(mask: Mask, negated: bool = False) -> Iterator[tuple[Mask, bool]]:
+    """Masks, or negated ones, that together let through what the mask does; no conjunctions any more."""
+    match mask:
+        case Not(base):
+            yield from _factors(base, not negated)
+        case And(terms) if not negated:
+            yield from (factor for term in terms for factor in _factors(term))
+        case Or(terms) if negated:
+            yield from (factor for term in terms for factor in _factors(term, True))
+        case Minus(left, right) if not negated:
+            yield from (*_factors(left), *_factors(right, True))
+        case _:
+            yield mask, negated
+
+
+def _addends(mask: Mask, negated: bool = False) -> Iterator[tuple[Mask, bool]]:
+    """Masks, or negated ones, an odd number of which lets through what the mask does; no `^` any more."""
+    match mask:
+        case Not(base):
+            yield from _addends(base, not negated)
+        case Xor((first, *others)):
+            yield from _addends(first, negated)
+            yield from (addend for term in others for addend in _addends(term))
+        case _:
+            yield mask, negated
 
 
 everything: Mask = Everything()

@@ -18,21 +18,20 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from truemask.errors import MaskError, describe
+from truemask.geometry.forms import Form
 from truemask.geometry.logic import States
 from truemask.geometry.overlay import cropped
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.building import KINDS, build, ticket_for
-from truemask.masks.data_store import Data, whole
+from truemask.masks.data_store import Data, ordinary_tensors, whole
 from truemask.masks.questions import ANY, Questions
 from truemask.masks.value import Value, joined
 from truemask.masks.verdict import Verdict
@@ -77,16 +76,24 @@ class Mask(Value, Questions):
         """Bool tensor that broadcasts with the indices."""
 
     def _slabs(self, r: Region) -> Slabs:
-        """The exact form for a region that is not empty, or `NoExactFormError`."""
+        """What `slabs_in` answers, for kinds that know it themselves."""
         raise NoExactFormError(f"`{self}` has no exact form")
 
-    def slabs_in(self, r: Region) -> Slabs:
+    def _form(self, r: Region) -> Form:
+        """The same, which may be rough or negated."""
+        return Form(self._slabs(r))
+
+    def form_in(self, r: Region) -> Form:
         """The same, found once in answering a question."""
         known = {} if r.known is None else r.known
         key = (self, *r[:-1])
         if key not in known:
-            known[key] = self._slabs(r)
+            known[key] = self._form(r)
         return known[key]
+
+    def slabs_in(self, r: Region) -> Slabs:
+        """The exact form for a region that is not empty, or `NoExactFormError`."""
+        return self.form_in(r).settled
 
     def _variant(self, b: int, h: int) -> Hashable:
         """What tells sample b and head h from others: those that share it have the same mask."""
@@ -281,8 +288,7 @@ class Mask(Value, Questions):
         cache = vars(self).setdefault("_bound", {})
         place = str(device)
         if place not in cache:
-            # Under a tracer the tensors would be fakes, and the cache would hand them to everybody ever after.
-            with nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
+            with ordinary_tensors():
                 cache[place] = self._bind(torch.device(device))
         return cache[place]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
+from truemask.geometry.lines import after, union
 from truemask.geometry.logic import States, kleene_and, three
-from truemask.geometry.overlay import any_of
-from truemask.geometry.ranges import Counts
-from truemask.geometry.slabs import FAR, Region, Slabs, bands, flag_runs, for_rows, from_cells
+from truemask.geometry.ranges import Counts, spans
+from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, flag_runs, for_rows, from_cells
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LONGEST, Data, integers, whole
@@ -323,9 +323,22 @@ class GlobalTokens(Mask):
         return three((rows == 0) & (columns == 0), (rows == r.q1 - r.q0) | (columns == r.k1 - r.k0))
 
     def _slabs(self, r: Region) -> Slabs:
-        flags = self._flags.numpy()
-        start, stop = flag_runs(flags[r.k0 : r.k1], r.k0)
-        return any_of([rows_with(flags, r), bands(r.q0, r.q1, start, 0, stop, 0)])
+        """Rows among the positions see everything, those between them the positions."""
+        (top, bottom), (start, stop) = self._within(r.q0, r.q1), self._within(r.k0, r.k1)
+        rows = union(np.array([r.q0, r.q1]), top, bottom)
+        whole = np.isin(rows[:-1], top)
+        counts = np.where(whole, 1, len(start))
+        affordable(int(counts.sum()))
+        runs = np.stack([np.append(-FAR, start), np.append(FAR, stop)])
+        first = np.where(whole, 0, 1)
+        return Slabs(rows, after(counts), 2 * runs[:, spans(first, first + counts)[1]])
+
+    def _within(self, first: int, stop: int) -> tuple[Ints, Ints]:
+        """Where runs of positions from `first` up to `stop` begin and end."""
+        chosen = self.positions_.array
+        chosen = chosen[(chosen >= first) & (chosen < stop)]
+        new = np.diff(chosen, prepend=-2) > 1
+        return chosen[new], chosen[np.append(new[1:], True)[: len(chosen)]] + 1
 
     def _settles(self, k_stop: int) -> tuple[int, int]:
         return len(self._flags), 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from truemask.errors import MaskError, describe
 
@@ -30,7 +32,8 @@ class Data:
     __slots__ = ("__dict__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach().to("cpu", copy=True).contiguous()
+        with ordinary_tensors():
+            self.tensor = tensor.detach().to("cpu", copy=True).contiguous()
 
     @cached_property
     def digest(self) -> str:
@@ -38,10 +41,11 @@ class Data:
         head = f"{self.tensor.dtype} {tuple(self.tensor.shape)} ".encode()
         return hashlib.blake2b(head + self.array.tobytes(), digest_size=8).hexdigest()
 
-    @property
+    @cached_property
     def array(self) -> NDArray[Any]:
         """The same numbers for numpy, read-only."""
-        view = self.tensor.numpy()
+        with ordinary_tensors():
+            view = self.tensor.numpy()
         view.flags.writeable = False
         return view
 
@@ -145,3 +149,14 @@ def _dims(tensor: Tensor, name: str, dims: tuple[int, ...], shape: str) -> Tenso
     if tensor.ndim not in dims:
         raise MaskError(f"{name} must be {shape}, got {describe(tensor)}")
     return tensor[0] if tensor.ndim == 2 and dims == (1, 2) and len(tensor) == 1 else tensor
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What is made inside outlives the call: under a tracer it would be a fake, under `torch.func` a wrapper."""
+    with ExitStack() as stack:
+        if torch._C._are_functorch_transforms_active():
+            stack.enter_context(torch._C._DisableFuncTorch())
+        if not torch.compiler.is_compiling():
+            stack.enter_context(_disable_current_modes())
+        yield

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.errors import MaskError
+from truemask.geometry.forms import Form
 from truemask.geometry.logic import States
 from truemask.geometry.measure import tile_runs
-from truemask.geometry.overlay import cropped
 from truemask.geometry.quadtree import TooManyTilesError, classify_tiles
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs, blank
 from truemask.geometry.tiles import Ints, Rectangles, TileMap
@@ -43,8 +43,8 @@ class Exact(ABC):
         """Three-valued answers that broadcast with the rectangles."""
 
     @abstractmethod
-    def _slabs(self, r: Region) -> Slabs:
-        """The exact form for a region that is not empty, or `NoExactFormError`."""
+    def form_in(self, r: Region) -> Form:
+        """The exact form for a region that is not empty, or `NoExactFormError`; it may be rough or negated."""
 
     @abstractmethod
     def _variant(self, b: int, h: int) -> Hashable:
@@ -78,14 +78,19 @@ class Exact(ABC):
 
     def _exact(self, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
         """The slabs of one sample and head, cut to the keys there are; None if the mask has no such form."""
+        found = self._rough(b, h, q_len, kv_len)
+        return None if found is None else found.settled
+
+    def _rough(self, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
+        """The same as rough slabs, which is enough to count."""
         known: dict[Any, Slabs | None] = vars(self).setdefault("_known", {})
         key = (b, h, q_len, kv_len)
         found = known.get(key, "unknown")  # asked once: another thread may clear it at any time
         if not isinstance(found, str):
             return found
         try:
-            found = None if min(key[2:]) == 0 else self._slabs(Region(b, h, 0, q_len, 0, kv_len, {}))
-            found = blank(0, q_len) if found is None else cropped(found, 0, kv_len)
+            found = None if min(key[2:]) == 0 else self.form_in(Region(b, h, 0, q_len, 0, kv_len, {}))
+            found = blank(0, q_len) if found is None else found.clipped(kv_len)
         except NoExactFormError:
             found = None
         if found is None or found.ends.shape[1] <= KEPT_RUNS:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
+from truemask.geometry.lines import after
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States, kleene_and, three
-from truemask.geometry.overlay import all_of, any_of
+from truemask.geometry.overlay import all_of, any_of, cropped
 from truemask.geometry.ranges import spans
-from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, blank, stacked, tidy
+from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, blank, stacked
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.data_store import LONGEST, Data, integers, whole
@@ -89,25 +90,22 @@ class Packed(Mask):
         real = np.flatnonzero((q_first < q_stop) & (q_stop > r.q0) & (q_first < r.q1))
         q_first, q_stop, k_first, k_stop = (x[real] for x in (q_first, q_stop, k_first, k_stop))
         sizes, widths = q_stop - q_first, k_stop - k_first
-        rows, none = np.append(q_first, q_stop[-1]), np.zeros((2, len(real)), np.int64)
-        documents = tidy(
-            rows, (widths > 0).astype(np.int64), np.stack([k_first, k_stop])[:, widths > 0], none[:, widths > 0]
-        )
-        if not widths.any():
-            return documents.between(r.q0, r.q1)
+        rows, some = np.append(q_first, q_stop[-1]), (widths > 0).astype(np.int64)
+        if not some.any():
+            return blank(r.q0, r.q1)
         base = self.base.slabs_in(Region(r.b, r.h, 0, int(sizes.max()), 0, int(widths.max()), r.known))
+        base = cropped(base, 0, int(widths.max()))
         document, slab = spans(np.zeros_like(sizes), np.searchsorted(base.rows, sizes))
         affordable(int(base.sizes[slab].sum()))
         place, run = spans(base.starts[slab], base.starts[slab + 1])
-        down, right = q_first[document], k_first[document]
-        ends = base.ends[:, run] + (right[place] - base.slopes[:, run] * down[place])
-        inside = Slabs(
-            np.append(down + base.rows[slab], rows[-1]),
-            np.append(0, np.cumsum(base.sizes[slab])),
-            ends,
-            base.slopes[:, run],
-        )
-        return all_of([inside, documents]).between(r.q0, r.q1)
+        down, right = q_first[document[place]], k_first[document[place]]
+        lines = base.lines[:, run]
+        lines += 2 * (right - (lines & 1) * down)
+        inside = Slabs(np.append(q_first[document] + base.rows[slab], rows[-1]), after(base.sizes[slab]), lines)
+        if (inside.at(1, inside.last) > k_stop[document[place]]).any():
+            spare = some > 0
+            inside = all_of([inside, Slabs(rows, after(some), 2 * np.stack([k_first, k_stop])[:, spare])])
+        return inside.between(r.q0, r.q1)
 
     def _settles(self, k_stop: int) -> None:
         return None  # every document begins anew, and there are no rows beyond the last

@@ -179,7 +179,7 @@ class Blocks(Mask):
         rows = np.append(np.maximum(block * n, r.q0), r.q1)
         far = FAR // n  # so that no product overflows
         ends = np.clip(np.stack([block - self.back, block + self.ahead + 1]), -far, far) * n
-        return Slabs(rows, np.arange(len(rows)), ends, np.zeros_like(ends))
+        return Slabs(rows, np.arange(len(rows)), 2 * ends)
 
     def _settles(self, k_stop: int) -> tuple[int, int]:
         return k_stop + (self.back + 1) * self.size, 1

@@ -72,7 +72,9 @@ def predicate(fn: MaskMod) -> Mask:
     """Whatever `fn(b, h, q, k)` says: int64 index tensors that broadcast, to bool; FlexAttention's `mask_mod`.
 
     Use index arithmetic only (`&`, `|`, comparisons, indexing): no `if`, no `.item()`. The mask pickles if `fn` does,
-    and has no text. Prefer the language where it has the word: a function can only be evaluated, cell by cell.
+    and has no text. It must always answer the same: what it said is kept, so no tensor that it reads may change (data
+    that comes with a batch belongs into `keys`, `documents` or `dense`). Prefer the language where it has the word: a
+    function can only be evaluated, cell by cell.
 
     >>> predicate(lambda b, h, q, k: (q + k) % 2 == 0).to_dense(2)[0, 0].int().tolist()
     [[1, 0], [0, 1]]

@@ -156,7 +156,7 @@ class Questions(Exact, Pictures):
         samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
 
         def pairs_of(b: int, h: int) -> int:
-            slabs = self._exact(b, h, q_len, kv_len)
+            slabs = self._rough(b, h, q_len, kv_len)
             found = pairs_in(self._searched(b, h, q_len, kv_len)) if slabs is None else pairs(slabs)
             if found >= 1 << 63:
                 raise MaskError(f"`{self}` lets {found} pairs through, more than int64 holds: ask about fewer queries")
@@ -285,7 +285,7 @@ class Questions(Exact, Pictures):
     def _first(self, samples: int, heads: int, q_len: int, kv_len: int) -> Cell | None:
         """A cell that is True, or None if there is none."""
         for b, h in self._variants(samples, heads)[0]:
-            slabs = self._exact(b, h, q_len, kv_len)
+            slabs = self._rough(b, h, q_len, kv_len)
             found = first_cell_in(self._searched(b, h, q_len, kv_len)) if slabs is None else first_cell(slabs)
             if found is not None:
                 return Cell(b, h, *found)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
+from truemask.geometry.forms import Form
 from truemask.geometry.logic import States
 from truemask.geometry.overlay import all_of, any_of, transposed
 from truemask.geometry.ranges import RangeTable
@@ -86,11 +87,11 @@ class At(Mask):
         q, k = np.int64(self.q_start), np.int64(self.k_start)
         return self.base._tile(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
 
-    def _slabs(self, r: Region) -> Slabs:
+    def _form(self, r: Region) -> Form:
         there = r.moved(self.q_start, self.k_start)
         if max(there.q1, there.k1) > 2 * LARGEST:
             raise NoExactFormError(f"`{self}` asks about positions beyond 2**41")
-        return self.base.slabs_in(there).moved(-self.q_start, -self.k_start)
+        return self.base.form_in(there).moved(-self.q_start, -self.k_start)
 
     def _phase(self, r: Rectangles) -> Sequence[Ints]:
         q, k = np.int64(self.q_start), np.int64(self.k_start)
@@ -268,9 +269,9 @@ class Select(Mask):
         """The base's sample and head."""
         return int(_pick(self.samples, np.array(b))), int(_pick(self.heads, np.array(h)))
 
-    def _slabs(self, r: Region) -> Slabs:
+    def _form(self, r: Region) -> Form:
         b, h = self._places(r.b, r.h)
-        return self.base.slabs_in(r._replace(b=b, h=h))
+        return self.base.form_in(r._replace(b=b, h=h))
 
     def _variant(self, b: int, h: int) -> Hashable:
         return self.base._variant(*self._places(b, h))

@@ -92,7 +92,7 @@ def to_varlen(
     row = stacked([parts[v].moved(b * q_len, b * kv_len) for b, v in enumerate(each)])
     refuted: list[tuple[int, int]] = []
     for also in (np.zeros(0, np.int64), _diagonal(row)):
-        cut = _cut(row, np.append(np.arange(samples) * q_len, also))
+        cut = row.cut(np.append(np.arange(samples) * q_len, also))
         found = _documents(cut, q_len)
         band = _band(cut, found)
         cell = first_cell(odd_of([row, _seen(found, band)]))
@@ -115,16 +115,8 @@ def _variants(known: SlabTensors) -> list[Slabs]:
     for a, b in zip(known.first.tolist(), known.first[1:].tolist(), strict=False):
         runs = slice(starts[a], starts[b])
         ends, slopes = np.stack([low[runs], high[runs]]), np.stack([low_slope[runs], high_slope[runs]])
-        found.append(Slabs(np.append(rows[a:b], known.q_stop[b - 1]), starts[a : b + 1] - starts[a], ends, slopes))
+        found.append(Slabs.of(np.append(rows[a:b], known.q_stop[b - 1]), starts[a : b + 1] - starts[a], ends, slopes))
     return found
-
-
-def _cut(x: Slabs, rows: Ints) -> Slabs:
-    """The same slabs, cut at more rows."""
-    rows = np.unique(np.concatenate([x.rows, rows]))
-    slab = np.searchsorted(x.rows, rows[:-1], "right") - 1
-    run = spans(x.starts[slab], x.starts[slab + 1])[1]
-    return Slabs(rows, np.append(0, np.cumsum(x.sizes[slab])), x.ends[:, run], x.slopes[:, run])
 
 
 def _diagonal(x: Slabs) -> Ints:
@@ -182,12 +174,11 @@ def _seen(found: _Documents, band: tuple[int, int]) -> Slabs:
     """The slabs of documents with one band."""
     a, b, c, d, _ = found
     rows, shift, some = np.append(a, b[-1]), d - b, c < d
-    none = np.zeros((2, int(some.sum())), np.int64)
-    whole = Slabs(rows, np.append(0, np.cumsum(some)), np.stack([c, d])[:, some], none)
+    whole = Slabs(rows, np.append(0, np.cumsum(some)), 2 * np.stack([c, d])[:, some])
     (left, right), still = band, np.zeros_like(shift)
     ends = np.stack([still - FAR if left < 0 else shift - left, still + FAR if right < 0 else shift + right + 1])
     slopes = np.stack([still + (left >= 0), still + (right >= 0)])
-    return all_of([whole, Slabs(rows, np.arange(len(rows)), ends, slopes)])
+    return all_of([whole, Slabs.of(rows, np.arange(len(rows)), ends, slopes)])
 
 
 def _varlen(found: _Documents, band: tuple[int, int], keys: int) -> Varlen:

@@ -1,0 +1,174 @@
+"""What a call of `attend` may stand inside of: autocast, `torch.func`, checkpoints, tensors that change afterwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import truemask as tm
+from truemask._cache import CACHE
+
+N = 300
+DOCUMENTS = tm.causal & tm.documents([100, 57, 143])
+MASKS = {
+    "window": tm.causal & tm.window(37),
+    "documents": DOCUMENTS,
+    "keys": tm.keys(torch.arange(N) % 5 != 1) & tm.causal,
+    "dense": tm.dense(torch.arange(N)[:, None] % 7 != torch.arange(N) % 3),
+    "per head": tm.per_head([tm.causal, tm.window(4)]),
+}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 5.0}, "dropout": {"dropout": 0.5}}
+
+
+def tensors(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v that want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 2, N, 8, generator=generator).requires_grad_() for _ in range(3))
+    return q, k, v
+
+
+# -- strides -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", ["block_sparse", "reference", None])
+@pytest.mark.parametrize("form", [lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, -1)[..., ::2]])
+def test_gaps_in_the_last_axis(
+    form: Callable[[Tensor], Tensor], backend: str | None, options: dict[str, float]
+) -> None:
+    """A last axis with gaps gives what its copy gives, and so does a gradient that is one number everywhere."""
+    found = []
+    for made in (form, lambda x: x):
+        leaves = tensors()
+        torch.manual_seed(7)
+        out = tm.attend(*map(made, leaves), DOCUMENTS, backend=backend, **options)
+        found.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+# -- autocast ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", ["block_sparse", "reference"])
+def test_autocast_is_a_cast_of_the_inputs(backend: str, options: dict[str, float]) -> None:
+    """Nothing inside is rounded again, whether the backward runs under autocast or not."""
+    found = []
+    for inside in (False, True):
+        leaves = tensors()
+        halves = [x.bfloat16() for x in leaves]
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = tm.attend(*leaves, DOCUMENTS, backend=backend, **options)
+            if inside:
+                grads = torch.autograd.grad(out.sum(), leaves)
+        if not inside:
+            torch.manual_seed(7)
+            out = tm.attend(*halves, DOCUMENTS, backend=backend, **options)
+            grads = torch.autograd.grad(out.sum(), leaves)
+        found.append([out, *grads])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_unites_dtypes() -> None:
+    """Norms leave q and k in fp32 beside a v in bf16: autocast takes that, as torch's own function does."""
+    q, k, v = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tm.attend(q, k, v.bfloat16(), DOCUMENTS)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, tm.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), DOCUMENTS))
+    with pytest.raises(TypeError, match="one dtype"):
+        tm.attend(q, k, v.bfloat16(), DOCUMENTS)
+
+
+# -- torch.func --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in `jvp`
+@pytest.mark.parametrize("name", MASKS)
+def test_functional_gradients(name: str) -> None:
+    """`torch.func.grad`, `jvp` and `vmap` of `grad` at a length where plans look at tiles; nothing is left behind."""
+    CACHE.clear()
+    mask, (q, k, v) = MASKS[name], (x.detach() for x in tensors())
+
+    def total(x: Tensor) -> Tensor:
+        return tm.attend(x, k, v, mask).sum()
+
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(tm.attend(leaf, k, v, mask, backend="reference").sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(total)(q), expected, atol=1e-5, rtol=1e-5)
+    along = torch.func.jvp(total, (q,), (torch.ones_like(q),))[1]
+    torch.testing.assert_close(along, expected.sum(), atol=1e-3, rtol=1e-4)
+    both = torch.vmap(torch.func.grad(total))(torch.stack([q, q]))
+    torch.testing.assert_close(both[1], expected, atol=1e-5, rtol=1e-5)
+    plain = tm.attend(q, k, v, mask)
+    torch.testing.assert_close(plain, tm.attend(q, k, v, mask, backend="reference"), atol=1e-5, rtol=1e-5)
+
+
+# -- what happens between forward and backward -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["block_sparse", "sdpa"])
+def test_a_changed_bias_is_noticed(backend: str) -> None:
+    """Gradients of a forward whose bias is no more would be wrong: torch says so, as it does for q, k and v."""
+    q, k, v = tensors()
+    slopes = torch.tensor([0.5, 0.25])
+    for bias, changed in ((torch.randn(1, 2, N, N),) * 2, (tm.alibi(slopes), slopes)):
+        out = tm.attend(q, k, v, tm.causal & tm.window(64), bias=bias, backend=backend)
+        with torch.no_grad():
+            (changed if isinstance(bias, Tensor) else bias.parameters[0]).zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("backend", "softcap"),
+    [("sdpa", None), ("block_sparse", None), ("block_sparse", 5.0), ("reference", None), ("reference", 5.0)],
+)
+def test_a_checkpoint_frees_what_it_computes_again(backend: str, softcap: float | None) -> None:
+    """Nothing but autograd's own savings holds q, k and v, which a checkpoint gives up."""
+    x = torch.randn(1, 2, N, 8, requires_grad=True)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def layer(x: Tensor) -> Tensor:
+        q = x * 2
+        seen.append(weakref.ref(q))
+        return tm.attend(q, q + 1, q - 1, DOCUMENTS, backend=backend, softcap=softcap)
+
+    out = checkpoint(layer, x, use_reentrant=False)
+    gc.collect()
+    assert seen[0]() is None
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_of_decoding_does_not_convert_the_cache(dtype: torch.dtype) -> None:
+    """Under a window, bytes allocated in a step follow the window and not the cache, whatever dtype and head sizes."""
+    n = 1 << 16
+    q, k, v = torch.randn(1, 1, 1, 64), torch.randn(1, 1, n, 64), torch.randn(1, 1, n, 128)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    mask = (tm.causal & tm.window(64)).at(q_start=n - 1)
+
+    def step() -> Tensor:
+        return tm.attend(q, k, v, mask, backend="block_sparse")
+
+    step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = step()
+    assert sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages()) < 1 << 20
+    close = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(out, tm.attend(q, k, v, mask, backend="reference"), atol=close, rtol=close)
