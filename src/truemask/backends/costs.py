@@ -4,8 +4,8 @@
 (see `calibration`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is ever
 timed inside a run.
 
-The shipped ones: one core of an AMD EPYC (Zen 3, AVX2), torch 2.13.0 CPU, least processor time of several runs, rates
-doubled, so that the predicted seconds are those of two such cores. They rank backends, and say roughly how long.
+The shipped ones: two cores of an AMD EPYC (AVX2), torch 2.13.0 CPU, medians of several runs. They rank backends, and
+say roughly how long.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class StripRates(Rates):
 class Table:
     """The constants of every backend that has some, under the backend's name."""
 
-    sdpa: SdpaRates = SdpaRates(104e9, 93e9, 70e-6, 215e-6)
-    block_sparse: StripRates = StripRates(104e9, 93e9, 150e-6, 300e-6)
+    sdpa: SdpaRates = SdpaRates(120e9, 118e9, 70e-6, 215e-6)
+    block_sparse: StripRates = StripRates(108e9, 95e9, 140e-6, 320e-6)
     reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
 
 
