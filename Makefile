@@ -47,7 +47,7 @@ $(VENV)/.torch-stamp: $(VENV)/.venv-stamp constraints.txt
 	echo "torch ready after $$(( $$(date +%s) - start )) s"
 	@touch $@
 
-$(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml
+$(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml tools/native_build.py $(wildcard csrc/*)
 	@start=$$(date +%s); echo 'installing truemask, matplotlib and x-transformers into $(VENV) ...'; \
 	$(PIP) hatchling && $(PIP) --no-build-isolation --editable '.[plot,peers]' && \
 	echo "installed in $$(( $$(date +%s) - start )) s"

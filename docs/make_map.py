@@ -17,6 +17,7 @@ OTHERS = {
     "pyproject.toml": "the package, its extras, and the settings of ruff, pyright and pytest",
     "constraints.txt": "one tested version of every dependency",
     "tools/install_torch.sh": "torch first, with a word before a CUDA build is fetched for nothing",
+    "tools/native_build.py": "compiles csrc/ when truemask is installed, where there is a C++ compiler",
     ".ci/run": "what a change must pass: `make test`",
     ".pre-commit-config.yaml": "the same checks before a commit",
     "README.md": "what it is, in English",
@@ -43,6 +44,14 @@ def said(path: Path) -> str:
     return sentence + "." if dot else text
 
 
+def noted(path: Path) -> str:
+    """The first sentence of a C++ file's comment."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("//").strip() for line in lines[:3] if line.startswith("//"))
+    sentence, dot, _ = comment.partition(". ")
+    return sentence + "." if dot else comment
+
+
 def drawn(stairs: Sequence[str]) -> str:
     """The map: the package in the order of the stairs, then tests, documents and the rest."""
     source, tests = ROOT / "src" / "truemask", ROOT / "tests"
@@ -51,6 +60,7 @@ def drawn(stairs: Sequence[str]) -> str:
         ("tests/", [(p.relative_to(tests).as_posix(), said(p)) for p in sorted(tests.rglob("*.py")) if said(p)]),
         ("benchmarks/", [(p.name, said(p)) for p in sorted((ROOT / "benchmarks").glob("*.py"))]),
         ("docs/ (scripts)", [(p.name, said(p)) for p in sorted((ROOT / "docs").glob("*.py"))]),
+        ("csrc/, compiled by tools/native_build.py", [(p.name, noted(p)) for p in sorted((ROOT / "csrc").iterdir())]),
         ("the rest", list(OTHERS.items())),
     ]
     lines = []

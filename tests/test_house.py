@@ -94,6 +94,9 @@ STAIRS = """
     backends/block_sparse.py
     backends/score_mod.py
     backends/flex.py
+    backends/native_library.py
+    backends/native_call.py
+    backends/native.py
     backends/registry.py
 
     viz/__init__.py

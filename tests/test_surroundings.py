@@ -37,7 +37,7 @@ def tensors(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("backend", ["block_sparse", "reference", None])
+@pytest.mark.parametrize("backend", ["native", "block_sparse", "reference", None])
 @pytest.mark.parametrize("form", [lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, -1)[..., ::2]])
 def test_gaps_in_the_last_axis(
     form: Callable[[Tensor], Tensor], backend: str | None, options: dict[str, float]
@@ -57,7 +57,7 @@ def test_gaps_in_the_last_axis(
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("backend", ["block_sparse", "reference"])
+@pytest.mark.parametrize("backend", ["native", "block_sparse", "reference"])
 def test_autocast_is_a_cast_of_the_inputs(backend: str, options: dict[str, float]) -> None:
     """Nothing inside is rounded again, whether the backward runs under autocast or not."""
     found = []
@@ -116,7 +116,7 @@ def test_functional_gradients(name: str) -> None:
 # -- what happens between forward and backward -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["block_sparse", "sdpa"])
+@pytest.mark.parametrize("backend", ["native", "block_sparse", "sdpa"])
 def test_a_changed_bias_is_noticed(backend: str) -> None:
     """Gradients of a forward whose bias is no more would be wrong: torch says so, as it does for q, k and v."""
     q, k, v = tensors()
@@ -131,7 +131,14 @@ def test_a_changed_bias_is_noticed(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "softcap"),
-    [("sdpa", None), ("block_sparse", None), ("block_sparse", 5.0), ("reference", None), ("reference", 5.0)],
+    [
+        ("native", 5.0),
+        ("sdpa", None),
+        ("block_sparse", None),
+        ("block_sparse", 5.0),
+        ("reference", None),
+        ("reference", 5.0),
+    ],
 )
 def test_a_checkpoint_frees_what_it_computes_again(backend: str, softcap: float | None) -> None:
     """Nothing but autograd's own savings holds q, k and v, which a checkpoint gives up."""

@@ -20,7 +20,7 @@ from truemask._door import (
     check_weights,
 )
 from truemask.backends.base import Inputs, Request
-from truemask.masks.biases import Bias
+from truemask.masks.biases import Alibi, Bias, Relative
 from truemask.masks.core import Mask
 
 
@@ -86,7 +86,7 @@ def read_call(
         q.dtype,
         device,
         grad,
-        "" if added is None else "object" if isinstance(added, Bias) else "tensor",
+        _bias_kind(added),
         _bias_shape(added, sizes),
         bias_grad,
         cap is not None,
@@ -97,6 +97,13 @@ def read_call(
         transform(),
     )
     return Call(mask, request, Inputs(q, k, v, given_scale, cap, added, sinks, rate))
+
+
+def _bias_kind(bias: Tensor | Bias | None) -> str:
+    """`Request.bias`."""
+    if bias is None or isinstance(bias, Tensor):
+        return "" if bias is None else "tensor"
+    return {Alibi: "alibi", Relative: "relative"}.get(type(bias), "object")
 
 
 def _bias_shape(bias: Tensor | Bias | None, sizes: tuple[int, int, int, int]) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ def test_mistakes_are_named(make: object, words: str) -> None:
     assert words in str(caught.value)
 
 
-BACKENDS = ["sdpa", "block_sparse", "reference"]
+BACKENDS = ["native", "sdpa", "block_sparse", "reference"]
 WHOLE = ["sdpa", "reference"]  # who asks about all cells of so small a call at once
 
 

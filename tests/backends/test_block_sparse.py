@@ -23,6 +23,7 @@ from truemask.backends.base import Job, Request
 from truemask.backends.block_sparse import BlockSparse
 from truemask.backends.costs import table
 from truemask.backends.groups import Steps
+from truemask.backends.native import Native
 from truemask.backends.places import add, gathered, put, strided
 from truemask.backends.weave import woven
 from truemask.geometry.slab_strips import from_slabs
@@ -381,7 +382,10 @@ def test_a_lowered_job_says_its_size() -> None:
     assert not any(isinstance(x, Strips) for x in job.notes.values())
 
 
-def test_it_is_chosen_where_a_mask_is_sparse() -> None:
+def test_it_is_chosen_where_a_mask_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there is no native kernel."""
+    monkeypatch.setattr(Native, "objections", lambda self, job: ["it is on holiday"])
+    CACHE.clear()
     for mask in (tm.window(512), tm.causal.packed([700] * 12), tm.causal & (tm.window(256) | tm.prefix(4))):
         found = tm.plan(mask, 8192)
         assert found.backend == "block_sparse"
@@ -392,6 +396,7 @@ def test_it_is_chosen_where_a_mask_is_sparse() -> None:
     assert tm.plan(tm.window(512), 8192, grad=True).costs["block_sparse"] > found.costs["block_sparse"]
     assert tm.plan(tm.causal & tm.window(64), 2048, softcap=30.0).backend == "block_sparse"
     assert table().block_sparse.call_group > 0
+    CACHE.clear()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_masks_race(monkeypatch: pytest.MonkeyPatch) -> None:
     code, out = run("causal & window(7)", "random(0.2, per_head=True)", "-n", "67", "--heads", "2", "--head-dim", "8")
     assert code == 0, out
     assert "67 tokens, 2 heads of 8, float32, forward;" in out
-    assert re.search(r"^causal & window\(7\) +\d.* x +(sdpa|block_sparse) +\d", out, re.MULTILINE)
+    assert re.search(r"^causal & window\(7\) +\d.* x +(native|sdpa|block_sparse) +\d", out, re.MULTILINE)
     assert "predicted from the shipped costs" in out
 
 

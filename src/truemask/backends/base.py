@@ -61,7 +61,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     grad: bool = False
-    bias: str = ""  # "", "tensor" or "object"
+    bias: str = ""  # "", "tensor", "alibi", "relative", or "object": a bias of another class
     bias_shape: tuple[int, ...] = ()  # of the tensor, or [1, heads, q, k] of the object
     bias_grad: bool = False
     softcap: bool = False
@@ -70,6 +70,11 @@ class Request(NamedTuple):
     return_lse: bool = False
     return_weights: bool = False
     transform: str = ""  # "vmap or torch.func" or "forward mode": what the call stands inside of
+
+    @property
+    def bias_object(self) -> bool:
+        """Whether there is a bias that is asked about positions."""
+        return self.bias not in ("", "tensor")
 
     @property
     def cells(self) -> int:

@@ -59,6 +59,7 @@ class Table:
 
     sdpa: SdpaRates = SdpaRates(120e9, 118e9, 70e-6, 215e-6)
     block_sparse: StripRates = StripRates(108e9, 95e9, 140e-6, 320e-6)
+    native: Rates = Rates(125e9, 115e9, 95e-6, 300e-6)
     reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
 
 
@@ -146,7 +147,8 @@ def table_of(costs: dict[str, Any]) -> Table:
     """The table of stored constants; `ValueError` names the one that cannot be, or the backend that is missing."""
     found: dict[str, Rates] = {}
     for name in BACKENDS:
-        shipped, numbers = getattr(SHIPPED, name), costs.get(name)
+        shipped = getattr(SHIPPED, name)
+        numbers = costs.get(name, {} if name == "native" else None)  # which may have been missing
         if not isinstance(numbers, dict):
             raise ValueError(f"nothing is said of the backend {name!r}")
         known = {field.name for field in fields(shipped)}

@@ -188,14 +188,14 @@ def _dense_bytes(job: Job) -> int:
     """The bytes that a dense mask and bias take at once: the mask, the two joined, and a bias object's own values."""
     r = job.request
     mask = 0 if r.bias and job.pattern == "everything" else math.prod(_mask_sizes(job))
-    biases = ("", "tensor", "object").index(r.bias)
+    biases = bool(r.bias) + r.bias_object
     return (mask + biases * _dense_cells(job)) * _mask_dtype(r).itemsize
 
 
 def _dense_cells(job: Job) -> int:
     """The numbers in the dense mask, joined with the bias."""
     sizes, bias = _mask_sizes(job), job.request.bias_shape
-    if job.request.bias == "object":  # positions that differ among samples make biases that do
+    if job.request.bias_object:  # positions that differ among samples make biases that do
         bias = (job.request.batch if job.mask.batch_size != 1 else 1, *bias[1:])
     return math.prod(map(max, sizes, bias or sizes))
 

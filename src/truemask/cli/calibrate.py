@@ -64,8 +64,8 @@ def measured_costs(
     say: Say, small: Probe = SMALL, large: Probe = LARGE, seconds: float = SECONDS
 ) -> dict[str, dict[str, float]]:
     """The constants of every backend, in the form in which they are stored; `say` hears what is being measured."""
-    backends = [backend for backend in BACKENDS if backend.name in NAMES]
-    times = partial(_times, say, [backend.name for backend in backends], seconds)
+    backends = [b for b in BACKENDS if b.name in NAMES and not b.objections(large.job(False))]
+    times = partial(_times, say, backends, seconds)
     forward, train = ([(probe, times(probe, grad)) for probe in (small, large)] for grad in (False, True))
     others = {
         "doubles": times(large._replace(dtype=torch.float64), False),
@@ -79,7 +79,8 @@ def measured_costs(
             rates = fitted(backend, rates, few, many)
         single = Measured(large, False, forward[1][1][name])
         work = max(_parts(backend, rates, single).work, LEAST * single.seconds)
-        factors = {key: max(LEAST, 1 + (of[name] - single.seconds) / work) for key, of in others.items()}
+        of_dtypes = {key: times[name] for key, times in others.items() if name in times}
+        factors = {key: max(LEAST, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
         found[name] = asdict(replace(rates, **factors))
     say("a bias that meets a mask")
     faster = join_rate(seconds) / SHIPPED.sdpa.join
@@ -89,10 +90,11 @@ def measured_costs(
     return found
 
 
-def _times(say: Say, names: list[str], seconds: float, probe: Probe, grad: bool) -> dict[str, float]:
-    """The least seconds of each backend."""
+def _times(say: Say, backends: list[Backend], seconds: float, probe: Probe, grad: bool) -> dict[str, float]:
+    """The least seconds of each backend that can run the job."""
     say(f"{'forward and backward' if grad else 'forward'}, {probe}")
     course = Course.of(probe.n, probe.heads, probe.d, dtype=probe.dtype)
+    names = [backend.name for backend in backends if not backend.objections(probe.job(grad))]
     runs = {name: course.run(by_truemask(probe.mask, name), grad) for name in names}
     return {name: timing.least for name, timing in race(runs, seconds).items()}
 

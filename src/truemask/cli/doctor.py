@@ -11,6 +11,7 @@ from rich.console import Console
 from truemask._explain import duration
 from truemask._plan import plan
 from truemask.backends import costs
+from truemask.backends.native_library import isa, missing
 from truemask.cli.console import make_console, plain
 from truemask.cli.gpu_report import CHECKS, LENGTH, SECONDS, gpu_facts, report
 from truemask.cli.machine import facts
@@ -26,7 +27,8 @@ def doctor(
 ) -> None:
     """Say what is installed, which backends run here, and what keeps the others; a report to paste into an issue."""
     console = make_console()
-    _pairs(console, [*facts(torch.get_num_threads()), ("costs", costs.source())])
+    kernel = f"compiled for {isa()}" if not missing() else f"none: {missing()}"
+    _pairs(console, [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source())])
     if not gpu:
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             _backends(console, device)

@@ -104,6 +104,11 @@ class Relative(Bias):
     def head_count(self) -> int:
         return self.table.shape[0]
 
+    @property
+    def reach(self) -> int:
+        """The distance from which on nothing changes."""
+        return len(self._near) - 1
+
     def value(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table, near = self.table.to(q.device), self._near.to(q.device)
         distance = k - q

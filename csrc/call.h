@@ -1,0 +1,97 @@
+// One call, as Python describes it: `backends/native_call.py` has the same fields in the same order.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "gemm.h"
+
+namespace {
+
+constexpr int64_t TILE = 64;  // queries and keys of a tile: a row of one is a 64-bit word
+constexpr float LN2 = 0.693147180559945309f, LOG2E = 1.44269504088896341f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+enum Dtype : int64_t { FLOAT, BFLOAT, HALF };
+enum BiasKind : int64_t { NO_BIAS, TENSOR, ALIBI, RELATIVE };
+
+// A tensor [b, h, n, d]: strides in elements, the last one is 1.
+struct Array {
+  void* data;
+  int64_t sample, head, row;
+};
+
+struct Call {
+  int64_t b, hq, hk, nq, nk, d, dv;  // sizes
+  int64_t dtype, threads;
+  float scale, softcap;  // softcap 0: none
+  Array q, k, v, out;
+  float* lse;          // [b, hq, nq], over keys only
+  const float* sinks;  // [hq], or null
+
+  // The mask: rows of tiles as runs of key tiles, (first, end, kind): the number of a pattern, or -1 where all is seen.
+  int64_t mask_b, mask_h;
+  const int64_t* starts;  // [mask_b * mask_h * rows of tiles + 1]
+  const int32_t* runs;    // [runs, 3]
+  const uint64_t* words;  // [patterns, 64]: bit j of word i is cell (i, j)
+  const int64_t* order;   // rows of tiles, the longest first
+
+  int64_t bias_kind;
+  const float* bias;  // TENSOR: numbers; ALIBI: slopes; RELATIVE: [heads, 2 reach + 1]
+  int64_t bias_strides[4];  // of a tensor; of heads in [1]
+  int64_t reach;
+  const int64_t *q_positions, *k_positions;
+  int64_t q_stride, k_stride;  // from sample to sample
+
+  uint64_t drop_below;  // of 2^32; 0: no dropout
+  uint64_t seed;
+  float keep_scale;
+
+  // The backward: `lse` is then the log-sum-exp with the sinks, `extra` what is added to dout . v [b, hq, nq], or null.
+  Array dout, dq, dk, dv_out;
+  const float* extra;
+  float* delta;  // [b, hq, nq]: dout . out, for the sinks
+
+  int64_t tiles_q() const { return (nq + TILE - 1) / TILE; }
+  int64_t tiles_k() const { return (nk + TILE - 1) / TILE; }
+  int64_t group() const { return hq / hk; }
+  int64_t keys(int64_t j) const { return std::min(TILE, nk - j * TILE); }
+};
+
+// Floats that begin where a cache line does.
+class Buffer {
+ public:
+  explicit Buffer(size_t n = 0) : held_(new float[n + 16 + 3 * W]) {
+    void* start = held_.get();
+    size_t room = (n + 16 + 2 * W) * sizeof(float);
+    at_ = static_cast<float*>(std::align(64, (n + 2 * W) * sizeof(float), start, room));
+  }
+  operator float*() const { return at_; }
+
+ private:
+  std::unique_ptr<float[]> held_;
+  float* at_;
+};
+
+inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+// Run `make()(i)` for every i < n, the next free thread taking the next i: what i computes must not depend on who does.
+template <class Make>
+void each(int64_t n, int64_t threads, Make make) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    if (next.load(std::memory_order_relaxed) >= n) return;
+    auto run = make();
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) run(i);
+  };
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < std::min(threads, n); ++t) others.emplace_back(work);
+  work();
+  for (auto& thread : others) thread.join();
+}
+
+}  // namespace

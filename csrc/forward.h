@@ -1,0 +1,138 @@
+// The forward: rows of tiles by online softmax, some key tiles at a time, whose scores stay in the first cache.
+#pragma once
+#include "strip.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 4;         // key tiles at a time
+constexpr int64_t LD = CHUNK * TILE;  // from one row of scores to the next
+constexpr int64_t SPLIT = 16;        // key tiles of a part at least, where few queries see many keys
+constexpr int64_t MOST_PARTS = 32;
+constexpr int64_t FEW = 8;           // rows up to which keys are read as they lie: transposing them would take longer
+
+// How a call is cut into items; by its sizes alone, so that results do not depend on threads.
+struct Cut {
+  int64_t stacked;  // query heads whose rows lie one below the other
+  int64_t strips;   // of all samples and heads
+  bool direct;      // whether keys and values are read as they lie
+  int64_t parts;    // of the keys of each
+  int64_t size;     // key tiles of a part
+
+  explicit Cut(const Call& c) {
+    stacked = c.mask_h == 1 && c.group() * c.nq <= TILE ? c.group() : 1;
+    strips = c.tiles_q() * c.b * c.hq / stacked;
+    direct = stacked * c.nq <= FEW;
+    const bool few = strips < 64 && c.nq <= TILE;
+    size = few ? std::max(SPLIT, (c.tiles_k() + MOST_PARTS - 1) / MOST_PARTS) : std::max<int64_t>(c.tiles_k(), 1);
+    parts = std::max<int64_t>((c.tiles_k() + size - 1) / size, 1);
+  }
+};
+
+// What a part of a strip's keys comes to: sums of weighted values, their weights, the highest score in base 2.
+struct Partial {
+  Buffer sums;  // [64, width]
+  float total[TILE], top[TILE];
+  explicit Partial(int64_t width) : sums(TILE * width) {}
+};
+
+class Forward {
+ public:
+  Forward(const Call& c, const Cut& cut, const Packed& k, const Packed& v)
+      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), depth_(padded(c.d)), width_(padded(c.dv)), q_(TILE * depth_),
+        scores_(TILE * LD), keys_(cut.direct ? TILE * depth_ : 0), values_(cut.direct ? TILE * width_ : 0) {}
+
+  Strip& at(int64_t i) {  // the strip, and its queries
+    const int64_t heads = c_.hq / cut_.stacked, bh = i / c_.tiles_q();  // head by head: its keys stay in the cache
+    strip_.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
+    strip_.read_queries(q_, depth_);
+    return strip_;
+  }
+
+  void attend(int64_t first, int64_t end, Partial& into) {
+    for (int64_t r = 0; r < strip_.m; ++r) into.top[r] = -INF, into.total[r] = 0;
+    std::fill(into.sums + 0, into.sums + strip_.m * width_, 0.0f);
+    held_ = 0;
+    tiles_in(c_, strip_.range, first, end, [&](int64_t j, int32_t kind) {
+      tiles_[held_] = j, kinds_[held_] = kind;
+      if (++held_ == CHUNK) chunk(into);
+    });
+    if (held_) chunk(into);
+  }
+
+  void finish(const Partial& from) const {
+    for (int64_t r = 0; r < strip_.m; ++r) {
+      const float lse = from.total[r] == 0 ? -INF : (from.top[r] + std::log2(from.total[r])) * LN2;
+      float by = from.total[r] == 0 ? 0 : 1 / from.total[r];
+      if (c_.sinks && from.total[r] != 0) by /= 1 + std::exp(c_.sinks[strip_.head_of(r)] - lse);
+      write(from.sums + r * width_, by, c_.dv, c_.dtype, row_of(c_, c_.out, strip_.b, strip_.head_of(r), strip_.query(r)));
+      c_.lse[strip_.number(r)] = lse;
+    }
+  }
+
+ private:
+  void chunk(Partial& into) {
+    bool masked[CHUNK];
+    for (int64_t t = 0; t < held_; ++t) {
+      const int64_t j = tiles_[t];
+      float* s = scores_ + t * TILE;
+      if (cut_.direct) {
+        const Rows k = rows_of(c_, c_.k, c_.d, strip_.b, strip_.hk, j, keys_);
+        dots(strip_.m, c_.keys(j), depth_, q_, depth_, k.at, k.row, s, LD);
+      } else {
+        product(strip_.m, TILE, c_.d, q_, depth_, 1, k_.turned(strip_.b, strip_.hk, j), TILE, s, LD, false);
+      }
+      strip_.score(j, s, LD);
+      masked[t] = strip_.see(j, kinds_[t]);
+      if (masked[t]) strip_.hide(s, LD);
+    }
+    for (int64_t r = 0; r < strip_.m; ++r) weigh(r, held_ * TILE, into);
+    for (int64_t t = 0; t < held_; ++t) {
+      const int64_t j = tiles_[t];
+      float* p = scores_ + t * TILE;
+      if (c_.drop_below) strip_.drop(j, p, LD);
+      const Rows v = cut_.direct ? rows_of(c_, c_.v, c_.dv, strip_.b, strip_.hk, j, values_)
+                                 : Rows{v_.rows(strip_.b, strip_.hk, j), v_.row()};
+      if (masked[t] && (cut_.direct || !v_.is_finite(strip_.b, strip_.hk, j))) {
+        strip_.see(j, kinds_[t]);
+        chosen_product(strip_.m, width_, c_.keys(j), p, LD, 1, v.at, v.row, into.sums, width_, strip_.word, false);
+      } else {
+        product(strip_.m, width_, c_.keys(j), p, LD, 1, v.at, v.row, into.sums, width_, true);
+      }
+    }
+    held_ = 0;
+  }
+
+  // Scores of one row become weights; what was summed before shrinks if there is a new highest score.
+  void weigh(int64_t r, int64_t n, Partial& into) {
+    float* s = scores_ + r * LD;
+    const float factor = strip_.factor();
+    vf high = load(s);
+    for (int64_t j = W; j < n; j += W) high = larger(load(s + j), high);
+    float now = largest(high) * factor;
+    now = now > into.top[r] ? now : into.top[r];
+    const float base = now == -INF ? 0 : now;
+    if (now != into.top[r]) {
+      const float shrink = into.total[r] == 0 ? 0 : exp2f_(into.top[r] - base);
+      for (int64_t p = 0; p < width_; p += W) store(into.sums + r * width_ + p, load(into.sums + r * width_ + p) * shrink);
+      into.total[r] *= shrink, into.top[r] = now;
+    }
+    vf all = vf{};
+    for (int64_t j = 0; j < n; j += W) {
+      const vf p = exp2v(load(s + j) * factor - base);
+      store(s + j, p);
+      all += p;
+    }
+    into.total[r] += sum(all);
+  }
+
+  const Call& c_;
+  const Cut& cut_;
+  const Packed &k_, &v_;
+  Strip strip_;
+  int64_t depth_, width_, held_ = 0;  // head sizes as vectors have them
+  Buffer q_, scores_, keys_, values_;
+  int64_t tiles_[CHUNK];
+  int32_t kinds_[CHUNK];
+};
+
+}  // namespace

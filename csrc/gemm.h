@@ -1,0 +1,93 @@
+// Products of small matrices: C[m, n] = or += A[m, k] B[k, n]. A has any two strides, rows of B and C have no gaps.
+#pragma once
+#include "vec.h"
+
+namespace {
+
+constexpr int ROWS = W == 4 ? 4 : 6;      // of C that stay in registers
+constexpr int ACROSS = W == 16 ? 4 : 2;   // vectors of each
+
+template <int M, int V>
+TM_INLINE void block(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t k, float* c,
+                     int64_t ldc, bool add) {
+  vf x[M][V];  // summed from 0 and then added to C: long sums lose less
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) x[i][j] = vf{};
+  for (int64_t p = 0; p < k; ++p) {
+    vf y[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) y[j] = load(b + p * ldb + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const vf s = splat(a[i * row + p * step]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) x[i][j] += s * y[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + x[i][j] : x[i][j]);
+}
+
+template <int V>
+TM_INLINE void panel(int64_t m, const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t k,
+                     float* c, int64_t ldc, bool add) {
+  for (; m >= ROWS; m -= ROWS, a += ROWS * row, c += ROWS * ldc) block<ROWS, V>(a, row, step, b, ldb, k, c, ldc, add);
+  switch (m) {
+    case 5: return block<5, V>(a, row, step, b, ldb, k, c, ldc, add);
+    case 4: return block<4, V>(a, row, step, b, ldb, k, c, ldc, add);
+    case 3: return block<3, V>(a, row, step, b, ldb, k, c, ldc, add);
+    case 2: return block<2, V>(a, row, step, b, ldb, k, c, ldc, add);
+    case 1: return block<1, V>(a, row, step, b, ldb, k, c, ldc, add);
+  }
+}
+
+// n is a multiple of W. `row` and `step` are A's strides along m and k.
+__attribute__((noinline)) void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step,
+                                       const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  int64_t j = 0;
+  for (; j + ACROSS * W <= n; j += ACROSS * W) panel<ACROSS>(m, a, row, step, b + j, ldb, k, c + j, ldc, add);
+  for (; j < n; j += W) panel<1>(m, a, row, step, b + j, ldb, k, c + j, ldc, add);
+}
+
+// C[i, p] = the product of row i of A and row p of B, for few rows of A: B is read once, as it lies.
+template <int M>
+TM_INLINE void dots_of(int64_t n, int64_t d, const float* a, int64_t row, const float* b, int64_t ldb, float* c,
+                       int64_t ldc) {
+  for (int64_t p = 0; p < n; ++p) {
+    vf x[M] = {};
+    for (int64_t j = 0; j < d; j += W) {
+      const vf y = load(b + p * ldb + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) x[i] += load(a + i * row + j) * y;
+    }
+    for (int i = 0; i < M; ++i) c[i * ldc + p] = sum(x[i]);
+  }
+}
+__attribute__((noinline)) void dots(int64_t m, int64_t n, int64_t d, const float* a, int64_t row, const float* b,
+                                    int64_t ldb, float* c, int64_t ldc) {
+  for (; m >= 4; m -= 4, a += 4 * row, c += 4 * ldc) dots_of<4>(n, d, a, row, b, ldb, c, ldc);
+  switch (m) {
+    case 3: return dots_of<3>(n, d, a, row, b, ldb, c, ldc);
+    case 2: return dots_of<2>(n, d, a, row, b, ldb, c, ldc);
+    case 1: return dots_of<1>(n, d, a, row, b, ldb, c, ldc);
+  }
+}
+
+// C += A B over the cells that are on: what is behind a masked cell is never read, so that it may be NaN. Bit p of
+// word i says whether A[i, p] counts, or bit i of word p if the words are `turned`.
+__attribute__((noinline)) void chosen_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row,
+                                              int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                              const uint64_t* words, bool turned) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t p = 0; p < k; ++p) {
+      if (!((turned ? words[p] >> i : words[i] >> p) & 1)) continue;
+      const vf s = splat(a[i * row + p * step]);
+      for (int64_t j = 0; j < n; j += W) store(c + i * ldc + j, load(c + i * ldc + j) + s * load(b + p * ldb + j));
+    }
+}
+
+}  // namespace

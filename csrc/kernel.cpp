@@ -1,0 +1,111 @@
+// Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; no state.
+#include "backward.h"
+#include "forward.h"
+
+namespace {
+
+void pack(const Call& c, Packed* const* all, int n) {
+  const std::vector<int64_t> used = used_tiles(c);
+  const int64_t tiles = used.size(), heads = c.b * c.hk;
+  each(tiles * heads, c.threads, [&] {
+    return [&, spare = std::make_shared<Buffer>(TILE * padded(std::max(c.d, c.dv)))](int64_t i) {
+      for (int x = 0; x < n; ++x) all[x]->make(i / tiles * c.tiles_k() + used[i % tiles], *spare);
+    };
+  });
+}
+
+// Parts of a strip's keys as one, always in the same order.
+void join(Partial& into, const Partial& part, int64_t m, int64_t width) {
+  for (int64_t r = 0; r < m; ++r) {
+    if (part.total[r] == 0) continue;
+    const float top = part.top[r] > into.top[r] ? part.top[r] : into.top[r];
+    const float a = into.total[r] == 0 ? 0 : std::exp2(into.top[r] - top), b = std::exp2(part.top[r] - top);
+    for (int64_t p = 0; p < width; ++p) into.sums[r * width + p] = into.sums[r * width + p] * a + part.sums[r * width + p] * b;
+    into.total[r] = into.total[r] * a + part.total[r] * b, into.top[r] = top;
+  }
+}
+
+void forward(const Call& c) {
+  const Cut cut(c);
+  Packed k(c, c.k, c.d, false, !cut.direct), v(c, c.v, c.dv, !cut.direct, false);
+  Packed* both[] = {&k, &v};
+  if (!cut.direct) pack(c, both, 2);
+  if (cut.parts == 1) {
+    each(cut.strips, c.threads, [&] {
+      return [&, run = std::make_shared<Forward>(c, cut, k, v), own = std::make_shared<Partial>(v.width())](int64_t i) {
+        run->at(i);
+        run->attend(0, c.tiles_k(), *own);
+        run->finish(*own);
+      };
+    });
+    return;
+  }
+  std::vector<std::unique_ptr<Partial>> found(cut.strips * cut.parts);
+  each(cut.strips * cut.parts, c.threads, [&] {
+    return [&, run = std::make_shared<Forward>(c, cut, k, v)](int64_t i) {
+      found[i] = std::make_unique<Partial>(v.width());
+      run->at(i / cut.parts);
+      run->attend(i % cut.parts * cut.size, (i % cut.parts + 1) * cut.size, *found[i]);
+    };
+  });
+  each(cut.strips, c.threads, [&] {
+    return [&, run = std::make_shared<Forward>(c, cut, k, v)](int64_t i) {
+      Partial& all = *found[i * cut.parts];
+      const int64_t m = run->at(i).m;
+      for (int64_t p = 1; p < cut.parts; ++p) join(all, *found[i * cut.parts + p], m, v.width());
+      run->finish(all);
+    };
+  });
+}
+
+void backward(const Call& c) {
+  const int64_t width = padded(c.d), vwidth = padded(c.dv), rows = c.tiles_q() * TILE, keys = c.tiles_k() * TILE;
+  Packed k(c, c.k, c.d, true, true), v(c, c.v, c.dv, false, true);
+  Packed* both[] = {&k, &v};
+  pack(c, both, 2);
+  each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
+    return [&, x = std::make_shared<Buffer>(c.dv), y = std::make_shared<Buffer>(c.dv)](int64_t i) {
+      const int64_t bh = i / c.tiles_q(), first = i % c.tiles_q() * TILE;
+      for (int64_t n = first; n < std::min(first + TILE, c.nq); ++n) {
+        floats(row_of(c, c.dout, bh / c.hq, bh % c.hq, n), c.dtype, c.dv, c.dv, *x);
+        floats(row_of(c, c.out, bh / c.hq, bh % c.hq, n), c.dtype, c.dv, c.dv, *y);
+        float total = 0;
+        for (int64_t p = 0; p < c.dv; ++p) total += (*x)[p] * (*y)[p];
+        c.delta[bh * c.nq + n] = total;
+      }
+    };
+  });
+  const BackwardCut cut(c);
+  Buffer dq(cut.parts * c.b * c.hq * rows * width), dk(c.b * c.hk * keys * width), dv(c.b * c.hk * keys * vwidth);
+  each(cut.parts * c.b * c.hk, c.threads, [&] {
+    return [run = std::make_shared<Backward>(c, cut, k, v, dq, dk, dv)](int64_t i) { (*run)(i); };
+  });
+  each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
+    return [&](int64_t i) {
+      const int64_t bh = i / c.tiles_q(), first = i % c.tiles_q() * TILE, all = c.b * c.hq * rows * width;
+      for (int64_t n = first; n < std::min(first + TILE, c.nq); ++n) {
+        float* row = dq + (bh * rows + n) * width;
+        for (int64_t p = 1; p < cut.parts; ++p)
+          for (int64_t x = 0; x < c.d; ++x) row[x] += row[p * all + x];
+        write(row, c.scale, c.d, c.dtype, row_of(c, c.dq, bh / c.hq, bh % c.hq, n));
+      }
+    };
+  });
+  each(c.b * c.hk * c.tiles_k(), c.threads, [&] {
+    return [&](int64_t i) {
+      const int64_t bh = i / c.tiles_k(), first = i % c.tiles_k() * TILE;
+      for (int64_t n = first; n < std::min(first + TILE, c.nk); ++n) {
+        write(dk + (bh * keys + n) * width, c.scale > 0 ? c.scale : 1, c.d, c.dtype, row_of(c, c.dk, bh / c.hk, bh % c.hk, n));
+        write(dv + (bh * keys + n) * vwidth, 1, c.dv, c.dtype, row_of(c, c.dv_out, bh / c.hk, bh % c.hk, n));
+      }
+    };
+  });
+}
+
+}  // namespace
+
+extern "C" {
+int tm_call_bytes() { return sizeof(Call); }  // Python looks whether its structure is this one
+void tm_forward(const Call* c) { forward(*c); }
+void tm_backward(const Call* c) { backward(*c); }
+}

@@ -1,0 +1,135 @@
+// Some rows of queries: which they are, what they may see of a tile of keys, and what becomes of their scores.
+#pragma once
+#include "pack.h"
+
+namespace {
+
+// The hash of `truemask/masks/hashing.py`, on 32-bit words or vectors of them.
+template <class T>
+TM_INLINE T mix(T x) {
+  x = ((x >> 16) ^ x) * 0x45D9F3Bu;
+  x = ((x >> 16) ^ x) * 0x45D9F3Bu;
+  return (x >> 16) ^ x;
+}
+inline uint32_t hash_of(const uint32_t* words, int n) {
+  uint32_t state = 0x9E3779B9u;
+  for (int i = 0; i < n; ++i) state = mix(state ^ words[i]);
+  for (int i = n - 2; i >= 0; --i) state = mix(state ^ words[i]);
+  return state;
+}
+
+// Rows of one tile; of several query heads, one below the other, where few queries share their keys.
+struct Strip {
+  const Call& c;
+  int64_t b = 0, hk = 0, head = 0, tile = 0, each = 0, m = 0;  // `each` rows of each head from `head` on
+  const int64_t* range = nullptr;                              // of the runs that they see
+  uint32_t row_hash[TILE];
+  uint64_t word[TILE];  // what the rows see of the tile at hand
+
+  explicit Strip(const Call& c_) : c(c_) {}
+
+  void set(int64_t b_, int64_t head_, int64_t heads, int64_t tile_) {
+    b = b_, head = head_, hk = head_ / c.group(), tile = tile_;
+    each = std::min(TILE, c.nq - tile * TILE), m = each * heads;
+    range = c.starts + ((c.mask_b > 1 ? b : 0) * c.mask_h + (c.mask_h > 1 ? head : 0)) * c.tiles_q() + tile;
+    if (!c.drop_below) return;
+    for (int64_t r = 0; r < m; ++r) {
+      const uint32_t words[4] = {uint32_t(c.seed), uint32_t(b), uint32_t(head_of(r)), uint32_t(query(r))};
+      row_hash[r] = hash_of(words, 4);
+    }
+  }
+  int64_t head_of(int64_t r) const { return head + r / each; }
+  int64_t query(int64_t r) const { return tile * TILE + r % each; }
+  int64_t number(int64_t r) const { return (b * c.hq + head_of(r)) * c.nq + query(r); }  // in [b, hq, nq]
+
+  // The rows of a tensor as floats without gaps, [m, width].
+  void read(const Array& x, int64_t d, int64_t width, float* to) const {
+    for (int64_t r = 0; r < m; ++r) floats(row_of(c, x, b, head_of(r), query(r)), c.dtype, d, width, to + r * width);
+  }
+
+  // The queries. What scores are multiplied with must be above 0, or -inf would not stay hidden: queries take the rest.
+  void read_queries(float* to, int64_t width) const {
+    read(c.q, c.d, width, to);
+    if (c.scale > 0) return;
+    for (int64_t i = 0; i < m * width; ++i) to[i] *= c.scale;
+  }
+  float scale() const { return c.scale > 0 ? c.scale : 1; }
+
+  // Which cells of key tile j are on, in `word`; false if all are.
+  bool see(int64_t j, int32_t kind) {
+    const int64_t keys = c.keys(j);
+    if (kind < 0 && keys == TILE) return false;
+    const uint64_t edge = keys == TILE ? ~0ull : (1ull << keys) - 1;
+    for (int64_t r = 0; r < m; ++r) word[r] = kind < 0 ? edge : edge & c.words[kind * TILE + r % each];
+    return true;
+  }
+
+  // Products [m, 64] (rows `ld` apart) become scores as softmax takes them, but for the factor `factor()`. `slopes`, if
+  // not null, gets the derivative of a soft cap.
+  void score(int64_t j, float* s, int64_t ld, float* slopes = nullptr) const {
+    if (c.softcap == 0 && c.bias_kind == NO_BIAS) return;
+    for (int64_t r = 0; r < m; ++r) {
+      float* x = s + r * ld;
+      for (int64_t n = 0; n < TILE; n += W) {
+        vf y = load(x + n) * scale();
+        if (c.softcap != 0) {
+          const vf t = tanhv(y / splat(c.softcap));
+          if (slopes) store(slopes + r * TILE + n, 1.0f - t * t);
+          y = t * c.softcap;
+        }
+        store(x + n, y);
+      }
+      if (c.bias_kind != NO_BIAS) add_bias(r, j, x);
+    }
+  }
+  float factor() const { return c.softcap == 0 && c.bias_kind == NO_BIAS ? scale() * LOG2E : LOG2E; }
+
+  // -inf where cells are off.
+  void hide(float* s, int64_t ld) const {
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t n = 0; n < TILE; n += W)
+        store(s + r * ld + n, bits_at(word[r], n) ? load(s + r * ld + n) : splat(-INF));
+  }
+
+  // Weights times 1 / (1 - rate) where dropout keeps them, 0 elsewhere.
+  void drop(int64_t j, float* p, int64_t ld) const {
+    const vu below = vu{} + uint32_t(std::min<uint64_t>(c.drop_below, 0xffffffffu));
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t n = 0; n < TILE; n += W) {
+        const vu k = (vu)(lanes() + int32_t(j * TILE + n)), row = vu{} + row_hash[r];
+        vu x = mix((vu{} + 0x9E3779B9u) ^ row);
+        x = mix(mix(x ^ k) ^ row);
+        store(p + r * ld + n, x >= below ? load(p + r * ld + n) * c.keep_scale : vf{});
+      }
+  }
+
+ private:
+  void add_bias(int64_t r, int64_t j, float* x) const {
+    const int64_t h = head_of(r), keys = c.keys(j), q = query(r);
+    if (c.bias_kind == TENSOR) {
+      const int64_t* by = c.bias_strides;
+      const float* from = c.bias + b * by[0] + h * by[1] + q * by[2] + j * TILE * by[3];
+      for (int64_t n = 0; n < keys; ++n) x[n] += from[n * by[3]];
+      return;
+    }
+    const int64_t at = c.q_positions[b * c.q_stride + q];
+    const int64_t* k = c.k_positions + b * c.k_stride + j * TILE;
+    const float* numbers = c.bias + h * c.bias_strides[1];
+    for (int64_t n = 0; n < keys; ++n) {
+      const int64_t apart = k[n] - at;
+      if (c.bias_kind == ALIBI) x[n] -= numbers[0] * float(apart < 0 ? -apart : apart);
+      else x[n] += numbers[std::min(std::max(apart, -c.reach), c.reach) + c.reach];
+    }
+  }
+};
+
+// The key tiles of a strip's runs in [first, end): `take(j, kind)`.
+template <class F>
+TM_INLINE void tiles_in(const Call& c, const int64_t* range, int64_t first, int64_t end, F take) {
+  for (int64_t r = range[0]; r < range[1]; ++r) {
+    const int32_t* run = c.runs + 3 * r;
+    for (int64_t j = std::max<int64_t>(run[0], first); j < std::min<int64_t>(run[1], end); ++j) take(j, run[2]);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,103 @@
+// Vectors as the compiler has them: 16, 8 or 4 floats, by the instruction set that this is compiled for.
+// GCC's and Clang's vector extensions only, so that the same source runs everywhere.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define TM_WIDTH 16
+#elif defined(__AVX__)
+#define TM_WIDTH 8
+#else
+#define TM_WIDTH 4
+#endif
+#define TM_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int W = TM_WIDTH;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+
+TM_INLINE vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+TM_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+TM_INLINE vf splat(float x) { return x - vf{}; }
+TM_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+
+TM_INLINE vi lanes() {
+  vi x = {};
+  for (int i = 0; i < W; ++i) x[i] = i;
+  return x;
+}
+
+// Over all lanes: halves are folded until four are left.
+typedef float v4 __attribute__((vector_size(16)));
+
+template <class F>
+TM_INLINE float folded(vf x, F fold) {
+  v4 part[W / 4];
+  std::memcpy(part, &x, sizeof x);
+  for (int n = W / 8; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) part[i] = fold(part[i], part[i + n]);
+  v4 y = part[0];
+  y = fold(y, __builtin_shufflevector(y, y, 2, 3, 0, 1));
+  y = fold(y, __builtin_shufflevector(y, y, 1, 0, 3, 2));
+  return y[0];
+}
+TM_INLINE float sum(vf x) {
+  return folded(x, [](v4 a, v4 b) __attribute__((always_inline)) { return a + b; });
+}
+TM_INLINE float largest(vf x) {
+  return folded(x, [](v4 a, v4 b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// 2^x, 0 below 2^-126; NaN stays NaN. The polynomial's relative error on [-0.5, 0.5] is 2e-9.
+TM_INLINE vf exp2v(vf x) {
+  const vf low = splat(-126.0f), high = splat(127.0f);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
+  const vi dead = x < low;
+  x = dead ? low : x;
+  x = x > high ? high : x;
+  const vf shifted = x + magic;
+  const vf f = x - (shifted - magic);
+  vf p = splat(1.534027366e-4f);
+  p = p * f + 1.339988406e-3f;
+  p = p * f + 9.618509525e-3f;
+  p = p * f + 5.550328924e-2f;
+  p = p * f + 2.402264670e-1f;
+  p = p * f + 6.931472056e-1f;
+  p = p * f + 1.0f;
+  const vf r = (vf)((vi)p + ((vi)shifted << 23));  // the whole number stands in the lowest bits
+  return dead ? vf{} : (x == x ? r : x);
+}
+
+TM_INLINE float exp2f_(float x) { return exp2v(splat(x))[0]; }
+
+// tanh; the polynomial for small numbers is Cephes's, whose relative error is below 1e-7.
+TM_INLINE vf tanhv(vf x) {
+  const vf size = x < 0 ? -x : x;
+  const vf z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  const vf small = x + x * z * p;
+  const vf e = exp2v(size * -2.8853900817779268f);  // exp(-2 |x|)
+  const vf large = (1.0f - e) / (1.0f + e);
+  return size < 0.625f ? small : (x < 0 ? -large : large);
+}
+
+// Which lanes are on in a word, from bit `at`: all ones or zeros.
+TM_INLINE vi bits_at(uint64_t word, int64_t at) {
+  vi one = {};
+  for (int i = 0; i < W; ++i) one[i] = int32_t(1u << i);
+  return ((vi{} + int32_t(uint32_t(word >> at))) & one) != 0;
+}
+
+}  // namespace

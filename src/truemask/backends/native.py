@@ -1,0 +1,133 @@
+"""The native kernel: `csrc/`, called on torch's memory. One pass over the tiles that a mask lets through.
+
+What is EMPTY costs nothing, what is FULL runs without a mask, the cells of a MIXED tile are 64 words, identical tiles
+once. fp32, bf16 and fp16 are computed in fp32. Laws 5 and 6 hold inside: what is masked is selected away rather than
+multiplied by zero. Results are bit for bit the same whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, batched_refusal, is_batched
+from truemask.backends.contain import once
+from truemask.backends.costs import seconds, table
+from truemask.backends.native_call import TILE, NativeCall, tiles_of
+from truemask.backends.native_library import missing
+from truemask.geometry.tiles import TileMap
+from truemask.masks.biases import Bias
+
+TILES = "native tiles"  # in a job's notes
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Native:
+    """The kernel of `csrc/`."""
+
+    name = "native"
+    last_resort = False
+
+    def objections(self, job: Job) -> list[str]:
+        r = job.request
+        lacks = [
+            (r.device.type != "cpu", f"the device {r.device.type}: the kernel is the CPU's"),
+            (bool(missing()), f"there is no native kernel: {missing()}"),
+            (r.dtype == torch.float64, "float64: the kernel computes in float32"),
+            (r.bias == "object", "a bias of another class than alibi and relative: the kernel cannot ask it"),
+            (r.bias_grad, "the gradient of a bias: the kernel has none"),
+            (r.return_weights, "return_weights: the weights are never held at once"),
+            (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
+        ]
+        return [reason for lacking, reason in lacks if lacking]
+
+    def cost(self, job: Job) -> float:
+        r = job.request
+        tiles = _tiles(job)
+        planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
+        return seconds(table().native, r, (tiles.counts.mixed + tiles.counts.full) * TILE * TILE * planes)
+
+    def way(self, job: Job) -> str:
+        counts = _tiles(job).counts
+        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
+
+    def lower(self, job: Job) -> Lowered:
+        tiles = tiles_of(_tiles(job))
+        job.notes.pop(TILES, None)
+        return Lowered(tiles, tiles.nbytes)
+
+    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
+        r = job.request
+        positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
+        call = NativeCall(lowered.data, inputs, inputs.bias, positions)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
+        if r.grad:
+            guarded = _tensors_of(inputs.bias)
+            out, lse = NativeFunction.apply(call, q, k, v, inputs.sink_logits, *guarded)  # pyright: ignore[reportGeneralTypeIssues]
+        else:
+            out, lse = call.forward(q, k, v, inputs.sink_logits)
+        return Result(out, lse if r.return_lse else None)
+
+
+def _tensors_of(bias: Tensor | Bias | None) -> tuple[Tensor, ...]:
+    return () if bias is None else (bias,) if isinstance(bias, Tensor) else bias.parameters
+
+
+def _tiles(job: Job) -> TileMap:
+    """The tile map, made once."""
+    if TILES not in job.notes:
+        r: Request = job.request
+        job.notes[TILES] = job.mask.tiles(r.q_len, r.kv_len, TILE, batch=job.mask_batch, heads=job.mask_heads)
+    return job.notes[TILES]
+
+
+class NativeFunction(Function):
+    """The kernel and its backward; second derivatives are refused by name."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: NativeCall, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *guarded: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = call.forward(q, k, v, sinks)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *guarded)  # a bias is guarded: torch notices if it changes
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dout, dlse = grads
+        if any(x is not None and is_batched(x) for x in grads):
+            raise batched_refusal(ctx.call.name)
+        rest = (None,) * (len(ctx.needs_input_grad) - 5)
+        if dout is None and dlse is None:
+            return None, None, None, None, None, *rest
+        saved = ctx.saved_tensors[:6]
+        dout = torch.zeros_like(saved[4]) if dout is None else dout
+        found = partial(_gradients, ctx.call, saved, dout, dlse)
+        return None, *once(ctx.call.name, (*saved[:4], dout, dlse), found), *rest
+
+
+def _gradients(call: NativeCall, saved: tuple[Any, ...], dout: Tensor, dlse: Tensor | None) -> Grads:
+    """Of q, k, v and the sinks."""
+    q, k, v, sinks, out, lse = saved
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    merged = (
+        lse
+        if sinks is None
+        else torch.logaddexp(lse, sinks.float()[:, None]).masked_fill(lse == -torch.inf, -torch.inf)
+    )
+    extra = None
+    if dlse is not None:  # of a key's share of the keys alone, where the weights are shares beside the sink
+        beside = dlse if sinks is None else dlse * torch.exp(merged - lse)
+        extra = beside.masked_fill(lse == -torch.inf, 0).contiguous()
+    dq, dk, dv, delta = call.backward(q, k, v, out, merged.contiguous(), dout, extra)
+    if sinks is None:
+        return dq, dk, dv, None
+    share = torch.exp(sinks.float()[:, None] - merged).masked_fill(lse == -torch.inf, 0)
+    reached = (-share * delta).masked_fill(lse == -torch.inf, 0)
+    return dq, dk, dv, reached.sum((0, 2)).to(sinks.dtype)

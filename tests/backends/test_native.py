@@ -1,0 +1,252 @@
+"""The native kernel: every instruction set that was built, threads, forks, odd sizes, and what happens without it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import truemask as tm
+from tests.strategies import Drawn, expressions
+from truemask._cache import CACHE
+from truemask.backends import native_library
+from truemask.backends.native_library import ISAS, VARIABLE, file_of, isa, library, missing
+from truemask.masks.core import Mask
+
+BUILT = [name for name in ISAS if file_of(name).is_file()]
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=f"the move is whoever installs a C++ compiler: {missing()}"),
+    pytest.mark.filterwarnings("ignore::truemask.ConventionWarning"),
+]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def tensors(
+    b: int, h: int, y: int, q: int, k: int, d: int, dv: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """q, k, v that want gradients, and what comes back to out."""
+    torch.manual_seed(0)
+    shapes = ((b, h, q, d), (b, y, k, d), (b, y, k, dv), (b, h, q, dv))
+    made = [torch.randn(shape).to(dtype) for shape in shapes]
+    return [x.requires_grad_() for x in made[:3]] + made[3:]
+
+
+def results(made: list[Tensor], mask: Mask, backend: str, **options: Any) -> list[Tensor]:
+    """out, lse and the gradients of both."""
+    out, lse = tm.attend(*made[:3], mask, backend=backend, return_lse=True, **options)
+    back = lse.detach().cos().masked_fill(lse == -torch.inf, 0)
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), made[:3], (made[3].to(out.dtype), back))]
+
+
+def agree(made: list[Tensor], mask: Mask, tolerance: float = 2e-5, **options: Any) -> None:
+    """The kernel's results are those of the reference in fp64."""
+    torch.manual_seed(3)
+    mine = results(made, mask, "native", **options)
+    torch.manual_seed(3)
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in made]
+    theirs = results(doubles, mask, "reference", **options)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), mine, theirs, strict=True):
+        finite = b.isfinite()
+        assert torch.equal(a[~finite].double(), b[~finite]), name
+        off = float((a - b)[finite].abs().max()) if finite.any() else 0.0
+        size = float(b[finite].abs().max()) if finite.any() else 0.0
+        assert off <= tolerance * max(1.0, size), f"{name}: off by {off:.3g} at size {size:.3g}"
+
+
+MASKS = {
+    "everything": tm.everything,
+    "causal": tm.causal,
+    "window": tm.causal & tm.window(70),
+    "sinks": tm.causal & (tm.window(33) | tm.prefix(3)),
+    "documents": tm.causal.packed([63, 1, 64, 2]),
+    "dead rows": tm.window(80) - tm.blocks(50),
+    "random": tm.random(0.3),
+    "per head": tm.per_head([tm.causal, tm.nothing, tm.local(9), tm.everything]),
+    "per sample": tm.padding(lengths=[17, 130]) & tm.causal,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale": {"scale": -0.4},
+    "no scale": {"scale": 0.0},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sink_logits": torch.tensor([0.0, 3.0, -2.0, 40.0])},
+    "bias": {"bias": torch.linspace(-3, 3, 130 * 130).view(1, 1, 130, 130)},
+    "bias of keys": {"bias": torch.linspace(-3, 3, 130)},
+    "alibi": {"bias": tm.alibi(torch.tensor([0.5, 0.25, 0.1, 0.0]))},
+    "relative": {"bias": tm.relative(torch.linspace(-2, 2, 4 * 33).view(4, 33))},
+    "t5": {"bias": tm.relative(torch.linspace(-2, 2, 32)[None], max_distance=100)},
+    "dropout": {"dropout": 0.3},
+    "many": {"softcap": 2.0, "sink_logits": torch.zeros(4), "dropout": 0.2, "bias": tm.alibi(torch.full((4,), 0.1))},
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_variant_and_option(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    assert isa() == name
+    for mask in ("causal", "documents", "dead rows", "per head"):
+        agree(tensors(2, 4, 2, 130, 130, 24, 40), MASKS[mask], **options)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str) -> None:
+    agree(tensors(2, 4, 4, 130, 130, 16, 16), MASKS[name])
+
+
+@pytest.mark.parametrize("d", [1, 3, 8, 20, 64, 100, 256])
+@pytest.mark.parametrize("dv", [1, 7, 72])
+def test_head_sizes(d: int, dv: int) -> None:
+    agree(tensors(1, 2, 1, 65, 70, d, dv), tm.causal.at(q_start=5))
+
+
+@pytest.mark.parametrize("q", [1, 2, 15, 63, 64, 65, 200])
+@pytest.mark.parametrize("k", [1, 63, 64, 129, 3001])
+@pytest.mark.parametrize("y", [1, 4])
+def test_lengths(q: int, k: int, y: int) -> None:
+    """Few queries and many keys are cut into parts; query heads that share keys are stacked."""
+    agree(tensors(2, 4, y, q, k, 16, 16), tm.causal.at(q_start=max(0, k - q)) & (tm.window(1000) | tm.prefix(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    made = tensors(1, 4, 2, 130, 130, 40, 24, dtype)
+    agree(made, MASKS["sinks"], 2e-2 if dtype == torch.bfloat16 else 3e-3)
+    assert tm.attend(*made[:3], MASKS["sinks"], backend="native").dtype == dtype
+
+
+@given(drawn=expressions(depth=3), d=st.integers(1, 40), dv=st.integers(1, 40), shared=st.sampled_from([1, 2, 3]))
+@settings(max_examples=60, deadline=None)
+def test_random_masks(drawn: Drawn, d: int, dv: int, shared: int) -> None:
+    reach = drawn.reach
+    shared = shared if reach.heads % shared == 0 else 1
+    agree(tensors(reach.batch, reach.heads, reach.heads // shared, reach.q, reach.k, d, dv), drawn.mask)
+
+
+def test_threads_change_nothing(threads: None) -> None:
+    """1, 2 and 4 threads give the same bits, forward and backward, decoding too."""
+    for made in (tensors(1, 3, 1, 300, 300, 32, 32), tensors(1, 4, 2, 1, 5000, 32, 32)):
+        found = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(results(made, tm.local(1 << 20) & tm.random(0.9), "native"))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_dropout_drops_the_cells_of_the_rule() -> None:
+    """A value that names its key shows which weights are zero: the same as the reference's."""
+    n = 130
+    q, v = torch.zeros(1, 2, n, 8), torch.eye(n).expand(1, 2, n, n)
+    found = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(11)
+        found.append(tm.attend(q, q, v, tm.causal, dropout=0.5, backend=backend))
+    assert torch.equal(found[0] == 0, found[1] == 0)
+    torch.testing.assert_close(*found)
+
+
+def test_strides_are_taken_as_they_are() -> None:
+    """Transposed, sliced and expanded tensors give what their copies give, bit for bit."""
+    q = torch.randn(2, 65, 4, 24).transpose(1, 2)
+    k = torch.randn(1, 2, 70, 48)[..., ::2].expand(2, -1, -1, -1)
+    v = torch.randn(2, 2, 72, 16)[:, :, 1:-1, 3:]
+    views = tm.attend(q, k, v, tm.causal.at(q_start=5), backend="native")
+    copies = tm.attend(
+        *(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)), tm.causal.at(q_start=5), backend="native"
+    )
+    assert torch.equal(views, copies)
+
+
+# -- processes and threads ---------------------------------------------------------------------------------------------
+
+
+def _in_a_child(answers: Any) -> None:
+    made = tensors(1, 2, 2, 100, 100, 16, 16)
+    answers.put([x.tolist() for x in results(made, tm.causal, "native")])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the move is nobody's: Windows has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_computes_the_same() -> None:
+    made = tensors(1, 2, 2, 100, 100, 16, 16)
+    expected = results(made, tm.causal, "native")
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_a_child, args=(answers,))
+    child.start()
+    found = answers.get(timeout=60)
+    child.join(60)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(torch.tensor(a), b)
+
+
+def test_two_threads_at_once() -> None:
+    made = tensors(1, 4, 4, 200, 200, 32, 32)
+    expected = results(made, MASKS["random"], "native")
+    wrong: list[str] = []
+
+    def work() -> None:
+        own = [x.detach().clone().requires_grad_(x.requires_grad) for x in made]
+        for _ in range(5):
+            found = results(own, MASKS["random"], "native")
+            wrong.extend("other numbers" for a, b in zip(found, expected, strict=True) if not torch.equal(a, b))
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+# -- without it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("off", "TRUEMASK_ISA=off says so"), ("avx3", "'avx3' is none of avx512, avx2, base, off")],
+)
+def test_a_plan_says_why_there_is_no_kernel(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    CACHE.clear()  # of what was planned with the kernel
+    made = tm.plan(tm.causal & tm.window(8), 511)
+    assert made.backend != "native"
+    assert any(words in reason for reason in made.objections["native"])
+    with pytest.raises(tm.PlanError, match="native kernel is missing"):
+        library()
+
+
+def test_a_library_that_was_never_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_library, "FOLDER", tmp_path)
+    native_library._loaded.cache_clear()
+    assert "it was not built" in missing()
+    (tmp_path / "missing.txt").write_text("the compiler was on holiday\n")
+    native_library._loaded.cache_clear()
+    assert missing() == "it was not built: the compiler was on holiday"
+    (tmp_path / f"truemask_{ISAS[-1]}.so").write_text("no library")
+    native_library._loaded.cache_clear()
+    assert "cannot be loaded" in missing()
+    monkeypatch.undo()
+    native_library._loaded.cache_clear()
+    assert not missing()

@@ -1,0 +1,112 @@
+"""Compiles `csrc/` when truemask is installed: once for each instruction set, into `src/truemask/_native`.
+
+A build hook of hatchling, and a command: `python tools/native_build.py`. `CXX` names a compiler (default: g++, clang++
+or c++, the first that is there), `TRUEMASK_NATIVE=off` leaves the kernel out. Without a compiler, or if it fails, the
+install goes on without the kernel; `missing.txt` says why, and so do `truemask doctor` and plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # as a command it needs nothing
+    BuildHookInterface = object
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES, PLACE = ROOT / "csrc", ROOT / "src" / "truemask" / "_native"
+FLAGS = "-O3 -std=c++17 -fPIC -shared -pthread -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi".split()
+STATIC = ("-static-libstdc++", "-static-libgcc")
+X86 = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+    "avx2": "-mavx2 -mfma".split(),
+    "base": [],
+}
+ELSEWHERE: dict[str, list[str]] = {"base": []}
+SWITCH, OFF = "TRUEMASK_NATIVE", "off"
+
+
+def variants() -> dict[str, list[str]]:
+    """The compiler's flags for every instruction set of this machine's kind."""
+    return X86 if platform.machine().lower() in ("x86_64", "amd64") else ELSEWHERE
+
+
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    named = os.environ.get("CXX")
+    return next(
+        (found for name in ([named] if named else ["g++", "clang++", "c++"]) if (found := shutil.which(name))), None
+    )
+
+
+def build(place: Path = PLACE, more: tuple[str, ...] = STATIC) -> str:
+    """Compile what is not up to date; why there is no kernel, or nothing."""
+    place.mkdir(parents=True, exist_ok=True)
+    why = _reason()
+    if not why:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            why = "\n".join(filter(None, pool.map(lambda one: _compiled(place, *one, more), variants().items())))
+    note = place / "missing.txt"
+    if why:
+        note.write_text(why + "\n", encoding="utf-8")
+        print(f"truemask: the native kernel is left out: {why}", file=sys.stderr)
+    else:
+        note.unlink(missing_ok=True)
+    return why
+
+
+def _reason() -> str:
+    if os.environ.get(SWITCH) == OFF:
+        return f"{SWITCH}={OFF} said so when truemask was installed"
+    if sys.platform == "win32":
+        return "Windows is not supported yet"
+    if compiler() is None:
+        return "there was no C++ compiler (g++, clang++ or CXX) when truemask was installed"
+    return ""
+
+
+def _compiled(place: Path, name: str, flags: list[str], more: tuple[str, ...]) -> str:
+    """Compile one variant, unless it is there already; what went wrong, or nothing."""
+    target, stamp = place / f"truemask_{name}.so", place / f"truemask_{name}.stamp"
+    sources = sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))
+    command = [str(compiler()), *FLAGS, *flags, *more]
+    text = "\n".join([*command, *(path.read_text(encoding="utf-8") for path in sources)])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if target.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
+        return ""
+    part = place / f"{target.name}.{os.getpid()}.part"
+    done = subprocess.run([*command, "-o", str(part), str(SOURCES / "kernel.cpp")], capture_output=True, text=True)
+    if done.returncode:
+        return f"{command[0]} failed for {name}: {done.stderr.strip()[-2000:]}"
+    part.replace(target)
+    stamp.write_text(digest, encoding="utf-8")
+    return ""
+
+
+class NativeHook(BuildHookInterface):
+    """What hatchling runs before it packs a wheel, an editable one too."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Build; the wheel then fits this platform and any Python 3."""
+        build()
+        build_data["artifacts"].append("src/truemask/_native/*")
+        if any(PLACE.glob("*.so")):
+            build_data["pure_python"] = False
+            platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["tag"] = f"py3-none-{platform_tag}"
+
+
+if __name__ == "__main__":
+    sys.exit(1 if build() else 0)
