@@ -59,7 +59,6 @@ void forward(const Call& c) {
 }
 
 void backward(const Call& c) {
-  const int64_t width = padded(c.d), vwidth = padded(c.dv), rows = c.tiles_q() * TILE, keys = c.tiles_k() * TILE;
   Packed k(c, c.k, c.d, true, true), v(c, c.v, c.dv, false, true);
   Packed* both[] = {&k, &v};
   pack(c, both, 2);
@@ -76,28 +75,21 @@ void backward(const Call& c) {
     };
   });
   const BackwardCut cut(c);
-  Buffer dq(cut.parts * c.b * c.hq * rows * width), dk(c.b * c.hk * keys * width), dv(c.b * c.hk * keys * vwidth);
+  Total dq(c, c.dq, c.hq, c.nq, c.d, cut.parts), dk(c, c.dk, c.hk, c.nk, c.d), dv(c, c.dv_out, c.hk, c.nk, c.dv);
   each(cut.parts * c.b * c.hk, c.threads, [&] {
     return [run = std::make_shared<Backward>(c, cut, k, v, dq, dk, dv)](int64_t i) { (*run)(i); };
   });
   each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
     return [&](int64_t i) {
-      const int64_t bh = i / c.tiles_q(), first = i % c.tiles_q() * TILE, all = c.b * c.hq * rows * width;
-      for (int64_t n = first; n < std::min(first + TILE, c.nq); ++n) {
-        float* row = dq + (bh * rows + n) * width;
-        for (int64_t p = 1; p < cut.parts; ++p)
-          for (int64_t x = 0; x < c.d; ++x) row[x] += row[p * all + x];
-        write(row, c.scale, c.d, c.dtype, row_of(c, c.dq, bh / c.hq, bh % c.hq, n));
-      }
+      const int64_t h = i / c.tiles_q();
+      dq.finish(h / c.hq, h % c.hq, i % c.tiles_q() * TILE, c.scale);
     };
   });
   each(c.b * c.hk * c.tiles_k(), c.threads, [&] {
     return [&](int64_t i) {
-      const int64_t bh = i / c.tiles_k(), first = i % c.tiles_k() * TILE;
-      for (int64_t n = first; n < std::min(first + TILE, c.nk); ++n) {
-        write(dk + (bh * keys + n) * width, c.scale > 0 ? c.scale : 1, c.d, c.dtype, row_of(c, c.dk, bh / c.hk, bh % c.hk, n));
-        write(dv + (bh * keys + n) * vwidth, 1, c.dv, c.dtype, row_of(c, c.dv_out, bh / c.hk, bh % c.hk, n));
-      }
+      const int64_t h = i / c.tiles_k(), first = i % c.tiles_k() * TILE;
+      dk.finish(h / c.hk, h % c.hk, first, c.scale > 0 ? c.scale : 1);
+      dv.finish(h / c.hk, h % c.hk, first, 1);
     };
   });
 }

@@ -101,7 +101,7 @@ class NativeHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build; the wheel then fits this platform and any Python 3."""
         build()
-        build_data["artifacts"].append("src/truemask/_native/*")
+        build_data["artifacts"] += ["src/truemask/_native/*.so", "src/truemask/_native/missing.txt"]
         if any(PLACE.glob("*.so")):
             build_data["pure_python"] = False
             platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")

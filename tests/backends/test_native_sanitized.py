@@ -1,0 +1,60 @@
+"""The native kernel's own tests once more, on a build that stops at the first wrong access or undefined operation."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from truemask.backends.native_library import isa, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = """
+import sys
+from importlib import import_module
+from pathlib import Path
+import pytest
+import_module("truemask.backends.native_library").FOLDER = Path(sys.argv[1])
+tests = ["tests/backends/test_native.py", "-k", "not fork and not never_built"]
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+"""
+FLAGS = "-O1 -g -std=c++17 -fPIC -shared -pthread -fno-math-errno -fsanitize=address,undefined".split()
+VECTORS = {"avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma", "avx2": "-mavx2 -mfma", "base": ""}
+
+
+def sanitizers() -> list[str]:
+    """The compiler's libraries that must be there before everything else."""
+    names = ("libasan.so", "libubsan.so")
+    if shutil.which("g++") is None:
+        return []
+    found = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
+    return found if all(Path(path).is_absolute() for path in found) else []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason="the move is whoever installs a C++ compiler")
+@pytest.mark.skipif(not sanitizers(), reason="the move is whoever installs g++ with its sanitizers (libasan, libubsan)")
+def test_no_wrong_access_and_nothing_undefined(tmp_path: Path) -> None:
+    target = tmp_path / f"truemask_{isa()}.so"
+    command = ["g++", *FLAGS, "-fno-sanitize-recover=undefined", *VECTORS[isa()].split(), "-o", str(target)]
+    subprocess.run([*command, str(ROOT / "csrc" / "kernel.cpp")], check=True, timeout=200)
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(sanitizers()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",  # Python's own
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
+        "OMP_NUM_THREADS": "2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
