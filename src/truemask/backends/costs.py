@@ -58,8 +58,8 @@ class Table:
     """The constants of every backend that has some, under the backend's name."""
 
     sdpa: SdpaRates = SdpaRates(120e9, 118e9, 70e-6, 215e-6)
-    block_sparse: StripRates = StripRates(108e9, 95e9, 140e-6, 320e-6)
-    native: Rates = Rates(125e9, 115e9, 95e-6, 300e-6)
+    block_sparse: StripRates = StripRates(100e9, 88e9, 140e-6, 320e-6)
+    native: Rates = Rates(130e9, 125e9, 95e-6, 300e-6)
     reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
 
 
