@@ -60,8 +60,8 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
         MaskError: the mask cannot answer for the sizes. PlanError: no backend, or not the one named, can run the call.
 
     >>> from truemask.masks.positional import causal, window
-    >>> plan(causal, q_len=1024).backend
-    'sdpa'
+    >>> plan(causal, q_len=1024, return_weights=True).backend
+    'reference'
     >>> plan(causal & window(64), 512, softcap=30.0).objections["sdpa"]
     ['softcap: the kernel has no soft cap']
     """
