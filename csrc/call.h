@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -83,15 +84,24 @@ inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 template <class Make>
 void each(int64_t n, int64_t threads, Make make) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};  // an exception must not leave a thread
   const auto work = [&] {
-    if (next.load(std::memory_order_relaxed) >= n) return;
-    auto run = make();
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) run(i);
+    try {
+      if (next.load(std::memory_order_relaxed) >= n) return;
+      auto run = make();
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n && !failed;) run(i);
+    } catch (...) {
+      failed = true;
+    }
   };
   std::vector<std::thread> others;
-  for (int64_t t = 1; t < std::min(threads, n); ++t) others.emplace_back(work);
+  try {
+    for (int64_t t = 1; t < std::min(threads, n); ++t) others.emplace_back(work);
+  } catch (...) {  // no more threads are to be had: those that are there do it
+  }
   work();
   for (auto& thread : others) thread.join();
+  if (failed) throw std::bad_alloc();
 }
 
 }  // namespace

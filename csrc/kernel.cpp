@@ -94,10 +94,25 @@ void backward(const Call& c) {
   });
 }
 
+// 0, or 1 if there was not enough memory: no exception crosses into Python.
+template <class F>
+int guarded(F run) {
+  try {
+    run();
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
 }  // namespace
 
 extern "C" {
 int tm_call_bytes() { return sizeof(Call); }  // Python looks whether its structure is this one
-void tm_forward(const Call* c) { forward(*c); }
-void tm_backward(const Call* c) { backward(*c); }
+int tm_forward(const Call* c) {
+  return guarded([&] { forward(*c); });
+}
+int tm_backward(const Call* c) {
+  return guarded([&] { backward(*c); });
+}
 }

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, batched_refusal, is_batched
+from truemask.backends.base import Inputs, Job, Lowered, Result, batched_refusal, is_batched
 from truemask.backends.contain import once
 from truemask.backends.costs import seconds, table
 from truemask.backends.native_call import TILE, NativeCall, tiles_of
 from truemask.backends.native_library import missing
-from truemask.geometry.tiles import TileMap
+from truemask.geometry.tiles import TileCounts, TileMap
 from truemask.masks.biases import Bias
 
-TILES = "native tiles"  # in a job's notes
+COUNTS = "native tiles"  # in a job's notes: how many tiles run, and nothing that is large
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -46,18 +46,16 @@ class Native:
         return [reason for lacking, reason in lacks if lacking]
 
     def cost(self, job: Job) -> float:
-        r = job.request
-        tiles = _tiles(job)
+        r, counts = job.request, _counts(job)
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
-        return seconds(table().native, r, (tiles.counts.mixed + tiles.counts.full) * TILE * TILE * planes)
+        return seconds(table().native, r, (counts.mixed + counts.full) * TILE * TILE * planes)
 
     def way(self, job: Job) -> str:
-        counts = _tiles(job).counts
+        counts = _counts(job)
         return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
 
     def lower(self, job: Job) -> Lowered:
         tiles = tiles_of(_tiles(job))
-        job.notes.pop(TILES, None)
         return Lowered(tiles, tiles.nbytes)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
@@ -78,11 +76,15 @@ def _tensors_of(bias: Tensor | Bias | None) -> tuple[Tensor, ...]:
 
 
 def _tiles(job: Job) -> TileMap:
-    """The tile map, made once."""
-    if TILES not in job.notes:
-        r: Request = job.request
-        job.notes[TILES] = job.mask.tiles(r.q_len, r.kv_len, TILE, batch=job.mask_batch, heads=job.mask_heads)
-    return job.notes[TILES]
+    r = job.request
+    return job.mask.tiles(r.q_len, r.kv_len, TILE, batch=job.mask_batch, heads=job.mask_heads)
+
+
+def _counts(job: Job) -> TileCounts:
+    """How many tiles there are of each state, worked out once."""
+    if COUNTS not in job.notes:
+        job.notes[COUNTS] = _tiles(job).counts
+    return job.notes[COUNTS]
 
 
 class NativeFunction(Function):

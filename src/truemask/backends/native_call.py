@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from ctypes import c_int64
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.backends.base import Inputs
-from truemask.backends.native_library import ArrayStruct, CallStruct, library
+from truemask.backends.native_library import ArrayStruct, CallStruct, run
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles import TileMap
 from truemask.masks.biases import Alibi, Bias, Relative
@@ -86,7 +85,7 @@ class NativeCall:
         call, held = self._described(q, k, v, out, lse)
         column = None if sinks is None else sinks.detach().float().contiguous()
         call.sinks = None if column is None else column.data_ptr()
-        library().tm_forward(ctypes.byref(call))
+        run("tm_forward", call)
         del held
         return out, lse
 
@@ -101,7 +100,7 @@ class NativeCall:
         call, held = self._described(q, k, v, out, lse)
         call.dout, call.dq, call.dk, call.dv_out = (_array(x) for x in (dout, dq, dk, dv))
         call.extra, call.delta = None if extra is None else extra.data_ptr(), delta.data_ptr()
-        library().tm_backward(ctypes.byref(call))
+        run("tm_backward", call)
         del held
         return dq, dk, dv, delta
 

@@ -59,6 +59,13 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def run(name: str, call: CallStruct) -> None:
+    """Call `tm_forward` or `tm_backward`; MemoryError if it finds no room."""
+    if getattr(library(), name)(ctypes.byref(call)):
+        sizes = f"q [{call.b}, {call.hq}, {call.nq}, {call.d}], {call.nk} keys"
+        raise MemoryError(f"attend: the native kernel found no memory for {sizes}")
+
+
 def missing() -> str:
     """Why there is no library; empty if there is one."""
     return _loaded(os.environ.get(VARIABLE, ""))[1]
@@ -91,7 +98,7 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     if found.tm_call_bytes() != ctypes.sizeof(CallStruct):
         return None, "it was built from other sources than these: install truemask again"
     for name in ("tm_forward", "tm_backward"):
-        getattr(found, name).restype = None
+        getattr(found, name).restype = ctypes.c_int
         getattr(found, name).argtypes = [ctypes.c_void_p]
     return found, ""
 
