@@ -334,6 +334,18 @@ def test_the_operator_keeps_torchs_rules(grad: bool) -> None:
     torch.library.opcheck(_compiled.attend_op, asked)
 
 
+def test_a_constant_bias_is_not_trained() -> None:
+    """Compiled as in eager code: a backend without gradients of biases runs where nobody wants one."""
+    x, bias = qkv(5, grad=True)[0], torch.randn(1, 1, 5, 5)
+
+    def call(x: Tensor) -> Tensor:
+        return tm.attend(x, x, x, tm.causal, bias=bias, backend="sdpa")
+
+    (want,) = torch.autograd.grad(call(x).sin().sum(), x)
+    (got,) = torch.autograd.grad(compiled(call)[0](x).sin().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
 def test_tickets_come_and_go_with_their_masks() -> None:
     mask = tm.window(23) & tm.causal
     ticket, gone = mask.ticket, ref(mask)

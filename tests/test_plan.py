@@ -475,6 +475,14 @@ def test_threads_share_one_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(out, want)
 
 
+def test_a_mask_tensor_says_how_many_samples_and_heads_there_are() -> None:
+    request = plan(torch.ones(4, 2, 9, 7, dtype=torch.bool), 9).request
+    assert (request.batch, request.heads, request.q_len, request.kv_len) == (4, 2, 9, 7)
+    assert plan(torch.ones(9, 7, dtype=torch.bool), 9).request.batch == 1
+    with pytest.raises(tm.MaskError):
+        plan(torch.ones((), dtype=torch.bool), 9)
+
+
 def test_keys_know_the_backend_asked_for() -> None:
     assert plan(MASK, 5) is not plan(MASK, 5, backend="sdpa")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
@@ -218,6 +219,28 @@ def test_two_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A library whose kernel finds no room."""
+
+        def tm_forward(self, call: Any) -> int:
+            return 1
+
+    monkeypatch.setattr(native_library, "library", Full)
+    with pytest.raises(MemoryError, match=r"found no memory for q \[1, 2, 100, 16\], 100 keys"):
+        tm.attend(*tensors(1, 2, 2, 100, 100, 16, 16)[:3], tm.causal, backend="native")
+
+
+def test_plans_keep_nothing_large() -> None:
+    """Whoever wins: what a backend worked out to name its price is numbers and words."""
+    CACHE.clear()
+    made = tm.plan(~tm.documents([54] * 75 + [46]), 4096)
+    assert set(made.costs) >= {"native", "block_sparse", "sdpa"}
+    assert made.job.notes
+    for note in made.job.notes.values():
+        assert len(pickle.dumps(note)) < 1000
 
 
 # -- without it --------------------------------------------------------------------------------------------------------
