@@ -243,6 +243,16 @@ def test_plans_keep_nothing_large() -> None:
         assert len(pickle.dumps(note)) < 1000
 
 
+def test_cells_that_do_not_fit_are_refused_before_they_are_made() -> None:
+    """Every tile of `random` differs: its cells grow with the square of the length. Those of a window do not."""
+    n = 1 << 16
+    assert tm.plan(tm.random(0.3), n).objections["native"] == [
+        "512 MiB of cells in tiles that differ: the limit is 256 MiB"
+    ]
+    assert tm.plan(tm.random(0.3), n // 2).objections["native"] == []
+    assert tm.plan(tm.causal & tm.window(1000), 1 << 20).objections["native"] == []
+
+
 # -- without it --------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ A new backend is one file, one entry in `registry.py` and one row in `tests/back
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -186,6 +187,11 @@ class Job:
         keys = torch.cat([k.expand(places, places), diagonal], 1)
         zero = torch.zeros((), dtype=torch.int64)
         return bool(differs.truth(zero, zero, q[:, None], keys).any())
+
+
+def reasons(lacks: Sequence[tuple[bool, str]]) -> list[str]:
+    """The objections that hold."""
+    return [reason for lacking, reason in lacks if lacking]
 
 
 def looked_at(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:

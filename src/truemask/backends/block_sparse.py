@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at, reasons
 from truemask.backends.contain import flash_attention
 from truemask.backends.costs import seconds, table
 from truemask.backends.flash import fitted
@@ -70,7 +70,7 @@ class BlockSparse:
             (r.return_weights, "return_weights: the weights are never held at once"),
             (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
         ]
-        return [reason for lacking, reason in lacks if lacking]
+        return reasons(lacks)
 
     def cost(self, job: Job) -> float:
         return choice(job).cost

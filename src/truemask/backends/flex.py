@@ -25,7 +25,7 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
 from truemask.backends.costs import memory, seconds, table
 from truemask.backends.eager import beside_sink, eager_attention
 from truemask.backends.flash import finite, wide
@@ -67,7 +67,7 @@ class Flex:
             (cuda and _hashes(job.mask), "`random`: torch's code generator doubles its hash with every step"),
             (cuda and find_spec("triton") is None, "triton is not installed, and FlexAttention's kernels need it"),
         ]
-        return [reason for lacking, reason in lacks if lacking] + _too_large(job)
+        return reasons(lacks) + _too_large(job)
 
     def cost(self, job: Job) -> float:
         r = job.request

@@ -8,21 +8,22 @@ multiplied by zero. Results are bit for bit the same whatever the number of thre
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from truemask.backends.base import Inputs, Job, Lowered, Result, batched_refusal, is_batched
+from truemask.backends.base import Inputs, Job, Lowered, Result, batched_refusal, is_batched, reasons
 from truemask.backends.contain import once
-from truemask.backends.costs import seconds, table
+from truemask.backends.costs import memory, seconds, table
 from truemask.backends.native_call import TILE, NativeCall, tiles_of
 from truemask.backends.native_library import missing
 from truemask.geometry.tiles import TileCounts, TileMap
 from truemask.masks.biases import Bias
 
-COUNTS = "native tiles"  # in a job's notes: how many tiles run, and nothing that is large
+SIZE = "native size"  # in a job's notes
+MOST_WORDS = 1 << 28  # bytes of the cells of MIXED tiles
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -43,15 +44,15 @@ class Native:
             (r.return_weights, "return_weights: the weights are never held at once"),
             (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
         ]
-        return [reason for lacking, reason in lacks if lacking]
+        return reasons(lacks) or _too_many_words(job)
 
     def cost(self, job: Job) -> float:
-        r, counts = job.request, _counts(job)
+        r, counts = job.request, _size(job).counts
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
         return seconds(table().native, r, (counts.mixed + counts.full) * TILE * TILE * planes)
 
     def way(self, job: Job) -> str:
-        counts = _counts(job)
+        counts = _size(job).counts
         return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
 
     def lower(self, job: Job) -> Lowered:
@@ -80,11 +81,27 @@ def _tiles(job: Job) -> TileMap:
     return job.mask.tiles(r.q_len, r.kv_len, TILE, batch=job.mask_batch, heads=job.mask_heads)
 
 
-def _counts(job: Job) -> TileCounts:
-    """How many tiles there are of each state, worked out once."""
-    if COUNTS not in job.notes:
-        job.notes[COUNTS] = _tiles(job).counts
-    return job.notes[COUNTS]
+class Size(NamedTuple):
+    """How many tiles there are of each state, and the bytes of the words of MIXED ones."""
+
+    counts: TileCounts
+    words: int
+
+
+def _size(job: Job) -> Size:
+    """Worked out once, without looking at cells."""
+    if SIZE not in job.notes:
+        tiles = _tiles(job)
+        job.notes[SIZE] = Size(tiles.counts, tiles.cells_to_evaluate // 8)
+    return job.notes[SIZE]
+
+
+def _too_many_words(job: Job) -> list[str]:
+    """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k."""
+    r = job.request
+    if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS or _size(job).words <= MOST_WORDS:
+        return []
+    return [f"{memory(_size(job).words)} of cells in tiles that differ: the limit is {memory(MOST_WORDS)}"]
 
 
 class NativeFunction(Function):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
 from truemask.backends.contain import flash_attention
 from truemask.backends.costs import memory, seconds, table
 from truemask.backends.eager import bias_values
@@ -55,7 +55,7 @@ class Sdpa:
             (r.return_lse and r.device.type != "cpu", "return_lse: the kernel gives it on the CPU only"),
             (r.sinks and r.device.type != "cpu", "sink_logits: they need the kernel's lse, which the CPU's gives"),
         ]
-        return [reason for lacking, reason in lacks if lacking] + _too_large(job)
+        return reasons(lacks) + _too_large(job)
 
     def cost(self, job: Job) -> float:
         r = job.request
