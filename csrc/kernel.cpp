@@ -1,4 +1,4 @@
-// Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; no state.
+// Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; its only state is who starts threads.
 #include "backward.h"
 #include "forward.h"
 
@@ -108,6 +108,7 @@ int guarded(F run) {
 }  // namespace
 
 extern "C" {
+void tm_start_threads_with(Parallel start) { starter() = {start, getpid()}; }  // or with null: by ourselves
 int tm_call_bytes() { return sizeof(Call); }  // Python looks whether its structure is this one
 int tm_forward(const Call* c) {
   return guarded([&] { forward(*c); });

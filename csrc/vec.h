@@ -56,13 +56,10 @@ TM_INLINE float largest(vf x) {
   return folded(x, [](v4 a, v4 b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// 2^x, 0 below 2^-126; NaN stays NaN. The polynomial's relative error on [-0.5, 0.5] is 2e-9.
+// 2^x for x below 127, 0 where it is below 2^-126; NaN stays NaN. The polynomial's relative error on [-0.5, 0.5] is 2e-9.
 TM_INLINE vf exp2v(vf x) {
-  const vf low = splat(-126.0f), high = splat(127.0f);
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
-  const vi dead = x < low;
-  x = dead ? low : x;
-  x = x > high ? high : x;
+  const vf magic = splat(12582912.0f + 127);  // 1.5 * 2^23: what is added is rounded, and its exponent stands in the lowest bits
+  x = larger(splat(-127.0f), x);              // in this order NaN stays
   const vf shifted = x + magic;
   const vf f = x - (shifted - magic);
   vf p = splat(1.534027366e-4f);
@@ -72,8 +69,7 @@ TM_INLINE vf exp2v(vf x) {
   p = p * f + 2.402264670e-1f;
   p = p * f + 6.931472056e-1f;
   p = p * f + 1.0f;
-  const vf r = (vf)((vi)p + ((vi)shifted << 23));  // the whole number stands in the lowest bits
-  return dead ? vf{} : (x == x ? r : x);
+  return p * (vf)((vi)shifted << 23);
 }
 
 TM_INLINE float exp2f_(float x) { return exp2v(splat(x))[0]; }

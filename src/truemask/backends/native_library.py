@@ -100,7 +100,19 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     for name in ("tm_forward", "tm_backward"):
         getattr(found, name).restype = ctypes.c_int
         getattr(found, name).argtypes = [ctypes.c_void_p]
+    found.tm_start_threads_with.argtypes = [ctypes.c_void_p]
+    found.tm_start_threads_with(_openmp())
     return found, ""
+
+
+def _openmp() -> int | None:
+    """The address of `GOMP_parallel` of the OpenMP library that torch runs on, if it has it (GNU's and LLVM's do)."""
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (AttributeError, OSError):
+        return None
 
 
 def _why_not_built() -> str:
