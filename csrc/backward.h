@@ -50,14 +50,47 @@ class Total {
   const Array& x_;
   int64_t heads_, n_, d_, width_, parts_;
   bool direct_;
-  Buffer beside_;
+  Buffer<float> beside_;
 };
 
-class Backward {
+// The rows of a strip, of queries or of what comes back to `out`, as both products take them.
+template <class E>
+class Side {
+  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+
  public:
-  Backward(const Call& c, const BackwardCut& cut, const Packed& k, const Packed& v, Total& dq, Total& dk, Total& dv)
+  explicit Side(int64_t d) : d_(d), rows_(TILE * room<E>(d)), woven_(WOVEN ? HALF_TILE * padded(d) : 0) {}
+
+  void read(const Strip& strip, const Array& x, bool queries) {
+    if (queries) strip.read_queries(rows_);
+    else strip.read(x, d_, rows_ + 0);
+    if constexpr (WOVEN) strip.read_woven(x, d_, woven_);
+    is_finite_ = finite(rows_, strip.m * row());
+  }
+  const E* left() const { return rows_; }  // [rows, row()]
+  int64_t row() const { return room<E>(d_); }
+  const E* right() const {  // [rows, padded], or woven [32, padded]
+    if constexpr (WOVEN) return woven_;
+    else return rows_;
+  }
+  bool is_finite() const { return is_finite_; }
+
+ private:
+  int64_t d_;
+  bool is_finite_ = true;
+  Buffer<E> rows_;
+  Buffer<Pair> woven_;
+};
+
+template <class E>
+class Backward {
+  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+
+ public:
+  Backward(const Call& c, const BackwardCut& cut, const Packed<E>& k, const Packed<E>& v, Total& dq, Total& dk, Total& dv)
       : c_(c), cut_(cut), k_(k), v_(v), strip_(c), dq_(dq), dk_(dk), dv_(dv), width_(padded(c.d)), vwidth_(padded(c.dv)),
-        q_(TILE * width_), dout_(TILE * vwidth_), p_(TILE * TILE), s_(TILE * TILE), dp_(TILE * TILE) {}
+        q_(c.d), dout_(c.dv), p_(TILE * TILE), dp_(TILE * TILE), words_(WOVEN ? TILE * HALF_TILE : 0),
+        spare_(TILE * std::max(width_, vwidth_)) {}
 
   void operator()(int64_t item) {
     const int64_t part = item / (c_.b * c_.hk), bh = item % (c_.b * c_.hk), b = bh / c_.hk, hk = bh % c_.hk;
@@ -76,23 +109,23 @@ class Backward {
 
  private:
   void begin() {
-    strip_.read_queries(q_, width_);
-    strip_.read(c_.dout, c_.dv, vwidth_, dout_);
+    q_.read(strip_, c_.q, true);
+    dout_.read(strip_, c_.dout, false);
     alive_ = 0;
     for (int64_t r = 0; r < strip_.m; ++r) {
       const int64_t n = strip_.number(r);
       top_[r] = c_.lse[n] * LOG2E;
+      if (c_.keys_lse) keys_top_[r] = c_.keys_lse[n] * LOG2E, dlse_[r] = c_.dlse[n];
       alive_ |= uint64_t(c_.lse[n] != -INF) << r;
-      less_[r] = c_.delta[n] - (c_.extra ? c_.extra[n] : 0);
+      less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_lse ? c_.dlse[n] : 0);
     }
-    whole_ = alive_ == (strip_.m == TILE ? ~0ull : (1ull << strip_.m) - 1);
-    finite_ = finite(q_, strip_.m * width_) && finite(dout_, strip_.m * vwidth_);
+    whole_ = alive_ == Strip::below(strip_.m);
   }
 
   void tile(int64_t j, int32_t kind, float* dq, int64_t dq_step) {
-    const int64_t m = strip_.m, keys = c_.keys(j), b = strip_.b, hk = strip_.hk;
-    product(m, TILE, c_.d, q_, width_, 1, k_.turned(b, hk, j), TILE, s_, TILE, false);
-    strip_.score(j, s_, TILE, slopes_);
+    const int64_t m = strip_.m, b = strip_.b, hk = strip_.hk;
+    product(m, TILE, steps<E>(c_.d), q_.left(), q_.row(), 1, k_.turned(b, hk, j), TILE, p_ + 0, TILE, false);
+    strip_.score(j, p_, TILE, slopes_);
     bool masked = strip_.see(j, kind);
     if (!whole_) {
       for (int64_t r = 0; r < m; ++r) strip_.word[r] = (masked ? strip_.word[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
@@ -101,48 +134,87 @@ class Backward {
     const float factor = strip_.factor();
     for (int64_t r = 0; r < m; ++r)
       for (int64_t n = 0; n < TILE; n += W) {
-        const vf p = exp2v(load(s_ + r * TILE + n) * factor - top_[r]);
+        if (c_.keys_lse) store(shares_ + r * TILE + n, exp2v(load(p_ + r * TILE + n) * factor - keys_top_[r]));
+        const vf p = exp2v(load(p_ + r * TILE + n) * factor - top_[r]);
         store(p_ + r * TILE + n, masked ? (bits_at(strip_.word[r], n) ? p : vf{}) : p);
       }
-    product(m, TILE, c_.dv, dout_, vwidth_, 1, v_.turned(b, hk, j), TILE, dp_, TILE, false);
+    product(m, TILE, steps<E>(c_.dv), dout_.left(), dout_.row(), 1, v_.turned(b, hk, j), TILE, dp_ + 0, TILE, false);
     float* kept = p_;
     if (c_.drop_below) {
       strip_.drop(j, dp_, TILE);
       std::memcpy(kept = dropped_, p_, m * TILE * 4);
       strip_.drop(j, kept, TILE);
     }
-    const bool careful = masked && !(finite_ && k_.is_finite(b, hk, j));
-    add(careful, true, keys, vwidth_, m, kept, dout_, vwidth_, dv_.row(0, b, hk, j * TILE), dv_.step(0));
+    const bool careful = masked && !(q_.is_finite() && dout_.is_finite() && k_.is_finite(b, hk, j));
+    add_to_keys(careful, j, kept, dout_, c_.dout, c_.dv, dv_);
     for (int64_t r = 0; r < m; ++r)
       for (int64_t n = 0; n < TILE; n += W) {
         vf ds = load(p_ + r * TILE + n) * (load(dp_ + r * TILE + n) - less_[r]);
+        if (c_.keys_lse) ds += load(shares_ + r * TILE + n) * dlse_[r];
         if (c_.softcap != 0) ds *= load(slopes_ + r * TILE + n);
         if (masked) ds = bits_at(strip_.word[r], n) ? ds : vf{};
         store(dp_ + r * TILE + n, ds);
       }
-    add(careful, true, keys, width_, m, dp_, q_, width_, dk_.row(0, b, hk, j * TILE), dk_.step(0));
-    add(careful, false, m, width_, keys, dp_, k_.rows(b, hk, j), k_.row(), dq, dq_step);
+    add_to_keys(careful, j, dp_, q_, c_.q, c_.d, dk_);
+    add_to_queries(careful, j, dq, dq_step);
   }
 
-  // C += A B or its turn; with care for what may not be finite behind cells that are off.
-  void add(bool careful, bool turned, int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb, float* c,
-           int64_t ldc) {
-    const int64_t row = turned ? 1 : TILE, step = turned ? TILE : 1;
-    if (careful) chosen_product(m, n, k, a, row, step, b, ldb, c, ldc, strip_.word, turned);
-    else product(m, n, k, a, row, step, b, ldb, c, ldc, true);
+  // Adds x turned [64, rows] times the rows of a side to the gradient of keys or values.
+  void add_to_keys(bool careful, int64_t j, const float* x, const Side<E>& side, const Array& from, int64_t d, Total& total) {
+    const int64_t m = strip_.m, keys = c_.keys(j), width = padded(d);
+    float* to = total.row(0, strip_.b, strip_.hk, j * TILE);
+    if (careful) {
+      const float* rows = as_floats(side, from, d);
+      return chosen_product(keys, width, m, x, 1, TILE, rows, width, to, total.step(0), strip_.word, true);
+    }
+    if constexpr (WOVEN) {
+      for (int64_t r = 0; r < HALF_TILE; ++r) {
+        if (r < m) weave(x + r * TILE, r + HALF_TILE < m ? x + (r + HALF_TILE) * TILE : nullptr, TILE, words_ + r * TILE);
+        else std::fill(words_ + r * TILE, words_ + (r + 1) * TILE, 0);
+      }
+      product<E>(keys, width, HALF_TILE, words_, 1, TILE, side.right(), width, to, total.step(0), true);
+    } else {
+      product(keys, width, m, x, 1, TILE, side.right(), width, to, total.step(0), true);
+    }
+  }
+
+  // Adds the scores' gradients times the keys to the queries' gradient.
+  void add_to_queries(bool careful, int64_t j, float* to, int64_t step) {
+    const int64_t m = strip_.m, b = strip_.b, hk = strip_.hk, keys = c_.keys(j);
+    if (careful)
+      return with_rows(c_, c_.k, c_.d, b, hk, j, spare_, [&](auto rows) {
+        chosen_product(m, width_, keys, dp_, TILE, 1, rows.at, rows.step, to, step, strip_.word, false);
+      });
+    const Rows<E> rows = k_.rows(b, hk, j);
+    if constexpr (WOVEN) {
+      for (int64_t r = 0; r < m; ++r) weave(dp_ + r * TILE, dp_ + r * TILE + HALF_TILE, HALF_TILE, words_ + r * HALF_TILE);
+      product<E>(m, width_, HALF_TILE, words_, HALF_TILE, 1, rows.at, width_, to, step, true);
+    } else {
+      product(m, width_, keys, dp_ + 0, TILE, 1, rows.at, rows.step, to, step, true);
+    }
+  }
+
+  const float* as_floats(const Side<E>& side, const Array& from, int64_t d) {
+    if constexpr (!WOVEN) return side.right();
+    strip_.read(from, d, spare_ + 0);
+    return spare_;
   }
 
   const Call& c_;
   const BackwardCut& cut_;
-  const Packed &k_, &v_;
+  const Packed<E>&k_, &v_;
   Strip strip_;
   Total &dq_, &dk_, &dv_;
   int64_t width_, vwidth_;
-  Buffer q_, dout_, p_, s_, dp_;
-  Buffer dropped_{TILE * TILE}, slopes_{TILE * TILE};
-  float top_[TILE], less_[TILE];
+  Side<E> q_, dout_;
+  Buffer<float> p_, dp_;
+  Buffer<Pair> words_;
+  Buffer<float> spare_;
+  Buffer<float> dropped_{TILE * TILE}, slopes_{TILE * TILE};
+  Buffer<float> shares_{TILE * TILE};  // of each key among the keys, where sinks have shares too
+  float top_[TILE], less_[TILE], keys_top_[TILE], dlse_[TILE];
   uint64_t alive_ = 0;
-  bool whole_ = true, finite_ = true;
+  bool whole_ = true;
 };
 
 }  // namespace

@@ -20,6 +20,7 @@ constexpr float LN2 = 0.693147180559945309f, LOG2E = 1.44269504088896341f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Dtype : int64_t { FLOAT, BFLOAT, HALF };
+enum Kind : int32_t { ALL = -1, SLABS = -2 };
 enum BiasKind : int64_t { NO_BIAS, TENSOR, ALIBI, RELATIVE };
 
 // A tensor [b, h, n, d]: strides in elements, the last one is 1.
@@ -36,12 +37,17 @@ struct Call {
   float* lse;          // [b, hq, nq], over keys only
   const float* sinks;  // [hq], or null
 
-  // The mask: rows of tiles as runs of key tiles, (first, end, kind): the number of a pattern, or -1 where all is seen.
+  // The mask: rows of tiles as runs of key tiles, (first, end, kind): the number of a pattern, or ALL, or SLABS.
   int64_t mask_b, mask_h;
   const int64_t* starts;  // [mask_b * mask_h * rows of tiles + 1]
   const int32_t* runs;    // [runs, 3]
   const uint64_t* words;  // [patterns, 64]: bit j of word i is cell (i, j)
   const int64_t* order;   // rows of tiles, the longest first
+  // Where a run's kind is SLABS its ends are worked out for each row. Slab s has the rows from slab_rows[s] to the next,
+  // and runs of keys [lo, hi) from slab_starts[s] to the next: an end is 2 * (its place on row 0) + (whether it moves).
+  const int64_t* slab_first;  // [mask_b * mask_h * rows of tiles]: the slab of the first row
+  const int64_t *slab_rows, *slab_starts;
+  const int64_t *slab_lo, *slab_hi;
 
   int64_t bias_kind;
   const float* bias;  // TENSOR: numbers; ALIBI: slopes; RELATIVE: [heads, 2 reach + 1]
@@ -54,30 +60,33 @@ struct Call {
   uint64_t seed;
   float keep_scale;
 
-  // The backward: `lse` is then the log-sum-exp with the sinks, `extra` what is added to dout . v [b, hq, nq], or null.
+  // The backward: `lse` is then the log-sum-exp with the sinks. What comes back to the one over keys is `dlse`, or null;
+  // beside sinks that is another one, `keys_lse`, or null where there are none.
   Array dout, dq, dk, dv_out;
-  const float* extra;
+  const float *dlse, *keys_lse;  // [b, hq, nq]
   float* delta;  // [b, hq, nq]: dout . out, for the sinks
 
   int64_t tiles_q() const { return (nq + TILE - 1) / TILE; }
   int64_t tiles_k() const { return (nk + TILE - 1) / TILE; }
   int64_t group() const { return hq / hk; }
+  int64_t bytes() const { return dtype == FLOAT ? 4 : 2; }  // of a number
   int64_t keys(int64_t j) const { return std::min(TILE, nk - j * TILE); }
 };
 
-// Floats that begin where a cache line does.
+// Numbers that begin where a cache line does.
+template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t n = 0) : held_(new float[n + 16 + 3 * W]) {
+  explicit Buffer(size_t n = 0) : held_(new T[n + 16 + 3 * W]) {
     void* start = held_.get();
-    size_t room = (n + 16 + 2 * W) * sizeof(float);
-    at_ = static_cast<float*>(std::align(64, (n + 2 * W) * sizeof(float), start, room));
+    size_t room = (n + 16 + 2 * W) * sizeof(T);
+    at_ = static_cast<T*>(std::align(64, (n + 2 * W) * sizeof(T), start, room));
   }
-  operator float*() const { return at_; }
+  operator T*() const { return at_; }
 
  private:
-  std::unique_ptr<float[]> held_;
-  float* at_;
+  std::unique_ptr<T[]> held_;
+  T* at_;
 };
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }

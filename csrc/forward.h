@@ -30,21 +30,25 @@ struct Cut {
 
 // What a part of a strip's keys comes to: sums of weighted values, their weights, the highest score in base 2.
 struct Partial {
-  Buffer sums;  // [64, width]
+  Buffer<float> sums;  // [64, width]
   float total[TILE], top[TILE];
   explicit Partial(int64_t width) : sums(TILE * width) {}
 };
 
+template <class E>
 class Forward {
+  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+
  public:
-  Forward(const Call& c, const Cut& cut, const Packed& k, const Packed& v)
-      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), depth_(padded(c.d)), width_(padded(c.dv)), q_(TILE * depth_),
-        scores_(TILE * LD), keys_(cut.direct ? TILE * depth_ : 0), values_(cut.direct ? TILE * width_ : 0) {}
+  Forward(const Call& c, const Cut& cut, const Packed<E>& k, const Packed<E>& v)
+      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), depth_(room<E>(c.d)), width_(padded(c.dv)), q_(TILE * depth_),
+        scores_(TILE * LD), weights_(WOVEN ? TILE * HALF_TILE : 0), keys_(cut.direct ? TILE * depth_ : 0),
+        values_(TILE * width_) {}
 
   Strip& at(int64_t i) {  // the strip, and its queries
     const int64_t heads = c_.hq / cut_.stacked, bh = i / c_.tiles_q();  // head by head: its keys stay in the cache
     strip_.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
-    strip_.read_queries(q_, depth_);
+    strip_.read_queries(q_);
     return strip_;
   }
 
@@ -75,12 +79,7 @@ class Forward {
     for (int64_t t = 0; t < held_; ++t) {
       const int64_t j = tiles_[t];
       float* s = scores_ + t * TILE;
-      if (cut_.direct) {
-        const Rows k = rows_of(c_, c_.k, c_.d, strip_.b, strip_.hk, j, keys_);
-        dots(strip_.m, c_.keys(j), depth_, q_, depth_, k.at, k.row, s, LD);
-      } else {
-        product(strip_.m, TILE, c_.d, q_, depth_, 1, k_.turned(strip_.b, strip_.hk, j), TILE, s, LD, false);
-      }
+      multiply_keys(j, s);
       strip_.score(j, s, LD);
       masked[t] = strip_.see(j, kinds_[t]);
       if (masked[t]) strip_.hide(s, LD);
@@ -90,16 +89,50 @@ class Forward {
       const int64_t j = tiles_[t];
       float* p = scores_ + t * TILE;
       if (c_.drop_below) strip_.drop(j, p, LD);
-      const Rows v = cut_.direct ? rows_of(c_, c_.v, c_.dv, strip_.b, strip_.hk, j, values_)
-                                 : Rows{v_.rows(strip_.b, strip_.hk, j), v_.row()};
-      if (masked[t] && (cut_.direct || !v_.is_finite(strip_.b, strip_.hk, j))) {
+      if (masked[t] && !v_.is_finite(strip_.b, strip_.hk, j)) {
         strip_.see(j, kinds_[t]);
-        chosen_product(strip_.m, width_, c_.keys(j), p, LD, 1, v.at, v.row, into.sums, width_, strip_.word, false);
+        add_chosen_values(j, p, into);
       } else {
-        product(strip_.m, width_, c_.keys(j), p, LD, 1, v.at, v.row, into.sums, width_, true);
+        add_values(j, p, into);
       }
     }
     held_ = 0;
+  }
+
+  // Scores of tile j.
+  void multiply_keys(int64_t j, float* s) {
+    const int64_t b = strip_.b, h = strip_.hk;
+    if (!cut_.direct) {
+      product(strip_.m, TILE, steps<E>(c_.d), q_ + 0, depth_, 1, k_.turned(b, h, j), TILE, s, LD, false);
+      return;
+    }
+    if constexpr (!WOVEN)
+      with_rows(c_, c_.k, c_.d, b, h, j, keys_, [&](auto rows) {
+        dots(strip_.m, c_.keys(j), depth_, q_, depth_, rows, s, LD);
+      });
+  }
+
+  // Adds weights times the values of tile j.
+  void add_values(int64_t j, float* p, Partial& into) {
+    const int64_t b = strip_.b, h = strip_.hk, keys = c_.keys(j);
+    if constexpr (WOVEN) {
+      for (int64_t r = 0; r < strip_.m; ++r) weave(p + r * LD, p + r * LD + HALF_TILE, HALF_TILE, weights_ + r * HALF_TILE);
+      product(strip_.m, width_, HALF_TILE, weights_ + 0, HALF_TILE, 1, v_.rows(b, h, j).at, width_, into.sums, width_, true);
+    } else if (cut_.direct) {
+      with_rows(c_, c_.v, c_.dv, b, h, j, values_, [&](auto rows) {
+        sums(strip_.m, width_, keys, p, LD, rows, into.sums, width_);
+      });
+    } else {
+      const Rows<E> rows = v_.rows(b, h, j);
+      product(strip_.m, width_, keys, p, LD, 1, rows.at, rows.step, into.sums + 0, width_, true);
+    }
+  }
+
+  // The same where values that a row may not see are not finite.
+  void add_chosen_values(int64_t j, const float* p, Partial& into) {
+    with_rows(c_, c_.v, c_.dv, strip_.b, strip_.hk, j, values_, [&](auto rows) {
+      chosen_product(strip_.m, width_, c_.keys(j), p, LD, 1, rows.at, rows.step, into.sums, width_, strip_.word, false);
+    });
   }
 
   // Scores of one row become weights; what was summed before shrinks if there is a new highest score.
@@ -127,10 +160,13 @@ class Forward {
 
   const Call& c_;
   const Cut& cut_;
-  const Packed &k_, &v_;
+  const Packed<E>&k_, &v_;
   Strip strip_;
-  int64_t depth_, width_, held_ = 0;  // head sizes as vectors have them
-  Buffer q_, scores_, keys_, values_;
+  int64_t depth_, width_, held_ = 0;  // head sizes as products have them
+  Buffer<E> q_;
+  Buffer<float> scores_;
+  Buffer<Pair> weights_;
+  Buffer<float> keys_, values_;
   int64_t tiles_[CHUNK];
   int32_t kinds_[CHUNK];
 };

@@ -1,4 +1,5 @@
 // Products of small matrices: C[m, n] = or += A[m, k] B[k, n]. A has any two strides, rows of B and C have no gaps.
+// A and B are floats, or pairs of bf16: then a step of k takes both.
 #pragma once
 #include "vec.h"
 
@@ -7,8 +8,8 @@ namespace {
 constexpr int ROWS = W == 4 ? 4 : 6;      // of C that stay in registers
 constexpr int ACROSS = W == 16 ? 4 : 2;   // vectors of each
 
-template <int M, int V>
-TM_INLINE void block(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t k, float* c,
+template <int M, int V, class E>
+TM_INLINE void block(const E* a, int64_t row, int64_t step, const E* b, int64_t ldb, int64_t k, float* c,
                      int64_t ldc, bool add) {
   vf x[M][V];  // summed from 0 and then added to C: long sums lose less
 #pragma GCC unroll 8
@@ -16,14 +17,14 @@ TM_INLINE void block(const float* a, int64_t row, int64_t step, const float* b, 
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) x[i][j] = vf{};
   for (int64_t p = 0; p < k; ++p) {
-    vf y[V];
+    decltype(load(b)) y[V];
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) y[j] = load(b + p * ldb + j * W);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const vf s = splat(a[i * row + p * step]);
+      const auto s = splat(a[i * row + p * step]);
 #pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) x[i][j] += s * y[j];
+      for (int j = 0; j < V; ++j) x[i][j] = plus_product(x[i][j], s, y[j]);
     }
   }
 #pragma GCC unroll 8
@@ -32,9 +33,9 @@ TM_INLINE void block(const float* a, int64_t row, int64_t step, const float* b, 
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + x[i][j] : x[i][j]);
 }
 
-template <int V>
-TM_INLINE void panel(int64_t m, const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t k,
-                     float* c, int64_t ldc, bool add) {
+template <int V, class E>
+TM_INLINE void panel(int64_t m, const E* a, int64_t row, int64_t step, const E* b, int64_t ldb, int64_t k, float* c,
+                     int64_t ldc, bool add) {
   for (; m >= ROWS; m -= ROWS, a += ROWS * row, c += ROWS * ldc) block<ROWS, V>(a, row, step, b, ldb, k, c, ldc, add);
   switch (m) {
     case 5: return block<5, V>(a, row, step, b, ldb, k, c, ldc, add);
@@ -46,42 +47,20 @@ TM_INLINE void panel(int64_t m, const float* a, int64_t row, int64_t step, const
 }
 
 // n is a multiple of W. `row` and `step` are A's strides along m and k.
-__attribute__((noinline)) void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step,
-                                       const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+template <class E>
+__attribute__((noinline)) void product(int64_t m, int64_t n, int64_t k, const E* a, int64_t row, int64_t step, const E* b,
+                                       int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t j = 0;
   for (; j + ACROSS * W <= n; j += ACROSS * W) panel<ACROSS>(m, a, row, step, b + j, ldb, k, c + j, ldc, add);
   for (; j < n; j += W) panel<1>(m, a, row, step, b + j, ldb, k, c + j, ldc, add);
 }
 
-// C[i, p] = the product of row i of A and row p of B, for few rows of A: B is read once, as it lies.
-template <int M>
-TM_INLINE void dots_of(int64_t n, int64_t d, const float* a, int64_t row, const float* b, int64_t ldb, float* c,
-                       int64_t ldc) {
-  for (int64_t p = 0; p < n; ++p) {
-    vf x[M] = {};
-    for (int64_t j = 0; j < d; j += W) {
-      const vf y = load(b + p * ldb + j);
-#pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) x[i] += load(a + i * row + j) * y;
-    }
-    for (int i = 0; i < M; ++i) c[i * ldc + p] = sum(x[i]);
-  }
-}
-__attribute__((noinline)) void dots(int64_t m, int64_t n, int64_t d, const float* a, int64_t row, const float* b,
-                                    int64_t ldb, float* c, int64_t ldc) {
-  for (; m >= 4; m -= 4, a += 4 * row, c += 4 * ldc) dots_of<4>(n, d, a, row, b, ldb, c, ldc);
-  switch (m) {
-    case 3: return dots_of<3>(n, d, a, row, b, ldb, c, ldc);
-    case 2: return dots_of<2>(n, d, a, row, b, ldb, c, ldc);
-    case 1: return dots_of<1>(n, d, a, row, b, ldb, c, ldc);
-  }
-}
-
 // C += A B over the cells that are on: what is behind a masked cell is never read, so that it may be NaN. Bit p of
-// word i says whether A[i, p] counts, or bit i of word p if the words are `turned`.
-__attribute__((noinline)) void chosen_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row,
-                                              int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                              const uint64_t* words, bool turned) {
+// word i says whether A[i, p] counts, or bit i of word p if the words are `turned`. B is floats or bf16.
+template <class B>
+__attribute__((noinline)) void chosen_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step,
+                                              const B* b, int64_t ldb, float* c, int64_t ldc, const uint64_t* words,
+                                              bool turned) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t p = 0; p < k; ++p) {
       if (!((turned ? words[p] >> i : words[i] >> p) & 1)) continue;

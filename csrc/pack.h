@@ -1,163 +1,91 @@
-// Rows of q, k and v as floats, keys of a tile transposed, and whether everything in them is finite.
+// Keys and values as products take them, packed once a call: tiles transposed, and rows.
 #pragma once
-#include "call.h"
+#include "few.h"
+#include "numbers.h"
 
 namespace {
 
-inline float from_bfloat(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-inline uint16_t to_bfloat(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float from_half(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = x & 0x7fff;
-  uint32_t bits = rest << 13;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  y *= 5.192296858534828e33f;  // 2^112: the exponents begin elsewhere
-  std::memcpy(&bits, &y, 4);
-  if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
-  bits |= sign;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-inline uint16_t to_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds beyond 65504
-  if (bits < 0x38800000) {                       // below 2^-14: a whole number of 2^-24
-    float y;
-    std::memcpy(&y, &bits, 4);
-    y += 0.5f;  // whose last bit is 2^-24
-    std::memcpy(&bits, &y, 4);
-    return sign | uint16_t(bits - 0x3f000000);
-  }
-  return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-
-// n numbers as floats, zeros up to `width`.
-inline void floats(const void* from, int64_t dtype, int64_t n, int64_t width, float* to) {
-  const uint16_t* halves = static_cast<const uint16_t*>(from);
-  if (dtype == FLOAT) std::memcpy(to, from, n * 4);
-  else if (dtype == BFLOAT) for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat(halves[i]);
-  else for (int64_t i = 0; i < n; ++i) to[i] = from_half(halves[i]);
-  for (int64_t i = n; i < width; ++i) to[i] = 0;
-}
-
-// The opposite, times a factor.
-inline void write(const float* from, float by, int64_t n, int64_t dtype, void* to) {
-  uint16_t* halves = static_cast<uint16_t*>(to);
-  if (dtype == FLOAT) for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[i] = from[i] * by;
-  else if (dtype == BFLOAT) for (int64_t i = 0; i < n; ++i) halves[i] = to_bfloat(from[i] * by);
-  else for (int64_t i = 0; i < n; ++i) halves[i] = to_half(from[i] * by);
-}
+constexpr int64_t HALF_TILE = TILE / 2;  // pairs of rows: row r of a tile and row r + 32
 
 inline char* row_of(const Call& c, const Array& x, int64_t b, int64_t h, int64_t n) {
-  return static_cast<char*>(x.data) + (b * x.sample + h * x.head + n * x.row) * (c.dtype == FLOAT ? 4 : 2);
+  return static_cast<char*>(x.data) + (b * x.sample + h * x.head + n * x.row) * c.bytes();
 }
 
-inline bool finite(const float* x, int64_t n) {
-  vf wrong = vf{};  // 0 times what is finite is 0
-  int64_t i = 0;
-  for (; i + W <= n; i += W) wrong += load(x + i) * 0.0f;
-  float rest = sum(wrong);
-  for (; i < n; ++i) rest += x[i] * 0.0f;
-  return rest == 0;
-}
+// A product over d numbers as steps of floats or of pairs, and where the next row of them is.
+template <class E>
+inline int64_t steps(int64_t d) { return std::is_same<E, Pair>::value ? (d + 1) / 2 : d; }
+template <class E>
+inline int64_t room(int64_t d) { return std::is_same<E, Pair>::value ? (d + 1) / 2 : padded(d); }
 
-// x [64, d] transposed: [d, 64].
-inline void transpose(const float* x, int64_t row, int64_t d, float* to) {
-  int64_t p = 0;
-  for (; p + 4 <= d; p += 4)
-    for (int64_t j = 0; j < TILE; j += 4) {
-      v4 a, b, e, f;
-      std::memcpy(&a, x + j * row + p, 16);
-      std::memcpy(&b, x + (j + 1) * row + p, 16);
-      std::memcpy(&e, x + (j + 2) * row + p, 16);
-      std::memcpy(&f, x + (j + 3) * row + p, 16);
-      const v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ef = __builtin_shufflevector(e, f, 0, 4, 1, 5);
-      const v4 AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), EF = __builtin_shufflevector(e, f, 2, 6, 3, 7);
-      const v4 r[4] = {__builtin_shufflevector(ab, ef, 0, 1, 4, 5), __builtin_shufflevector(ab, ef, 2, 3, 6, 7),
-                       __builtin_shufflevector(AB, EF, 0, 1, 4, 5), __builtin_shufflevector(AB, EF, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) std::memcpy(to + (p + i) * TILE + j, r + i, 16);
-    }
-  for (; p < d; ++p)
-    for (int64_t j = 0; j < TILE; ++j) to[p * TILE + j] = x[j * row + p];
-}
+inline void row_as(const Call& c, const void* from, int64_t d, float* to) { floats(from, c.dtype, d, padded(d), to); }
+inline void row_as(const Call&, const void* from, int64_t d, Pair* to) { pairs(from, d, to); }
 
-// The keys (or values) that a call uses, for every sample and key head.
+// The keys (or values) of every sample and key head. Rows of floats stay where they are if vectors fit them.
+template <class E>
 class Packed {
+  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+
  public:
-  // `rows`: as rows of floats without gaps; `turned`: tiles transposed.
+  // `rows`: [keys, width] of floats, or woven [32, width] for each tile; `turned`: tiles transposed [steps, 64].
   Packed(const Call& c, const Array& x, int64_t d, bool rows, bool turned)
-      : c_(c), x_(x), d_(d), width_(padded(d)), tiles_(c.tiles_k()), copied_(c.dtype != FLOAT || d % W),
-        rows_(rows && copied_ ? c.b * c.hk * tiles_ * TILE * width_ : 0),
-        turned_(turned ? c.b * c.hk * tiles_ * TILE * d : 0), keeps_rows_(rows && copied_), turns_(turned),
+      : c_(c), x_(x), d_(d), width_(padded(d)), steps_(steps<E>(d)), tiles_(c.tiles_k()),
+        keeps_(rows && (WOVEN || c.dtype != FLOAT || d % W)), turns_(turned),
+        rows_(keeps_ ? c.b * c.hk * tiles_ * row_tile() : 0), turned_(turns_ ? c.b * c.hk * tiles_ * steps_ * TILE : 0),
         finite_(c.b * c.hk * tiles_, 1) {}
 
   // Pack tile `i` of all; `spare` has room for a tile of rows.
-  void make(int64_t i, float* spare) {
+  void make(int64_t i, E* spare) {
     const int64_t j = i % tiles_, h = i / tiles_ % c_.hk, b = i / tiles_ / c_.hk, keys = c_.keys(j);
-    const bool direct = !copied_ && keys == TILE;
-    const float* from = reinterpret_cast<const float*>(row_of(c_, x_, b, h, j * TILE));
-    int64_t row = x_.row;
-    if (!direct) {
-      float* to = keeps_rows_ ? rows_ + i * TILE * width_ : spare;
-      for (int64_t n = 0; n < keys; ++n) floats(row_of(c_, x_, b, h, j * TILE + n), c_.dtype, d_, width_, to + n * width_);
-      std::fill(to + keys * width_, to + TILE * width_, 0.0f);
-      from = to, row = width_;
+    const auto key = [&](int64_t n) { return n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr; };
+    E* to = WOVEN || !keeps_ ? spare : rows_ + i * row_tile();
+    const E* from = to;
+    int64_t step = room<E>(d_);
+    if (!WOVEN && !keeps_ && c_.dtype == FLOAT && keys == TILE) {
+      from = reinterpret_cast<const E*>(key(0)), step = x_.row;
+    } else {
+      for (int64_t n = 0; n < keys; ++n) row_as(c_, key(n), d_, to + n * step);
+      std::fill(to + keys * step, to + TILE * step, E(0));
     }
     bool all = true;
-    for (int64_t n = 0; n < keys; ++n) all &= finite(from + n * row, d_);
+    for (int64_t n = 0; n < keys; ++n) all &= finite(from + n * step, steps_);
     finite_[i] = all;
-    if (turns_) transpose(from, row, d_, turned_ + i * TILE * d_);
+    if (turns_) transpose(from, step, steps_, turned_ + i * steps_ * TILE);
+    if constexpr (WOVEN)
+      for (int64_t n = 0; keeps_ && n < HALF_TILE; ++n)
+        weave(key(n), key(n + HALF_TILE), d_, width_, rows_ + i * row_tile() + n * width_);
   }
 
-  // Key j * 64 of a sample's head as a row, and from one row to the next.
-  const float* rows(int64_t b, int64_t h, int64_t j) const {
-    if (copied_) return rows_ + at(b, h, j) * TILE * width_;
-    return reinterpret_cast<const float*>(row_of(c_, x_, b, h, j * TILE));
+  // Of one tile, with its step.
+  Rows<E> rows(int64_t b, int64_t h, int64_t j) const {
+    if (keeps_) return {rows_ + at(b, h, j) * row_tile(), width_};
+    return {reinterpret_cast<const E*>(row_of(c_, x_, b, h, j * TILE)), x_.row};
   }
-  int64_t row() const { return copied_ ? width_ : x_.row; }
-  const float* turned(int64_t b, int64_t h, int64_t j) const { return turned_ + at(b, h, j) * TILE * d_; }
+  const E* turned(int64_t b, int64_t h, int64_t j) const { return turned_ + at(b, h, j) * steps_ * TILE; }
   bool is_finite(int64_t b, int64_t h, int64_t j) const { return finite_[at(b, h, j)]; }
+  void may_not_be_finite() { std::fill(finite_.begin(), finite_.end(), 0); }  // where nothing was packed
   int64_t width() const { return width_; }
 
  private:
   int64_t at(int64_t b, int64_t h, int64_t j) const { return (b * c_.hk + h) * tiles_ + j; }
+  int64_t row_tile() const { return (WOVEN ? HALF_TILE : TILE) * width_; }
 
   const Call& c_;
   const Array& x_;
-  int64_t d_, width_, tiles_;
-  bool copied_;
-  Buffer rows_, turned_;
-  bool keeps_rows_, turns_;
+  int64_t d_, width_, steps_, tiles_;
+  bool keeps_, turns_;
+  Buffer<E> rows_, turned_;
   std::vector<uint8_t> finite_;
 };
 
-// The rows of one tile of keys or values as floats without gaps: where they are, or copied into `spare`.
-struct Rows {
-  const float* at;
-  int64_t row;
-};
-inline Rows rows_of(const Call& c, const Array& x, int64_t d, int64_t b, int64_t h, int64_t j, float* spare) {
+// The rows of one tile of keys or values to `use`: as they lie if vectors fit them, or as floats in `spare`.
+template <class F>
+TM_INLINE void with_rows(const Call& c, const Array& x, int64_t d, int64_t b, int64_t h, int64_t j, float* spare, F use) {
   const int64_t width = padded(d);
-  if (c.dtype == FLOAT && d == width) return {reinterpret_cast<const float*>(row_of(c, x, b, h, j * TILE)), x.row};
+  const char* first = row_of(c, x, b, h, j * TILE);
+  if (c.dtype == FLOAT && d == width) return use(Rows<float>{reinterpret_cast<const float*>(first), x.row});
+  if (c.dtype == BFLOAT && d == width) return use(Rows<uint16_t>{reinterpret_cast<const uint16_t*>(first), x.row});
   for (int64_t n = 0; n < c.keys(j); ++n) floats(row_of(c, x, b, h, j * TILE + n), c.dtype, d, width, spare + n * width);
-  return {spare, width};
+  use(Rows<float>{spare, width});
 }
 
 // Which key tiles some row of tiles sees.

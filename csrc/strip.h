@@ -21,7 +21,7 @@ inline uint32_t hash_of(const uint32_t* words, int n) {
 // Rows of one tile; of several query heads, one below the other, where few queries share their keys.
 struct Strip {
   const Call& c;
-  int64_t b = 0, hk = 0, head = 0, tile = 0, each = 0, m = 0;  // `each` rows of each head from `head` on
+  int64_t b = 0, hk = 0, head = 0, tile = 0, each = 0, m = 0, place = 0;  // `each` rows of each head from `head` on
   const int64_t* range = nullptr;                              // of the runs that they see
   uint32_t row_hash[TILE];
   uint64_t word[TILE];  // what the rows see of the tile at hand
@@ -31,7 +31,8 @@ struct Strip {
   void set(int64_t b_, int64_t head_, int64_t heads, int64_t tile_) {
     b = b_, head = head_, hk = head_ / c.group(), tile = tile_;
     each = std::min(TILE, c.nq - tile * TILE), m = each * heads;
-    range = c.starts + ((c.mask_b > 1 ? b : 0) * c.mask_h + (c.mask_h > 1 ? head : 0)) * c.tiles_q() + tile;
+    place = ((c.mask_b > 1 ? b : 0) * c.mask_h + (c.mask_h > 1 ? head : 0)) * c.tiles_q() + tile;
+    range = c.starts + place;
     if (!c.drop_below) return;
     for (int64_t r = 0; r < m; ++r) {
       const uint32_t words[4] = {uint32_t(c.seed), uint32_t(b), uint32_t(head_of(r)), uint32_t(query(r))};
@@ -42,27 +43,39 @@ struct Strip {
   int64_t query(int64_t r) const { return tile * TILE + r % each; }
   int64_t number(int64_t r) const { return (b * c.hq + head_of(r)) * c.nq + query(r); }  // in [b, hq, nq]
 
-  // The rows of a tensor as floats without gaps, [m, width].
-  void read(const Array& x, int64_t d, int64_t width, float* to) const {
-    for (int64_t r = 0; r < m; ++r) floats(row_of(c, x, b, head_of(r), query(r)), c.dtype, d, width, to + r * width);
+  // The rows of a tensor without gaps, floats or pairs.
+  template <class E>
+  void read(const Array& x, int64_t d, E* to) const {
+    for (int64_t r = 0; r < m; ++r) row_as(c, row_of(c, x, b, head_of(r), query(r)), d, to + r * room<E>(d));
+  }
+  // Rows r and r + 32 woven, of one head.
+  void read_woven(const Array& x, int64_t d, Pair* to) const {
+    const auto row = [&](int64_t r) { return r < m ? row_of(c, x, b, head, query(r)) : nullptr; };
+    for (int64_t r = 0; r < HALF_TILE; ++r) weave(row(r), row(r + HALF_TILE), d, padded(d), to + r * padded(d));
   }
 
   // The queries. What scores are multiplied with must be above 0, or -inf would not stay hidden: queries take the rest.
-  void read_queries(float* to, int64_t width) const {
-    read(c.q, c.d, width, to);
+  // Pairs cannot without rounding: they are not used then.
+  void read_queries(Pair* to) const { read(c.q, c.d, to); }
+  void read_queries(float* to) const {
+    read(c.q, c.d, to);
     if (c.scale > 0) return;
-    for (int64_t i = 0; i < m * width; ++i) to[i] *= c.scale;
+    for (int64_t i = 0; i < m * padded(c.d); ++i) to[i] *= c.scale;
   }
   float scale() const { return c.scale > 0 ? c.scale : 1; }
 
   // Which cells of key tile j are on, in `word`; false if all are.
   bool see(int64_t j, int32_t kind) {
     const int64_t keys = c.keys(j);
-    if (kind < 0 && keys == TILE) return false;
-    const uint64_t edge = keys == TILE ? ~0ull : (1ull << keys) - 1;
-    for (int64_t r = 0; r < m; ++r) word[r] = kind < 0 ? edge : edge & c.words[kind * TILE + r % each];
+    if (kind == ALL && keys == TILE) return false;
+    const uint64_t edge = below(keys);
+    if (kind == SLABS) cut_slabs(j);
+    else for (int64_t r = 0; r < each; ++r) word[r] = kind == ALL ? ~0ull : c.words[kind * TILE + r];
+    for (int64_t r = 0; r < each; ++r) word[r] &= edge;
+    for (int64_t r = each; r < m; ++r) word[r] = word[r % each];
     return true;
   }
+  static uint64_t below(int64_t n) { return n >= TILE ? ~0ull : (1ull << n) - 1; }  // the first n bits
 
   // Products [m, 64] (rows `ld` apart) become scores as softmax takes them, but for the factor `factor()`. `slopes`, if
   // not null, gets the derivative of a soft cap.
@@ -104,6 +117,24 @@ struct Strip {
   }
 
  private:
+  // The words of tile j from the ends of the slabs' runs.
+  void cut_slabs(int64_t j) {
+    const int64_t first = tile * TILE, stop = first + each, left = j * TILE;
+    std::fill(word, word + each, 0);
+    for (int64_t s = c.slab_first[place]; c.slab_rows[s] < stop; ++s) {
+      const int64_t begin = std::max(c.slab_rows[s], first), end = std::min(c.slab_rows[s + 1], stop);
+      const auto at = [](int64_t line, int64_t row) { return (line >> 1) + (line & 1 ? row : 0); };
+      const int64_t* last = c.slab_hi + c.slab_starts[s + 1];
+      const int64_t* hi = std::partition_point(c.slab_hi + c.slab_starts[s], last, [&](int64_t x) { return at(x, end - 1) <= left; });
+      for (const int64_t* lo = c.slab_lo + (hi - c.slab_hi); hi < last && at(*lo, begin) < left + TILE; ++hi, ++lo)
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t a = std::max<int64_t>(at(*lo, row) - left, 0), b = at(*hi, row) - left;
+          if (b > a && a < TILE) word[row - first] |= below(b) & ~below(a);
+        }
+      if (end == stop) break;  // of another sample's or head's slabs, rows begin again
+    }
+  }
+
   void add_bias(int64_t r, int64_t j, float* x) const {
     const int64_t h = head_of(r), keys = c.keys(j), q = query(r);
     if (c.bias_kind == TENSOR) {

@@ -1,10 +1,14 @@
 // Vectors as the compiler has them: 16, 8 or 4 floats, by the instruction set that this is compiled for.
-// GCC's and Clang's vector extensions only, so that the same source runs everywhere.
+// GCC's and Clang's vector extensions, so that the same source runs everywhere; one instruction that they cannot say.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(TM_WIDTH)  // tests ask for wide vectors where the processor has none
+#elif defined(__AVX512F__)
 #define TM_WIDTH 16
 #elif defined(__AVX__)
 #define TM_WIDTH 8
@@ -27,6 +31,48 @@ TM_INLINE vf load(const float* p) {
 }
 TM_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 TM_INLINE vf splat(float x) { return x - vf{}; }
+
+// Two bf16 in a word: what a product takes where the processor multiplies pairs of them.
+typedef uint32_t Pair;
+#if defined(__AVX512BF16__) || defined(TM_PAIRS)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+TM_INLINE vu load(const Pair* p) {
+  vu x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+TM_INLINE void store(Pair* p, vu x) { std::memcpy(p, &x, sizeof x); }
+TM_INLINE vu splat(Pair x) { return x - vu{}; }
+
+// x + a b, the sum of both products of pairs.
+TM_INLINE vf plus_product(vf x, vf a, vf b) { return x + a * b; }
+TM_INLINE vf plus_product(vf x, vu a, vu b) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)x, (__m512bh)a, (__m512bh)b);
+#else
+  x += (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+  return x + (vf)(a << 16) * (vf)(b << 16);
+#endif
+}
+
+// Rounded to bf16, to even where two are as near: in the upper half of each word.
+TM_INLINE vu rounded(vf x) {
+  const vu bits = (vu)x;
+  const vu near = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (x == x ? near : bits | 0x400000u) & 0xffff0000u;
+}
+TM_INLINE vu paired(vf low, vf high) { return rounded(low) >> 16 | rounded(high); }
+
+// Some bf16 as floats.
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+TM_INLINE vf load(const uint16_t* p) {
+  vh x;
+  std::memcpy(&x, p, sizeof x);
+  return (vf)(__builtin_convertvector(x, vu) << 16);
+}
 TM_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 TM_INLINE vi lanes() {

@@ -27,8 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES, PLACE = ROOT / "csrc", ROOT / "src" / "truemask" / "_native"
 FLAGS = "-O3 -std=c++17 -fPIC -shared -pthread -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi".split()
 STATIC = ("-static-libstdc++", "-static-libgcc")
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split()
 X86 = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": "-mavx2 -mfma".split(),
     "base": [],
 }

@@ -136,6 +136,31 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert tm.attend(*made[:3], MASKS["sinks"], backend="native").dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [5, 16])
+def test_what_is_not_finite_stays_behind_the_mask(dtype: torch.dtype, d: int) -> None:
+    """Planted in every tensor, in sizes that fit vectors and in those that do not: what may not see it is unchanged."""
+    made = tensors(1, 4, 2, 150, 150, d, d, dtype)
+    mask, seen = tm.causal.packed([70, 80]), slice(0, 70)
+    clean, tolerance = results(made, mask, "native"), 2e-5 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        for x, value in zip(made, (torch.nan, torch.inf, torch.nan, -torch.inf), strict=True):
+            x[:, :, 100, d // 2] = value
+    found = results(made, mask, "native")
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), clean, found, strict=True):
+        torch.testing.assert_close(a[:, :, seen], b[:, :, seen], atol=tolerance, rtol=tolerance, msg=name)
+    assert found[0][:, :, 100:].isnan().any()
+
+
+def test_a_gradient_of_lse_far_below_a_sink() -> None:
+    """Keys share nothing with the sink, whose weight is all of 1; among themselves they share the gradient of lse."""
+    made = tensors(1, 2, 1, 66, 66, 8, 8)
+    with torch.no_grad():
+        made[0].fill_(-5)
+        made[1].add_(12)
+    agree(made, tm.causal, sink_logits=torch.tensor([0.0, 90.0]))
+
+
 @given(drawn=expressions(depth=3), d=st.integers(1, 40), dv=st.integers(1, 40), shared=st.sampled_from([1, 2, 3]))
 @settings(max_examples=60, deadline=None)
 def test_random_masks(drawn: Drawn, d: int, dv: int, shared: int) -> None:
@@ -258,7 +283,7 @@ def test_cells_that_do_not_fit_are_refused_before_they_are_made() -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("off", "TRUEMASK_ISA=off says so"), ("avx3", "'avx3' is none of avx512, avx2, base, off")],
+    [("off", "TRUEMASK_ISA=off says so"), ("avx3", "'avx3' is none of avx512_bf16, avx512, avx2, base, off")],
 )
 def test_a_plan_says_why_there_is_no_kernel(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, value)

@@ -37,7 +37,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from truemask.errors import PlanError
-from truemask.geometry.tiles import TileMap
+from truemask.geometry.slabs import Slabs
+from truemask.geometry.tiles import Ints, TileMap
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -112,6 +113,13 @@ class Lowered(NamedTuple):
     nbytes: int = 0
 
 
+class Exact(NamedTuple):
+    """Slabs of the samples and heads that a mask tells apart: `which [samples, heads]` of them each has."""
+
+    slabs: tuple[Slabs, ...]
+    which: Ints
+
+
 @dataclass(frozen=True)
 class Job:
     """A mask and a request, and what geometry knows of the two, worked out once and only if somebody asks."""
@@ -124,6 +132,19 @@ class Job:
         """The mask's tiles at the request's sizes."""
         r = self.request
         return self.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
+
+    @cached_property
+    def exact(self) -> Exact | None:
+        """The exact form of every sample and head; None if some of them has none."""
+        r = self.request
+        members, which = self.mask._variants(self.mask_batch, self.mask_heads)
+        found: list[Slabs] = []
+        for b, h in members:
+            slabs = self.mask._exact(b, h, r.q_len, r.kv_len)
+            if slabs is None:
+                return None
+            found.append(slabs)
+        return Exact(tuple(found), which)
 
     @cached_property
     def small(self) -> Tensor | None:

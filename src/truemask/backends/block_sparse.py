@@ -191,16 +191,10 @@ def _tiles(job: Job, height: int) -> TileMap:
 
 def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
     """The exact form of every sample and head, those that are the same as one object; None if there is none."""
-    r, left = job.request, MOST_ENDS
-    members, which = job.mask._variants(job.mask_batch, job.mask_heads)
-    found: list[Slabs] = []
-    for b, h in members:
-        slabs = job.mask._exact(b, h, r.q_len, r.kv_len)
-        if slabs is None or slabs.ends.shape[1] > left:
-            return None
-        left -= slabs.ends.shape[1]
-        found.append(slabs)
-    return [(b, h, found[which[b, h]]) for b, h in np.ndindex(*which.shape)]
+    exact = job.exact
+    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
+        return None
+    return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
 
 
 def cost_of(strips: Strips, job: Job) -> float:

@@ -1,7 +1,7 @@
 """The native kernel: `csrc/`, called on torch's memory. One pass over the tiles that a mask lets through.
 
-What is EMPTY costs nothing, what is FULL runs without a mask, the cells of a MIXED tile are 64 words, identical tiles
-once. fp32, bf16 and fp16 are computed in fp32. Laws 5 and 6 hold inside: what is masked is selected away rather than
+What is EMPTY costs nothing, what is FULL runs without a mask. What a row sees of a MIXED tile is worked out from the
+ends of its slab's runs, or else read: 64 words, identical tiles once. fp32, bf16 and fp16 are computed in fp32. Laws 5 and 6 hold inside: what is masked is selected away rather than
 multiplied by zero. Results are bit for bit the same whatever the number of threads.
 """
 
@@ -56,7 +56,7 @@ class Native:
         return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
 
     def lower(self, job: Job) -> Lowered:
-        tiles = tiles_of(_tiles(job))
+        tiles = tiles_of(_tiles(job), job.exact)
         return Lowered(tiles, tiles.nbytes)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
@@ -82,7 +82,7 @@ def _tiles(job: Job) -> TileMap:
 
 
 class Size(NamedTuple):
-    """How many tiles there are of each state, and the bytes of the words of MIXED ones."""
+    """How many tiles there are of each state, and the bytes of the words of MIXED ones without an exact form."""
 
     counts: TileCounts
     words: int
@@ -92,7 +92,7 @@ def _size(job: Job) -> Size:
     """Worked out once, without looking at cells."""
     if SIZE not in job.notes:
         tiles = _tiles(job)
-        job.notes[SIZE] = Size(tiles.counts, tiles.cells_to_evaluate // 8)
+        job.notes[SIZE] = Size(tiles.counts, 0 if job.exact else tiles.cells_to_evaluate // 8)
     return job.notes[SIZE]
 
 
@@ -140,11 +140,10 @@ def _gradients(call: NativeCall, saved: tuple[Any, ...], dout: Tensor, dlse: Ten
         if sinks is None
         else torch.logaddexp(lse, sinks.float()[:, None]).masked_fill(lse == -torch.inf, -torch.inf)
     )
-    extra = None
-    if dlse is not None:  # of a key's share of the keys alone, where the weights are shares beside the sink
-        beside = dlse if sinks is None else dlse * torch.exp(merged - lse)
-        extra = beside.masked_fill(lse == -torch.inf, 0).contiguous()
-    dq, dk, dv, delta = call.backward(q, k, v, out, merged.contiguous(), dout, extra)
+    if dlse is not None:
+        dlse = dlse.masked_fill(lse == -torch.inf, 0).contiguous()
+    other = None if sinks is None or dlse is None else lse
+    dq, dk, dv, delta = call.backward(q, k, v, out, merged.contiguous(), dout, dlse, other)
     if sinks is None:
         return dq, dk, dv, None
     share = torch.exp(sinks.float()[:, None] - merged).masked_fill(lse == -torch.inf, 0)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truemask.backends.base import Inputs
+from truemask.backends.base import Exact, Inputs
 from truemask.backends.native_library import ArrayStruct, CallStruct, run
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles import TileMap
@@ -21,7 +21,34 @@ from truemask.masks.hashing import threshold
 TILE = 64  # queries and keys: what a row of a MIXED tile lets through is one 64-bit word
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TENSOR, ALIBI, RELATIVE = 1, 2, 3
+ALL, SLABS = -1, -2  # what a run of tiles may have instead of a pattern: everything is seen, or the slabs say what
 FORK = 1 << 23  # additions and multiplications that are worth a thread
+
+
+class Ends(NamedTuple):
+    """The slabs of all samples and heads, as the kernel works out a row's ends from them."""
+
+    first: NDArray[np.int64]  # [samples * heads * rows of tiles]: the slab of the first row of each
+    rows: NDArray[np.int64]  # [slabs + 1 of each]
+    starts: NDArray[np.int64]
+    low: NDArray[np.int64]  # [runs]: 2 * the place on row 0 + whether it moves
+    high: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, exact: Exact | None, rows_of_tiles: int) -> Ends:
+        """Laid end to end; empty without an exact form."""
+        if exact is None:
+            return cls(*[np.zeros(1, np.int64)] * 5)
+        top = np.arange(rows_of_tiles) * TILE
+        slabs, runs = 0, 0
+        first, starts = [], []
+        for part in exact.slabs:
+            first.append(slabs + np.searchsorted(part.rows, top, "right") - 1)
+            starts.append(runs + part.starts)
+            slabs, runs = slabs + len(part.rows), runs + part.runs
+        rows = np.concatenate([part.rows for part in exact.slabs])
+        low, high = np.concatenate([part.lines for part in exact.slabs], axis=1)
+        return cls(np.stack(first)[exact.which].ravel(), rows, np.concatenate(starts), low.copy(), high.copy())
 
 
 class Tiles(NamedTuple):
@@ -29,28 +56,44 @@ class Tiles(NamedTuple):
 
     shape: tuple[int, int]  # samples and heads that the mask tells apart
     starts: NDArray[np.int64]  # [samples * heads * rows of tiles + 1]
-    runs: NDArray[np.int32]  # [runs, 3]: first tile, end, number of the pattern or -1: FULL
+    runs: NDArray[np.int32]  # [runs, 3]: first tile, end, number of the pattern or ALL or SLABS
     words: NDArray[np.uint64]  # [patterns, 64]: bit j of word i is cell (i, j)
     order: NDArray[np.int64]  # rows of tiles, the longest first
+    ends: Ends
     total: int  # tiles that run in the distinct samples and heads
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.nbytes for x in self[1:5])
+        return sum(x.nbytes for x in (*self[1:5], *self.ends))
 
 
-def tiles_of(map_: TileMap) -> Tiles:
-    """The tile map with a run of its own for every MIXED tile, and each pattern of cells once."""
+def tiles_of(map_: TileMap, exact: Exact | None) -> Tiles:
+    """The tile map; cells of MIXED tiles are asked of the exact form, or else stored, each pattern once."""
+    if exact is None:
+        starts, runs, words = _stored(map_)
+    else:
+        kinds = np.where(map_.runs[:, 2] == MIXED, SLABS, ALL)
+        starts, words = map_.row_starts, np.zeros((1, TILE), np.uint64)
+        runs = np.concatenate([map_.runs[:, :2], kinds[:, None]], axis=1)
+    lengths = np.diff(np.append(0, np.cumsum(runs[:, 1] - runs[:, 0]))[starts])
+    order = np.argsort(-lengths.reshape(math.prod(map_.shape[:2]), map_.shape[2]).sum(0), kind="stable")
+    ends = Ends.of(exact, map_.shape[2])
+    runs = np.ascontiguousarray(runs, np.int32)
+    return Tiles(map_.shape[:2], np.ascontiguousarray(starts), runs, words, order, ends, int(lengths.sum()))
+
+
+def _stored(map_: TileMap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+    """Runs with one of its own for every MIXED tile, and each pattern of cells once."""
     mixed = map_.runs[:, 2] == MIXED
     sizes = np.where(mixed, map_.runs[:, 1] - map_.runs[:, 0], 1)
     starts = np.append(0, np.cumsum(sizes))
     within = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
     first, last, state = (np.repeat(column, sizes) for column in map_.runs.T)
-    runs = np.stack([first + within, np.where(state == MIXED, first + within + 1, last), np.full(len(first), -1)], 1)
+    runs = np.stack([first + within, np.where(state == MIXED, first + within + 1, last), np.full(len(first), ALL)], 1)
     places = np.flatnonzero(state == MIXED)
-    words: list[NDArray[np.uint64]] = [np.zeros((0, TILE), np.uint64)]
-    known = 0
+    words: list[NDArray[np.uint64]] = [np.zeros((1, TILE), np.uint64)]
+    known = 1
     for part in map_.patterns():
         count, height, width = part.cells.shape
         cells = np.zeros((count, TILE, TILE), bool)
@@ -58,10 +101,7 @@ def tiles_of(map_: TileMap) -> Tiles:
         words.append(np.packbits(cells, axis=2, bitorder="little").view(np.uint64)[..., 0])
         runs[places[part.tiles], 2] = known + part.which
         known += count
-    lengths = np.diff(np.append(0, np.cumsum(runs[:, 1] - runs[:, 0]))[starts[map_.row_starts]])
-    order = np.argsort(-lengths.reshape(math.prod(map_.shape[:2]), map_.shape[2]).sum(0), kind="stable")
-    total = int(lengths.sum())
-    return Tiles(map_.shape[:2], starts[map_.row_starts], runs.astype(np.int32), np.concatenate(words), order, total)
+    return starts[map_.row_starts], runs, np.concatenate(words)
 
 
 class NativeCall:
@@ -90,16 +130,25 @@ class NativeCall:
         return out, lse
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, extra: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        keys_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dq, dk, dv and `dout . out`; `lse` is that with the sinks, `extra` is added to the gradient of each score."""
+        """dq, dk, dv and `dout . out`; `lse` is that with the sinks if there are some, and `keys_lse` the other."""
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         delta = torch.zeros(lse.shape)
         if not (out.numel() and k.shape[2]):
             return dq.zero_(), dk.zero_(), dv.zero_(), delta
         call, held = self._described(q, k, v, out, lse)
         call.dout, call.dq, call.dk, call.dv_out = (_array(x) for x in (dout, dq, dk, dv))
-        call.extra, call.delta = None if extra is None else extra.data_ptr(), delta.data_ptr()
+        call.delta = delta.data_ptr()
+        call.dlse, call.keys_lse = (None if x is None else x.data_ptr() for x in (dlse, keys_lse))
         run("tm_backward", call)
         del held
         return dq, dk, dv, delta
@@ -115,6 +164,9 @@ class NativeCall:
         call.lse = lse.data_ptr()
         call.mask_b, call.mask_h = self.tiles.shape
         call.starts, call.runs, call.words, call.order = (x.ctypes.data for x in self.tiles[1:5])
+        call.slab_first, call.slab_rows, call.slab_starts, call.slab_lo, call.slab_hi = (
+            x.ctypes.data for x in self.tiles.ends
+        )
         if self.dropout:
             call.drop_below, call.seed, call.keep_scale = threshold(self.dropout), self.seed, 1 / (1 - self.dropout)
         return call, self._bias(call)

@@ -1,7 +1,7 @@
 """The native kernel as a library: its structure, which one was built for this processor, and why there is none.
 
 `pip install` compiles `csrc/` once for each instruction set; the best that the processor has is loaded when somebody
-first asks. `TRUEMASK_ISA` names another one (`avx512`, `avx2`, `base`), or `off`.
+first asks. `TRUEMASK_ISA` names another one (`avx512_bf16`, `avx512`, `avx2`, `base`), or `off`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from truemask.errors import PlanError, suggest
 
 FOLDER = Path(__file__).resolve().parent.parent / "_native"
 VARIABLE, OFF = "TRUEMASK_ISA", "off"
-ISAS = ("avx512", "avx2", "base")  # the best first
-CAPABILITIES = {"AVX512": ISAS, "AVX2": ISAS[1:]}  # by what torch says of the processor
+ISAS = ("avx512_bf16", "avx512", "avx2", "base")  # the best first
+CAPABILITIES = {"AVX512": ISAS[1:], "AVX2": ISAS[2:]}  # by what torch says of the processor
+SLABS = ("slab_first", "slab_rows", "slab_starts", "slab_lo", "slab_hi")
 
 
 class ArrayStruct(ctypes.Structure):
@@ -37,7 +38,7 @@ class CallStruct(ctypes.Structure):
         *((name, ArrayStruct) for name in ("q", "k", "v", "out")),
         *((name, c_void_p) for name in ("lse", "sinks")),
         *((name, c_int64) for name in ("mask_b", "mask_h")),
-        *((name, c_void_p) for name in ("starts", "runs", "words", "order")),
+        *((name, c_void_p) for name in ("starts", "runs", "words", "order", *SLABS)),
         ("bias_kind", c_int64),
         ("bias", c_void_p),
         ("bias_strides", c_int64 * 4),
@@ -47,7 +48,7 @@ class CallStruct(ctypes.Structure):
         *((name, c_uint64) for name in ("drop_below", "seed")),
         ("keep_scale", c_float),
         *((name, ArrayStruct) for name in ("dout", "dq", "dk", "dv_out")),
-        *((name, c_void_p) for name in ("extra", "delta")),
+        *((name, c_void_p) for name in ("dlse", "keys_lse", "delta")),
     )
 
 
@@ -86,7 +87,7 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     built = [name for name in ISAS if file_of(name).is_file()]
     if not built:
         return None, _why_not_built()
-    able = CAPABILITIES.get(torch.backends.cpu.get_cpu_capability().split()[0], ISAS[2:])
+    able = CAPABILITIES.get(torch.backends.cpu.get_cpu_capability().split()[0], ISAS[3:])
     able = _by_processor() or able
     usable = [name for name in built if name in able and wanted in ("", name)]
     if not usable:
@@ -100,6 +101,7 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     for name in ("tm_forward", "tm_backward"):
         getattr(found, name).restype = ctypes.c_int
         getattr(found, name).argtypes = [ctypes.c_void_p]
+    found.tm_peak.restype, found.tm_peak.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int]
     found.tm_start_threads_with.argtypes = [ctypes.c_void_p]
     found.tm_start_threads_with(_openmp())
     return found, ""
@@ -137,4 +139,6 @@ def _by_processor() -> tuple[str, ...]:
     if not flags:
         return ()
     wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
-    return ISAS if wide else ISAS[1:] if {"avx2", "fma"} <= flags else ISAS[2:]
+    if wide:
+        return ISAS if "avx512_bf16" in flags else ISAS[1:]
+    return ISAS[2:] if {"avx2", "fma"} <= flags else ISAS[3:]
