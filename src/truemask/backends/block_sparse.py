@@ -20,7 +20,7 @@ from torch import Tensor
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at, reasons
 from truemask.backends.contain import flash_attention
-from truemask.backends.costs import seconds, table
+from truemask.backends.costs import SPEED_BACKWARD, seconds, slowed, table
 from truemask.backends.flash import fitted
 from truemask.backends.groups import CALL_CELLS, planes
 from truemask.backends.strip_cells import Sparse
@@ -37,11 +37,6 @@ CHOICE = "block_sparse choice"  # in a job's notes
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
 HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
-# Rows of a strip, and the kernel's speed with so many, forward and backward: it takes 32 rows at a time, 64 of 192 and
-# more, 256 of 768 and more.
-SPEED_AT = (1, 16, 32, 64, 96, 128, 191, 192, 256, 768)
-SPEED = (0.1, 0.5, 0.62, 0.7, 0.71, 0.73, 0.74, 0.92, 0.93, 1.0)
-SPEED_BACKWARD = (0.1, 0.25, 0.42, 0.77, 0.82, 0.85, 0.87, 0.93, 0.95, 1.0)
 FLAG = 512  # columns beyond the diagonal that the causal flag runs
 MATH = 3.0  # how many times longer plain torch takes
 MANY = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
@@ -205,14 +200,15 @@ def cost_of(strips: Strips, job: Job) -> float:
     causal = strips.pattern == CAUSAL
     cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG) / 2), widths) * (samples * heads)
     times = MATH if needs_math(r) else 1.0
-    cost = seconds(rates, r._replace(grad=False), float((cells / np.interp(heights, SPEED_AT, SPEED)).sum()) * times)
+    forward = r._replace(grad=False)
+    cost = seconds(rates, forward, slowed(cells, heights) * times)
     kinds = len(np.unique(np.stack([strips.b, strips.h, strips.pattern, widths]), axis=1).T)
     calls = min(kinds, 1 + cells.sum() / CALL_CELLS) * samples
     shared = max(1, r.kv_heads // max(1, strips.shape[1]))
     gathered = 4 * samples * shared * (r.head_dim + r.value_dim) * float(widths[np.diff(strips.starts) > 1].sum())
     if r.grad:
-        slow = float((cells / np.interp(heights, SPEED_AT, SPEED_BACKWARD)).sum()) * times
-        both = seconds(rates, r, slow) - seconds(rates, r._replace(grad=False), slow)
+        slow = slowed(cells, heights, SPEED_BACKWARD) * times
+        both = seconds(rates, r, slow) - seconds(rates, forward, slow)
         cost, calls, gathered = cost + both, 2 * calls, 4 * gathered
     if r.bias:
         cost += float(cells.sum()) * 8 / rates.join

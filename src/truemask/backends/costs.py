@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from truemask.backends.base import Request
 from truemask.backends.calibration import AGAIN, Entry, Machine, complain, read_entries, this_machine
@@ -54,18 +56,42 @@ class StripRates(Rates):
 
 
 @dataclass(frozen=True)
+class NativeRates(Rates):
+    """`read`: bytes a second at which keys and values come, which is what few queries wait for."""
+
+    read: float = 20e9
+
+
+@dataclass(frozen=True)
 class Table:
     """The constants of every backend that has some, under the backend's name."""
 
     sdpa: SdpaRates = SdpaRates(120e9, 118e9, 70e-6, 215e-6)
     block_sparse: StripRates = StripRates(100e9, 88e9, 140e-6, 320e-6)
-    native: Rates = Rates(130e9, 125e9, 95e-6, 300e-6)
+    native: NativeRates = NativeRates(130e9, 125e9, 95e-6, 300e-6)
     reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
 
 
 SHIPPED = Table()
 BACKENDS = tuple(field.name for field in fields(Table))
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
+
+
+# Rows of queries, and the speed of torch's kernel with so many, forward and backward: it takes 32 of them at a time, 64
+# of 192 and more, 256 of 768 and more.
+SPEED_AT = (1, 16, 32, 64, 96, 128, 191, 192, 256, 768)
+SPEED = (0.1, 0.5, 0.62, 0.7, 0.71, 0.73, 0.74, 0.92, 0.93, 1.0)
+SPEED_BACKWARD = (0.1, 0.25, 0.42, 0.77, 0.82, 0.85, 0.87, 0.93, 0.95, 1.0)
+
+
+def rows_at_once(rows: int) -> int:
+    """How many rows of queries torch's kernel takes at a time."""
+    return 32 if rows < 192 else 64 if rows < 768 else 256
+
+
+def slowed(cells: ArrayLike, rows: ArrayLike, speed: tuple[float, ...] = SPEED) -> float:
+    """As many cells as torch's kernel would do at full speed in the time that it takes for these, of so many rows."""
+    return float((np.asarray(cells) / np.interp(np.asarray(rows, float), SPEED_AT, speed)).sum())
 
 
 def seconds(rates: Rates, request: Request, cells: float) -> float:

@@ -1,7 +1,8 @@
 """The native kernel: `csrc/`, called on torch's memory. One pass over the tiles that a mask lets through.
 
 What is EMPTY costs nothing, what is FULL runs without a mask. What a row sees of a MIXED tile is worked out from the
-ends of its slab's runs, or else read: 64 words, identical tiles once. fp32, bf16 and fp16 are computed in fp32. Laws 5 and 6 hold inside: what is masked is selected away rather than
+ends of its slab's runs, or else read: 64 words, identical tiles once. fp32, bf16 and fp16 are computed in fp32, or bf16
+in products of pairs where the processor has them. Laws 5 and 6 hold inside: what is masked is selected away rather than
 multiplied by zero. Results are bit for bit the same whatever the number of threads.
 """
 
@@ -22,6 +23,7 @@ from truemask.backends.native_library import missing
 from truemask.geometry.tiles import TileCounts, TileMap
 from truemask.masks.biases import Bias
 
+FEW = 8  # rows up to which keys are read as they lie; for more they are packed before
 SIZE = "native size"  # in a job's notes
 MOST_WORDS = 1 << 28  # bytes of the cells of MIXED tiles
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -49,7 +51,11 @@ class Native:
     def cost(self, job: Job) -> float:
         r, counts = job.request, _size(job).counts
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
-        return seconds(table().native, r, (counts.mixed + counts.full) * TILE * TILE * planes)
+        cells = (counts.mixed + counts.full) * min(r.q_len, TILE) * TILE * planes
+        rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
+        keys = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * 4  # bytes, of all that might be read
+        reading = keys * min(1, cells / max(1, r.cells)) * (1 if rows <= FEW else 2)
+        return seconds(table().native, r, cells) + reading / table().native.read
 
     def way(self, job: Job) -> str:
         counts = _size(job).counts

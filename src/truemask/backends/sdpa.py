@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
 from truemask.backends.contain import flash_attention
-from truemask.backends.costs import memory, seconds, table
+from truemask.backends.costs import SPEED_BACKWARD, memory, rows_at_once, seconds, slowed, table
 from truemask.backends.eager import bias_values
 from truemask.backends.flash import Flash, all_fitted
 from truemask.masks.biases import Bias
@@ -61,7 +61,12 @@ class Sdpa:
         r = job.request
         rates = table().sdpa
         joining = _dense_bytes(job) / rates.join if r.bias else 0.0  # in every call; a mask alone is lowered once
-        return seconds(rates, r, r.cells * (causal_share(r) if _flag(job) else 1.0)) + joining
+        cells = r.cells * (causal_share(r) if _flag(job) else 1.0)
+        forward = seconds(rates, r._replace(grad=False), slowed(cells, r.q_len))
+        if not r.grad:
+            return forward + joining
+        slow = slowed(cells, r.q_len, SPEED_BACKWARD)
+        return forward + joining + seconds(rates, r, slow) - seconds(rates, r._replace(grad=False), slow)
 
     def way(self, job: Job) -> str:
         if _flag(job):
@@ -207,7 +212,7 @@ def _mask_sizes(job: Job) -> tuple[int, int, int, int]:
 
 
 def causal_share(r: Request) -> float:
-    """The share of a `[q, k]` rectangle that `causal` lets through."""
+    """The share of a `[q, k]` rectangle that the kernel computes under the causal flag."""
     full = min(r.q_len, r.kv_len)
-    pairs = full * (full + 1) / 2 + max(0, r.q_len - r.kv_len) * r.kv_len
+    pairs = full * (full + min(full, rows_at_once(r.q_len))) / 2 + max(0, r.q_len - r.kv_len) * r.kv_len
     return pairs / max(1, r.q_len * r.kv_len)
