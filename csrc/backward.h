@@ -124,74 +124,105 @@ class Backward {
 
   void tile(int64_t j, int32_t kind, float* dq, int64_t dq_step) {
     const int64_t m = strip_.m, b = strip_.b, hk = strip_.hk;
-    product(m, TILE, steps<E>(c_.d), q_.left(), q_.row(), 1, k_.turned(b, hk, j), TILE, p_ + 0, TILE, false);
-    strip_.score(j, p_, TILE, slopes_);
-    bool masked = strip_.see(j, kind);
+    masked_ = strip_.see(j, kind, word_);
     if (!whole_) {
-      for (int64_t r = 0; r < m; ++r) strip_.word[r] = (masked ? strip_.word[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
-      masked = true;
+      for (int64_t r = 0; r < m; ++r) word_[r] = (masked_ ? word_[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
+      masked_ = true;
     }
+    multiply(q_, steps<E>(c_.d), k_.turned(b, hk, j), p_);
+    strip_.score(j, p_, TILE, slopes_);
     const float factor = strip_.factor();
     for (int64_t r = 0; r < m; ++r)
       for (int64_t n = 0; n < TILE; n += W) {
         if (c_.keys_lse) store(shares_ + r * TILE + n, exp2v(load(p_ + r * TILE + n) * factor - keys_top_[r]));
         const vf p = exp2v(load(p_ + r * TILE + n) * factor - top_[r]);
-        store(p_ + r * TILE + n, masked ? (bits_at(strip_.word[r], n) ? p : vf{}) : p);
+        store(p_ + r * TILE + n, masked_ ? (bits_at(word_[r], n) ? p : vf{}) : p);
       }
-    product(m, TILE, steps<E>(c_.dv), dout_.left(), dout_.row(), 1, v_.turned(b, hk, j), TILE, dp_ + 0, TILE, false);
+    multiply(dout_, steps<E>(c_.dv), v_.turned(b, hk, j), dp_);
     float* kept = p_;
     if (c_.drop_below) {
       strip_.drop(j, dp_, TILE);
       std::memcpy(kept = dropped_, p_, m * TILE * 4);
       strip_.drop(j, kept, TILE);
     }
-    const bool careful = masked && !(q_.is_finite() && dout_.is_finite() && k_.is_finite(b, hk, j));
+    const bool careful = masked_ && !(q_.is_finite() && dout_.is_finite() && k_.is_finite(b, hk, j));
     add_to_keys(careful, j, kept, dout_, c_.dout, c_.dv, dv_);
     for (int64_t r = 0; r < m; ++r)
       for (int64_t n = 0; n < TILE; n += W) {
         vf ds = load(p_ + r * TILE + n) * (load(dp_ + r * TILE + n) - less_[r]);
         if (c_.keys_lse) ds += load(shares_ + r * TILE + n) * dlse_[r];
         if (c_.softcap != 0) ds *= load(slopes_ + r * TILE + n);
-        if (masked) ds = bits_at(strip_.word[r], n) ? ds : vf{};
+        if (masked_) ds = bits_at(word_[r], n) ? ds : vf{};
         store(dp_ + r * TILE + n, ds);
       }
     add_to_keys(careful, j, dp_, q_, c_.q, c_.d, dk_);
     add_to_queries(careful, j, dq, dq_step);
   }
 
+  // Products of a side's rows with keys or values, [m, 64]; what no row of a group sees is left as it was.
+  void multiply(const Side<E>& side, int64_t steps, const E* turned, float* to) {
+    if (!masked_) return product(strip_.m, TILE, steps, side.left(), side.row(), 1, turned, TILE, to, TILE, false);
+    in_groups(strip_.m, [&](int64_t first, int64_t end) {
+      const Range keys = keys_seen(word_, first, end).widened(W);
+      product(end - first, keys.end - keys.first, steps, side.left() + first * side.row(), side.row(), 1, turned + keys.first,
+              TILE, to + first * TILE + keys.first, TILE, false);
+    });
+  }
+
   // Adds x turned [64, rows] times the rows of a side to the gradient of keys or values.
   void add_to_keys(bool careful, int64_t j, const float* x, const Side<E>& side, const Array& from, int64_t d, Total& total) {
-    const int64_t m = strip_.m, keys = c_.keys(j), width = padded(d);
+    const int64_t m = strip_.m, keys = c_.keys(j), width = padded(d), to_step = total.step(0);
     float* to = total.row(0, strip_.b, strip_.hk, j * TILE);
-    if (careful) {
-      const float* rows = as_floats(side, from, d);
-      return chosen_product(keys, width, m, x, 1, TILE, rows, width, to, total.step(0), strip_.word, true);
-    }
+    if (careful)
+      return chosen_product(keys, width, m, x, 1, TILE, as_floats(side, from, d), width, to, to_step, word_, true);
+    const E* left;
     if constexpr (WOVEN) {
       for (int64_t r = 0; r < HALF_TILE; ++r) {
         if (r < m) weave(x + r * TILE, r + HALF_TILE < m ? x + (r + HALF_TILE) * TILE : nullptr, TILE, words_ + r * TILE);
         else std::fill(words_ + r * TILE, words_ + (r + 1) * TILE, 0);
       }
-      product<E>(keys, width, HALF_TILE, words_, 1, TILE, side.right(), width, to, total.step(0), true);
+      left = words_;
     } else {
-      product(keys, width, m, x, 1, TILE, side.right(), width, to, total.step(0), true);
+      left = x;
     }
+    const auto add = [&](int64_t first, int64_t end, Range rows) {
+      const Range k = steps_of<E>(rows);
+      product(end - first, width, k.end - k.first, left + k.first * TILE + first, 1, TILE, side.right() + k.first * width, width,
+              to + first * to_step, to_step, true);
+    };
+    if (!masked_) return add(0, keys, {0, m});
+    in_groups(keys, [&](int64_t first, int64_t end) {
+      const Range rows = rows_seeing(word_, m, first, end);
+      if (!rows.empty()) add(first, end, rows);
+    });
   }
 
   // Adds the scores' gradients times the keys to the queries' gradient.
-  void add_to_queries(bool careful, int64_t j, float* to, int64_t step) {
+  void add_to_queries(bool careful, int64_t j, float* to, int64_t to_step) {
     const int64_t m = strip_.m, b = strip_.b, hk = strip_.hk, keys = c_.keys(j);
     if (careful)
       return with_rows(c_, c_.k, c_.d, b, hk, j, spare_, [&](auto rows) {
-        chosen_product(m, width_, keys, dp_, TILE, 1, rows.at, rows.step, to, step, strip_.word, false);
+        chosen_product(m, width_, keys, dp_, TILE, 1, rows.at, rows.step, to, to_step, word_, false);
       });
-    const Rows<E> rows = k_.rows(b, hk, j);
+    const E* left;
+    int64_t row;
     if constexpr (WOVEN) {
       for (int64_t r = 0; r < m; ++r) weave(dp_ + r * TILE, dp_ + r * TILE + HALF_TILE, HALF_TILE, words_ + r * HALF_TILE);
-      product<E>(m, width_, HALF_TILE, words_, HALF_TILE, 1, rows.at, width_, to, step, true);
+      left = words_, row = HALF_TILE;
     } else {
-      product(m, width_, keys, dp_ + 0, TILE, 1, rows.at, rows.step, to, step, true);
+      left = dp_, row = TILE;
     }
+    const Rows<E> k = k_.rows(b, hk, j);
+    const auto add = [&](int64_t first, int64_t end, Range seen) {
+      const Range s = steps_of<E>(seen);
+      product(end - first, width_, s.end - s.first, left + first * row + s.first, row, 1, k.at + s.first * k.step, k.step,
+              to + first * to_step, to_step, true);
+    };
+    if (!masked_) return add(0, m, {0, keys});
+    in_groups(m, [&](int64_t first, int64_t end) {
+      const Range seen = keys_seen(word_, first, end);
+      if (!seen.empty()) add(first, end, seen);
+    });
   }
 
   const float* as_floats(const Side<E>& side, const Array& from, int64_t d) {
@@ -213,8 +244,8 @@ class Backward {
   Buffer<float> dropped_{TILE * TILE}, slopes_{TILE * TILE};
   Buffer<float> shares_{TILE * TILE};  // of each key among the keys, where sinks have shares too
   float top_[TILE], less_[TILE], keys_top_[TILE], dlse_[TILE];
-  uint64_t alive_ = 0;
-  bool whole_ = true;
+  uint64_t alive_ = 0, word_[TILE];  // what each row sees of the tile at hand, if it is masked
+  bool whole_ = true, masked_ = false;
 };
 
 }  // namespace

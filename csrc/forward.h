@@ -75,63 +75,78 @@ class Forward {
 
  private:
   void chunk(Partial& into) {
-    bool masked[CHUNK];
     for (int64_t t = 0; t < held_; ++t) {
-      const int64_t j = tiles_[t];
       float* s = scores_ + t * TILE;
-      multiply_keys(j, s);
-      strip_.score(j, s, LD);
-      masked[t] = strip_.see(j, kinds_[t]);
-      if (masked[t]) strip_.hide(s, LD);
+      masked_[t] = strip_.see(tiles_[t], kinds_[t], words_[t]);
+      multiply_keys(t, s);
+      strip_.score(tiles_[t], s, LD);
+      if (masked_[t]) strip_.hide(words_[t], s, LD);
     }
     for (int64_t r = 0; r < strip_.m; ++r) weigh(r, held_ * TILE, into);
     for (int64_t t = 0; t < held_; ++t) {
-      const int64_t j = tiles_[t];
       float* p = scores_ + t * TILE;
-      if (c_.drop_below) strip_.drop(j, p, LD);
-      if (masked[t] && !v_.is_finite(strip_.b, strip_.hk, j)) {
-        strip_.see(j, kinds_[t]);
-        add_chosen_values(j, p, into);
-      } else {
-        add_values(j, p, into);
-      }
+      if (c_.drop_below) strip_.drop(tiles_[t], p, LD);
+      if (masked_[t] && !v_.is_finite(strip_.b, strip_.hk, tiles_[t])) add_chosen_values(t, p, into);
+      else add_values(t, p, into);
     }
     held_ = 0;
   }
 
-  // Scores of tile j.
-  void multiply_keys(int64_t j, float* s) {
-    const int64_t b = strip_.b, h = strip_.hk;
-    if (!cut_.direct) {
-      product(strip_.m, TILE, steps<E>(c_.d), q_ + 0, depth_, 1, k_.turned(b, h, j), TILE, s, LD, false);
+  // Scores of a tile of the chunk; what no row of a group sees is left as it was, and hidden after.
+  void multiply_keys(int64_t t, float* s) {
+    const int64_t b = strip_.b, h = strip_.hk, j = tiles_[t];
+    if (cut_.direct) {
+      if constexpr (!WOVEN)
+        with_rows(c_, c_.k, c_.d, b, h, j, keys_, [&](auto rows) {
+          dots(strip_.m, c_.keys(j), depth_, q_, depth_, rows, s, LD);
+        });
       return;
     }
-    if constexpr (!WOVEN)
-      with_rows(c_, c_.k, c_.d, b, h, j, keys_, [&](auto rows) {
-        dots(strip_.m, c_.keys(j), depth_, q_, depth_, rows, s, LD);
-      });
+    const E* k = k_.turned(b, h, j);
+    if (!masked_[t]) return product(strip_.m, TILE, steps<E>(c_.d), q_ + 0, depth_, 1, k, TILE, s, LD, false);
+    in_groups(strip_.m, [&](int64_t first, int64_t end) {
+      const Range keys = keys_seen(words_[t], first, end).widened(W);
+      product(end - first, keys.end - keys.first, steps<E>(c_.d), q_ + first * depth_, depth_, 1, k + keys.first, TILE,
+              s + first * LD + keys.first, LD, false);
+    });
   }
 
-  // Adds weights times the values of tile j.
-  void add_values(int64_t j, float* p, Partial& into) {
-    const int64_t b = strip_.b, h = strip_.hk, keys = c_.keys(j);
+  // Adds weights times the values of a tile of the chunk.
+  void add_values(int64_t t, float* p, Partial& into) {
+    const int64_t b = strip_.b, h = strip_.hk, j = tiles_[t];
+    if (cut_.direct) {
+      if constexpr (!WOVEN)
+        with_rows(c_, c_.v, c_.dv, b, h, j, values_, [&](auto rows) {
+          sums(strip_.m, width_, c_.keys(j), p, LD, rows, into.sums, width_);
+        });
+      return;
+    }
+    const E* weights;
+    int64_t row;
     if constexpr (WOVEN) {
       for (int64_t r = 0; r < strip_.m; ++r) weave(p + r * LD, p + r * LD + HALF_TILE, HALF_TILE, weights_ + r * HALF_TILE);
-      product(strip_.m, width_, HALF_TILE, weights_ + 0, HALF_TILE, 1, v_.rows(b, h, j).at, width_, into.sums, width_, true);
-    } else if (cut_.direct) {
-      with_rows(c_, c_.v, c_.dv, b, h, j, values_, [&](auto rows) {
-        sums(strip_.m, width_, keys, p, LD, rows, into.sums, width_);
-      });
+      weights = weights_, row = HALF_TILE;
     } else {
-      const Rows<E> rows = v_.rows(b, h, j);
-      product(strip_.m, width_, keys, p, LD, 1, rows.at, rows.step, into.sums + 0, width_, true);
+      weights = p, row = LD;
     }
+    const Rows<E> v = v_.rows(b, h, j);
+    const auto add = [&](int64_t first, int64_t end, Range keys) {
+      const Range k = steps_of<E>(keys);
+      product(end - first, width_, k.end - k.first, weights + first * row + k.first, row, 1, v.at + k.first * v.step, v.step,
+              into.sums + first * width_, width_, true);
+    };
+    if (!masked_[t]) return add(0, strip_.m, {0, TILE});
+    in_groups(strip_.m, [&](int64_t first, int64_t end) {
+      const Range keys = keys_seen(words_[t], first, end);
+      if (!keys.empty()) add(first, end, keys);
+    });
   }
 
   // The same where values that a row may not see are not finite.
-  void add_chosen_values(int64_t j, const float* p, Partial& into) {
+  void add_chosen_values(int64_t t, const float* p, Partial& into) {
+    const int64_t j = tiles_[t];
     with_rows(c_, c_.v, c_.dv, strip_.b, strip_.hk, j, values_, [&](auto rows) {
-      chosen_product(strip_.m, width_, c_.keys(j), p, LD, 1, rows.at, rows.step, into.sums, width_, strip_.word, false);
+      chosen_product(strip_.m, width_, c_.keys(j), p, LD, 1, rows.at, rows.step, into.sums, width_, words_[t], false);
     });
   }
 
@@ -169,6 +184,8 @@ class Forward {
   Buffer<float> keys_, values_;
   int64_t tiles_[CHUNK];
   int32_t kinds_[CHUNK];
+  bool masked_[CHUNK];
+  uint64_t words_[CHUNK][TILE];  // what each row sees of the tiles that are masked
 };
 
 }  // namespace

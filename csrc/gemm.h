@@ -52,6 +52,7 @@ __attribute__((noinline)) void product(int64_t m, int64_t n, int64_t k, const E*
                                        int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t j = 0;
   for (; j + ACROSS * W <= n; j += ACROSS * W) panel<ACROSS>(m, a, row, step, b + j, ldb, k, c + j, ldc, add);
+  if (W == 16 && j + 2 * W <= n) panel<2>(m, a, row, step, b + j, ldb, k, c + j, ldc, add), j += 2 * W;
   for (; j < n; j += W) panel<1>(m, a, row, step, b + j, ldb, k, c + j, ldc, add);
 }
 

@@ -24,8 +24,6 @@ struct Strip {
   int64_t b = 0, hk = 0, head = 0, tile = 0, each = 0, m = 0, place = 0;  // `each` rows of each head from `head` on
   const int64_t* range = nullptr;                              // of the runs that they see
   uint32_t row_hash[TILE];
-  uint64_t word[TILE];  // what the rows see of the tile at hand
-
   explicit Strip(const Call& c_) : c(c_) {}
 
   void set(int64_t b_, int64_t head_, int64_t heads, int64_t tile_) {
@@ -64,12 +62,12 @@ struct Strip {
   }
   float scale() const { return c.scale > 0 ? c.scale : 1; }
 
-  // Which cells of key tile j are on, in `word`; false if all are.
-  bool see(int64_t j, int32_t kind) {
+  // Which cells of key tile j are on, in the words of the rows; false if all are.
+  bool see(int64_t j, int32_t kind, uint64_t* word) const {
     const int64_t keys = c.keys(j);
     if (kind == ALL && keys == TILE) return false;
     const uint64_t edge = below(keys);
-    if (kind == SLABS) cut_slabs(j);
+    if (kind == SLABS) cut_slabs(j, word);
     else for (int64_t r = 0; r < each; ++r) word[r] = kind == ALL ? ~0ull : c.words[kind * TILE + r];
     for (int64_t r = 0; r < each; ++r) word[r] &= edge;
     for (int64_t r = each; r < m; ++r) word[r] = word[r % each];
@@ -98,7 +96,7 @@ struct Strip {
   float factor() const { return c.softcap == 0 && c.bias_kind == NO_BIAS ? scale() * LOG2E : LOG2E; }
 
   // -inf where cells are off.
-  void hide(float* s, int64_t ld) const {
+  void hide(const uint64_t* word, float* s, int64_t ld) const {
     for (int64_t r = 0; r < m; ++r)
       for (int64_t n = 0; n < TILE; n += W)
         store(s + r * ld + n, bits_at(word[r], n) ? load(s + r * ld + n) : splat(-INF));
@@ -118,7 +116,7 @@ struct Strip {
 
  private:
   // The words of tile j from the ends of the slabs' runs.
-  void cut_slabs(int64_t j) {
+  void cut_slabs(int64_t j, uint64_t* word) const {
     const int64_t first = tile * TILE, stop = first + each, left = j * TILE;
     std::fill(word, word + each, 0);
     for (int64_t s = c.slab_first[place]; c.slab_rows[s] < stop; ++s) {
@@ -153,6 +151,44 @@ struct Strip {
     }
   }
 };
+
+// From the first to the last of some keys or rows.
+struct Range {
+  int64_t first, end;
+  bool empty() const { return first >= end; }
+  Range widened(int64_t to) const { return {first / to * to, (end + to - 1) / to * to}; }
+};
+
+// The keys that some of the rows [begin, end) see.
+inline Range keys_seen(const uint64_t* word, int64_t begin, int64_t end) {
+  uint64_t all = 0;
+  for (int64_t r = begin; r < end; ++r) all |= word[r];
+  return all ? Range{__builtin_ctzll(all), TILE - __builtin_clzll(all)} : Range{0, 0};
+}
+
+// The rows of m that see some of the keys [begin, end).
+inline Range rows_seeing(const uint64_t* word, int64_t m, int64_t begin, int64_t end) {
+  const uint64_t keys = Strip::below(end) & ~Strip::below(begin);
+  Range found{m, 0};
+  for (int64_t r = 0; r < m; ++r)
+    if (word[r] & keys) found = {std::min(found.first, r), r + 1};
+  return found;
+}
+
+// The steps of a product over some keys or rows of a tile: themselves, or the pairs of them and those 32 further.
+template <class E>
+inline Range steps_of(Range x) {
+  if (!std::is_same<E, Pair>::value) return x;
+  if (x.end <= HALF_TILE) return x;
+  return x.first >= HALF_TILE ? Range{x.first - HALF_TILE, x.end - HALF_TILE} : Range{0, HALF_TILE};
+}
+
+// Some rows of a masked tile at a time, so that products skip what none of them sees: `run(first, end)`.
+template <class F>
+TM_INLINE void in_groups(int64_t m, F run) {
+  constexpr int64_t GROUP = 12;
+  for (int64_t r = 0; r < m; r += GROUP) run(r, std::min(r + GROUP, m));
+}
 
 // The key tiles of a strip's runs in [first, end): `take(j, kind)`.
 template <class F>
