@@ -82,6 +82,7 @@ STAIRS = """
     backends/trilinear.py
     backends/eager.py
     backends/flash.py
+    backends/once.py
     backends/contain.py
     backends/reference.py
     backends/sdpa.py

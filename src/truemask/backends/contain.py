@@ -11,19 +11,16 @@ The kernel's backward, given out' and lse', computes the gradients of just that,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs, Result, batched_refusal, is_batched
+from truemask.backends.base import Inputs, Result
 from truemask.backends.eager import beside_sink, eager_attention
 from truemask.backends.flash import Kernel, fitted, hostile, run_backward, run_forward, split, wide
-from truemask.errors import PlanError
+from truemask.backends.once import attention, tensors_of
 
 HALVES = (torch.bfloat16, torch.float16)
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of q, k, v and the sinks
@@ -57,70 +54,26 @@ def flash_attention(
 
     q, k and v are `fitted`; without gradients k and v need not be, if the kernel fits what it takes of them.
     """
-    if grad:
-        bias = kernel.bias
-        guarded = () if bias is None else (bias,) if isinstance(bias, Tensor) else bias.parameters
-        return FlashFunction.apply(kernel, q, k, v, sinks, *guarded)  # pyright: ignore[reportReturnType]
-    found = _forward(kernel, q, k, v, sinks)
-    return found.out, found.lse
+    return attention(_Contained(kernel), (q, k, v, sinks), tensors_of(kernel.bias), grad=grad)
 
 
-class FlashFunction(Function):
-    """The kernel with a backward that is contained too, and second derivatives refused by name.
+class _Contained:
+    """The kernel as a way whose backward is contained too."""
 
-    What is `guarded` has no gradient here; it is saved so that torch notices a change of it before the backward.
-    """
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.name = kernel, kernel.name
+        self.alarmed = False
 
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *guarded: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        found = _forward(kernel, q, k, v, sinks)
-        ctx.kernel, ctx.alarmed = kernel, found.alarmed
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, found.out, found.lse, found.merged, *guarded)
-        return found.out, found.lse
+    def results(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
+        found = _forward(self.kernel, q, k, v, sinks)
+        self.alarmed = found.alarmed
+        return found.out, found.lse, found.merged
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        if any(x is not None and is_batched(x) for x in grads):
-            raise batched_refusal(ctx.kernel.name)
-        dout, dlse = grads
-        rest = (None,) * (len(ctx.needs_input_grad) - 5)
-        if dout is None and dlse is None:
-            return None, None, None, None, None, *rest
-        saved = Saved(*ctx.saved_tensors[:7])
+    def gradients(self, tensors: Any, made: Any, arriving: Any, needed: Any) -> Grads:
+        saved, (dout, dlse) = Saved(*tensors, *made), arriving
         dout = torch.zeros_like(saved.out) if dout is None else dout
-        found = partial(_gradients, ctx.kernel, ctx.alarmed, saved, dout, dlse)
-        return None, *once(ctx.kernel.name, (*saved[:4], dout, dlse), found), *rest
-
-
-def once(
-    name: str, links: Sequence[Tensor | None], found: Callable[[], tuple[Tensor | None, ...]]
-) -> tuple[Tensor | None, ...]:
-    """The gradients that `found` works out; if they are to be differentiated again, that is refused by name."""
-    if not torch.is_grad_enabled():
-        return found()
-    with torch.no_grad():  # the caller asked for a graph of the gradients
-        made = found()
-    some = [x for x in links if x is not None]
-    return _OnlyOnce.apply(name, len(some), *some, *made)  # pyright: ignore[reportReturnType]
-
-
-class _OnlyOnce(Function):
-    """Gradients that may be used but not differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, links: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.name = name
-        return tuple(None if x is None else x.view_as(x) for x in tensors[links:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
-        raise PlanError(
-            f"the backend {ctx.name!r} has no second derivative: "
-            'call attend(..., backend="reference"), whose derivatives of every order exist'
-        )
+        grads = None if self.alarmed else _backward(self.kernel, saved, dout, dlse)
+        return _contained_backward(self.kernel, saved, dout, dlse) if grads is None else grads
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -175,12 +128,6 @@ def _eager(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
-
-
-def _gradients(kernel: Kernel, alarmed: bool, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
-    """Of q, k, v and the sinks, by the kernel if its results are finite."""
-    grads = None if alarmed else _backward(kernel, saved, dout, dlse)
-    return _contained_backward(kernel, saved, dout, dlse) if grads is None else grads
 
 
 def _backward(kernel: Kernel, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads | None:

@@ -8,25 +8,21 @@ multiplied by zero. Results are bit for bit the same whatever the number of thre
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
 
-from truemask.backends.base import Inputs, Job, Lowered, Result, batched_refusal, is_batched, reasons
-from truemask.backends.contain import once
+from truemask.backends.base import Inputs, Job, Lowered, Result, reasons
 from truemask.backends.costs import memory, seconds, table
 from truemask.backends.native_call import TILE, NativeCall, tiles_of
 from truemask.backends.native_library import missing
+from truemask.backends.once import attention, tensors_of
 from truemask.geometry.tiles import TileCounts, TileMap
 from truemask.masks.biases import Bias
 
 FEW = 8  # rows up to which keys are read as they lie; for more they are packed before
 SIZE = "native size"  # in a job's notes
 MOST_WORDS = 1 << 28  # bytes of the cells of MIXED tiles
-Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Native:
@@ -70,16 +66,8 @@ class Native:
         positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
         call = NativeCall(lowered.data, inputs, inputs.bias, positions)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
-        if r.grad:
-            guarded = _tensors_of(inputs.bias)
-            out, lse = NativeFunction.apply(call, q, k, v, inputs.sink_logits, *guarded)  # pyright: ignore[reportGeneralTypeIssues]
-        else:
-            out, lse = call.forward(q, k, v, inputs.sink_logits)
+        out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
         return Result(out, lse if r.return_lse else None)
-
-
-def _tensors_of(bias: Tensor | Bias | None) -> tuple[Tensor, ...]:
-    return () if bias is None else (bias,) if isinstance(bias, Tensor) else bias.parameters
 
 
 def _tiles(job: Job) -> TileMap:
@@ -108,50 +96,3 @@ def _too_many_words(job: Job) -> list[str]:
     if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS or _size(job).words <= MOST_WORDS:
         return []
     return [f"{memory(_size(job).words)} of cells in tiles that differ: the limit is {memory(MOST_WORDS)}"]
-
-
-class NativeFunction(Function):
-    """The kernel and its backward; second derivatives are refused by name."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: NativeCall, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *guarded: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = call.forward(q, k, v, sinks)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *guarded)  # a bias is guarded: torch notices if it changes
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        dout, dlse = grads
-        if any(x is not None and is_batched(x) for x in grads):
-            raise batched_refusal(ctx.call.name)
-        rest = (None,) * (len(ctx.needs_input_grad) - 5)
-        if dout is None and dlse is None:
-            return None, None, None, None, None, *rest
-        saved = ctx.saved_tensors[:6]
-        dout = torch.zeros_like(saved[4]) if dout is None else dout
-        found = partial(_gradients, ctx.call, saved, dout, dlse)
-        return None, *once(ctx.call.name, (*saved[:4], dout, dlse), found), *rest
-
-
-def _gradients(call: NativeCall, saved: tuple[Any, ...], dout: Tensor, dlse: Tensor | None) -> Grads:
-    """Of q, k, v and the sinks."""
-    q, k, v, sinks, out, lse = saved
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    merged = (
-        lse
-        if sinks is None
-        else torch.logaddexp(lse, sinks.float()[:, None]).masked_fill(lse == -torch.inf, -torch.inf)
-    )
-    if dlse is not None:
-        dlse = dlse.masked_fill(lse == -torch.inf, 0).contiguous()
-    other = None if sinks is None or dlse is None else lse
-    dq, dk, dv, delta = call.backward(q, k, v, out, merged.contiguous(), dout, dlse, other)
-    if sinks is None:
-        return dq, dk, dv, None
-    share = torch.exp(sinks.float()[:, None] - merged).masked_fill(lse == -torch.inf, 0)
-    reached = (-share * delta).masked_fill(lse == -torch.inf, 0)
-    return dq, dk, dv, reached.sum((0, 2)).to(sinks.dtype)

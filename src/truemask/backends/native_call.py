@@ -13,6 +13,7 @@ from torch import Tensor
 
 from truemask.backends.base import Exact, Inputs
 from truemask.backends.native_library import ArrayStruct, CallStruct, run
+from truemask.backends.once import Gradients
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles import TileMap
 from truemask.masks.biases import Alibi, Bias, Relative
@@ -105,7 +106,7 @@ def _stored(map_: TileMap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
 
 
 class NativeCall:
-    """What a call is without its tensors: the mask, numbers, and a bias in the kernel's terms."""
+    """A way (`once.Way`): the mask, numbers, and a bias in the kernel's terms."""
 
     name = "native"
 
@@ -115,7 +116,7 @@ class NativeCall:
         self.dropout, self.seed = numbers.dropout, numbers.seed
         self.positions = positions
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    def results(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """`out [b, hq, q, dv]` and `lse [b, hq, q]` over keys."""
         (b, h, n, _), dv = q.shape, v.shape[-1]
         out = torch.empty(b, n, h, dv, dtype=q.dtype).transpose(1, 2)
@@ -129,7 +130,21 @@ class NativeCall:
         del held
         return out, lse
 
-    def backward(
+    def gradients(self, tensors: Any, made: Any, arriving: Any, needed: Any) -> Gradients:
+        """Of q, k, v and the sinks."""
+        (q, k, v, sinks), (out, lse), (dout, dlse) = tensors, made, arriving
+        dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
+        if dlse is not None:
+            dlse = dlse.masked_fill(lse == -torch.inf, 0).contiguous()
+        if sinks is None:
+            return *self._backward(q, k, v, out, lse.contiguous(), dout, dlse, None)[:3], None
+        dead, column = lse == -torch.inf, sinks.float()[:, None]
+        merged = torch.logaddexp(lse, column).masked_fill(dead, -torch.inf)
+        *grads, delta = self._backward(q, k, v, out, merged, dout, dlse, None if dlse is None else lse)
+        reached = (-torch.exp(column - merged) * delta).masked_fill(dead, 0)
+        return *grads, reached.sum((0, 2)).to(sinks.dtype)
+
+    def _backward(
         self,
         q: Tensor,
         k: Tensor,
@@ -139,7 +154,7 @@ class NativeCall:
         dout: Tensor,
         dlse: Tensor | None,
         keys_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """dq, dk, dv and `dout . out`; `lse` is that with the sinks if there are some, and `keys_lse` the other."""
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         delta = torch.zeros(lse.shape)

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from truemask.backends.base import Inputs, batched_refusal, is_batched
-from truemask.backends.contain import once
+from truemask.backends.base import Inputs
 from truemask.backends.eager import cells_attention
 from truemask.backends.flash import wide
+from truemask.backends.once import Gradients, attention
 from truemask.backends.strip_cells import Cells, Sparse, pieces
 from truemask.backends.trilinear import no_autocast
 from truemask.masks.core import Mask
@@ -33,6 +32,13 @@ class StripMath(NamedTuple):
     numbers: Inputs  # of which scale, soft cap, dropout, seed and a bias object count; its tensors are empty or None
     positions: tuple[Tensor, Tensor] | None
     name: str = "block_sparse"
+
+    def results(self, *tensors: Any) -> tuple[Tensor, Tensor]:
+        return _forward(self, Leaves.of(tensors))
+
+    def gradients(self, tensors: Any, made: Any, arriving: Any, needed: Any) -> Gradients:
+        with no_autocast(tensors[0].device):
+            return _backward(self, Leaves.of(tensors), arriving, needed)
 
 
 class Leaves(NamedTuple):
@@ -55,34 +61,7 @@ class Leaves(NamedTuple):
 def math_attention(call: StripMath, leaves: Leaves, *, grad: bool) -> tuple[Tensor, Tensor]:
     """`out [b, hq, q, dv]` and `lse [b, hq, q]`, differentiable once if `grad`."""
     with no_autocast(leaves.q.device):
-        if grad:
-            return MathFunction.apply(call, *leaves[:5], *leaves.parameters)  # pyright: ignore[reportReturnType]
-        return _forward(call, leaves)
-
-
-class MathFunction(Function):
-    """Forward and backward by chunks."""
-
-    @staticmethod
-    def forward(ctx: Any, call: StripMath, *tensors: Any) -> tuple[Tensor, Tensor]:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return _forward(call, Leaves.of(tensors))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        if any(x is not None and is_batched(x) for x in grads):
-            raise batched_refusal(ctx.call.name)
-        tensors: tuple[Any, ...] = ctx.saved_tensors
-        if all(x is None for x in grads):
-            return (None,) * (1 + len(tensors))
-
-        def found() -> tuple[Tensor | None, ...]:
-            with no_autocast(tensors[0].device):
-                return _backward(ctx.call, Leaves.of(tensors), grads, ctx.needs_input_grad[1:])
-
-        return None, *once(ctx.call.name, [*tensors, *grads], found)
+        return attention(call, (*leaves[:5], *leaves.parameters), grad=grad)
 
 
 def _forward(call: StripMath, leaves: Leaves) -> tuple[Tensor, Tensor]:
