@@ -16,11 +16,12 @@ struct BackwardCut {
   }
 };
 
-// Where a gradient [b, h, n, d] is summed: in the tensor itself if its rows are floats that vectors fit, or else beside it.
+// Where a gradient [b, h, n, d] is summed: in the tensor itself if its rows are floats that vectors fit and that lie
+// one after the other, or else beside it.
 class Total {
  public:
   Total(const Call& c, const Array& x, int64_t heads, int64_t n, int64_t d, int64_t parts = 1)
-      : c_(c), x_(x), heads_(heads), n_(n), d_(d), width_(padded(d)), parts_(parts), direct_(c.dtype == FLOAT && d == width_),
+      : c_(c), x_(x), heads_(heads), n_(n), d_(d), width_(padded(d)), parts_(parts), direct_(c.dtype == FLOAT && d == width_ && x.row == d),
         beside_((parts - direct_) * c.b * heads * n * width_) {}
 
   float* row(int64_t part, int64_t b, int64_t h, int64_t n) {

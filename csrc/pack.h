@@ -20,7 +20,8 @@ inline int64_t room(int64_t d) { return std::is_same<E, Pair>::value ? (d + 1) /
 inline void row_as(const Call& c, const void* from, int64_t d, float* to) { floats(from, c.dtype, d, padded(d), to); }
 inline void row_as(const Call&, const void* from, int64_t d, Pair* to) { pairs(from, d, to); }
 
-// The keys (or values) of every sample and key head. Rows of floats stay where they are if vectors fit them.
+// The keys (or values) of every sample and key head. Rows of floats stay where they
+// are if vectors fit them and they lie one after the other: far apart they would push each other out of the cache.
 template <class E>
 class Packed {
   static constexpr bool WOVEN = std::is_same<E, Pair>::value;
@@ -29,7 +30,7 @@ class Packed {
   // `rows`: [keys, width] of floats, or woven [32, width] for each tile; `turned`: tiles transposed [steps, 64].
   Packed(const Call& c, const Array& x, int64_t d, bool rows, bool turned)
       : c_(c), x_(x), d_(d), width_(padded(d)), steps_(steps<E>(d)), tiles_(c.tiles_k()),
-        keeps_(rows && (WOVEN || c.dtype != FLOAT || d % W)), turns_(turned),
+        keeps_(rows && (WOVEN || c.dtype != FLOAT || d != width_ || x.row != d)), turns_(turned),
         rows_(keeps_ ? c.b * c.hk * tiles_ * row_tile() : 0), turned_(turns_ ? c.b * c.hk * tiles_ * steps_ * TILE : 0),
         finite_(c.b * c.hk * tiles_, 1) {}
 

@@ -156,7 +156,7 @@ class NativeCall:
         keys_lse: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """dq, dk, dv and `dout . out`; `lse` is that with the sinks if there are some, and `keys_lse` the other."""
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        dq, dk, dv = (_laid_out_as(x) for x in (q, k, v))
         delta = torch.zeros(lse.shape)
         if not (out.numel() and k.shape[2]):
             return dq.zero_(), dk.zero_(), dv.zero_(), delta
@@ -212,6 +212,12 @@ class NativeCall:
         call.q_positions, call.k_positions = (side.data_ptr() for side in sides)
         call.q_stride, call.k_stride = (side.shape[1] if side.ndim == 2 and len(side) > 1 else 0 for side in sides)
         return [numbers, *sides]
+
+
+def _laid_out_as(x: Tensor) -> Tensor:
+    """Room for its gradient, in its own layout: `[b, n, h, d]` in memory, if that is how a model made it."""
+    made = torch.empty_like(x)
+    return made if made.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype)
 
 
 def _array(x: Tensor) -> ArrayStruct:
