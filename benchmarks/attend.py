@@ -1,235 +1,161 @@
-"""Attention under masks: SDPA with the mask, every willing backend of truemask, and `attend` as it is planned.
+"""Attention under masks: SDPA bare and with the mask, FlexAttention, x-transformers, the portable path, and `attend`.
 
-    python benchmarks/attend.py [--quick] [--json FILE] [--lengths 4096 8192] [--flex] [--x-transformers]
+    python benchmarks/attend.py [--quick] [--json FILE] [--rows TEXT ...] [--flex] [--x-transformers] [--isa NAME]
+                                [--lengths 4096 8192] [--head-dims 64 128] [--dtypes fp32 bf16] [--sweep]
+                                [--parts masks short decode overhead memory]
 
-b 1, h 8, d 64, fp32. Contestants take turns; medians. *Ideal* is SDPA's time with the same dense mask times the share
-of pairs that the mask lets through. `attend` stands for the backend that the plan chose; backends that are a last
-resort are left out, and a rival who is ten times slower than the fastest runs once.
+b 1, h 8. Contestants take turns; medians. *Ideal* is SDPA's time with the same dense mask times the share of pairs that
+the mask lets through; where SDPA needs no mask, `attend` is held to the bare call. `attend` stands for the backend that
+the plan chose, *portable* for what a plan without the native kernel would take. A rival who is ten times slower than
+the fastest runs once. Bars are those of the kernel's instruction set. `--isa avx2` runs all of it in a process in which
+torch, MKL and oneDNN are held to that set as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin
+do it by hand).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
+from attend_peers import BARE, DTYPES, FLEX, MASKED, PLANNED, X_TRANSFORMERS, Peak, Row, bars, measured, peak
+from attend_small import DIRECTIONS, decode_table, memory_of, memory_table, overhead_table, short_table
 from bench_masks import attend_masks
-from harness import (
-    MEGABYTE,
-    Table,
-    Timing,
-    finish,
-    fresh_threads,
-    megabytes,
-    ms,
-    options,
-    peak_beyond,
-    peak_elsewhere,
-    race,
-    verdict,
-)
-from torch.nn.functional import scaled_dot_product_attention
+from harness import Table, finish, ms, options
 
-import truemask as tm
-from truemask._cache import CACHE
 from truemask.backends.costs import source
-from truemask.backends.registry import BACKENDS
-from truemask.cli.races import Attention, Course, by_truemask, masked_sdpa
-from truemask.cli.timing import Run
+from truemask.backends.native_library import ISAS, VARIABLE, isa
+from truemask.cli.races import Course
 
-LENGTHS, HEADS, HEAD_DIM = (4096, 8192, 16384), 8, 64
-BAR_SHARE, BAR_BARE, BAR_BEST = {False: 0.6, True: 0.5}, 1.05, 1.15
-BAR_OVERHEAD = {False: 60e-6, True: 150e-6}
-BAR_MEMORY = 100 * MEGABYTE
-BARE, MASKED, PLANNED = "SDPA, bare", "SDPA, mask", "attend"
-SECONDS = 2.0
-TINY, CALLS = 16, 50
-PADDED, TINY_PADDED = (4, 8, 4096, 64), (2, 1, 200, 8)  # b, h, n, d of the memory row
-QUICK_LENGTH = 300
-DIRECTIONS = {False: "forward", True: "forward and backward"}
+HEADS, QUICK_LENGTH = 8, 300
 
 
-class Row(NamedTuple):
-    """One mask at one length in one direction, measured."""
+class Size(NamedTuple):
+    """What is raced: so many tokens, in 8 heads of that size."""
 
-    plan: tm.Plan
-    density: float
-    found: dict[str, Timing]
-
-    def seconds(self, who: str) -> float:
-        """Median seconds."""
-        return self.found[who].median
-
-    @property
-    def rivals(self) -> dict[str, float]:
-        """Seconds of those who are neither SDPA nor the plan's choice."""
-        return {who: timing.median for who, timing in self.found.items() if who not in (PLANNED, MASKED, BARE)}
-
-    @property
-    def best(self) -> float:
-        """Seconds of the fastest way that truemask has."""
-        return min([self.seconds(PLANNED), *(took for who, took in self.rivals.items() if who in tm.backends())])
-
-    @property
-    def others(self) -> str:
-        """The rivals, the fastest first."""
-        fastest_first = sorted(self.rivals.items(), key=lambda rival: rival[1])
-        return ", ".join(f"{who} {ms(took)}" for who, took in fastest_first) or "-"
-
-    @property
-    def share(self) -> float:
-        """Of the ideal: 1 is SDPA's own pace on the pairs that count."""
-        return self.seconds(MASKED) * self.density / self.seconds(PLANNED)
-
-    def judged(self, grad: bool) -> tuple[str, str, str]:
-        """Share of the ideal, bar, verdict; where SDPA needs no mask, the time beside the bare call's."""
-        if BARE in self.found:
-            ratio = self.seconds(PLANNED) / self.seconds(BARE)
-            return f"{ratio:.2f} x bare", f"{BAR_BARE} x", verdict(ratio, BAR_BARE)
-        return f"{self.share:.2f}", f"{BAR_SHARE[grad]}", verdict(self.share, BAR_SHARE[grad], at_least=True)
+    n: int
+    d: int = 64
+    dtype: str = "fp32"
 
 
-def bare_sdpa(causal: bool) -> Attention:
-    """What somebody calls who needs no mask, or the flag."""
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal)
+DEFAULT = (Size(1024), Size(4096), Size(4096, 128), Size(4096, 64, "bf16"))  # a quarter of an hour with two cores
+SWEEP = {"lengths": (1024, 2048, 4096, 8192, 16384), "head_dims": (64, 128), "dtypes": tuple(DTYPES)}
+USUAL = {"lengths": (8192,), "head_dims": (64,), "dtypes": ("fp32",)}  # of what is not given where something is
+SMALL = {"short": short_table, "decode": decode_table, "overhead": overhead_table, "memory": memory_table}
+CAPABILITY, MKL, ONEDNN = "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"
+HELD = {  # what holds torch and its libraries to a variant of the kernel; the widest needs nothing
+    "avx512": {ONEDNN: "AVX512_CORE"},
+    "avx2": {CAPABILITY: "avx2", MKL: "AVX2", ONEDNN: "AVX2"},
+    "base": {CAPABILITY: "default", MKL: "SSE4_2", ONEDNN: "SSE41"},
+}
 
 
-def contestants(plan: tm.Plan, course: Course, given: argparse.Namespace) -> dict[str, Attention]:
-    """Everybody who runs under this mask."""
-    mask = plan.mask
-    willing = [b.name for b in BACKENDS if not b.last_resort and not plan.objections[b.name] and b.name != plan.backend]
-    found: dict[str, Attention] = {PLANNED: by_truemask(mask), MASKED: masked_sdpa(mask, course)}
-    if mask in (tm.causal, tm.everything):
-        found[BARE] = bare_sdpa(mask == tm.causal)
-    found.update({backend: by_truemask(mask, backend) for backend in willing})
-    if given.flex and not plan.request.grad:
-        found["flex, compiled"] = compiled_flex(mask, course)
-    if given.x_transformers:
-        found["x-transformers"] = x_transformers(mask, course.q.shape[2])
-    return found
+def sizes(given: argparse.Namespace) -> list[Size]:
+    """What the command line asks for."""
+    if given.quick:
+        return [Size(QUICK_LENGTH), Size(QUICK_LENGTH, 16, "bf16")]
+    usual = SWEEP if given.sweep else USUAL
+    chosen = {name: getattr(given, name) for name in usual}
+    if not given.sweep and not any(chosen.values()):
+        return list(DEFAULT)
+    lengths, dims, dtypes = (chosen[name] or usual[name] for name in usual)
+    return [Size(n, d, dtype) for n in lengths for d in dims for dtype in dtypes]
 
 
-def compiled_flex(mask: tm.Mask, course: Course) -> Attention:
-    """FlexAttention compiled for this length, with the mask's own block mask; forward only on the CPU."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.reset()
-    block_mask = mask.to_block_mask(course.q.shape[2])
-    compiled = torch.compile(flex_attention, fullgraph=True)
-    compiled(course.q, course.k, course.v, block_mask=block_mask)  # compiling is nobody's first run
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
-
-
-def x_transformers(mask: tm.Mask, n: int) -> Attention:
-    """Its flash attention with the same dense mask."""
-    from x_transformers.attend import Attend
-
-    module, dense = Attend(flash=True, causal=False), mask.to_dense(n)
-    return lambda q, k, v: module(q, k, v, mask=dense)[0]
-
-
-def measured(mask: tm.Mask, course: Course, grad: bool, given: argparse.Namespace) -> Row:
-    """Race everybody."""
-    _, heads, n, d = course.q.shape
-    CACHE.clear()  # of the last mask's dense form, among others
-    plan = tm.plan(mask, n, n, heads=heads, head_dim=d, grad=grad)
-    runs = {who: course.run(call, grad) for who, call in contestants(plan, course, given).items()}
-    rivals = [who for who in runs if who not in (PLANNED, MASKED, BARE)]
-    return Row(plan, mask.density(n), race(runs, 0.0 if given.quick else SECONDS, most=15, outsiders=rivals))
-
-
-def masks_table(n: int, grad: bool, given: argparse.Namespace) -> Table:
-    """All masks at one length in one direction."""
-    course = Course.of(n, 1 if given.quick else HEADS, HEAD_DIM)
-    header = (
-        *("mask", "pairs", "SDPA, ms", "attend, ms", "spread", "faster", "of ideal", "bar", ""),
-        *("backend", "predicted, ms", "others, ms", "chosen"),
-    )
-    table = Table(f"{n} tokens, {course.q.shape[1]} heads of {HEAD_DIM}, {DIRECTIONS[grad]}", header)
-    table.note = f"predicted from {source()}"
-    for name, mask in attend_masks(n).items():
-        row = measured(mask, course, grad, given)
-        ours, theirs, chosen = row.seconds(PLANNED), row.seconds(MASKED), row.plan.backend
-        timings = {who: timing._asdict() for who, timing in row.found.items()}
-        table.add(
-            *(name, f"{row.density:.1%}", ms(theirs), ms(ours), f"{row.found[PLANNED].spread:.0%}"),
-            *(f"{theirs / ours:.1f} x", *row.judged(grad)),
-            *(chosen, ms(row.plan.costs[chosen]), row.others, verdict(ours / row.best, BAR_BEST)),
-            n=n, grad=grad, name=name, mask=repr(mask), density=row.density, share=row.share, timings=timings,
-            backend=chosen, predicted=row.plan.costs,
-        )  # fmt: skip
-    return table
-
-
-# -- overhead and memory -----------------------------------------------------------------------------------------------
-
-
-def overhead_table(given: argparse.Namespace) -> Table:
-    """What `attend` with a cached plan adds to the bare kernel where there is nearly nothing to compute."""
-    course, repeats = Course.of(TINY, 1, 8), 5 if given.quick else 101
-    header = ("mask", "direction", "bare, us", "attend, us", "adds, us", "bar", "")
-    table = Table(f"Overhead at {TINY} tokens, 1 head of 8, the plan cached", header)
-    few = tm.causal & tm.window(5)
-    for grad in (False, True):
-        kernels = {"everything": (tm.everything, bare_sdpa(False)), "causal": (tm.causal, bare_sdpa(True))}
-        kernels[str(few)] = (few, masked_sdpa(few, course))
-        for name, (mask, kernel) in kernels.items():
-            runs = {"bare": many(course.run(kernel, grad)), "attend": many(course.run(by_truemask(mask), grad))}
-            found = race(runs, 0.0, least=repeats)
-            bare, ours = (found[who].median / CALLS for who in ("bare", "attend"))
-            bar = BAR_OVERHEAD[grad]
+def masks_table(size: Size, grad: bool, top: Peak, given: argparse.Namespace) -> Table:
+    """All masks at one size in one direction."""
+    course = Course.of(size.n, 1 if given.quick else HEADS, size.d, dtype=DTYPES[size.dtype])
+    what = f"{size.n} tokens, {course.q.shape[1]} heads of {size.d}, {size.dtype}, {DIRECTIONS[grad]}"
+    table = Table(what, _header(grad, given))
+    table.note = f"kernel: {isa() or 'none'}; predicted from {source()}"
+    if not grad:
+        table.note += f"; of peak: {top.flops / 1e9:.0f} GF/s in fp32, {top.source}"
+    wanted = given.rows or [""]
+    for name, mask in attend_masks(size.n).items():
+        if any(text in name for text in wanted):
+            row = measured(mask, course, grad, given)
             table.add(
-                *(name, DIRECTIONS[grad], f"{bare * 1e6:.0f}", f"{ours * 1e6:.0f}", f"{(ours - bare) * 1e6:.0f}"),
-                *(f"{bar * 1e6:.0f}", verdict(ours - bare, bar)),
-                name=name, grad=grad, bare=bare, attend=ours,
+                name, *_cells(row, top, given),
+                **size._asdict(), grad=grad, name=name, mask=repr(mask), density=row.density, pace=row.pace(PLANNED),
+                timings={who: timing._asdict() for who, timing in row.found.items()}, backend=row.plan.backend,
+                predicted=row.plan.costs, flops=None if grad else row.flops, peak=top.flops, isa=isa(),
             )  # fmt: skip
     return table
 
 
-def many(run: Run) -> Run:
-    """`CALLS` calls as one."""
-
-    def calls() -> None:
-        for _ in range(CALLS):
-            run()
-
-    return calls
-
-
-def memory_table(given: argparse.Namespace) -> Table:
-    """The highest that a process grows by, beyond inputs and outputs."""
-    batch, heads, n, d = TINY_PADDED if given.quick else PADDED
-    table = Table(f"Memory: causal, padded, b {batch}, h {heads}, n {n}, d {d}", ("direction", "memory", "bar", ""))
-    for grad, direction in DIRECTIONS.items():
-        found = memory_of(grad, True) if given.quick else peak_elsewhere(__file__, str(int(grad)))
-        judged = verdict(found, BAR_MEMORY) if found is not None else ""
-        table.add(direction, megabytes(found), megabytes(BAR_MEMORY), judged, grad=grad, memory=found)
-    return table
+def _header(grad: bool, given: argparse.Namespace) -> tuple[str, ...]:
+    rivals = (*(["flex, ms"] if given.flex and not grad else []), *(["x-tr., ms"] if given.x_transformers else []))
+    flex = ("of flex", "bar", "") if given.flex and not grad else ()
+    peak_share = () if grad else ("of peak",)
+    return (
+        *("mask", "pairs", "bare, ms", "mask, ms", *rivals, "portable, ms", "attend, ms", "spread", "faster"),
+        *("pace", "bar", "", *flex, *peak_share, "backend", "predicted, ms", "chosen"),
+    )
 
 
-def memory_of(grad: bool, quick: bool) -> int:
-    """Bytes beyond inputs and outputs (of the backward too: gradients), in this process."""
-    fresh_threads()
-    batch, heads, n, d = TINY_PADDED if quick else PADDED
-    lengths = [max(1, n * share // 4) for share in (4, 3, 2, 1)][:batch]
-    mask, course = tm.causal & tm.padding(lengths=lengths), Course.of(n, heads, d, batch=batch)
-    outputs = course.q.nbytes * (4 if grad else 1)
-    return peak_beyond(course.run(by_truemask(mask), grad)) - outputs
+def _cells(row: Row, top: Peak, given: argparse.Namespace) -> list[str]:
+    """A row but for its name."""
+    grad, asked, chosen = row.plan.request.grad, bars(), row.plan.backend
+    ours, theirs = row.seconds(PLANNED), row.seconds(MASKED)
+    flex = given.flex and not grad
+    rivals = [*([row.shown(FLEX)] if flex else []), *([row.shown(X_TRANSFORMERS)] if given.x_transformers else [])]
+    return [
+        *(f"{row.density:.1%}", row.shown(BARE), row.shown(MASKED), *rivals, row.portable(), ms(ours)),
+        *(f"{row.found[PLANNED].spread:.0%}", f"{theirs / ours:.1f} x", *row.judged(PLANNED, asked)),
+        *(row.beside_flex(asked) if flex else ()),
+        *(() if grad else (f"{row.flops / top.flops:.0%}",)),
+        *(chosen, ms(row.plan.costs[chosen]), row.chosen),
+    ]
+
+
+def held_to(name: str, arguments: Sequence[str]) -> str:
+    """What this script prints where everybody is held to an instruction set: said before torch is loaded."""
+    environment = {**os.environ, VARIABLE: name, **HELD.get(name, {})}
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, end="")
+    return done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
     """Run the tables."""
-    flag = {"action": "store_true"}
-    lengths = {"type": int, "nargs": "+", "default": LENGTHS, "metavar": "N"}
-    hidden = {"help": argparse.SUPPRESS}
-    given = options(__doc__, arguments, memory=hidden, lengths=lengths, flex=flag, x_transformers=flag)
+    flag, many = {"action": "store_true"}, {"nargs": "+", "metavar": "N", "type": int}
+    given = options(
+        __doc__,
+        arguments,
+        rows={"nargs": "+", "metavar": "TEXT", "help": "only masks whose name holds one of these"},
+        lengths=many,
+        head_dims=many,
+        dtypes={"nargs": "+", "choices": DTYPES},
+        sweep={**flag, "help": "lengths 1024 to 16384, heads of 64 and 128, both dtypes: hours"},
+        flex=flag,
+        x_transformers=flag,
+        isa={"choices": ISAS, "help": "hold everybody to this instruction set"},
+        parts={"nargs": "+", "choices": ("masks", *SMALL), "help": "only these tables"},
+        memory={"help": argparse.SUPPRESS},
+    )
     if given.memory:
         print(memory_of(given.memory == "1", given.quick))
         return ""
-    given.lengths = (QUICK_LENGTH,) if given.quick else given.lengths
-    tables = [masks_table(n, grad, given) for n in given.lengths for grad in DIRECTIONS]
-    return finish([*tables, overhead_table(given), memory_table(given)], given)
+    if given.isa:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        place = next(i for i, word in enumerate(words) if word.startswith("--isa"))
+        return held_to(given.isa, words[:place] + words[place + 1 + ("=" not in words[place]) :])
+    return finish(list(tables(given)), given)
+
+
+def tables(given: argparse.Namespace) -> Iterator[Table]:
+    """Those that are asked for."""
+    parts = given.parts or ("masks", *SMALL)
+    if "masks" in parts:
+        top = Peak()
+        for size in sizes(given):
+            top = max(top, peak(given.quick))  # again, for the machine may have been busy
+            yield from (masks_table(size, grad, top, given) for grad in DIRECTIONS)
+    yield from (made(given) for name, made in SMALL.items() if name in parts)
 
 
 if __name__ == "__main__":

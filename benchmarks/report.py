@@ -1,43 +1,79 @@
-"""Runs `plan.py` and `attend.py` and writes `README.md` of this folder: what `make bench` does.
+"""Runs the benchmarks and writes `README.md` of this folder: what `make bench` does.
 
-python benchmarks/report.py [--quick] [--page FILE] [--json FOLDER]
+python benchmarks/report.py [--quick] [--page FILE] [--json FOLDER] [--resume FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
+from types import ModuleType
 
 import attend
 import plan
+import soak
 from harness import options
+
+import train
 
 PAGE = Path(__file__).with_name("README.md")
 HEAD = """\
 # Benchmarks
 
-`make bench` runs `plan.py` and `attend.py` and writes this page; no number on it was typed. How things are measured
-stands at the head of each script. Each runs alone too: `python benchmarks/plan.py [--quick] [--json FILE]`; `costs.py`
-shows the constants that plans predict with. `truemask bench` races masks of your own on your machine.
+`make bench` runs the commands that stand above their tables and writes this page; no number on it was typed. How things
+are measured stands at the head of each script, and each takes `--quick` and `--json FILE`. `costs.py` shows the
+constants that plans predict with. `truemask bench` races masks of your own on your machine.
 
 Contestants take turns and medians are shown, *spread* is half the distance of the quartiles. A bar is what the project
 asks of itself on a quiet machine with two cores; where it is missed, the page says so.
 """
+PEERS = ("--parts", "masks", "--lengths", "8192", "--flex", "--x-transformers")
+FAR = ("--parts", "masks", "--lengths", "16384", "--rows", "causal", "documents")
+SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
+    "Knowing a mask": (plan, ()),
+    "Attention under a mask": (attend, ()),
+    "Attention beside other libraries": (attend, PEERS),
+    "Longer": (attend, FAR),
+    "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
+    "Random calls of the native kernel": (soak, ()),
+}
 TINY = "**This run was made at tiny sizes (`--quick`), to see that the scripts run. Its numbers say nothing.**\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
     """Run everything and write the page."""
-    given = options(__doc__, arguments, page={"type": Path, "default": PAGE})
+    folder = {
+        "type": Path,
+        "metavar": "FOLDER",
+        "help": "keep each section here, and take those that are there already",
+    }
+    given = options(__doc__, arguments, page={"type": Path, "default": PAGE}, resume=folder)
     parts = [HEAD, *([TINY] if given.quick else [])]
-    for title, script in (("Knowing a mask", plan), ("Attention under a mask", attend)):
-        wanted = ["--quick"] * given.quick
-        if given.json:
-            given.json.mkdir(parents=True, exist_ok=True)
-            wanted += ["--json", str(given.json / f"{script.__name__}.json")]
-        parts.append(f"## {title}\n\n```text\n{script.main(wanted)}\n```\n")
+    for number, (title, (script, words)) in enumerate(SECTIONS.items()):
+        command = " ".join(["python", f"benchmarks/{Path(str(script.__file__)).name}", *map(quote, words)])
+        parts.append(f"## {title}\n\n```text\n$ {command}\n{section(script, words, number, given)}\n```\n")
     text = "\n".join(parts)
     given.page.write_text(text, encoding="utf-8")
+    return text
+
+
+def section(script: ModuleType, words: tuple[str, ...], number: int, given: argparse.Namespace) -> str:
+    """What a script prints, or printed before an interruption."""
+    name = f"{number}-{script.__name__}"
+    kept = given.resume / f"{name}.txt" if given.resume else None
+    if kept and kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    wanted = [*(["--quick"] if given.quick else words)]
+    for folder in (given.json, given.resume):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    if given.json:
+        wanted += ["--json", str(given.json / f"{name}.json")]
+    text = script.main(wanted)
+    if kept:
+        kept.write_text(text, encoding="utf-8")
     return text
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from random import Random
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import truemask as tm
+from truemask.backends.native_library import missing
 from truemask.cli.races import document_lengths, race_masks
 from truemask.cli.timing import race, timing, turns
 
@@ -28,8 +33,14 @@ def script() -> Iterator[Script]:
     sys.path.remove(str(FOLDER))
 
 
-@pytest.mark.parametrize("name", ["plan", "attend", "costs"])
+PEERS = "x-transformers is not installed (the extra `peers` has it)"
+kernel = pytest.mark.skipif(bool(missing()), reason=f"the move is whoever installs a C++ compiler: {missing()}")
+
+
+@pytest.mark.parametrize("name", ["plan", "attend", "costs", pytest.param("soak", marks=kernel), "train"])
 def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp_path: Path) -> None:
+    if name == "train":
+        pytest.importorskip("x_transformers", reason=PEERS)
     file = tmp_path / "numbers.json"
     text = script(name).main(["--quick", "--json", str(file)])
     found = json.loads(file.read_text())
@@ -45,18 +56,114 @@ def test_the_page_is_written_from_what_the_scripts_print(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = script("report")
-    for name in ("plan", "attend"):
+    for name in ("plan", "attend", "soak", "train"):
         monkeypatch.setattr(script(name), "main", lambda wanted, name=name: f"{name} {' '.join(wanted)}")
-    report.main(["--page", str(tmp_path / "page.md"), "--quick"])
-    page = (tmp_path / "page.md").read_text()
-    assert "```text\nplan --quick\n```" in page
-    assert "```text\nattend --quick\n```" in page
+    page, kept = tmp_path / "page.md", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "1-attend.txt").write_text("as it was before the interruption")
+    report.main(["--page", str(page), "--quick", "--resume", str(kept)])
+    assert "```text\n$ python benchmarks/plan.py\nplan --quick\n```" in page.read_text()
+    assert "$ python benchmarks/attend.py\nas it was before the interruption\n```" in page.read_text()
+    assert (kept / "0-plan.txt").read_text() == "plan --quick"
 
 
 def test_every_script_is_on_the_page(script: Script) -> None:
-    page = script("report").HEAD
+    report = script("report")
+    page = report.HEAD + " ".join(Path(str(made.__file__)).name for made, _ in report.SECTIONS.values())
     for path in FOLDER.glob("*.py"):
-        assert path.name in page or path.name in ("report.py", "harness.py", "bench_masks.py"), path
+        if "__main__" in path.read_text(encoding="utf-8"):
+            assert path.name in page or path.name == "report.py", path
+
+
+def test_a_case_follows_from_its_number(script: Script) -> None:
+    drawn_case = script("soak_cases").drawn_case
+    seen: set[str] = set()
+    for index in range(12):
+        case, again = drawn_case(3, index), drawn_case(3, index)
+        assert str(case) == str(again)
+        for name in ("q", "k", "v", "dout", "dlse"):
+            torch.testing.assert_close(getattr(case, name), getattr(again, name), rtol=0, atol=0, equal_nan=True)
+        seen.add(str(case))
+    assert len(seen) == 12
+
+
+@kernel
+@pytest.mark.parametrize(("name", "words"), [("out", "out: off by"), ("dk", "dk: 1 of")])
+def test_a_wrong_kernel_is_noticed(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    soak, check = script("soak"), script("soak_check")
+    right = check.results
+
+    def wrong(case: Any, backend: str, tensors: Any) -> Any:
+        found = right(case, backend, tensors)
+        if backend == "native" and name in found:
+            found[name] = found[name].clone()
+            found[name].flatten()[-1] = 1e3 if name == "out" else torch.nan
+        return found
+
+    monkeypatch.setattr(check, "results", wrong)
+    text, well = soak.soaked(["--seed", "5", "--cases", "6"])
+    assert not well
+    command = next(line for line in text.splitlines() if line.startswith("python benchmarks/soak.py --seed 5 --only"))
+    assert words in capsys.readouterr().err
+    monkeypatch.undo()
+    assert soak.soaked(command.split()[2:6])[1]
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_both_train_on_the_same_pairs(script: Script, flash: bool) -> None:
+    pytest.importorskip("x_transformers", reason=PEERS)
+    from x_transformers.attend import Attend
+
+    train = script("train")
+    n, seen = train.PAST + 31, []
+    net = train.model(train.FLASH if flash else train.PLAIN, train.WINDOW)
+    for module in net.modules():
+        if isinstance(module, Attend):
+            assert (module.causal, module.flash) == (True, flash)
+            module.register_forward_pre_hook(lambda _, args, given: seen.append(given["mask"]), with_kwargs=True)
+    net(train.tokens(n)[:, :-1])
+    pairs = tm.causal & train.MASKS[train.WINDOW][0]
+    assert str(pairs) == train.WINDOW
+    assert len(seen) == train.SHAPE["depth"]
+    for mask in seen:
+        assert torch.equal(mask.tril(), pairs.to_dense(n))
+
+
+def test_training_says_who_ran_out_of_memory_or_time(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = script("train")
+    given = argparse.Namespace(quick=False, limit=5.0)
+    answers = iter([train.Alone([3.0], 4e8), train.Alone([7.0], 9e8)])
+    printed = lambda *_, **__: subprocess.CompletedProcess([], 0, json.dumps(next(answers)), "")  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", printed)
+    assert train.steps_alone(train.OURS, train.CAUSAL, 8, given) == ([3.0], 4e8, "")
+    assert train.steps_alone(train.OURS, train.CAUSAL, 8, given).failed == "over 5 s"
+
+    def without_memory() -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(train, "training", lambda *_: without_memory)
+    assert train.steps_here(train.OURS, train.CAUSAL, 8) == ([], None, train.OUT_OF_MEMORY)
+    able, unable = train.Found(timing([2.0]), 512.0, 4e8, ""), train.Found(None, 0.0, None, train.OUT_OF_MEMORY)
+    found = {train.PLAIN: unable, train.FLASH: able._replace(speed=64.0, peak=8e8), train.OURS: able}
+    assert train.judged_speed(train.WINDOW, 8192, found) == ("8.00 x", "6.0 x", "met")
+    assert train.judged_memory(train.WINDOW, 8192, found) == ("0.50", "0.33", "MISSED")
+    found[train.FLASH] = unable
+    assert train.judged_speed(train.WINDOW, 1024, found) == ("-", "", "")
+
+
+def test_a_picture_names_its_lines(script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `plot` has it)")
+    curves = script("curves")
+    line = curves.Line("ours", [8, 16, 32], [100.0, 90.0, 80.0], "#0072B2")
+    early = curves.Line("theirs", [8, 16], [50.0, 10.0], "#b4531a", True, "then out of memory")
+    for name in ("a.svg", "b.svg", "c.png"):
+        curves.draw([line, early], "speed", "tokens", tmp_path / name)
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert text == (tmp_path / "b.svg").read_text(encoding="utf-8")
+    assert all(words in text for words in ("ours", "theirs", "then out of memory", "speed"))
+    assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_random_expressions_mean_what_de_morgan_says(script: Script) -> None:

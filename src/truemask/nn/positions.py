@@ -49,12 +49,25 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the first r features of x (b, h, n, d), pair by pair, computed in the rotation's dtype."""
-    cos, sin = rotation
-    width = 2 * cos.shape[-1]
-    first, second = x[..., :width].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # b h n r/2 each
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    width = 2 * rotation.cos.shape[-1]
+    turning, rest = x.split((width, x.shape[-1] - width), dim=-1)
+    pairs = turning.to(rotation.cos.dtype).unflatten(-1, (-1, 2))  # b h n r/2 2
+    turned = _turned_by_parts(pairs, *rotation) if torch.compiler.is_compiling() else _turned(pairs, *rotation)
     turned = turned.flatten(-2).to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+    return turned if width == x.shape[-1] else torch.cat((turned, rest), dim=-1)
+
+
+def _turned(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair times cos + i sin, in one pass."""
+    if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(step % 2 for step in pairs.stride()[:-1]):
+        pairs = pairs.contiguous()  # complex numbers lie at even places
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+
+
+def _turned_by_parts(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in real numbers, which compilers fuse."""
+    first, second = pairs.unbind(-1)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class AbsolutePositionalEmbedding(nn.Module):

@@ -1,0 +1,201 @@
+"""Who is raced by `attend.py`, what is asked of `attend` on which machine, and what a race says."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+from typing import NamedTuple
+
+import torch
+from harness import Timing, ms, race, verdict
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import truemask as tm
+from truemask._cache import CACHE
+from truemask.backends.native_library import isa, library, missing
+from truemask.cli.races import Attention, Course, by_truemask, masked_sdpa
+
+BARE, MASKED, FLEX, X_TRANSFORMERS = "SDPA, bare", "SDPA, mask", "flex", "x-transformers"
+PLANNED, PORTABLE, NATIVE = "attend", "portable", "native"
+PORTABLE_BACKENDS = ("sdpa", "block_sparse")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SECONDS = 2.0  # for each contestant
+JUDGED_FROM = 8192  # tokens: shorter sparse rows are shown without a bar
+BAR_BEST = 1.15
+
+
+class Bars(NamedTuple):
+    """What the kernel should reach, forward, and forward and backward (`[grad]`)."""
+
+    plain: dict[str, tuple[float, float]]  # by dtype: times faster than SDPA without a mask
+    share: tuple[float, float]  # of the ideal
+    flex: float | None = None  # times faster than compiled FlexAttention, forward
+
+
+WIDE = Bars({"fp32": (2.2, 1.9), "bf16": (3.5, 2.2)}, (1.7, 1.4), 2.5)  # AVX-512
+NARROW = Bars(dict.fromkeys(DTYPES, (1.0, 1.0)), (0.77, 0.74))  # AVX2: as fast as SDPA; sparse rows in proportion
+PORTABLE_BARS = Bars(dict.fromkeys(DTYPES, (0.95, 0.95)), (0.6, 0.5))  # torch's own operators
+
+
+def bars() -> Bars:
+    """Those of the kernel that is loaded."""
+    return WIDE if isa().startswith("avx512") else NARROW if isa() == "avx2" else PORTABLE_BARS
+
+
+# -- contestants -------------------------------------------------------------------------------------------------------
+
+
+def contestants(plan: tm.Plan, course: Course, given: argparse.Namespace) -> dict[str, Attention]:
+    """Everybody who runs under this mask."""
+    mask = plan.mask
+    found: dict[str, Attention] = {PLANNED: by_truemask(mask), MASKED: masked_sdpa(mask, course)}
+    if mask in (tm.causal, tm.everything):
+        found[BARE] = bare_sdpa(mask == tm.causal)
+    portable = portable_backend(plan)
+    if portable not in ("", plan.backend):
+        found[PORTABLE] = by_truemask(mask, portable)
+    if plan.backend != NATIVE and not plan.objections[NATIVE]:
+        found[NATIVE] = by_truemask(mask, NATIVE)
+    if given.flex and not plan.request.grad:
+        found[FLEX] = compiled_flex(mask, course)
+    if given.x_transformers:
+        found[X_TRANSFORMERS] = x_transformers(mask, course.q.shape[2])
+    return found
+
+
+def portable_backend(plan: tm.Plan) -> str:
+    """Of the backends that are torch's own operators, the one that a plan without the kernel would take."""
+    willing = [name for name in PORTABLE_BACKENDS if not plan.objections[name]]
+    return min(willing, key=plan.costs.__getitem__, default="")
+
+
+def bare_sdpa(causal: bool) -> Attention:
+    """What somebody calls who needs no mask, or the flag."""
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def compiled_flex(mask: tm.Mask, course: Course) -> Attention:
+    """FlexAttention compiled for this length, with the mask's own block mask; forward only on the CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    block_mask = mask.to_block_mask(course.q.shape[2])
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = compiled(q, k, v, block_mask=block_mask)
+        assert isinstance(out, Tensor)
+        return out
+
+    with torch.no_grad():
+        attention(course.q, course.k, course.v)  # compiling is nobody's first run
+    return attention
+
+
+def x_transformers(mask: tm.Mask, n: int) -> Attention:
+    """Its flash attention with the same dense mask."""
+    from x_transformers.attend import Attend
+
+    module, dense = Attend(flash=True, causal=False), mask.to_dense(n)
+    return lambda q, k, v: module(q, k, v, mask=dense)[0]
+
+
+# -- what a race says --------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One mask at one length in one direction, measured."""
+
+    plan: tm.Plan
+    dtype: str
+    density: float
+    found: dict[str, Timing]
+
+    def seconds(self, who: str) -> float:
+        """Median seconds."""
+        return self.found[who].median
+
+    def shown(self, who: str) -> str:
+        """Milliseconds, or nothing."""
+        return ms(self.seconds(who)) if who in self.found else ""
+
+    def pace(self, who: str) -> float:
+        """Times faster than SDPA without a mask, or than SDPA with one at its own pace on the pairs that count."""
+        rival = self.seconds(BARE) if BARE in self.found else self.seconds(MASKED) * self.density
+        return rival / self.seconds(who)
+
+    def judged(self, who: str, asked: Bars) -> tuple[str, str, str]:
+        """The pace, the bar and the verdict."""
+        grad, plain = self.plan.request.grad, BARE in self.found
+        bar = asked.plain[self.dtype][grad] if plain else asked.share[grad]
+        told = f"{self.pace(who):.2f} {'x bare' if plain else 'of ideal'}"
+        if not plain and self.plan.request.q_len < JUDGED_FROM:
+            return told, "", ""
+        return told, f"{bar}", verdict(self.pace(who), bar, at_least=True)
+
+    def portable(self) -> str:
+        """The same of the portable path, in one cell."""
+        who = PORTABLE if PORTABLE in self.found else PLANNED
+        told, _, judged = self.judged(who, PORTABLE_BARS)
+        return f"{ms(self.seconds(who))}: {told.split()[0]} {judged}".strip()
+
+    def beside_flex(self, asked: Bars) -> tuple[str, str, str]:
+        """How much faster than compiled FlexAttention, the bar, the verdict."""
+        if FLEX not in self.found:
+            return "", "", ""
+        ratio = self.seconds(FLEX) / self.seconds(PLANNED)
+        if asked.flex is None or BARE in self.found:
+            return f"{ratio:.1f} x", "", ""
+        return f"{ratio:.1f} x", f"{asked.flex}", verdict(ratio, asked.flex, at_least=True)
+
+    @property
+    def chosen(self) -> str:
+        """Whether the plan's choice is about as fast as the other ways that truemask has; who is faster."""
+        best = min((who for who in (PLANNED, PORTABLE, NATIVE) if who in self.found), key=self.seconds)
+        judged = verdict(self.seconds(PLANNED) / self.seconds(best), BAR_BEST)
+        return judged if judged == "met" else f"{judged}: {best} {ms(self.seconds(best))}"
+
+    @property
+    def flops(self) -> float:
+        """Additions and multiplications a second of the forward, of pairs that are let through."""
+        r = self.plan.request
+        return 2 * r.cells * self.density * (r.head_dim + r.value_dim) / self.seconds(PLANNED)
+
+
+def measured(mask: tm.Mask, course: Course, grad: bool, given: argparse.Namespace) -> Row:
+    """Race everybody."""
+    _, heads, n, d = course.q.shape
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == course.q.dtype)
+    CACHE.clear()  # of the last mask's dense form, among others
+    plan = tm.plan(mask, n, n, heads=heads, head_dim=d, dtype=course.q.dtype, grad=grad)
+    runs = {who: course.run(call, grad) for who, call in contestants(plan, course, given).items()}
+    rivals = [who for who in runs if who not in (PLANNED, MASKED, BARE)]
+    found = race(runs, 0.0 if given.quick else SECONDS, most=15, outsiders=rivals)
+    return Row(plan, dtype, mask.density(n), found)
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+class Peak(NamedTuple):
+    """Additions and multiplications a second in fp32, with all threads, and how that was found."""
+
+    flops: float = 0.0
+    source: str = ""
+
+
+def peak(quick: bool) -> Peak:
+    """The kernel's own measure of fused multiply-adds, else the best of torch's matrix product."""
+    threads = torch.get_num_threads()
+    if not missing() and hasattr(library(), "tm_peak"):
+        measure = library().tm_peak
+        measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_double]
+        return Peak(measure(0.01 if quick else 0.5) * threads, "of fused multiply-adds in registers")
+    sizes = (64,) if quick else (512, 1024, 2048)
+    return Peak(max(_mm_pace(n, quick) for n in sizes), "of torch.mm's pace, the best of some sizes: below the peak")
+
+
+def _mm_pace(n: int, quick: bool) -> float:
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n**3 / race({"mm": lambda: torch.mm(a, b)}, 0.0 if quick else 0.5)["mm"].least
