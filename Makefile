@@ -23,7 +23,7 @@ help:
 	@echo 'make run      the tour: five minutes with attention masks (makes $(VENV) first)'
 	@echo 'make test     lint, types and the whole suite'
 	@echo 'make check    lint and the quick part of the suite'
-	@echo 'make bench    the benchmarks, half an hour on a quiet machine; writes benchmarks/README.md'
+	@echo 'make bench    the benchmarks, three quarters of an hour on a quiet machine; writes benchmarks/README.md'
 	@echo 'make format   let ruff format and fix what it can; redraw pictures, map and shown outputs'
 	@echo 'make clean    remove $(VENV), caches and reports'
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 INK_OF_OTHERS, TEXT, RULES, GREY = "#b4531a", "#1b1f23", "#e3e7ea", "#8a939b"
 DASHES = (0, (4, 2))
-ROOM = 3.4  # times the last length: the names stand there
+ROOM = 3.8  # times the last length: the names stand there
 APART = 0.055  # of the height, between two names
 
 
@@ -50,11 +50,13 @@ def _scales(axes: Any, lengths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    steps = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+    steps = [digit * 10**power for power in range(-3, 7) for digit in (1, 2, 5)]
+    low, high = max(step for step in steps if step <= low), min(step for step in steps if step >= high)
+    axes.set_ylim(low, high)
     for axis, places in ((axes.xaxis, lengths), (axes.yaxis, [step for step in steps if low <= step <= high])):
         axis.set_major_locator(FixedLocator(places))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(lambda place, _: f"{place:,.0f}")
+        axis.set_major_formatter(lambda place, _: f"{place:,g}")
     axes.set_xlim(lengths[0] / 1.15, lengths[-1] * ROOM)
     axes.grid(axis="y", color=RULES, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -64,13 +66,15 @@ def _scales(axes: Any, lengths: Sequence[int]) -> None:
 
 
 def _names(axes: Any, lines: Sequence[Line]) -> None:
-    """Every name beside its line's last point, pushed up where two would meet."""
+    """Beside the last point of each line, pushed up where two would meet; below it where the line ends early."""
     low, high = axes.get_ylim()
-    taken: dict[int, float] = {}
+    last, taken = max(x for line in lines for x in line.xs), 0.0
     for line in sorted(lines, key=lambda line: line.ys[-1]):
         x, y = line.xs[-1], line.ys[-1]
-        y = max(y, taken.get(x, 0.0) * (high / low) ** APART)
-        taken[x] = y
-        text = f"{line.name}\n{line.why}" if line.why else line.name
-        offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        axes.annotate(text, (x, y), color=line.color, **offset)
+        style = {"color": line.color, "fontsize": 9, "textcoords": "offset points"}
+        if x < last:
+            text = f"{line.name}\n{line.why}".strip()
+            axes.annotate(text, (x, y), xytext=(4, -8), ha="right", va="top", **style)
+        else:
+            taken = max(y, taken * (high / low) ** APART)
+            axes.annotate(line.name, (x, taken), xytext=(8, 0), va="center", **style)

@@ -29,13 +29,22 @@ constants that plans predict with. `truemask bench` races masks of your own on y
 Contestants take turns and medians are shown, *spread* is half the distance of the quartiles. A bar is what the project
 asks of itself on a quiet machine with two cores; where it is missed, the page says so.
 """
-PEERS = ("--parts", "masks", "--lengths", "8192", "--flex", "--x-transformers")
-FAR = ("--parts", "masks", "--lengths", "16384", "--rows", "causal", "documents")
+PEERS = (
+    "--parts",
+    "masks",
+    "--lengths",
+    "8192",
+    "--flex",
+    "--x-transformers",
+    "--rows",
+    "causal",
+    "sinks",
+    "documents",
+)
 SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Knowing a mask": (plan, ()),
     "Attention under a mask": (attend, ()),
     "Attention beside other libraries": (attend, PEERS),
-    "Longer": (attend, FAR),
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
     "Random calls of the native kernel": (soak, ()),
 }

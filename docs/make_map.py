@@ -29,6 +29,7 @@ OTHERS = {
     "benchmarks/README.md": "one run of the benchmarks, written by `make bench`",
     "docs/attend.md": "every option of attend, run",
     "docs/exact.md": "what a mask knows of itself without looking at cells, and intervals for other kernels",
+    "docs/native.md": "the CPU kernel: what it does with a mask, its numbers, instruction sets, building",
     "docs/flex.md": "block masks for FlexAttention, and the backend that runs it",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",
