@@ -84,9 +84,9 @@ struct Strip {
       for (int64_t n = 0; n < TILE; n += W) {
         vf y = load(x + n) * scale();
         if (c.softcap != 0) {
-          const vf t = tanhv(y / splat(c.softcap));
-          if (slopes) store(slopes + r * TILE + n, 1.0f - t * t);
-          y = t * c.softcap;
+          y = y / splat(c.softcap);
+          if (slopes) store(slopes + r * TILE + n, tanh_slope(y));
+          y = tanhv(y) * c.softcap;
         }
         store(x + n, y);
       }
