@@ -160,15 +160,11 @@ class Backward {
     add_to_queries(careful, j, dq, dq_step);
   }
 
-  // Products of a side's rows with keys or values, [m, 64]; what no row of a group sees is left as it was.
+  // Products of a side's rows with keys or values, [m, 64].
   void multiply(const Side<E>& side, int64_t steps, const E* turned, float* to) {
-    if (!masked_) return product(strip_.m, TILE, steps, side.left(), side.row(), 1, turned, TILE, to, TILE, false);
-    in_groups(strip_.m, [&](int64_t first, int64_t end) {
-      const Range keys = keys_seen(word_, first, end).widened(W);
-      product(end - first, keys.end - keys.first, steps, side.left() + first * side.row(), side.row(), 1, turned + keys.first,
-              TILE, to + first * TILE + keys.first, TILE, false);
-    });
+    times_turned<E>(strip_.m, steps, side.left(), side.row(), turned, seen(), to, TILE);
   }
+  const uint64_t* seen() const { return masked_ ? word_ : nullptr; }
 
   // Adds x turned [64, rows] times the rows of a side to the gradient of keys or values.
   void add_to_keys(bool careful, int64_t j, const float* x, const Side<E>& side, const Array& from, int64_t d, Total& total) {
@@ -205,25 +201,7 @@ class Backward {
       return with_rows(c_, c_.k, c_.d, b, hk, j, spare_, [&](auto rows) {
         chosen_product(m, width_, keys, dp_, TILE, 1, rows.at, rows.step, to, to_step, word_, false);
       });
-    const E* left;
-    int64_t row;
-    if constexpr (WOVEN) {
-      for (int64_t r = 0; r < m; ++r) weave(dp_ + r * TILE, dp_ + r * TILE + HALF_TILE, HALF_TILE, words_ + r * HALF_TILE);
-      left = words_, row = HALF_TILE;
-    } else {
-      left = dp_, row = TILE;
-    }
-    const Rows<E> k = k_.rows(b, hk, j);
-    const auto add = [&](int64_t first, int64_t end, Range seen) {
-      const Range s = steps_of<E>(seen);
-      product(end - first, width_, s.end - s.first, left + first * row + s.first, row, 1, k.at + s.first * k.step, k.step,
-              to + first * to_step, to_step, true);
-    };
-    if (!masked_) return add(0, m, {0, keys});
-    in_groups(m, [&](int64_t first, int64_t end) {
-      const Range seen = keys_seen(word_, first, end);
-      if (!seen.empty()) add(first, end, seen);
-    });
+    add_times_rows<E>(m, keys, width_, dp_, TILE, k_.rows(b, hk, j), seen(), words_, to, to_step);
   }
 
   const float* as_floats(const Side<E>& side, const Array& from, int64_t d) {

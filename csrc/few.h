@@ -21,15 +21,23 @@ class Stream {
       : at_(reinterpret_cast<const char*>(rows.at) + first * rows.step * sizeof(B)), step_(rows.step * sizeof(B)),
         bytes_(width * sizeof(B)) {}
 
-  TM_INLINE void call_for(int64_t numbers) {
-    for (owed_ += numbers * sizeof(B); owed_ >= LINE; owed_ -= LINE) {
-      __builtin_prefetch(at_ + byte_);
-      if ((byte_ += LINE) >= bytes_) byte_ = 0, at_ += step_;
+  template <int NUMBERS>
+  TM_INLINE void call_for() {
+    constexpr int64_t BYTES = NUMBERS * sizeof(B);
+    if constexpr (BYTES % LINE == 0) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < BYTES; i += LINE) line();
+    } else if ((owed_ += BYTES) >= LINE) {
+      owed_ -= LINE, line();
     }
   }
 
  private:
   static constexpr int64_t LINE = 64;
+  TM_INLINE void line() {
+    __builtin_prefetch(at_ + byte_);
+    if ((byte_ += LINE) >= bytes_) byte_ = 0, at_ += step_;
+  }
   const char* at_;
   int64_t step_, bytes_, byte_ = 0, owed_ = 0;
 };
@@ -47,10 +55,8 @@ TM_INLINE void dots_of(int64_t n, int64_t d, const float* a, int64_t row, Rows<B
     for (int64_t j = 0; j < d; j += W) {
       vf y[N];
 #pragma GCC unroll 8
-      for (int t = 0; t < N; ++t) {
-        y[t] = load(b.at + (p + t) * b.step + j);
-        soon.call_for(W);
-      }
+      for (int t = 0; t < N; ++t) y[t] = load(b.at + (p + t) * b.step + j);
+      soon.template call_for<N * W>();
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) {
         const vf s = load(a + i * row + j);
@@ -83,7 +89,7 @@ TM_INLINE void sums_of(int64_t n, int64_t k, const float* a, int64_t row, Rows<B
 #pragma GCC unroll 8
         for (int t = 0; t < N; ++t) x[i][t] = load(c + i * ldc + j + t * W);
       for (int64_t p = first; p < end; ++p) {
-        soon.call_for(N * W);
+        soon.template call_for<N * W>();
         vf y[N];
 #pragma GCC unroll 8
         for (int t = 0; t < N; ++t) y[t] = load(b.at + p * b.step + j + t * W);

@@ -92,6 +92,8 @@ class Forward {
     held_ = 0;
   }
 
+  const uint64_t* seen(int64_t t) const { return masked_[t] ? words_[t] : nullptr; }
+
   // Scores of a tile of the chunk; what no row of a group sees is left as it was, and hidden after.
   void multiply_keys(int64_t t, float* s) {
     const int64_t b = strip_.b, h = strip_.hk, j = tiles_[t];
@@ -102,13 +104,7 @@ class Forward {
         });
       return;
     }
-    const E* k = k_.turned(b, h, j);
-    if (!masked_[t]) return product(strip_.m, TILE, steps<E>(c_.d), q_ + 0, depth_, 1, k, TILE, s, LD, false);
-    in_groups(strip_.m, [&](int64_t first, int64_t end) {
-      const Range keys = keys_seen(words_[t], first, end).widened(W);
-      product(end - first, keys.end - keys.first, steps<E>(c_.d), q_ + first * depth_, depth_, 1, k + keys.first, TILE,
-              s + first * LD + keys.first, LD, false);
-    });
+    times_turned<E>(strip_.m, steps<E>(c_.d), q_, depth_, k_.turned(b, h, j), seen(t), s, LD);
   }
 
   // Adds weights times the values of a tile of the chunk.
@@ -121,25 +117,7 @@ class Forward {
         });
       return;
     }
-    const E* weights;
-    int64_t row;
-    if constexpr (WOVEN) {
-      for (int64_t r = 0; r < strip_.m; ++r) weave(p + r * LD, p + r * LD + HALF_TILE, HALF_TILE, weights_ + r * HALF_TILE);
-      weights = weights_, row = HALF_TILE;
-    } else {
-      weights = p, row = LD;
-    }
-    const Rows<E> v = v_.rows(b, h, j);
-    const auto add = [&](int64_t first, int64_t end, Range keys) {
-      const Range k = steps_of<E>(keys);
-      product(end - first, width_, k.end - k.first, weights + first * row + k.first, row, 1, v.at + k.first * v.step, v.step,
-              into.sums + first * width_, width_, true);
-    };
-    if (!masked_[t]) return add(0, strip_.m, {0, TILE});
-    in_groups(strip_.m, [&](int64_t first, int64_t end) {
-      const Range keys = keys_seen(words_[t], first, end);
-      if (!keys.empty()) add(first, end, keys);
-    });
+    add_times_rows<E>(strip_.m, TILE, width_, p, LD, v_.rows(b, h, j), seen(t), weights_, into.sums, width_);
   }
 
   // The same where values that a row may not see are not finite.

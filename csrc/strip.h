@@ -190,6 +190,43 @@ TM_INLINE void in_groups(int64_t m, F run) {
   for (int64_t r = 0; r < m; r += GROUP) run(r, std::min(r + GROUP, m));
 }
 
+// The product of m rows (`row` apart) and the keys or values of a tile, turned: [m, 64], rows `ld` apart. What no row of
+// a group sees is left as it was; `word` is null where all is seen.
+template <class E>
+void times_turned(int64_t m, int64_t steps, const E* rows, int64_t row, const E* turned, const uint64_t* word, float* to,
+                  int64_t ld) {
+  if (!word) return product(m, TILE, steps, rows, row, 1, turned, TILE, to, ld, false);
+  in_groups(m, [&](int64_t first, int64_t end) {
+    const Range keys = keys_seen(word, first, end).widened(W);
+    product(end - first, keys.end - keys.first, steps, rows + first * row, row, 1, turned + keys.first, TILE,
+            to + first * ld + keys.first, ld, false);
+  });
+}
+
+// Adds weights [m, keys], rows `ld` apart, times the keys or values of a tile as they lie: [m, width], rows `step` apart.
+// `woven` has room for weights in pairs.
+template <class E>
+void add_times_rows(int64_t m, int64_t keys, int64_t width, const float* weights, int64_t ld, Rows<E> rows,
+                    const uint64_t* word, Pair* woven, float* to, int64_t step) {
+  const E* left;
+  if constexpr (std::is_same<E, Pair>::value) {
+    for (int64_t r = 0; r < m; ++r) weave(weights + r * ld, weights + r * ld + HALF_TILE, HALF_TILE, woven + r * HALF_TILE);
+    left = woven, ld = HALF_TILE;
+  } else {
+    left = weights;
+  }
+  const auto add = [&](int64_t first, int64_t end, Range seen) {
+    const Range k = steps_of<E>(seen);
+    product(end - first, width, k.end - k.first, left + first * ld + k.first, ld, 1, rows.at + k.first * rows.step, rows.step,
+            to + first * step, step, true);
+  };
+  if (!word) return add(0, m, {0, keys});
+  in_groups(m, [&](int64_t first, int64_t end) {
+    const Range seen = keys_seen(word, first, end);
+    if (!seen.empty()) add(first, end, seen);
+  });
+}
+
 // The key tiles of a strip's runs in [first, end): `take(j, kind)`.
 template <class F>
 TM_INLINE void tiles_in(const Call& c, const int64_t* range, int64_t first, int64_t end, F take) {
