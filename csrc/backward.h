@@ -28,6 +28,10 @@ class Total {
     if (direct_ && part == 0) return reinterpret_cast<float*>(row_of(c_, x_, b, h, n));
     return beside_ + ((((part - direct_) * c_.b + b) * heads_ + h) * n_ + n) * width_;
   }
+  Ahead next_tile(int64_t b, int64_t h, int64_t j) {  // of the first part
+    const int64_t first = (j + 1) * TILE;
+    return first < n_ ? Ahead(row(0, b, h, first), std::min(TILE, n_ - first) * width_) : Ahead();
+  }
   int64_t step(int64_t part) const { return direct_ && part == 0 ? x_.row : width_; }
 
   void clear(int64_t part, int64_t b, int64_t h, int64_t first, int64_t end) {
@@ -130,7 +134,7 @@ class Backward {
       for (int64_t r = 0; r < m; ++r) word_[r] = (masked_ ? word_[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
       masked_ = true;
     }
-    multiply(q_, steps<E>(c_.d), k_.turned(b, hk, j), p_);
+    multiply(q_, steps<E>(c_.d), k_, j, p_);
     strip_.score(j, p_, TILE, slopes_);
     const float factor = strip_.factor();
     for (int64_t r = 0; r < m; ++r)
@@ -139,7 +143,7 @@ class Backward {
         const vf p = exp2v(load(p_ + r * TILE + n) * factor - top_[r]);
         store(p_ + r * TILE + n, masked_ ? (bits_at(word_[r], n) ? p : vf{}) : p);
       }
-    multiply(dout_, steps<E>(c_.dv), v_.turned(b, hk, j), dp_);
+    multiply(dout_, steps<E>(c_.dv), v_, j, dp_);
     float* kept = p_;
     if (c_.drop_below) {
       strip_.drop(j, dp_, TILE);
@@ -161,8 +165,10 @@ class Backward {
   }
 
   // Products of a side's rows with keys or values, [m, 64].
-  void multiply(const Side<E>& side, int64_t steps, const E* turned, float* to) {
-    times_turned<E>(strip_.m, steps, side.left(), side.row(), turned, seen(), to, TILE);
+  void multiply(const Side<E>& side, int64_t steps, const Packed<E>& by, int64_t j, float* to) {
+    const int64_t b = strip_.b, hk = strip_.hk;
+    times_turned<E>(strip_.m, steps, side.left(), side.row(), by.turned(b, hk, j), seen(), to, TILE,
+                    by.next_turned(b, hk, j));
   }
   const uint64_t* seen() const { return masked_ ? word_ : nullptr; }
 
@@ -185,7 +191,7 @@ class Backward {
     const auto add = [&](int64_t first, int64_t end, Range rows) {
       const Range k = steps_of<E>(rows);
       product(end - first, width, k.end - k.first, left + k.first * TILE + first, 1, TILE, side.right() + k.first * width, width,
-              to + first * to_step, to_step, true);
+              to + first * to_step, to_step, true, masked_ ? Ahead() : total.next_tile(strip_.b, strip_.hk, j));
     };
     if (!masked_) return add(0, keys, {0, m});
     in_groups(keys, [&](int64_t first, int64_t end) {
@@ -201,7 +207,8 @@ class Backward {
       return with_rows(c_, c_.k, c_.d, b, hk, j, spare_, [&](auto rows) {
         chosen_product(m, width_, keys, dp_, TILE, 1, rows.at, rows.step, to, to_step, word_, false);
       });
-    add_times_rows<E>(m, keys, width_, dp_, TILE, k_.rows(b, hk, j), seen(), words_, to, to_step);
+    add_times_rows<E>(m, keys, width_, dp_, TILE, k_.rows(b, hk, j), seen(), words_, to, to_step,
+                      k_.next_rows(b, hk, j));
   }
 
   const float* as_floats(const Side<E>& side, const Array& from, int64_t d) {

@@ -104,7 +104,8 @@ class Forward {
         });
       return;
     }
-    times_turned<E>(strip_.m, steps<E>(c_.d), q_, depth_, k_.turned(b, h, j), seen(t), s, LD);
+    times_turned<E>(strip_.m, steps<E>(c_.d), q_, depth_, k_.turned(b, h, j), seen(t), s, LD,
+                    k_.next_turned(b, h, j));
   }
 
   // Adds weights times the values of a tile of the chunk.
@@ -117,7 +118,8 @@ class Forward {
         });
       return;
     }
-    add_times_rows<E>(strip_.m, TILE, width_, p, LD, v_.rows(b, h, j), seen(t), weights_, into.sums, width_);
+    add_times_rows<E>(strip_.m, TILE, width_, p, LD, v_.rows(b, h, j), seen(t), weights_, into.sums, width_,
+                      v_.next_rows(b, h, j));
   }
 
   // The same where values that a row may not see are not finite.

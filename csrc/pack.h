@@ -62,6 +62,13 @@ class Packed {
     return {reinterpret_cast<const E*>(row_of(c_, x_, b, h, j * TILE)), x_.row};
   }
   const E* turned(int64_t b, int64_t h, int64_t j) const { return turned_ + at(b, h, j) * steps_ * TILE; }
+  // The tile after one.
+  Ahead next_rows(int64_t b, int64_t h, int64_t j) const {
+    return j + 1 < tiles_ ? Ahead(rows(b, h, j + 1).at, WOVEN ? row_tile() : c_.keys(j + 1) * width_) : Ahead();
+  }
+  Ahead next_turned(int64_t b, int64_t h, int64_t j) const {
+    return j + 1 < tiles_ ? Ahead(turned(b, h, j + 1), steps_ * TILE) : Ahead();
+  }
   bool is_finite(int64_t b, int64_t h, int64_t j) const { return finite_[at(b, h, j)]; }
   void may_not_be_finite() { std::fill(finite_.begin(), finite_.end(), 0); }  // where nothing was packed
   int64_t width() const { return width_; }
