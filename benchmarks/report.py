@@ -41,10 +41,12 @@ PEERS = (
     "sinks",
     "documents",
 )
+LONG = ("--parts", "masks", "--lengths", "16384", "--rows", "causal", "documents")
 SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Knowing a mask": (plan, ()),
     "Attention under a mask": (attend, ()),
     "Attention beside other libraries": (attend, PEERS),
+    "Attention at 16,384 tokens": (attend, LONG),
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
     "Random calls of the native kernel": (soak, ()),
 }

@@ -28,6 +28,7 @@ OTHERS = {
     "docs/conventions.md": "the laws, each once, and the table of conventions",
     "benchmarks/README.md": "one run of the benchmarks, written by `make bench`",
     "docs/attend.md": "every option of attend, run",
+    "docs/diagnosis.md": "what is likely wrong with a mask, why a pair is as it is, what gets through all layers",
     "docs/exact.md": "what a mask knows of itself without looking at cells, and intervals for other kernels",
     "docs/native.md": "the CPU kernel: what it does with a mask, its numbers, instruction sets, building",
     "docs/flex.md": "block masks for FlexAttention, and the backend that runs it",

@@ -29,9 +29,11 @@ NAMES = """
     blocks
     causal
     dense
+    diagnose
     dilated
     documents
     everything
+    explain
     from_additive
     from_huggingface_2d
     from_keras
@@ -54,6 +56,7 @@ NAMES = """
     prefix
     queries
     random
+    reach
     relative
     same
     save_mask

@@ -100,6 +100,18 @@ STAIRS = """
     backends/native.py
     backends/registry.py
 
+    diagnosis/__init__.py
+    diagnosis/finding.py
+    diagnosis/words.py
+    diagnosis/why.py
+    diagnosis/slips.py
+    diagnosis/recognise.py
+    diagnosis/subject.py
+    diagnosis/outcome.py
+    diagnosis/wording.py
+    diagnosis/diagnose.py
+    diagnosis/reach.py
+
     viz/__init__.py
     viz/panels.py
     viz/plot.py
@@ -107,6 +119,7 @@ STAIRS = """
     _door.py
     _call.py
     _explain.py
+    _advice.py
     _choose.py
     _cache.py
     _plan.py
@@ -150,8 +163,11 @@ STAIRS = """
     cli/calibrate.py
     cli/show.py
     cli/explain.py
+    cli/mask_files.py
+    cli/check.py
     cli/bench.py
     cli/gpu_report.py
+    cli/self_test.py
     cli/doctor.py
     cli/generate.py
     cli/train.py

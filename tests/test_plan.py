@@ -491,3 +491,29 @@ def test_requests_are_values() -> None:
     request = plan(MASK, 5).request
     assert isinstance(request, Request)
     assert hash(request) == hash(pickle.loads(pickle.dumps(request)))
+
+
+def test_a_plan_explains_itself() -> None:
+    """Why this backend, what the others object to, and what would make the call faster."""
+    text = tm.plan(tm.causal, 2048, return_weights=True).explain()
+    assert "reference runs it in a predicted" in text
+    assert "nobody else can" in text
+    for name in ("native", "sdpa", "block_sparse", "flex"):
+        assert f"  {name} cannot: return_weights" in text
+    assert "what would make it faster:\n  without return_weights: " in text
+
+
+def test_an_explanation_names_what_a_dense_mask_is() -> None:
+    band = tm.dense(torch.ones(2048, 2048, dtype=torch.bool).tril().triu(-127))
+    plan = tm.plan(band, 2048, dtype=torch.float64)
+    assert "float32 instead of float64" in plan.explain()
+    cheapest = min(plan.costs, key=lambda name: plan.costs[name])
+    assert f"{cheapest} runs it in a predicted" in plan.explain()
+
+
+def test_an_explanation_with_nothing_to_gain() -> None:
+    assert (
+        tm.plan(tm.causal & tm.window(64), 256, dtype=torch.bfloat16, grad=True)
+        .explain()
+        .endswith("nothing that is known here would make it faster")
+    )

@@ -6,6 +6,9 @@ from truemask._attend import attend as attend
 from truemask._choose import Plan as Plan
 from truemask._plan import plan as plan
 from truemask.backends.registry import backends as backends
+from truemask.diagnosis.diagnose import diagnose as diagnose
+from truemask.diagnosis.reach import reach as reach
+from truemask.diagnosis.why import explain as explain
 from truemask.errors import ConventionWarning as ConventionWarning
 from truemask.errors import MaskError as MaskError
 from truemask.errors import PlanError as PlanError

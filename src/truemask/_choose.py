@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from truemask._advice import advice
 from truemask._door import checked_length
-from truemask._explain import explain_plan, refusal, top_left_warning, upside_down_warning
+from truemask._explain import explain_plan, refusal
 from truemask.backends.base import Backend, Job, Request
 from truemask.backends.registry import BACKENDS, backends
+from truemask.diagnosis.slips import top_left, upside_down
 from truemask.errors import PlanError, suggest
 from truemask.masks.core import Mask
 
@@ -85,6 +87,10 @@ class Plan:
         notes = [self.choice.text, f"warning: {self.warning}" if self.warning else ""]
         return explain_plan(self.job, self.backend, self.objections, self.costs, self.ways, notes)
 
+    def explain(self) -> str:
+        """In sentences: why this backend, what each refusing one objects to, and what would make the call faster."""
+        return advice(self.job, self.backend, self.objections, self.costs)
+
     def __repr__(self) -> str:
         return f"<Plan of `{self.mask}`: {self.backend}>"
 
@@ -109,7 +115,9 @@ def choose(job: Job, wanted: str | None) -> Choice:
 
 def planned(job: Job, choice: Choice) -> Plan:
     """The choice as the plan of one job, with what should be said of it."""
-    return Plan(job, choice, top_left_warning(job) or upside_down_warning(job))
+    mask, r = job.mask, job.request
+    slip = top_left(mask, r.q_len, r.kv_len) or upside_down(mask, r.q_len, r.kv_len, r.batch, r.heads)
+    return Plan(job, choice, slip)
 
 
 def checked_job(mask: Mask, request: Request) -> Job:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from truemask.backends.base import is_batched
-from truemask.errors import MaskError, PlanError, describe
+from truemask.errors import MaskError, PlanError, counted, describe
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -285,13 +285,3 @@ def checked_length(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int, 
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things, in the singular for one.
-
-    >>> counted(1, "query"), counted(2, "query"), counted(0, "key head")
-    ('1 query', '2 queries', '0 key heads')
-    """
-    many = f"{what[:-1]}ies" if what.endswith("y") and what[-2] not in "aeiou" else f"{what}s"
-    return f"{number} {what if number == 1 else many}"

@@ -1,18 +1,13 @@
-"""The words of a plan: its table, its refusals, and the warnings about what was probably not meant."""
+"""The words of a plan: its table and its refusals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from truemask._door import counted
 from truemask.backends.base import Job, Request
 from truemask.backends.costs import source
-from truemask.masks.matrices import Dense
-from truemask.masks.positional import causal
 
 EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
-REINDEXING = ("at", "take", "packed", "padded", "prepended", "transposed")
-LOOKING_BACK = ("causal", "window")
 
 
 def explain_plan(
@@ -86,37 +81,3 @@ def refusal(job: Job, objections: dict[str, list[str]], wanted: str | None) -> s
     able = [name for name, found in objections.items() if not found]
     way_out = [f"backend={able[0]!r} can"] if able else []
     return "\n".join([f"{who} run `{job.mask}` with {sizes_text(job.request)}:", *reasons, *way_out])
-
-
-def top_left_warning(job: Job) -> str:
-    """What to say of a mask that looks back, asked about fewer queries than keys without `at`; or nothing."""
-    r, mask = job.request, job.mask
-    if not 0 < r.q_len < r.kv_len or mask.kind in REINDEXING:  # the short ways out, for decoding
-        return ""
-    kinds = {part.kind for part in mask.walk()}
-    if kinds.intersection(REINDEXING) or not kinds.intersection(LOOKING_BACK):
-        return ""
-    start = r.kv_len - r.q_len
-    unseen = "the last key" if start == 1 else f"any of the last {start} keys"
-    this = "this query is the last position" if r.q_len == 1 else f"these queries are the last {r.q_len} positions"
-    return (
-        f"{counted(r.q_len, 'query')} and {counted(r.kv_len, 'key')} under `{mask}`, whose first query is position 0: "
-        f"it does not see {unseen}. If {this}, as in decoding, "
-        f"the mask is `.at(q_start={start})`"
-    )
-
-
-def upside_down_warning(job: Job) -> str:
-    """What to say of a square tensor whose queries see later keys and nothing else; or nothing."""
-    r, mask = job.request, job.mask
-    if not isinstance(mask, Dense) or not 3 < r.q_len == r.kv_len:  # smaller ones may be so by chance
-        return ""
-    sizes = {"batch": r.batch, "heads": r.heads}
-    pairs = int(mask.count(r.q_len, r.kv_len, **sizes).sum())
-    if not pairs or bool((mask & causal).count(r.q_len, r.kv_len, **sizes).any()):
-        return ""
-    return (
-        f"this mask of {r.q_len} x {r.kv_len} lets every query see later keys only, neither itself nor the past: it is "
-        "likely upside down. Here True means may attend; if True meant masked out, it is `from_torch_mha(mask)`, or "
-        "`~mask`"
-    )

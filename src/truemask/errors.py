@@ -36,6 +36,16 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, in the singular for one.
+
+    >>> counted(1, "query"), counted(2, "query"), counted(0, "key head")
+    ('1 query', '2 queries', '0 key heads')
+    """
+    many = f"{what[:-1]}ies" if what.endswith("y") and what[-2] not in "aeiou" else f"{what}s"
+    return f"{number} {what if number == 1 else many}"
+
+
 def describe(value: object) -> str:
     """How messages show a value: dtype, shape and device of a tensor, otherwise the type and a short repr.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 import torch
 
 import truemask as tm
 from tests.cli.test_show_explain import run
-from truemask.cli import gpu_report
+from truemask.cli import gpu_report, self_test
 from truemask.cli.gpu_report import Check, report
 
 CPU = torch.device("cpu")
@@ -21,6 +24,34 @@ def test_doctor_names_versions_and_backends() -> None:
         assert f"  {name}" in out
     assert "cannot: gradients: FlexAttention has no backward on the CPU" in out
     assert out.count("and is chosen") == 2 * (1 + torch.cuda.is_available())
+
+
+def test_doctor_as_json() -> None:
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert (code, found["facts"]["torch"]) == (0, torch.__version__)
+    assert [one["backend"] for one in found["self_test"]] == list(tm.backends())
+    assert all(one["good"] for one in found["self_test"])
+    assert found["backends"][1]["objections"]["flex"] == ["gradients: FlexAttention has no backward on the CPU"]
+
+
+def test_the_self_test_is_short_and_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.perf_counter()
+    assert [one.text.split(":")[0] for one in self_test.self_test()].count("agrees") >= 3
+    assert time.perf_counter() - start < 5
+    real = self_test.attend
+
+    def broken(*tensors: torch.Tensor, backend: str) -> torch.Tensor:
+        if backend == "sdpa":
+            raise RuntimeError("no kernel")
+        return real(*tensors, backend=backend) * (1.01 if backend == "block_sparse" else 1.0)
+
+    monkeypatch.setattr(self_test, "attend", broken)
+    bad = {one.backend: one.text for one in self_test.self_test() if not one.good}
+    assert bad["sdpa"] == "RuntimeError: no kernel"
+    assert bad["block_sparse"].startswith("DIFFERS: error 2")
+    assert len(bad) == 2
+    assert run("doctor")[0] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

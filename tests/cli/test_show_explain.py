@@ -135,3 +135,11 @@ def test_python_m_truemask_is_the_command() -> None:
     )
     assert done.returncode == 2
     assert "^^^^^" in done.stderr
+
+
+def test_explain_says_why_a_pair_is_as_it_is() -> None:
+    code, out, _ = run("explain", "causal & (window(4) | prefix(2))", "--pair", "9", "3")
+    assert code == 0
+    assert out.splitlines()[0] == "query 9 may not attend to key 3"
+    assert "prefix(2): key 3 is not among the first 2 keys" in out
+    assert run("explain", "keys([True])", "--pair", "0", "5")[0] == 2

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from truemask.cli.bench import bench
+from truemask.cli.check import check
 from truemask.cli.console import never_fail_to_print, show_error
 from truemask.cli.doctor import doctor
 from truemask.cli.explain import explain
@@ -40,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (tour, show, explain, train, generate, bench, doctor):
+for command in (tour, show, explain, check, train, generate, bench, doctor):
     app.command()(command)
 
 

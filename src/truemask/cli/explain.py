@@ -14,6 +14,8 @@ from torch import Tensor
 from truemask._plan import plan
 from truemask.cli.console import make_console, needs_ascii, plain
 from truemask.cli.options import Batch, Expression, Heads, KvLength, Length
+from truemask.diagnosis.outcome import ranges
+from truemask.diagnosis.why import explain as why
 from truemask.geometry.picture import percent
 from truemask.masks.core import Mask
 from truemask.masks.text import parse
@@ -41,9 +43,15 @@ def explain(
     head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="What the tensors hold.")] = Dtype.float32,
     grad: Annotated[bool, typer.Option("--grad", help="Plan for training: forward and backward.")] = False,
+    pair: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="QUERY KEY", help="Say instead why this query may see this key.")
+    ] = None,
 ) -> None:
     """Say how many pairs a mask lets through, which rows are dead, and which kernel would run it, and why."""
     mask, console = parse(expression), make_console()
+    if pair is not None:
+        plain(console, str(why(mask, *pair)))
+        return
     kv_len = mask.kv_len_for(length) if kv_length is None else kv_length
     for name, value in facts(mask, length, kv_len, batch, heads):
         console.print(Text.assemble((f"{name:<16}", "bold"), value), soft_wrap=True)
@@ -112,14 +120,3 @@ def dead(flags: Tensor, meaning: str) -> str:
     if flags.shape[0] * flags.shape[1] > 1:
         return f"{total:,} of {size:,}{where} (all samples and heads together)"
     return f"{total:,} of {size:,}{where}: {ranges(np.flatnonzero(flags[0, 0].numpy()))}"
-
-
-def ranges(positions: np.ndarray, most: int = 6) -> str:
-    """Increasing positions as text.
-
-    >>> ranges(np.array([0, 1, 2, 7, 9, 10]))
-    '0-2, 7, 9-10'
-    """
-    parts = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
-    texts = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts[:most]]
-    return ", ".join(texts) + (f", and {len(parts) - most} more runs" if len(parts) > most else "")

@@ -1,0 +1,77 @@
+"""`truemask check`: what is likely wrong with a mask, in a file of any kind or as an expression."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from truemask.cli.console import make_console, needs_ascii, plain
+from truemask.cli.mask_files import is_file, read_mask
+from truemask.cli.options import Batch, Heads, KvLength
+from truemask.diagnosis.diagnose import diagnose
+from truemask.errors import MaskError
+from truemask.masks.core import Mask
+from truemask.masks.matrices import Dense
+from truemask.masks.text import parse
+from truemask.viz.panels import text_of
+
+COLUMNS = 32  # of the picture
+USUAL = 1024  # tokens where nothing says how many
+
+
+def check(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="An expression, or a file: .pt .npy .npz .safetensors .png .jpg .txt .csv.", metavar="FILE|EXPR"
+        ),
+    ],
+    length: Annotated[
+        int | None, typer.Option("--length", "-n", min=1, help="How many queries; of a tensor: its own.")
+    ] = None,
+    kv_length: KvLength = None,
+    batch: Batch = None,
+    heads: Heads = None,
+    causal: Annotated[
+        bool | None, typer.Option("--causal/--not-causal", help="Whether no query may see the future.")
+    ] = None,
+    documents: Annotated[str | None, typer.Option(help="Lengths of packed documents that must not mix: 5,7,4.")] = None,
+    tensor: Annotated[str | None, typer.Option(help="Which tensor of a file that holds several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Find what is likely wrong with a mask. Exit code: 0 nothing worse than a note, 1 findings, 2 a mistake."""
+    mask, source = read_mask(Path(what), tensor) if is_file(what) else (parse(what), "an expression")
+    q_len, kv_len = sizes(mask, length, kv_length)
+    found = diagnose(mask, q_len, kv_len, batch=batch, heads=heads, causal=causal, documents=_lengths(documents))
+    console = make_console()
+    if as_json:
+        report = {"mask": mask.text, "source": source, "queries": q_len, "keys": kv_len, "findings": found.to_dicts()}
+        plain(console, json.dumps(report, indent=2))
+    else:
+        plain(console, f"{source}: {q_len:,} queries x {kv_len:,} keys")
+        ascii = needs_ascii(console)
+        plain(console, text_of(mask, q_len, kv_len, batch=batch, heads=heads, columns=COLUMNS, ascii=ascii, title=""))
+        plain(console, str(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def sizes(mask: Mask, length: int | None, kv_length: int | None) -> tuple[int, int]:
+    """Queries and keys: as asked, or those of a tensor."""
+    shape = mask.tensor.tensor.shape if isinstance(mask, Dense) else None
+    own = shape[2] if shape is not None and (shape[2] > 1 or length is None) else mask._rows_held(0)  # pyright: ignore
+    q_len = length or own or USUAL
+    kv_len = kv_length or (shape[3] if shape is not None else mask.kv_len_for(q_len))
+    return q_len, kv_len
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise MaskError(f"--documents takes lengths like 5,7,4, got {text!r}") from None

@@ -1,0 +1,81 @@
+"""`diagnose`: what is likely wrong with a mask at given lengths, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from truemask.diagnosis.finding import Finding, Findings
+from truemask.diagnosis.outcome import OUTCOME_RULES
+from truemask.diagnosis.subject import Subject
+from truemask.diagnosis.wording import WORDING_RULES
+from truemask.diagnosis.words import quoted
+from truemask.errors import MaskError, describe
+from truemask.masks.core import Mask
+from truemask.masks.data_store import whole
+from truemask.masks.labels import documents as documents_of
+from truemask.masks.matrices import Dense, dense
+
+
+def diagnose(
+    mask: Mask | Tensor,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    batch: int | None = None,
+    heads: int | None = None,
+    causal: bool | None = None,
+    documents: object = None,
+) -> Findings:
+    """What is likely wrong with a mask: queries that see nothing, a visible future, documents that mix, and so on.
+
+    Nothing is evaluated cell by cell where the mask has an exact form. The codes are listed in docs/diagnosis.md.
+
+    Args:
+        mask: an expression, or a bool tensor `[q, k]` or `[b, h, q, k]`, True = may attend.
+        q_len: queries; `kv_len` keys (default: as many as positions have passed).
+        batch: samples, and `heads`, where the mask varies over them without holding a number of them.
+        causal: what it is meant to be: True makes a visible future an error, False leaves it alone; None asks the
+            expression, which claims it where it says `causal` or `window`.
+        documents: lengths of packed documents `[m]`, or one list for each sample, that must not mix; None asks the
+            expression.
+
+    Returns:
+        Findings, the gravest first; empty if there is nothing to say.
+
+    >>> from truemask.masks.data import prefix
+    >>> from truemask.masks.positional import causal, window
+    >>> diagnose(window(8) & window(64), 32)
+    note [long-window] `window(64)`: the window is longer than what there is to see: it means `causal` here
+        fix: window(8) & causal
+    >>> print(diagnose(causal | prefix(4), 32, causal=True)[0].message)
+    6 pairs see the future, first query 0 and key 1
+    """
+    if isinstance(mask, Tensor):
+        mask = dense(mask)
+    if not isinstance(mask, Mask):
+        raise MaskError(f"diagnose takes a mask or a bool tensor, got {describe(mask)}")
+    q_len = whole(q_len, "q_len", 1)
+    stretched = list(_rows_as_squares(mask, q_len))
+    if stretched:
+        return Findings(stretched)
+    kv_len = mask.kv_len_for(q_len) if kv_len is None else whole(kv_len, "kv_len", 1)
+    mask.check(q_len, kv_len, batch=batch, heads=heads)
+    claimed = None if documents is None else documents_of(documents)
+    subject = Subject(mask, q_len, kv_len, batch, heads, causal, claimed)
+    return Findings(finding for rule in (*OUTCOME_RULES, *WORDING_RULES) for finding in rule(subject))
+
+
+def _rows_as_squares(mask: Mask, q_len: int) -> Iterator[Finding]:
+    """Tensors of one row, which answer for one query and are asked about more."""
+    for leaf in mask.walk():
+        if isinstance(leaf, Dense) and leaf.tensor.tensor.shape[2] == 1 < q_len:
+            shape = list(leaf.tensor.tensor.shape)
+            yield Finding(
+                "row-as-square",
+                "error",
+                quoted(leaf),
+                f"the tensor {shape} holds one row of keys, and is asked about {q_len} queries",
+                "keys(flags) is key padding, the same for every query",
+            )

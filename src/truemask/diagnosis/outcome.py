@@ -1,0 +1,142 @@
+"""Findings about what a mask lets through: dead rows, a visible future, documents that mix, alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch import Tensor
+
+from truemask.diagnosis.finding import Finding
+from truemask.diagnosis.slips import top_left
+from truemask.diagnosis.subject import LOOKING_BACK, Subject, at_cell
+from truemask.diagnosis.words import quoted
+from truemask.errors import counted
+from truemask.masks.core import Mask
+from truemask.masks.matrices import Dense
+from truemask.masks.positional import causal
+
+Rule = Callable[[Subject], Iterator[Finding]]
+
+FEW = 4  # queries below which a mask may be upside down by chance
+HIDDEN = 0.99  # share of the future that a tensor hides if it is meant to be causal
+
+
+def dead_queries(x: Subject) -> Iterator[Finding]:
+    """Queries that see nothing: their output is zeros; NaN elsewhere."""
+    dead = x.mask.dead_queries(x.q_len, x.kv_len, **x.sizes)
+    if not dead.any():
+        return
+    padded = x.one_axis and bool((x.mask.dead_keys(x.q_len, x.kv_len, **x.sizes) | ~dead).all())
+    what = "they see nothing and nobody sees them: padding" if padded else "they see nothing"
+    fix = "" if padded else "let every query see itself (`mask | local(0)`), or leave these rows out of the loss"
+    yield Finding(
+        "dead-queries", "note" if padded else "warning", places("query", dead), f"{what}; their output is zeros", fix
+    )
+
+
+def dead_keys(x: Subject) -> Iterator[Finding]:
+    """Keys that nobody sees although they are rows that see something, or belong to another text."""
+    dead = x.mask.dead_keys(x.q_len, x.kv_len, **x.sizes)
+    if x.one_axis:
+        dead = dead & ~x.mask.dead_queries(x.q_len, x.kv_len, **x.sizes)
+    if dead.any():
+        fix = f"leave them out: {x.kv_len} keys are computed" if not x.one_axis else ""
+        yield Finding("dead-keys", "note", places("key", dead), "no query sees them", fix)
+
+
+def future(x: Subject) -> Iterator[Finding]:
+    """Later keys that are visible where the mask is meant to be causal."""
+    if x.causal is False or not x.in_future or (not x.causal and not _claims_causality(x)):
+        return
+    cell = x.first(x.future)
+    first = f", first {at_cell(cell, x.mask)}" if cell else ""
+    said = "" if x.causal else "; the rest of it looks back only (a prefix-LM is fine, then say `causal=False` here)"
+    yield Finding(
+        "future",
+        "error" if x.causal else "warning",
+        quoted(x.mask),
+        f"{counted(x.in_future, 'pair')} {'sees' if x.in_future == 1 else 'see'} the future{first}{said}",
+        f"causal & {_bracketed(x.mask)}",
+    )
+
+
+def _claims_causality(x: Subject) -> bool:
+    """The expression says so, or it is a tensor that hides nearly all of the future."""
+    if x.kinds & set(LOOKING_BACK) and not x.kinds & {"not", "minus", "xor", "transposed"}:
+        return True
+    later = x.pairs(~causal)
+    return "dense" in x.kinds and later > FEW and x.in_future < (1 - HIDDEN) * later
+
+
+def upside_down(x: Subject) -> Iterator[Finding]:
+    """Queries that see later keys, and of the earlier ones none."""
+    square = x.q_len == x.kv_len and x.q_len >= FEW and x.causal is not False
+    if square and x.total and x.in_future == x.total:
+        fix = (
+            "from_torch_mha(mask), if True meant masked out" if isinstance(x.mask, Dense) else f"~{_bracketed(x.mask)}"
+        )
+        yield Finding(
+            "inverted", "error", quoted(x.mask), "every query sees later keys only, neither itself nor the past", fix
+        )
+
+
+def mixed_documents(x: Subject) -> Iterator[Finding]:
+    """Pairs across the documents of a packed row."""
+    for claimed, given in x.claimed_documents():
+        across = x.mask - claimed
+        cell = x.first(across)
+        if cell is not None:
+            found = f"{counted(x.pairs(across), 'pair')} across documents, first {at_cell(cell, across)}"
+            where = "the documents given" if given else quoted(claimed)
+            fix = "mask.packed(lengths)" if given else "AND the documents last, or use `mask.packed(lengths)`"
+            yield Finding("documents-mixed", "error" if given else "warning", where, found, fix)
+
+
+def alignment(x: Subject) -> Iterator[Finding]:
+    """Fewer queries than keys without `at`; more queries than keys under a right-aligned tensor."""
+    said = top_left(x.mask, x.q_len, x.kv_len)
+    if said:
+        yield Finding(
+            "top-left", "warning", quoted(x.mask), said, f"{_bracketed(x.mask)}.at(q_start={x.kv_len - x.q_len})"
+        )
+    if isinstance(x.mask, Dense) and x.q_len > x.kv_len:
+        right = causal.at(k_start=x.q_len - x.kv_len)
+        if x.means_the_same(right):
+            message = f"it is causal aligned at the bottom right: the first {x.q_len - x.kv_len} queries see nothing"
+            yield Finding(
+                "right-aligned", "warning", quoted(x.mask), message, "causal, if both count from the same start"
+            )
+
+
+OUTCOME_RULES: tuple[Rule, ...] = (upside_down, future, mixed_documents, dead_queries, dead_keys, alignment)
+
+
+def _bracketed(mask: Mask) -> str:
+    return f"({mask})" if " " in mask.text else mask.text
+
+
+def places(name: str, flags: Tensor) -> str:
+    """Which positions of `[b, h, n]` are meant.
+
+    >>> import torch
+    >>> places("query", torch.tensor([[[True, True, False, True]]]))
+    'queries 0-1, 3'
+    """
+    plural = {"query": "queries", "key": "keys"}[name]
+    alike = bool((flags == flags[:1, :1]).all())
+    if not alike:
+        total = int(flags.sum())
+        return f"{counted(total, name)} over all samples and heads"
+    return f"{plural} {ranges(np.flatnonzero(flags[0, 0].numpy()))}"
+
+
+def ranges(positions: np.ndarray, most: int = 6) -> str:
+    """Increasing positions as text.
+
+    >>> ranges(np.array([0, 1, 2, 7, 9, 10]))
+    '0-2, 7, 9-10'
+    """
+    parts = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
+    texts = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts[:most]]
+    return ", ".join(texts) + (f", and {len(parts) - most} more runs" if len(parts) > most else "")

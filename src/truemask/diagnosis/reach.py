@@ -1,0 +1,173 @@
+"""`reach`: which tokens can influence a position through all layers, one mask for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truemask.diagnosis.outcome import ranges
+from truemask.diagnosis.words import shortened
+from truemask.errors import MaskError, counted, describe
+from truemask.masks.core import Mask, operand
+from truemask.masks.data_store import LARGEST, whole
+from truemask.masks.positional import causal
+from truemask.masks.questions import ANY
+
+FEWEST = 64  # tokens that are looked at where nothing says how many there are
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """What `reach` found.
+
+    Attributes:
+        masks: one for each layer, the first layer first.
+        query: the position.
+        layers: bool `[layers + 1, n]`: row i says which positions of layer i's input matter, the last one the query.
+        sample: of which sample.
+        heads: how many heads were asked, where the masks hold no number of them.
+    """
+
+    masks: tuple[Mask, ...]
+    query: int
+    layers: Tensor
+    sample: int
+    heads: int | None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Which tokens can influence the position, bool `[n]`."""
+        return self.layers[0]
+
+    def leaks(self, allowed: Mask = causal) -> list[int]:
+        """The tokens that can influence the position although `allowed` hides them; by default later ones."""
+        n = self.layers.shape[1]
+        allowed.check(self.query + 1, n)
+        seen = ~allowed.take(q=[self.query]).dead_keys(1, n, heads=self.heads)
+        row = seen[min(self.sample, len(seen) - 1)].any(0)
+        row[self.query] = True
+        return (self.tokens & ~row).nonzero().flatten().tolist()
+
+    def path(self, token: int) -> list[int]:
+        """How a token gets there: the position of its influence before each layer, and at last the query.
+
+        >>> from truemask.masks.positional import window
+        >>> reach([window(3), window(3)], 9).path(5)
+        [5, 7, 9]
+        """
+        n = self.layers.shape[1]
+        place = whole(token, "token")
+        if place >= n or not bool(self.tokens[place]):
+            raise MaskError(f"token {place} does not influence position {self.query} through `{self._text()}`")
+        path = [place]
+        for mask, later in zip(self.masks, self.layers[1:], strict=True):
+            rows = later.nonzero().flatten()
+            seen = ~mask.take(q=rows, k=[path[-1]]).dead_queries(len(rows), 1, heads=self.heads)
+            seen = seen[min(self.sample, len(seen) - 1)].any(0) | (rows == path[-1])
+            path.append(int(rows[seen][-1]))
+        return path
+
+    def _text(self) -> str:
+        return ", ".join(shortened(mask.text) for mask in self.masks)
+
+    def __str__(self) -> str:
+        count = int(self.tokens.sum())
+        lines = [
+            f"position {self.query} of {self.layers.shape[1]:,} can be influenced by {counted(count, 'token')} "
+            f"through {counted(len(self.masks), 'layer')}"
+        ]
+        for i, row in enumerate(self.layers[:-1]):
+            lines.append(
+                f"  into layer {i}: {ranges(np.flatnonzero(row.numpy()))}   under `{shortened(self.masks[i].text)}`"
+            )
+        leaks = self.leaks()
+        if leaks:
+            lines.append(
+                f"  the future, {ranges(np.array(leaks))}, reaches it: {' -> '.join(map(str, self.path(leaks[-1])))}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def reach(
+    masks: Sequence[Mask] | Mask,
+    query: int,
+    length: int | None = None,
+    *,
+    sample: int = 0,
+    heads: int | None = None,
+    layers: int | None = None,
+) -> Reach:
+    """Which tokens can influence a position through all layers, whatever the weights.
+
+    A layer mixes in what its mask lets a position see, and its residual connection keeps the position itself. So a
+    window of w keys reaches `layers * (w - 1)` tokens back, and a token may leak through two masks of which neither
+    lets it through directly. Heads count together: one that sees a key is enough.
+
+    Args:
+        masks: one mask for each layer of self-attention, the first layer first; one mask for `layers` alike ones.
+        query: the position whose output is asked about.
+        length: tokens of the text. Default: as many as the masks hold data for, or twice as many as stand before the
+            query, at least 64: enough to see a future leak.
+        sample: which sample, where masks vary over them.
+        heads: how many heads, where a mask varies over them without holding a number of them.
+        layers: how many layers, where `masks` is one mask.
+
+    Raises:
+        MaskError: no layers, or a mask that cannot answer for the length.
+
+    >>> from truemask.masks.positional import blocks, causal, window
+    >>> reach(window(4), 20, layers=3)
+    position 20 of 64 can be influenced by 10 tokens through 3 layers
+      into layer 0: 11-20   under `window(4)`
+      into layer 1: 14-20   under `window(4)`
+      into layer 2: 17-20   under `window(4)`
+    >>> reach([causal, blocks(8)], 20, 32).leaks()
+    [21, 22, 23]
+    """
+    chain = _chain(masks, layers)
+    query = whole(query, "query")
+    n = _length(chain, query) if length is None else whole(length, "length", 1)
+    if query >= n:
+        raise MaskError(f"reach: query {query} lies behind the {n} tokens that are looked at: pass `length=`")
+    for mask in chain:
+        mask.check(n, n)
+        if mask.batch_size not in (1, ANY) and sample >= mask.batch_size:
+            raise MaskError(f"reach: sample {sample} is out of range, the mask `{mask}` holds {mask.batch_size}")
+    here = torch.zeros(n, dtype=torch.bool)
+    here[query] = True
+    found = [here]
+    for mask in reversed(chain):
+        found.append(found[-1] | _seen(mask, found[-1], sample, heads))
+    return Reach(tuple(chain), query, torch.stack(found[::-1]), sample, heads)
+
+
+def _chain(masks: Sequence[Mask] | Mask, layers: int | None) -> list[Mask]:
+    if isinstance(masks, Mask):
+        return [masks] * whole(1 if layers is None else layers, "layers", 1)
+    if not isinstance(masks, (list, tuple)) or not masks:
+        raise MaskError(f"reach takes one mask for each layer, at least one; got {describe(masks)}")
+    if layers is not None and layers != len(masks):
+        raise MaskError(
+            f"reach: {len(masks)} masks were given for layers={layers}: leave `layers` out, or give one mask"
+        )
+    return [operand("reach", mask) for mask in masks]
+
+
+def _length(chain: list[Mask], query: int) -> int:
+    sides = [side for mask in chain for side in (mask, mask.T)]
+    held = [n for side in sides if (n := side._rows_held(0)) is not None]  # pyright: ignore[reportPrivateUsage]
+    return min(held) if held else min(max(FEWEST, 2 * (query + 1)), LARGEST - 1)
+
+
+def _seen(mask: Mask, rows: Tensor, sample: int, heads: int | None) -> Tensor:
+    """Which keys some of the rows see in some head."""
+    n, places = len(rows), rows.nonzero().flatten()
+    batch = sample + 1 if mask.batch_size == ANY else None
+    seen = ~mask.take(q=places).dead_keys(len(places), n, batch=batch, heads=heads)
+    return seen[min(sample, len(seen) - 1)].any(0)

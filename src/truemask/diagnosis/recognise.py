@@ -1,0 +1,207 @@
+"""Cells that somebody computed, as an expression: which masks of the language are equal to a dense one.
+
+Parameters are read off the cells (how far a row looks back, where rows begin anew, which keys nobody sees), few
+expressions are made of them, and only one that is equal in every cell is an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from truemask.errors import MaskError
+from truemask.masks.choice import per_head, per_sample
+from truemask.masks.combine import everything, nothing
+from truemask.masks.core import Mask
+from truemask.masks.data import global_tokens, keys, padding, prefix, queries
+from truemask.masks.labels import documents
+from truemask.masks.patterned import dilated
+from truemask.masks.positional import blocks, causal, local, window
+
+Cells = NDArray[np.bool_]
+
+MOST_CELLS = 1 << 24
+MOST_MEMBERS = 8  # different masks of samples or heads that are worth writing out
+MOST_GLOBAL = 0.25  # share of the rows beyond which full rows are no global tokens
+
+
+def recognise(
+    mask: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+) -> Mask | None:
+    """An expression of the language, without cells of its own, equal to `mask` at these sizes; None if none is found.
+
+    >>> import torch
+    >>> from truemask.masks.matrices import dense
+    >>> recognise(dense(torch.ones(8, 8, dtype=torch.bool).tril()), 8)
+    causal
+    >>> recognise(dense(torch.ones(8, 8, dtype=torch.bool).tril().triu(-2)), 8)
+    window(3)
+    """
+    kv_len = mask.kv_len_for(q_len) if kv_len is None else kv_len
+    samples, head_count = (
+        own if own != 0 else asked or 1 for own, asked in ((mask.batch_size, batch), (mask.head_count, heads))
+    )
+    if q_len * kv_len * samples * head_count > MOST_CELLS or not q_len * kv_len:
+        return None
+    table = mask.to_dense(q_len, kv_len, batch=samples, heads=head_count).numpy()
+    rows = [_of_heads(row) for row in table]
+    if any(row is None for row in rows):
+        return None
+    found = [row for row in rows if row is not None]
+    if len(set(found)) == 1:
+        return found[0]
+    flagged = _flags_apart(table)
+    if flagged is not None:
+        return flagged
+    return per_sample(found) if len(found) <= MOST_MEMBERS else None
+
+
+def _of_heads(cells: Cells) -> Mask | None:
+    """Of `[h, q, k]`."""
+    if (cells == cells[:1]).all():
+        return recognised(cells[0])
+    found = [recognised(one) for one in cells]
+    return per_head(found) if len(found) <= MOST_MEMBERS and all(one is not None for one in found) else None
+
+
+def _flags_apart(table: Cells) -> Mask | None:
+    """Samples that differ by the keys that nobody sees only: one mask and the flags of each."""
+    if table.shape[1] > 1:
+        return None
+    seen = np.asarray(table[:, 0].any(1))
+    base = recognised(np.asarray(table[:, 0].any(0)))
+    if base is None:
+        return None
+    for flags in (_key_flags(seen), _key_flags(seen, "both")):
+        found = base & flags
+        if (found.to_dense(*table.shape[2:], batch=len(table)).numpy() == table).all():
+            return found
+    return None
+
+
+def recognised(cells: Cells) -> Mask | None:
+    """The same of one sample and head, `[q, k]`."""
+    if cells.all():
+        return everything
+    if not cells.any():
+        return nothing
+    rows, columns = np.asarray(cells.any(1)), np.asarray(cells.any(0))
+    dead_keys = _key_flags(columns[None, :])
+    dead_rows = _key_flags(columns[None, :], "both") if np.array_equal(rows, columns) else dead_keys & queries(rows)
+    flags = (everything, dead_keys, dead_rows)
+    for extra in flags[: 1 if rows.all() and columns.all() else 3]:
+        for mask in _candidates(_Shape.of(cells)):
+            whole = mask if extra == everything else mask & extra
+            if _is(whole, cells):
+                return whole
+    return None
+
+
+def _is(mask: Mask, cells: Cells) -> bool:
+    try:
+        return bool((mask.to_dense(*cells.shape, batch=max(1, mask.batch_size))[0, 0].numpy() == cells).all())
+    except MaskError:
+        return False
+
+
+def _key_flags(seen: Cells, on: str = "keys") -> Mask:
+    """The keys that some row sees, `[b, k]`: as padding if the others lie at one end; or the tokens, of both."""
+    n, counts = seen.shape[1], seen.sum(1)
+    if (seen == (np.arange(n) < counts[:, None])).all():
+        return padding(lengths=counts.tolist(), on=on)
+    if (seen == (np.arange(n) >= n - counts[:, None])).all():
+        return padding(starts=(n - counts).tolist(), on=on)
+    flags = seen[0] if len(seen) == 1 else seen
+    return keys(flags) if on == "keys" else keys(flags) & queries(flags)
+
+
+class _Shape(NamedTuple):
+    """What is read off the cells that are on, `[q, k]`: rows that see something, the first and last key of each."""
+
+    cells: Cells
+    live: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, cells: Cells) -> _Shape:
+        live = np.flatnonzero(cells.any(1))
+        return cls(cells, live, cells[live].argmax(1), cells.shape[1] - 1 - cells[live][:, ::-1].argmax(1))
+
+
+def _candidates(x: _Shape) -> Iterator[Mask]:
+    """Few masks that might be it, the plainest first."""
+    n, m = x.cells.shape
+    yield everything
+    if n != m:
+        right = (m - n, 0) if m > n else (0, n - m)
+        yield from (mask.at(*right) for mask in _aligned(x, *right) if mask.varies_with_query)
+    yield from _aligned(x, 0, 0)
+    rows = np.asarray(x.cells.all(1) & x.cells.all(0)) if n == m else np.zeros(n, bool)
+    if 0 < rows.sum() <= MOST_GLOBAL * n:
+        rest = x.cells & ~rows[:, None] & ~rows
+        if rest.any():
+            shown = global_tokens(np.flatnonzero(rows).tolist())
+            yield from (mask | shown for mask in _aligned(_Shape.of(rest), 0, 0))
+
+
+def _aligned(x: _Shape, down: int, right: int) -> Iterator[Mask]:
+    """Where rows begin at position `down` and keys at `right`."""
+    q, first, last = x.live + down, x.first + right, x.last + right
+    back, ahead = int((q - first).max()), int((last - q).max())
+    bases: list[Mask] = []
+    if ahead <= 0:
+        bases += [causal, window(back + 1)]
+        tail = _tail_run(x)
+        if tail <= back:
+            bases += [causal & (window(tail) | prefix(int(_lead(x))))]
+        bases += [causal & dilated(step) for step in _steps(x, down - right)]
+    bases += [prefix(int(_lead(x))), causal | prefix(int(last[0]) + 1), local(max(back, ahead, 0))]
+    bases += _blocks(x, q, first, last)
+    bases += [dilated(step) for step in _steps(x, down - right)]
+    yield from bases
+    lengths = _documents(x)
+    if len(lengths) > 1 and not down and not right:
+        yield documents(lengths)
+        longest = int(max((x.last - x.first).max() + 1, 1))
+        yield from (causal.packed(lengths), window(longest).packed(lengths))
+
+
+def _lead(x: _Shape) -> int:
+    """How many of the first keys the last row sees without a gap."""
+    row = x.cells[x.live[-1]]
+    return len(row) if row.all() else int(row.argmin())
+
+
+def _tail_run(x: _Shape) -> int:
+    """How many keys up to its last one the last row sees without a gap."""
+    row = x.cells[x.live[-1], : x.last[-1] + 1][::-1]
+    return len(row) if row.all() else int(row.argmin())
+
+
+def _blocks(x: _Shape, q: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> list[Mask]:
+    """Blocks of the size after which rows change."""
+    changes = np.flatnonzero((x.cells[1:] != x.cells[:-1]).any(1)) + 1
+    size = int(np.gcd.reduce(changes)) if len(changes) else 0
+    if size < 2:
+        return []
+    back, ahead = (max(0, int((a // size - b // size).max())) for a, b in ((q, first), (last, q)))
+    return [blocks(size), blocks(size, back, ahead), causal & blocks(size, back, 0)]
+
+
+def _steps(x: _Shape, moved: int) -> list[int]:
+    """A step of which all distances are multiples."""
+    q, k = np.nonzero(x.cells[-min(len(x.cells), 64) :])
+    step = int(np.gcd.reduce(q + len(x.cells) - min(len(x.cells), 64) + moved - k))
+    return [step] if step > 1 else []
+
+
+def _documents(x: _Shape) -> list[int]:
+    """Lengths of the documents, if rows begin anew where the first key that they see is the row itself."""
+    if len(x.live) < len(x.cells) or x.cells.shape[0] != x.cells.shape[1]:
+        return []
+    starts = np.flatnonzero(x.first == np.arange(len(x.first)))
+    return np.diff(np.append(starts, len(x.cells))).tolist() if len(starts) and starts[0] == 0 else []

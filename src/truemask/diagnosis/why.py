@@ -1,0 +1,235 @@
+"""`explain`: whether a query may attend to a key, and the fewest parts of the expression that decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from truemask.diagnosis.words import because, shortened
+from truemask.errors import MaskError
+from truemask.masks.choice import PerHead, PerSample
+from truemask.masks.combine import And, Minus, Not, Or, Xor
+from truemask.masks.core import Mask, operand
+from truemask.masks.data import number_for
+from truemask.masks.data_store import whole
+from truemask.masks.packing import Packed, Padded, Prepended, Segments
+from truemask.masks.questions import ANY
+from truemask.masks.reindex import At, Select, Take, Transposed
+from truemask.masks.verdict import Cell
+
+WIDEST = 100  # characters of an expression that stand in one line
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A part of the expression that decides a cell: what it says, of which cell of its own, and why."""
+
+    mask: Mask
+    allows: bool
+    cell: Cell  # as the part counts: where rows were re-indexed, its own positions
+    why: str
+    span: tuple[int, int]  # where it stands in the text of the whole
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`; true or false like the cell, and printable."""
+
+    mask: Mask
+    cell: Cell
+    allowed: bool
+    reasons: tuple[Reason, ...]
+    notes: tuple[str, ...]  # how positions are counted on the way to the parts
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+    def __str__(self) -> str:
+        b, h, q, k = self.cell
+        where = [f"{name} {i}" for name, i, own in self._axes(b, h) if own != 1]
+        head = f"query {q} {'may' if self.allowed else 'may not'} attend to key {k}"
+        lines = [head + (f" in {', '.join(where)}" if where else ""), *self._underlined()]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes), *map(self._line, self.reasons)])
+
+    __repr__ = __str__
+
+    def _line(self, reason: Reason) -> str:
+        return f"  {shortened(self.mask.text[slice(*reason.span)])}: {reason.why}"
+
+    def _axes(self, b: int, h: int) -> list[tuple[str, int, int]]:
+        return [("sample", b, self.mask.batch_size), ("head", h, self.mask.head_count)]
+
+    def _underlined(self) -> list[str]:
+        """The expression, and marks under the parts that decide; in lines of bounded width."""
+        text = self.mask.text
+        marks = [" "] * len(text)
+        for reason in self.reasons:
+            marks[slice(*reason.span)] = "^" * (reason.span[1] - reason.span[0])
+        under = "".join(marks)
+        lines: list[str] = []
+        for start in range(0, len(text), WIDEST):
+            lines += [text[start : start + WIDEST], under[start : start + WIDEST].rstrip()]
+        return [line for line in lines if line]
+
+
+def explain(mask: Mask, q: int, k: int, *, sample: int = 0, head: int = 0) -> Explanation:
+    """Whether query `q` may attend to key `k`, and why: the smallest set of parts of the expression that decides it.
+
+    True of a conjunction takes all its terms, false one of them (the one that needs fewest parts), and the other way
+    round for `|`. Positions are logical ones, as the mask counts them (law 2 in docs/conventions.md).
+
+    Args:
+        mask: any mask.
+        q: the query's position, and `k` the key's, 0-based.
+        sample: which sample, and `head` which query head, where the mask varies over them.
+
+    Raises:
+        MaskError: no such cell.
+
+    >>> from truemask.masks.data import prefix
+    >>> from truemask.masks.positional import causal, window
+    >>> explain(causal & (window(4) | prefix(2)), 9, 3)
+    query 9 may not attend to key 3
+    causal & (window(4) | prefix(2))
+              ^^^^^^^^^   ^^^^^^^^^
+      window(4): key 3 is 6 positions before query 9, and the window reaches 3 back
+      prefix(2): key 3 is not among the first 2 keys
+    >>> bool(explain(causal & (window(4) | prefix(2)), 9, 1))
+    True
+    """
+    mask = operand("explain", mask)
+    cell = Cell(whole(sample, "sample"), whole(head, "head"), whole(q, "q"), whole(k, "k"))
+    for name, place, own in (("sample", cell.sample, mask.batch_size), ("head", cell.head, mask.head_count)):
+        if own not in (1, ANY) and place >= own:
+            raise MaskError(f"explain: {name} {place} is out of range, the mask `{mask}` holds {own}")
+    mask.check(cell.query + 1, cell.key + 1)
+    allowed, reasons, notes = _decide(mask, cell, 0)
+    return Explanation(mask, cell, allowed, tuple(reasons), tuple(dict.fromkeys(notes)))
+
+
+Decision = tuple[bool, list[Reason], list[str]]
+
+
+def _decide(mask: Mask, cell: Cell, start: int) -> Decision:
+    """The value of a part whose text begins at `start`, what decides it, and notes about positions."""
+    match mask:
+        case And() | Or() | Xor() | Minus() | Not():
+            return _combined(mask, cell, start)
+        case PerHead() | PerSample():
+            place = min(cell.head if isinstance(mask, PerHead) else cell.sample, len(mask.masks) - 1)
+            return _decide(mask.masks[place], cell, start + _starts(mask)[place])
+        case At() | Take() | Select() | Transposed():
+            there, note = _moved(mask, cell)
+            allowed, reasons, notes = _decide(mask.base, there, start + _starts(mask)[0])
+            return allowed, reasons, [note, *notes]
+        case Packed() | Padded() | Prepended():
+            return _set_among_others(mask, cell, start)
+        case _:
+            return _own(mask, cell, start, 0)
+
+
+def _own(mask: Mask, cell: Cell, start: int, after: int, allowed: bool | None = None) -> Decision:
+    """What a part says itself, marked from `after` on in its text."""
+    seen = mask._sees(*cell) if allowed is None else allowed  # pyright: ignore[reportPrivateUsage]
+    span = (start + after, start + len(mask.text))
+    return seen, [Reason(mask, seen, cell, because(mask, seen, cell), span)], []
+
+
+def _combined(mask: And | Or | Xor | Minus | Not, cell: Cell, start: int) -> Decision:
+    parts = [_decide(child, cell, start + at) for child, at in zip(mask.children, _starts(mask), strict=True)]
+    if isinstance(mask, Xor):
+        return sum(seen for seen, _, _ in parts) % 2 == 1, *_all(parts)
+    if isinstance(mask, (Not, Minus)):
+        seen, reasons, notes = parts[-1]
+        parts[-1] = (not seen, reasons, notes)
+    alone = isinstance(mask, Or)  # the value that one part decides
+    deciding = [part for part in parts if part[0] == alone]
+    if not deciding:
+        return not alone, *_all(parts)
+    return min(deciding, key=lambda part: len(part[1]))
+
+
+def _all(parts: Sequence[Decision]) -> tuple[list[Reason], list[str]]:
+    return [reason for part in parts for reason in part[1]], [note for part in parts for note in part[2]]
+
+
+def _moved(mask: At | Take | Select | Transposed, cell: Cell) -> tuple[Cell, str]:
+    """The cell that the base is asked about, and how to say so."""
+    b, h, q, k = cell
+    match mask:
+        case At():
+            there = cell._replace(query=q + mask.q_start, key=k + mask.k_start)
+        case Take():
+            row, column = (
+                place if side is None else _entry(side.array, b, place) for side, place in ((mask.q, q), (mask.k, k))
+            )
+            there = cell._replace(query=row, key=column)
+        case Select():
+            b, h = mask._places(b, h)  # pyright: ignore[reportPrivateUsage]
+            return cell._replace(sample=b, head=h), f"`select`: it is sample {b}, head {h} of the mask"
+        case Transposed():
+            return cell._replace(query=k, key=q), f"`.T`: query {q} and key {k} change places"
+    return there, _stands(cell, there)
+
+
+def _entry(table: np.ndarray, b: int, i: int) -> int:
+    rows = np.atleast_2d(table)
+    return int(rows[min(b, len(rows) - 1), i])
+
+
+def _set_among_others(mask: Packed | Padded | Prepended, cell: Cell, start: int) -> Decision:
+    """Documents, padded samples and what stands behind registers: what lies outside is decided here."""
+    tail = mask.text.index(f".{mask.kind}(", _starts(mask)[0] + len(mask.base.text))
+    match mask:
+        case Packed():
+            inside, there, note = _in_document(mask, cell)
+        case Padded():
+            first = number_for(mask.starts, cell.sample)
+            inside = min(cell.query, cell.key) >= first
+            there = cell._replace(query=cell.query - first, key=cell.key - first)
+            note = f"sample {cell.sample} begins at {first}: {_stands(cell, there)}"
+        case Prepended():
+            return _behind(mask, cell, start, tail)
+    if not inside:
+        return _own(mask, cell, start, tail, allowed=False)
+    allowed, reasons, notes = _decide(mask.base, there, start + _starts(mask)[0])
+    own = _own(mask, cell, start, tail, allowed=True)[1] if allowed else []
+    return allowed, [*reasons, *own], [note, *notes]
+
+
+def _in_document(mask: Packed, cell: Cell) -> tuple[bool, Cell, str]:
+    sides: tuple[Segments, Segments] = mask._sides  # pyright: ignore[reportPrivateUsage]
+    (own, row), (other, column) = (
+        (_entry(side.document.numpy(), cell.sample, place), _entry(side.offset.numpy(), cell.sample, place))
+        for side, place in zip(sides, (cell.query, cell.key), strict=True)
+    )
+    there = cell._replace(query=row, key=column)
+    return own == other, there, f"in document {own} {_stands(cell, there)}"
+
+
+def _stands(cell: Cell, there: Cell) -> str:
+    return f"query {cell.query} stands at position {there.query}, key {cell.key} at position {there.key}"
+
+
+def _behind(mask: Prepended, cell: Cell, start: int, tail: int) -> Decision:
+    if cell.key < mask.k:
+        return _own(mask, cell, start, tail, allowed=True)
+    there = cell._replace(query=max(cell.query - mask.q, 0), key=cell.key - mask.k)
+    if cell.query < mask.q:
+        allowed, reasons, notes = _decide(mask.seen, there, start + _starts(mask)[1])
+        return allowed, reasons, [f"query {cell.query} is an extra row, which sees `seen`", *notes]
+    allowed, reasons, notes = _decide(mask.base, there, start + _starts(mask)[0])
+    note = f"behind {mask.q} extra rows and {mask.k} extra keys {_stands(cell, there)}"
+    return allowed, reasons, [note, *notes]
+
+
+def _starts(mask: Mask) -> list[int]:
+    """Where the texts of the parts begin in the text of a mask: they stand there in order."""
+    starts: list[int] = []
+    after = 0
+    for child in mask.children:
+        starts.append(mask.text.index(child.text, after))
+        after = starts[-1] + len(child.text)
+    return starts

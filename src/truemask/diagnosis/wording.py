@@ -1,0 +1,135 @@
+"""Findings about how a mask is written: parts without effect, windows longer than the text, cells that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from truemask.diagnosis.finding import Finding
+from truemask.diagnosis.recognise import recognise
+from truemask.diagnosis.subject import Subject
+from truemask.diagnosis.words import quoted
+from truemask.errors import MaskError
+from truemask.masks.combine import And, Minus, Not, Or
+from truemask.masks.core import Mask
+from truemask.masks.labels import Documents
+from truemask.masks.packing import Packed, Padded
+from truemask.masks.positional import Local, Window, causal
+
+MOST_PARTS = 16  # of an expression, that are left out one by one
+ABSOLUTE = ("prefix", "blocks", "strided", "global_tokens", "block_pattern", "grid")  # they count from the row's start
+CELLS = ("dense", "predicate")
+
+
+def not_restarted(x: Subject) -> Iterator[Finding]:
+    """Parts that count from the start of the row, beside documents: only the first document has them."""
+    for claimed in (part for part in _outside_packed(x.mask) if isinstance(part, Documents)):
+        counting = [part for part in _outside_packed(x.mask) if part.kind in ABSOLUTE]
+        packed = _restarted(x.mask, claimed)
+        if not counting or (packed is not None and x.means_the_same(packed)):
+            continue
+        what = " and ".join(quoted(part) for part in dict.fromkeys(counting))
+        message = (
+            f"{what} {'counts' if len(counting) == 1 else 'count'} from the start of the row, not of each document"
+        )
+        yield Finding(
+            "not-restarted", "warning", what, message, "mask.packed(lengths)" if packed is None else str(packed)
+        )
+
+
+def _outside_packed(mask: Mask) -> Iterator[Mask]:
+    yield mask
+    if not isinstance(mask, Packed):
+        for child in mask.children:
+            yield from _outside_packed(child)
+
+
+def _restarted(mask: Mask, claimed: Documents) -> Mask | None:
+    """The other terms inside each document, where the documents are one of several terms and numbered in order."""
+    shown, other = claimed._shown  # pyright: ignore[reportPrivateUsage]
+    if not isinstance(mask, And) or claimed not in mask.terms or not claimed._numbered or other:  # pyright: ignore
+        return None
+    rest = _joined(And, [term for term in mask.terms if term != claimed])
+    try:
+        return rest.packed(shown.tensor)
+    except MaskError:
+        return None
+
+
+def long_windows(x: Subject) -> Iterator[Finding]:
+    """Windows and neighbourhoods that reach beyond the text."""
+    for part, put in _parts(x.mask):
+        if _is_long(x, part) and x.means_the_same(put(causal)):
+            message = "the window is longer than what there is to see: it means `causal` here"
+            yield Finding("long-window", "note", quoted(part), message, str(put(causal)))
+        if isinstance(part, Local) and part.radius + 1 >= max(x.q_len, x.kv_len):
+            yield Finding("long-window", "note", quoted(part), "the radius is longer than the text: everything is near")
+
+
+def _is_long(x: Subject, part: Mask) -> bool:
+    return isinstance(part, Window) and part.size >= min(x.q_len, x.kv_len)
+
+
+def no_effect(x: Subject) -> Iterator[Finding]:
+    """Terms without which the expression means the same."""
+    shorter = list(_shorter(x.mask))
+    if len(shorter) > MOST_PARTS:
+        return
+    for part, without in shorter:
+        if _backs_a_window(x.mask, part) or _is_long(x, part):
+            continue
+        if x.means_the_same(without):
+            yield Finding("no-effect", "note", quoted(part), "the expression means the same without it", str(without))
+
+
+def _backs_a_window(mask: Mask, part: Mask) -> bool:
+    """`causal & window(n)` is the usual way to write it: no need to mention that a window is causal already."""
+    return part == causal and isinstance(mask, And) and any(isinstance(term, Window) for term in mask.terms)
+
+
+def _parts(mask: Mask) -> Iterator[tuple[Mask, Callable[[Mask], Mask]]]:
+    """Every part, and how to put another in its place."""
+    yield mask, lambda new: new
+    for put_child, child in _children(mask):
+        for part, put in _parts(child):
+            yield part, lambda new, put=put, put_child=put_child: put_child(put(new))
+
+
+def _shorter(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
+    """Every term of `&`, `|` and `-` with the expression without it."""
+    for part, put in _parts(mask):
+        if isinstance(part, (And, Or)):
+            for i, term in enumerate(part.terms):
+                yield term, put(_joined(type(part), [*part.terms[:i], *part.terms[i + 1 :]]))
+        if isinstance(part, Minus):
+            yield part.right, put(part.left)
+
+
+def _children(mask: Mask) -> Iterator[tuple[Callable[[Mask], Mask], Mask]]:
+    """The parts that can be replaced without asking anew what data fits them."""
+    if isinstance(mask, (And, Or)):
+        for i, term in enumerate(mask.terms):
+            yield lambda new, i=i: _joined(type(mask), [*mask.terms[:i], new, *mask.terms[i + 1 :]]), term
+    elif isinstance(mask, Minus):
+        yield lambda new: new - mask.right, mask.left
+        yield lambda new: mask.left - new, mask.right
+    elif isinstance(mask, (Not, Packed, Padded)):
+        yield lambda new: replace(mask, base=new), mask.base
+
+
+def _joined(kind: type[And] | type[Or], terms: list[Mask]) -> Mask:
+    return terms[0] if len(terms) == 1 else kind.make(*terms)
+
+
+def known_by_name(x: Subject) -> Iterator[Finding]:
+    """Cells that are an expression of the language."""
+    for part in x.mask.walk():
+        if part.kind not in CELLS or (part is not x.mask and x.kinds & {"at", "take", "packed", "padded", "prepended"}):
+            continue
+        found = recognise(part, x.q_len, x.kv_len, **x.sizes)
+        if found is not None:
+            message = f"its cells are `{found}`, which is exact at any length and costs nothing to build"
+            yield Finding("has-a-name", "note", quoted(part), message, str(found))
+
+
+WORDING_RULES = (not_restarted, long_windows, no_effect, known_by_name)
