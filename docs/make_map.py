@@ -29,6 +29,8 @@ OTHERS = {
     "benchmarks/README.md": "one run of the benchmarks, written by `make bench`",
     "docs/attend.md": "every option of attend, run",
     "docs/diagnosis.md": "what is likely wrong with a mask, why a pair is as it is, what gets through all layers",
+    "docs/your_model.md": "your model under any mask, audited, and packed texts",
+    "docs/problems/": "twenty problems with attention masks, each with its answer, run",
     "docs/exact.md": "what a mask knows of itself without looking at cells, and intervals for other kernels",
     "docs/native.md": "the CPU kernel: what it does with a mask, its numbers, instruction sets, building",
     "docs/flex.md": "block masks for FlexAttention, and the backend that runs it",
@@ -59,6 +61,7 @@ def drawn(stairs: Sequence[str]) -> str:
     source, tests = ROOT / "src" / "truemask", ROOT / "tests"
     rooms = [
         ("src/truemask/, from the ground floor up", [(name, said(source / name)) for name in stairs]),
+        ("src/", [(p.name, said(p)) for p in sorted((ROOT / "src").glob("*.py"))]),
         ("tests/", [(p.relative_to(tests).as_posix(), said(p)) for p in sorted(tests.rglob("*.py")) if said(p)]),
         ("benchmarks/", [(p.name, said(p)) for p in sorted((ROOT / "benchmarks").glob("*.py"))]),
         ("docs/ (scripts)", [(p.name, said(p)) for p in sorted((ROOT / "docs").glob("*.py"))]),

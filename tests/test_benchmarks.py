@@ -37,10 +37,14 @@ PEERS = "x-transformers is not installed (the extra `peers` has it)"
 kernel = pytest.mark.skipif(bool(missing()), reason=f"the move is whoever installs a C++ compiler: {missing()}")
 
 
-@pytest.mark.parametrize("name", ["plan", "attend", "costs", pytest.param("soak", marks=kernel), "train"])
+@pytest.mark.parametrize(
+    "name", ["plan", "attend", "costs", pytest.param("soak", marks=kernel), "train", "huggingface"]
+)
 def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp_path: Path) -> None:
     if name == "train":
         pytest.importorskip("x_transformers", reason=PEERS)
+    if name == "huggingface":
+        pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
     file = tmp_path / "numbers.json"
     text = script(name).main(["--quick", "--json", str(file)])
     found = json.loads(file.read_text())
@@ -56,7 +60,7 @@ def test_the_page_is_written_from_what_the_scripts_print(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = script("report")
-    for name in ("plan", "attend", "soak", "train"):
+    for name in ("plan", "attend", "soak", "train", "huggingface"):
         monkeypatch.setattr(script(name), "main", lambda wanted, name=name: f"{name} {' '.join(wanted)}")
     page, kept = tmp_path / "page.md", tmp_path / "kept"
     kept.mkdir()

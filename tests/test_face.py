@@ -16,6 +16,9 @@ NAMES = """
     KVCache
     Mask
     MaskError
+    PackCollator
+    PackedRows
+    PackedTrees
     Plan
     PlanError
     Rectangles
@@ -23,7 +26,9 @@ NAMES = """
     TransformerWrapper
     TruemaskError
     alibi
+    assert_no_leak
     attend
+    audit
     backends
     block_pattern
     blocks
@@ -32,6 +37,7 @@ NAMES = """
     diagnose
     dilated
     documents
+    enable
     everything
     explain
     from_additive
@@ -47,6 +53,8 @@ NAMES = """
     load_mask
     local
     nothing
+    pack
+    pack_tree
     padding
     parse
     per_head
@@ -70,6 +78,7 @@ NAMES = """
     to_varlen
     to_x_transformers
     tree
+    use
     window
 """.split()
 

@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "truemask"
 
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 400
-CORE_NEEDS_NOT = ("rich", "typer", "matplotlib", "safetensors", "x_transformers", "einops")
+CORE_NEEDS_NOT = ("rich", "typer", "matplotlib", "safetensors", "x_transformers", "transformers", "einops")
 
 STAIRS = """
     errors.py
@@ -127,7 +127,6 @@ STAIRS = """
     _compiled.py
     _attend.py
 
-    nn/__init__.py
     nn/foreign_names.py
     nn/config.py
     nn/doors.py
@@ -138,12 +137,43 @@ STAIRS = """
     nn/attention.py
     nn/layers.py
     nn/wrappers.py
+    nn/multihead.py
+    nn/__init__.py
 
     generation/__init__.py
     generation/cache.py
     generation/prompts.py
     generation/sampling.py
     generation/autoregressive.py
+
+    packing/__init__.py
+    packing/samples.py
+    packing/fit.py
+    packing/pack.py
+    packing/tree.py
+    packing/collate.py
+
+    interop/__init__.py
+    interop/layers.py
+    interop/lifting.py
+    interop/claims.py
+    interop/huggingface.py
+    interop/x_masks.py
+    interop/x_frame.py
+    interop/x_attention.py
+    interop/x_layers.py
+    interop/x_transformers.py
+    interop/use.py
+
+    auditing/__init__.py
+    auditing/models.py
+    auditing/probes.py
+    auditing/kinds.py
+    auditing/claims.py
+    auditing/caches.py
+    auditing/report.py
+    auditing/judging.py
+    auditing/audit.py
 
     train/__init__.py
     train/config.py
@@ -165,6 +195,7 @@ STAIRS = """
     cli/explain.py
     cli/mask_files.py
     cli/check.py
+    cli/audit.py
     cli/bench.py
     cli/gpu_report.py
     cli/self_test.py
@@ -181,6 +212,9 @@ STAIRS = """
     cli/tour/patterns.py
     cli/tour/leak.py
     cli/tour/race.py
+    cli/tour/smollm.py
+    cli/tour/your_model.py
+    cli/tour/audited.py
     cli/tour/learning.py
     cli/tour/tour.py
     cli/app.py

@@ -81,6 +81,7 @@ def test_a_wheel_has_the_kernel_for_every_python(tmp_path: Path) -> None:
     assert "-py3-none-" in wheel.name
     assert "any" not in wheel.name
     held = zipfile.ZipFile(wheel).namelist()
+    assert "truemask_pytest.py" in held
     assert any(name.endswith(".so") for name in held)
     assert not any(name.endswith((".stamp", ".part", ".h", ".cpp")) for name in held)
     file, kernel, shape = said(tmp_path, wheel)

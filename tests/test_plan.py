@@ -517,3 +517,13 @@ def test_an_explanation_with_nothing_to_gain() -> None:
         .explain()
         .endswith("nothing that is known here would make it faster")
     )
+
+
+def test_a_plan_pickles_whatever_it_worked_out() -> None:
+    """Plans travel from the workers of a DataLoader; tiles hold functions, which do not."""
+    mask = tm.causal & tm.dilated(3)
+    plan = tm.plan(mask, 300)
+    assert plan.job.tiles.counts.full == 0
+    again = pickle.loads(pickle.dumps(plan))
+    assert (again.backend, again.mask, again.request) == (plan.backend, mask, plan.request)
+    assert str(again) == str(plan)

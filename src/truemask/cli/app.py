@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from truemask.cli.audit import audit
 from truemask.cli.bench import bench
 from truemask.cli.check import check
 from truemask.cli.console import never_fail_to_print, show_error
@@ -41,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (tour, show, explain, check, train, generate, bench, doctor):
+for command in (tour, show, explain, check, audit, train, generate, bench, doctor):
     app.command()(command)
 
 

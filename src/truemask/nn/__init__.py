@@ -1,4 +1,5 @@
-"""The modules: plain `torch.nn` blocks that know masks and `attend`. The public names are in `truemask`.
+"""The modules: plain `torch.nn` blocks that know masks and `attend`. The public names are in `truemask`, but for
+`MultiheadAttention`, a drop-in for torch's, which has torch's name for its place.
 
 Names, keywords, defaults and initial weights are x-transformers' (2.31), and the same weights give the same numbers
 (`tests/nn/test_parity_x_transformers.py`). Where this library means something else on purpose:
@@ -28,3 +29,5 @@ Names, keywords, defaults and initial weights are x-transformers' (2.31), and th
 | `generate` refuses to pass an absolute max_seq_len          | slides without a cache, fails with one                |
 | the loss skips padding and the first token of a document    | only `ignore_index`                                   |
 """
+
+from truemask.nn.multihead import MultiheadAttention as MultiheadAttention

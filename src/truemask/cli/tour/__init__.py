@@ -1,1 +1,1 @@
-"""The tour: six acts about what attention masks do, measured while you watch."""
+"""The tour: eight acts about what attention masks do, measured while you watch."""

@@ -1,4 +1,4 @@
-"""Act 6: a Decoder learns to write Python under a mask, and must beat what counting pairs of bytes achieves."""
+"""Act 8: a Decoder learns to write Python under a mask, and must beat what counting pairs of bytes achieves."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from truemask.cli.console import make_console, plain
 from truemask.cli.tour.article import ACT as ARTICLE
+from truemask.cli.tour.audited import ACT as AUDITED
 from truemask.cli.tour.inverted import ACT as INVERTED
 from truemask.cli.tour.leak import ACT as LEAK
 from truemask.cli.tour.learning import ACT as LEARNING
@@ -21,9 +22,10 @@ from truemask.cli.tour.patterns import ACT as PATTERNS
 from truemask.cli.tour.race import ACT as RACE
 from truemask.cli.tour.report import Chapter, write_report
 from truemask.cli.tour.stage import Act, Stage
+from truemask.cli.tour.your_model import ACT as YOUR_MODEL
 from truemask.errors import suggest
 
-ACTS = (ARTICLE, INVERTED, PATTERNS, LEAK, RACE, LEARNING)
+ACTS = (ARTICLE, INVERTED, PATTERNS, LEAK, RACE, YOUR_MODEL, AUDITED, LEARNING)
 NAMES = ", ".join(act.name for act in ACTS)
 TWICE = 2.0  # seconds within which a second Ctrl-C leaves the tour
 COMMANDS = (

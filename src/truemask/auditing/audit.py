@@ -1,0 +1,257 @@
+"""`audit`: what a model's outputs really depend on, held to its mask; `assert_no_leak` is one line of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truemask.auditing import judging
+from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
+from truemask.auditing.models import SEED, AuditError, Subject, undisturbed
+from truemask.auditing.probes import Seen, Step, choose, difference, look, noise_floor, rounding
+from truemask.auditing.report import Finding, Findings, Report
+from truemask.errors import describe
+
+MOST_POSITIONS = 128
+
+
+def audit(
+    model: nn.Module,
+    batch: Tensor | Mapping[str, Any],
+    mask: object = None,
+    *,
+    layers: int | None = None,
+    seeds: int = 2,
+    positions: int = MOST_POSITIONS,
+    train: bool = False,
+    cache: bool = True,
+    progress: Step | None = None,
+) -> Report:
+    """What each output of a model really depends on, held to the mask that it should run.
+
+    The model is a black box: tokens or embeddings go in, outputs for each position come out. What matters is found by
+    gradients and by changing one position at a time, and compared with what the mask lets through all the layers (a
+    position keeps its own input, so a window of w keys reaches `layers * (w - 1)` back). A difference that is seen is
+    a proof; that nothing is seen is evidence, as good as the number of seeds.
+
+    It costs about `2 * seeds * min(n, positions)` forwards and backwards; the model's mode, buffers and gradients and
+    all random generators are put back.
+
+    Args:
+        model: any module whose result holds a float tensor `[b, n, ...]`: a tensor, a tuple, or an object with
+            `logits` or `last_hidden_state`.
+        batch: token ids `[b, n]`, embeddings `[b, n, d]`, or a dict of keywords: `input_ids`, `attention_mask`, ...
+        mask: what it should run: a mask, its text, a bool tensor for `dense`, or a list with one for each layer. None:
+            what the model claims. The padding of the batch is ANDed to both.
+        layers: how many layers run it; None: what the model says, else any number of them.
+        seeds: how often everything is tried, with other replacements and other sums of outputs.
+        positions: how many positions are probed; of longer texts the first, the last and a random choice.
+        train: audit in training mode, with the same dropout in every call; otherwise in eval mode.
+        cache: also decode with a cache and compare, where the model is causal and the audit knows its cache.
+        progress: called with what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        A `Report`: `.findings`, `.ok`, `.exit_code`, `.visible` (bool `[b, n, n]`), and text and pictures when printed.
+
+    Raises:
+        AuditError: a ValueError, if the batch, the outputs or the mask do not fit.
+
+    >>> from truemask.nn.layers import Decoder
+    >>> report = audit(Decoder(dim=16, depth=1, heads=2), torch.randn(1, 6, 16))
+    >>> report.ok, report.visible[0].int().tolist()[1]
+    (True, [1, 1, 0, 0, 0, 0])
+    """
+    _check(seeds, positions)
+    subject = Subject(model, batch)
+    given = model.training
+    with undisturbed(model, train=train):
+        baseline = _baseline(subject)
+        claim = checked(claim_of(subject, mask, layers), subject)
+        noise, floor = noise_floor(subject, baseline)
+        reach = reach_of(claim, subject)
+        seen = look(subject, baseline, floor, seeds=seeds, positions=positions, step=progress or _silent)
+        facts = _Facts(subject, claim, baseline, reach, seen, noise, seeds)
+        unsteady = _unsteady(facts, train)
+        found = [*unsteady, *facts.findings(steady=not unsteady, cache=cache)]
+    if given and not train and not _codes(found) & {"nondeterministic"}:
+        with undisturbed(model, train=True):
+            found += _unsteady_in_training(subject)
+    return facts.report(found, positions)
+
+
+def assert_no_leak(model: nn.Module, batch: Tensor | Mapping[str, Any], mask: object = None, **options: Any) -> Report:
+    """Raise AssertionError, with the report as its text, if an output depends on what its mask hides.
+
+    What counts: later, hidden or padded inputs that matter, documents that mix, and neighbours in the batch. Blind
+    spots and caches do not, since nothing leaks by them: ask `audit`. The arguments are those of `audit`.
+
+    >>> from truemask.nn.layers import Encoder
+    >>> assert_no_leak(Encoder(dim=16, depth=1, heads=2), torch.randn(1, 4, 16), mask="causal")
+    Traceback (most recent call last):
+        ...
+    AssertionError: audit of Encoder, 1 sample of 4 positions: held to `causal` ...
+    """
+    report = audit(model, batch, mask, **{"cache": False, **options})
+    if set(report.findings.codes) & set(judging.LEAKS):
+        raise AssertionError(str(report))
+    return report
+
+
+def _check(seeds: object, positions: object) -> None:
+    for name, value, least in (("seeds", seeds, 1), ("positions", positions, 2)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise AuditError(f"{name}= is {describe(value)}; expected a whole number, {least} or more")
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    """The progress of an audit that nobody watches."""
+
+
+def _baseline(subject: Subject) -> Tensor:
+    with torch.no_grad():
+        return subject.find_embedding()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Everything that was measured of one call."""
+
+    subject: Subject
+    claim: Claim
+    baseline: Tensor
+    reach: Tensor
+    seen: Seen
+    noise: float
+    seeds: int
+
+    @property
+    def judged(self) -> Tensor:
+        """The outputs that are held to the mask, bool `[b, n]`."""
+        everyone = torch.ones(self.reach.shape[:2], dtype=torch.bool)
+        return everyone if self.claim.real is None else self.claim.real
+
+    @property
+    def looked(self) -> Tensor:
+        """Where not seeing anything says something: not where outputs were NaN from the beginning.
+
+        A position's own input is counted only if the mask shows it, since a model need not hand it on.
+        """
+        own = torch.eye(self.subject.length, dtype=torch.bool)
+        return self.seen.looked & (self.shown | ~own) & self.finite[:, :, None]
+
+    @property
+    def shown(self) -> Tensor:
+        """What the mask of some layer lets an output attend to, bool `[b, n, n]`."""
+        return torch.stack([matrix_of(mask, self.subject) for mask in self.claim.masks]).any(dim=0)
+
+    @property
+    def finite(self) -> Tensor:
+        """The outputs that are numbers before anything was changed, bool `[b, n]`."""
+        return self.baseline.isfinite().all(dim=-1).cpu()
+
+    def findings(self, *, steady: bool, cache: bool) -> list[Finding | str]:
+        """What was found, and (as text) what could not be looked for.
+
+        Calls of other shapes draw other random numbers, so they are compared only where equal calls agree.
+        """
+        judged = self.judged[:, :, None]
+        hidden, visible = ~self.reach & judged, self.seen.visible
+        blind = self.reach & ~visible & self.looked & judged
+        cache = cache and steady and not bool(self.reach.triu(1).any())
+        return [
+            *self._not_finite(),
+            *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
+            *judging.neighbours(self.seen),
+            *(judging.padded_alone(self.subject, self.claim, self.baseline) if steady else ()),
+            *judging.blind_spots(self.claim, blind, self.reach & judged, self.seen, self.seeds),
+            *(judging.cached(self.subject, self.claim, self.judged, self.baseline) if cache else ()),
+            *(judging.poisoned(self.subject, self.baseline, hidden & ~visible) if not self.seen.neighbours else ()),
+        ]
+
+    def _not_finite(self) -> list[Finding]:
+        bad = ~self.finite & self.judged
+        if not bool(bad.any()):
+            return []
+        b, q = (int(i) for i in bad.nonzero()[0])
+        text = f"{int(bad.sum())} outputs are NaN or infinite before anything was changed; of these little can be said"
+        fix = "a query that sees no key gives NaN in many kernels; in `truemask.attend` it gives 0"
+        return [Finding("not-finite", "warning", f"sample {b}, output {q}", text, fix)]
+
+    def report(self, found: list[Finding | str], positions: int) -> Report:
+        """The findings as a report."""
+        b, n = self.subject.batch, self.subject.length
+        layers = self.claim.layers
+        through = f", through {layers} layer{'s' * (layers != 1)}" if layers else ", through any number of layers"
+        title = (
+            f"audit of {type(self.subject.model).__name__}, {b} sample{'s' * (b != 1)} of {n} positions: held to "
+            f"{self.claim.text} ({self.claim.source}){through}"
+        )
+        notes = [*self.claim.notes, *(one for one in found if isinstance(one, str))]
+        more = self.reach & ~self.shown & ~torch.eye(n, dtype=torch.bool)
+        if layers is None and bool(more.any()):
+            notes.append(
+                "nobody said how many layers there are, so whatever the mask lets through any number of them was "
+                "allowed; pass layers= to be held to less"
+            )
+        if self.seen.no_gradient:
+            notes.append(f"gradients could not be followed, changes alone were tried: {self.seen.no_gradient}")
+        if b == 1:
+            notes.append("the batch has one sample, so nothing is known of neighbours")
+        if n > positions:
+            probed = choose(n, positions)
+            notes.append(f"{len(probed)} of {n} positions were probed: {', '.join(map(str, probed[:12]))}, ...")
+        findings = Findings(one for one in found if isinstance(one, Finding))
+        return Report(
+            title, findings, tuple(notes), self.reach, self.seen.visible, self.looked, self.judged.expand(b, n)
+        )
+
+
+def _apart(subject: Subject) -> float:
+    """How far two calls are apart that begin with other random numbers; 0 if by no more than rounding."""
+    with torch.no_grad():
+        first = subject.outputs()
+        subject.seed = SEED + 1
+        try:
+            apart = float(difference(first, subject.outputs()).max())
+        finally:
+            subject.seed = SEED
+    return apart if apart > rounding(first) else 0.0
+
+
+def _codes(found: list[Finding | str]) -> set[str]:
+    return {one.code for one in found if isinstance(one, Finding)}
+
+
+def _unsteady(facts: _Facts, train: bool) -> list[Finding]:
+    noise = facts.noise if facts.noise > rounding(facts.baseline) else 0.0
+    apart = max(_apart(facts.subject), noise)
+    if not apart:
+        return []
+    tail = (
+        f"even with the same random numbers they differ by {noise:.2g}; smaller differences did not count"
+        if noise
+        else "every call of the audit began with the same ones, so nothing else that was found comes from this"
+    )
+    text = f"two equal calls differ by {apart:.2g} when the random numbers differ; {tail}"
+    fix = "call model.eval()" if train else "look for what draws random numbers in eval mode"
+    severity = "note" if train and not noise else "warning"
+    return [Finding("nondeterministic", severity, "everywhere", text, fix)]
+
+
+def _unsteady_in_training(subject: Subject) -> list[Finding]:
+    apart = _apart(subject)
+    if not apart:
+        return []
+    text = (
+        f"the model was given in training mode, where two equal calls differ by {apart:.2g} (dropout?); it was audited "
+        "in eval mode"
+    )
+    return [
+        Finding(
+            "nondeterministic", "note", "everywhere", text, "model.eval() before it is used; train=True audits it so"
+        )
+    ]

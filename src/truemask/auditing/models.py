@@ -1,0 +1,250 @@
+"""How the audit feeds any model: what goes in at each position, what comes out there, and everything put back after.
+
+A model is anything called with token ids `[b, n]`, embeddings `[b, n, d]` or a dict of keywords, whose result holds a
+float tensor `[b, n, ...]`. Positions can be changed in two ways: another token, or another vector in place of what the
+model's input embedding gives (a hook on it), so that gradients reach the input of models that take tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from truemask.errors import TruemaskError, describe
+
+INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "ids", "x", "tokens", "src")
+OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
+SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "decoder_start", "image", "audio", "video")
+SEED = 20_260_714  # every call of the model begins here, so that dropout drops the same in all of them
+
+
+class AuditError(TruemaskError, ValueError):
+    """A model or batch that the audit cannot feed, or a mask that does not fit them."""
+
+
+class Subject:
+    """A model and one call of it.
+
+    Attributes:
+        model: the module.
+        name: the keyword under which the audited input goes in; None if it is the first argument.
+        inputs: token ids `[b, n]` or embeddings `[b, n, d]`.
+        keywords: everything else that the call gets.
+        embedding: the module that turns the ids into vectors, if one was found.
+        features: float `[b, n, d]`, what that module gives (or `inputs`, if these are embeddings); None without it.
+        seed: where all random generators stand when a call begins.
+    """
+
+    def __init__(self, model: nn.Module, batch: Tensor | Mapping[str, Any]) -> None:
+        if not isinstance(model, nn.Module):
+            raise AuditError(f"model is {describe(model)}; expected a torch.nn.Module, called with ids or embeddings")
+        self.model = model
+        self.name, self.inputs, self.keywords = read_batch(batch)
+        self.embedding: nn.Module | None = None
+        self.features: Tensor | None = self.inputs.detach() if self.embedded else None
+        self.seed = SEED
+        self._check_encoder_decoder()
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return self.inputs.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return self.inputs.shape[1]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is fed vectors, not tokens."""
+        return self.inputs.is_floating_point()
+
+    def call(self, inputs: Tensor | None = None, **changes: Any) -> Any:
+        """One call of the model, from the same state of all random generators."""
+        seed_everything(self.seed)
+        inputs = self.inputs if inputs is None else inputs
+        keywords = {**self.keywords, **changes}
+        if self.name is not None:
+            return self.model(**{self.name: inputs}, **keywords)
+        return self.model(inputs, **keywords)
+
+    def outputs(self, inputs: Tensor | None = None, **changes: Any) -> Tensor:
+        """What comes out at each position, float `[b, n, e]`."""
+        given = self.inputs if inputs is None else inputs
+        return per_position(self.call(inputs, **changes), given.shape[0], given.shape[1], type(self.model).__name__)
+
+    def outputs_of_features(self, features: Tensor) -> Tensor:
+        """The same with `features` `[b, n, d]` in the place of the embedded tokens."""
+        if self.embedded:
+            return self.outputs(features)
+        assert self.embedding is not None
+        ids = self.inputs
+
+        def replace(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+            return features if is_of(args, ids) else None
+
+        handle = self.embedding.register_forward_hook(replace)
+        try:
+            return self.outputs()
+        finally:
+            handle.remove()
+
+    def find_embedding(self) -> Tensor:
+        """Run the call, remember who embeds the ids, and return the outputs `[b, n, e]`."""
+        if self.embedded:
+            return self.outputs()
+        found: list[tuple[nn.Module, Tensor]] = []
+
+        def watch(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if is_of(args, self.inputs) and _fits(result, self.batch, self.length) and result.ndim == 3:
+                found.append((module, result.detach()))
+
+        handles = [module.register_forward_hook(watch) for module in self._candidates()]
+        try:
+            outputs = self.outputs()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if found:
+            self.embedding, self.features = found[0]
+        return outputs
+
+    def _candidates(self) -> list[nn.Module]:
+        """Modules that may be the input embedding, the likeliest first."""
+        modules: list[nn.Module] = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        own = getattr(self.model, "get_input_embeddings", None)
+        try:
+            first = own() if callable(own) else None
+        except (NotImplementedError, AttributeError):
+            first = None
+        known = isinstance(first, nn.Module) and all(first is not module for module in modules)
+        return [first, *modules] if known and isinstance(first, nn.Module) else modules
+
+    def other_inputs(self, places: Tensor, generator: torch.Generator) -> Tensor:
+        """The inputs with something else at `places`, bool `[b, n]`: other tokens, or other vectors as large."""
+        if self.embedded:
+            noise = torch.randn(self.inputs.shape, generator=generator, dtype=torch.float64)
+            size = self.inputs.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
+            other = (noise * size).to(self.inputs)
+            return torch.where(places.to(self.inputs.device)[..., None], other, self.inputs)
+        allowed = self._ordinary_tokens()
+        drawn = torch.randint(len(allowed), self.inputs.shape, generator=generator)
+        other = allowed[drawn]
+        ids = self.inputs.cpu()
+        other = torch.where(other == ids, allowed[(drawn + 1) % len(allowed)], other).to(self.inputs)
+        return torch.where(places.to(self.inputs.device), other, self.inputs)
+
+    def _ordinary_tokens(self) -> Tensor:
+        """Tokens that mean nothing special, as far as the model's configuration says."""
+        size = getattr(self.embedding, "num_embeddings", None) or int(self.inputs.max()) + 1
+        config = getattr(self.model, "config", None)
+        special = {getattr(config, f"{name}_token_id", None) for name in SPECIAL}
+        ordinary = [token for token in range(size) if token not in special]
+        ordinary = ordinary if len(ordinary) > 1 else list(range(size))
+        if len(ordinary) < 2:
+            raise AuditError("every token of the batch is 0 and no vocabulary was found: pass ids that differ")
+        return torch.tensor(ordinary)
+
+    def _check_encoder_decoder(self) -> None:
+        takes = inspect.signature(self.model.forward).parameters
+        if "decoder_input_ids" in takes and not str(self.name).startswith("decoder_"):
+            raise AuditError(
+                f"{type(self.model).__name__} is an encoder-decoder: to audit its decoder pass decoder_input_ids in "
+                "the batch, next to input_ids; to audit its encoder pass model.get_encoder()"
+            )
+
+
+def read_batch(batch: Tensor | Mapping[str, Any]) -> tuple[str | None, Tensor, dict[str, Any]]:
+    """The name of the audited input, the input, and the other keywords of the call."""
+    if isinstance(batch, Tensor):
+        name, inputs, keywords = None, batch, {}
+    elif isinstance(batch, Mapping):
+        keywords = {str(key): value for key, value in batch.items()}
+        name = next((key for key in INPUTS if isinstance(keywords.get(key), Tensor)), None)
+        if name is None:
+            raise AuditError(f"batch has the keys {sorted(keywords)}, none of which is one of {', '.join(INPUTS)}")
+        inputs = keywords.pop(name)
+    else:
+        raise AuditError(
+            f"batch is {describe(batch)}; expected token ids [b, n], embeddings [b, n, d], or a dict of keywords"
+        )
+    if inputs.ndim != (3 if inputs.is_floating_point() else 2) or 0 in inputs.shape or inputs.dtype == torch.bool:
+        one = "; for one sample pass batch[None]" if inputs.ndim == (2 if inputs.is_floating_point() else 1) else ""
+        raise AuditError(f"the input is {describe(inputs)}; expected whole ids [b, n] or embeddings [b, n, d]{one}")
+    return name, inputs, keywords
+
+
+def per_position(result: Any, batch: int, length: int, who: str) -> Tensor:
+    """The float tensor `[b, n, e]` of a result: a tensor, a tuple, or an output object with logits or hidden states."""
+    seen = list(_tensors(result))
+    for tensor in seen:
+        if _fits(tensor, batch, length):
+            return tensor.reshape(batch, length, -1)
+    shapes = ", ".join(describe(tensor).partition(" on ")[0] for tensor in seen) or describe(result)
+    raise AuditError(
+        f"{who} gave {shapes}; the audit needs a float output for each position, [{batch}, {length}, ...]. If this "
+        "model gives a loss or one answer for the whole text, pass the network inside it"
+    )
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping) or hasattr(result, "logits") or hasattr(result, "last_hidden_state"):
+        get = result.get if isinstance(result, Mapping) else lambda key: getattr(result, key, None)
+        named = [get(key) for key in OUTPUTS]
+        rest = [result[key] for key in result if key not in OUTPUTS] if isinstance(result, Mapping) else []
+        yield from (value for value in [*named, *rest] if isinstance(value, Tensor))
+    elif isinstance(result, (tuple, list)):
+        yield from (value for value in result if isinstance(value, Tensor))
+
+
+def _fits(value: Any, batch: int, length: int) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.ndim >= 2
+        and value.is_floating_point()
+        and tuple(value.shape[:2]) == (batch, length)
+    )
+
+
+def is_of(args: tuple[Any, ...], ids: Tensor) -> bool:
+    """Whether a module was called with these ids."""
+    first = args[0] if args else None
+    return isinstance(first, Tensor) and first.shape == ids.shape and torch.equal(first.to(ids), ids)
+
+
+def seed_everything(seed: int) -> None:
+    """Set the generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the models use it, whether they should or not)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, train: bool) -> Iterator[None]:
+    """Run in the given mode; then put back modes, buffers, and the state of all random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.train(train)
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,208 @@
+"""What each output really depends on: by gradients and by changing one position at a time.
+
+A difference that was seen is a proof: that output depends on that position. That nothing was seen, by these seeds,
+is evidence only. Differences count above the noise floor, which two equal calls show (and the rounding of sums whose
+shapes follow the values, as in mixtures of experts); gradients count where they are not exactly 0, since a hidden key
+has weight 0. NaN equals NaN, and a NaN gradient says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from truemask.auditing.models import SEED, Subject
+
+ROUNDING = 64  # the noise floor in units of the dtype's eps, of the largest output; less in half precision
+MOST_POISONED = 3  # positions in which NaN and huge numbers are planted
+Step = Callable[[str, int, int], None]
+
+
+@dataclass
+class Seen:
+    """What was seen to matter, and where anybody looked.
+
+    Attributes:
+        by_gradient, by_change: bool `[b, n, n]`, output q (rows) depends on input k (columns).
+        size: float64 `[b, n, n]`, the largest difference that a change made.
+        rows, columns: outputs asked for gradients, and inputs that were changed.
+        blind_rows: bool `[b, n]`, outputs whose gradients were NaN.
+        neighbours: (sample changed, sample that noticed, the largest difference).
+        no_gradient: why there are none; empty if there are.
+    """
+
+    by_gradient: Tensor
+    by_change: Tensor
+    size: Tensor
+    rows: list[int]
+    columns: list[int]
+    blind_rows: Tensor
+    neighbours: dict[tuple[int, int], float] = field(default_factory=dict)
+    no_gradient: str = ""
+
+    @property
+    def visible(self) -> Tensor:
+        """What was seen in either way, bool `[b, n, n]`."""
+        return self.by_gradient | self.by_change
+
+    @property
+    def looked(self) -> Tensor:
+        """Where not seeing anything says something, bool `[b, n, n]`: asked for gradients, or changed."""
+        b, n, _ = self.by_change.shape
+        looked = torch.zeros(b, n, n, dtype=torch.bool)
+        looked[:, :, self.columns] = True
+        if not self.no_gradient:
+            looked[:, self.rows] |= ~self.blind_rows[:, self.rows, None]
+        return looked
+
+
+def look(subject: Subject, baseline: Tensor, floor: float, *, seeds: int, positions: int, step: Step) -> Seen:
+    """Probe a call: neighbours first, since samples that see each other must be changed one at a time."""
+    b, n = subject.batch, subject.length
+    places = choose(n, positions)
+    seen = Seen(
+        by_gradient=torch.zeros(b, n, n, dtype=torch.bool),
+        by_change=torch.zeros(b, n, n, dtype=torch.bool),
+        size=torch.zeros(b, n, n, dtype=torch.float64),
+        rows=places,
+        columns=places,
+        blind_rows=torch.zeros(b, n, dtype=torch.bool),
+    )
+    look_at_neighbours(subject, baseline, floor, seen, seeds)
+    groups = [[s] for s in range(b)] if seen.neighbours else [list(range(b))]
+    look_by_changes(subject, baseline, floor, seen, groups, seeds, step)
+    look_by_gradients(subject, seen, groups, seeds, step)
+    return seen
+
+
+def choose(n: int, most: int) -> list[int]:
+    """Positions to probe: all, or the first, the last, and others drawn at random.
+
+    >>> choose(5, 8), len(choose(1000, 10)), choose(1000, 10)[-1]
+    ([0, 1, 2, 3, 4], 10, 999)
+    """
+    if n <= most:
+        return list(range(n))
+    drawn = torch.randperm(n - 2, generator=torch.Generator().manual_seed(SEED))[: max(0, most - 2)] + 1
+    return sorted({0, n - 1, *drawn.tolist()})
+
+
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """The largest difference at each position, float64 `[b, n]`; infinite where only one of them is a number."""
+    left, right = one.detach().double().cpu(), other.detach().double().cpu()
+    apart = (left - right).abs()
+    apart = torch.where((left == right) | (left.isnan() & right.isnan()), 0.0, apart)
+    return apart.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=-1)
+
+
+def noise_floor(subject: Subject, baseline: Tensor) -> tuple[float, float]:
+    """How far equal calls are apart, and the difference above which a change counts."""
+    with torch.no_grad():
+        noise = max(float(difference(baseline, subject.outputs()).max()) for _ in range(2))
+    return noise, max(8 * noise, rounding(baseline))
+
+
+def rounding(outputs: Tensor) -> float:
+    """Differences up to which nobody wonders: sums in another order."""
+    eps = torch.finfo(outputs.dtype).eps
+    return min(ROUNDING * eps, eps**0.5 / 8) * size_of(outputs)
+
+
+def size_of(outputs: Tensor) -> float:
+    """The largest finite output."""
+    return float(outputs.detach().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+
+
+def look_at_neighbours(subject: Subject, baseline: Tensor, floor: float, seen: Seen, seeds: int) -> None:
+    """Replace a whole sample and see whether the others notice."""
+    if subject.batch == 1:
+        return
+    for seed in range(seeds):
+        for s in range(subject.batch):
+            places = torch.zeros(subject.batch, subject.length, dtype=torch.bool)
+            places[s] = True
+            with torch.no_grad():
+                apart = difference(baseline, subject.outputs(subject.other_inputs(places, _generator(seed))))
+            for t, largest in enumerate(apart.amax(dim=1).tolist()):
+                if t != s and largest > floor:
+                    seen.neighbours[s, t] = max(largest, seen.neighbours.get((s, t), 0.0))
+
+
+def look_by_changes(
+    subject: Subject, baseline: Tensor, floor: float, seen: Seen, groups: list[list[int]], seeds: int, step: Step
+) -> None:
+    """Replace one position at a time, in all samples of a group at once, and see which outputs change."""
+    turns = [(seed, group, k) for seed in range(seeds) for group in groups for k in seen.columns]
+    for done, (seed, group, k) in enumerate(turns):
+        places = torch.zeros(subject.batch, subject.length, dtype=torch.bool)
+        places[group, k] = True
+        with torch.no_grad():
+            outputs = subject.outputs(subject.other_inputs(places, _generator(seed * subject.length + k)))
+        apart = difference(baseline, outputs)[group]
+        seen.by_change[group, :, k] |= apart > floor
+        seen.size[group, :, k] = torch.maximum(seen.size[group, :, k], apart)
+        step("changing positions", done + 1, len(turns))
+
+
+def look_by_gradients(subject: Subject, seen: Seen, groups: list[list[int]], seeds: int, step: Step) -> None:
+    """Ask each output, as a random sum of its features, for its gradient at every input vector.
+
+    The first seed asks at the batch itself, the others close to it, where other units may be awake.
+    """
+    if subject.features is None:
+        seen.no_gradient = "no module was found that turns the ids into vectors"
+        return
+    turns = [(group, q) for group in groups for q in seen.rows]
+    try:
+        for seed in range(seeds):
+            features = _moved(subject.features, seed).requires_grad_()
+            with torch.enable_grad():
+                outputs = subject.outputs_of_features(features)
+                for done, (group, q) in enumerate(turns):
+                    found = _gradient(outputs, features, group, q, _generator(seed * subject.length + q))
+                    seen.blind_rows[group, q] |= found.isnan().flatten(1).any(dim=1)[group]
+                    seen.by_gradient[group, q] |= (found.nan_to_num(nan=0.0) != 0).any(dim=-1)[group]
+                    step("following gradients", seed * len(turns) + done + 1, seeds * len(turns))
+    except RuntimeError as error:  # what autograd says where it cannot go through the model
+        seen.no_gradient = str(error).strip().splitlines()[0][:200]
+
+
+def _moved(features: Tensor, seed: int) -> Tensor:
+    """A copy of the features; for seeds after the first, moved a tenth of their size."""
+    if seed == 0:
+        return features.detach().clone()
+    size = 0.1 * features.detach().double().std(correction=0).nan_to_num()
+    noise = torch.randn(features.shape, generator=_generator(seed), dtype=torch.float64)
+    return (features.detach().double().cpu() + size.cpu() * noise).to(features)
+
+
+def _gradient(outputs: Tensor, features: Tensor, group: list[int], q: int, generator: torch.Generator) -> Tensor:
+    weights = torch.randn(outputs.shape[-1], generator=generator).to(outputs)
+    total = (outputs[group, q].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * weights).sum()
+    (found,) = torch.autograd.grad(total, features, retain_graph=True)
+    return found.cpu()
+
+
+def look_with_poison(subject: Subject, baseline: Tensor, hidden: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """Plant NaN and huge numbers where some output must not see them: what, where, and who noticed, bool `[b, n]`.
+
+    `hidden`: bool `[b, n, n]`, what must not matter. Only differences that are not numbers count here.
+    """
+    if subject.features is None:
+        return
+    columns = hidden.any(dim=1).any(dim=0).nonzero().flatten().tolist()
+    huge = torch.finfo(subject.features.dtype).max
+    for k in columns[-1:] + columns[: MOST_POISONED - 1 if len(columns) > 1 else 0]:
+        for what, value in (("NaN", torch.nan), (f"{huge:.2g}", huge)):
+            features = subject.features.detach().clone()
+            features[:, k] = value
+            with torch.no_grad():
+                apart = difference(baseline, subject.outputs_of_features(features))
+            yield what, k, apart.isinf() & hidden[:, :, k]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(SEED + seed)

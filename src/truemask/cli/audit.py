@@ -1,0 +1,137 @@
+"""`truemask audit`: a model of your own, held to its mask from outside; the exit code is 0 if it is clean, 1 if not."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+from torch import nn
+
+from truemask.auditing.audit import MOST_POSITIONS
+from truemask.auditing.audit import audit as run_audit
+from truemask.auditing.models import SEED, AuditError
+from truemask.auditing.probes import Step
+from truemask.cli.console import make_console, needs_ascii, plain, show_error
+from truemask.errors import TruemaskError, describe, suggest
+from truemask.masks.text import parse
+
+MISTAKE = 2
+SAMPLES = 2  # in a batch that is made from --length and --vocab
+
+
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="A function without arguments that returns a model, (model, batch) or (model, batch, mask); "
+            "MODULE is imported from this folder, or is a .py file.",
+        ),
+    ],
+    mask: Annotated[str | None, typer.Option(help="The mask to hold it to; by default what the model claims.")] = None,
+    length: Annotated[int, typer.Option("--length", "-n", min=2, help="Tokens of a batch made here.")] = 16,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Vocabulary of a batch made here.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="How many layers run the mask.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often everything is tried.")] = 2,
+    positions: Annotated[int, typer.Option(min=2, help="How many positions are probed.")] = MOST_POSITIONS,
+    train: Annotated[bool, typer.Option("--train", help="Audit in training mode.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report into this HTML file too.")] = None,
+    ascii: Annotated[bool, typer.Option("--ascii", help="Use signs that every terminal has.")] = False,
+) -> None:
+    """Find what the outputs of a model really depend on, and compare it with its mask."""
+    console = make_console()
+    stated = None if mask is None else parse(mask)
+    with _mistakes():
+        model, batch, own = made(load(target), length, vocab)
+        with _progress() as step:
+            report = run_audit(
+                model,
+                batch,
+                own if stated is None else stated,
+                layers=layers,
+                seeds=seeds,
+                positions=positions,
+                train=train,
+                progress=step,
+            )
+    plain(console, report.text(ascii=ascii or needs_ascii(console)))
+    if html is not None:
+        plain(console, f"written to {report.to_html(html)}")
+    raise typer.Exit(report.exit_code)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """A wrong call is a message, an error of the user's own code keeps its traceback; both are exit code 2."""
+    try:
+        yield
+    except TruemaskError as error:
+        show_error(error)
+        raise typer.Exit(MISTAKE) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise typer.Exit(MISTAKE) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Step]:
+    """A bar on standard error, gone when it is done."""
+    with Progress(console=make_console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def step(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done)
+
+        yield step
+
+
+def load(target: str) -> Callable[[], Any]:
+    """The function that `module:factory` names; the module is looked for in the current folder first."""
+    name, colon, function = target.partition(":")
+    if not colon or not name or not function:
+        raise AuditError(f"{target!r} is not MODULE:FACTORY, such as my_package.models:make_tiny")
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise AuditError(f"there is no file {path}")
+        sys.path.insert(0, str(path.resolve().parent))
+        name = path.stem
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0] and error.name != name:
+            raise
+        raise AuditError(f"there is no module {name!r}, in {Path.cwd()} or among what is installed") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        names = [key for key, value in vars(module).items() if callable(value)]
+        raise AuditError(f"the module {name!r} has no function {function!r}{suggest(function, names)}")
+    return found
+
+
+def made(factory: Callable[[], Any], length: int, vocab: int | None) -> tuple[nn.Module, Any, Any]:
+    """The model, batch and mask of a factory; a batch of random tokens where it gives none."""
+    result = factory()
+    parts = result if isinstance(result, tuple) else (result,)
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
+        raise AuditError(
+            f"the factory returned {describe(result)}; expected a model, (model, batch) or (model, batch, mask)"
+        )
+    model, batch, mask = parts[0], *(*parts[1:], None, None)[:2]
+    if batch is None:
+        size = vocab or getattr(getattr(model, "config", None), "vocab_size", None)
+        if not isinstance(size, int):
+            raise AuditError("the factory returned no batch: return (model, batch), or pass --vocab and --length")
+        batch = torch.randint(size, (SAMPLES, length), generator=torch.Generator().manual_seed(SEED))
+    return model, batch, mask

@@ -1,0 +1,92 @@
+"""Act 6: a model that somebody else trained. Does a packed secret leak, and what does forgetting cost?"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truemask.cli.tour import smollm
+from truemask.cli.tour.stage import Act, Part, Stage
+from truemask.interop.use import use
+from truemask.masks.core import Mask
+from truemask.masks.data import prefix
+from truemask.masks.positional import causal, window
+
+SECRET = "Alice writes in her diary: the password of the old safe is maroon elephant 41.\n"
+QUESTION = "Bob asks: what is the password of the old safe? The password of the old safe is"
+TOKENS, JUDGED = 1536, 512  # of a text, and how many at its end are judged
+WORDS = 4  # tokens that the model goes on with
+
+
+def play(stage: Stage) -> None:
+    lacking = smollm.missing()
+    if lacking:
+        stage.say("This act runs SmolLM2-135M, and these are not installed: ", (lacking, "code"), ". To see it:")
+        stage.code(smollm.INSTALL)
+        return
+    stage.say("SmolLM2-135M, as its authors trained it. Two documents in one row: A holds a secret, B asks for it.")
+    model, tokenizer = smollm.load()
+    _secret(stage, model, tokenizer)
+    _forgetting(stage, model, tokenizer)
+
+
+def _secret(stage: Stage, model: Any, tokenizer: Any) -> None:
+    a, b = (tokenizer(text, return_tensors="pt").input_ids for text in (SECRET, QUESTION))
+    row, lengths = torch.cat([a, b], dim=1), [a.shape[1], b.shape[1] + WORDS]
+    stage.code(f"with tm.use(model, tm.causal.packed({lengths})):\n    model(input_ids=row)")
+    packed, own = (
+        tokenizer.decode(goes_on(model, row, causal.packed(lengths))),
+        tokenizer.decode(goes_on(model, b, None)),
+    )
+    leaked = tokenizer.decode(goes_on(model, row, None))
+    rows: list[list[Part]] = [
+        ["A and B in one row, the model's own mask", (leaked, "bad" if leaked != own else "good")],
+        ["the same row under tm.use(model, causal.packed(...))", (packed, "good" if packed == own else "bad")],
+        ["B alone", own],
+    ]
+    stage.table(["after B comes", "the model goes on"], rows)
+
+
+@torch.no_grad()
+def goes_on(model: Any, row: Tensor, mask: Mask | None) -> list[int]:
+    """The tokens that the model puts behind a row, greedily; as tokenizers do, with an attention mask of ones."""
+    size = row.shape[1]
+    for _ in range(WORDS):
+        with use(model, mask):
+            logits = model(input_ids=row, attention_mask=torch.ones_like(row), logits_to_keep=1).logits
+        row = torch.cat([row, logits[:, -1:].argmax(-1)], dim=1)
+    return row[0, size:].tolist()
+
+
+def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
+    stage.say(
+        f"How much of a text does it need? The perplexity of the last {JUDGED} of {TOKENS} tokens (Python's own "
+        "argparse.py), and how many keys a cache has to keep."
+    )
+    ids = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, :TOKENS]
+    masks = (causal, causal & window(256), causal & (window(256) | prefix(4)))
+    rows: list[list[Part]] = []
+    for mask in masks:
+        kept = int(mask.live_keys(TOKENS, q_stop=2 * TOKENS).sum())
+        rows.append([str(mask), f"{perplexity(model, ids, mask):.1f}", f"{kept:,} of {TOKENS:,}"])
+    stage.table(["tm.use(model, mask)", "perplexity", "keys to keep"], rows)
+    stage.say(
+        "A window alone takes away the first tokens, on which the model rests its attention (StreamingLLM, "
+        "arXiv 2309.17453); four of them bring it back."
+    )
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: Tensor, mask: Mask) -> float:
+    """Of the last tokens of a text, under a mask."""
+    with use(model, mask):
+        logits = model(input_ids=ids, logits_to_keep=JUDGED + 1, use_cache=False).logits[:, :-1]
+    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[0, -JUDGED:]))
+
+
+ACT = Act("model", "Your model: a secret in a packed row, and what forgetting costs", play)

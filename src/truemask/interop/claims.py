@@ -1,0 +1,255 @@
+"""What a transformers model claims about one forward: its mask as an expression, and where rows and keys stand.
+
+The mask function makes a `Claim`; transformers carries it to every attention layer without looking inside.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from functools import cached_property, reduce
+from operator import and_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truemask.errors import ConventionWarning, MaskError, describe
+from truemask.interop.lifting import Packing, alike
+from truemask.masks.combine import everything
+from truemask.masks.core import Mask
+from truemask.masks.data import keys, padding
+from truemask.masks.foreign.importers import from_torch_sdpa
+
+INSIDE = (
+    "Inside `tm.use` the model's mask is an expression and not a tensor. Call `backward` inside the block if layers "
+    "are recomputed then (gradient checkpointing). A model that computes with its mask itself cannot run there"
+)
+
+
+class Claim:
+    """The model's own mask for one forward, over absolute positions.
+
+    `rule`: what it says of positions, documents included. `real [b, n]`: which of the first n positions are tokens and
+    not padding, or None. Row i of the call is position `q_start + i`, key j is `k_start + j`. It looks like the bool
+    tensor `[b, 1, q, k]` that it stands for, as far as transformers looks.
+    """
+
+    ndim, dtype = 4, torch.bool
+
+    def __init__(
+        self,
+        rule: Mask,
+        sizes: tuple[int, int, int],
+        starts: tuple[int, int] = (0, 0),
+        *,
+        real: Tensor | None = None,
+        packing: Packing | None = None,
+        looks_back: bool = False,
+        bias: Tensor | None = None,
+        placed: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.rule, self.packing, self.looks_back, self.bias, self.placed = rule, packing, looks_back, bias, placed
+        self.batch, self.q_len, self.k_len = sizes
+        self.q_start, self.k_start = starts
+        self.device = torch.device(device)
+        self._real, self._warned = real, False
+        self._masks: dict[tuple[Mask | None, bool], Mask] = {}
+
+    # -- as transformers sees it -------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[b, 1, q, k]`."""
+        return torch.Size((self.batch, 1, self.q_len, self.k_len))
+
+    def contiguous(self) -> Claim:
+        """Itself: `generate` asks for it with a static cache."""
+        return self
+
+    def to(self, *_: object, **__: object) -> Claim:
+        """Itself: `attend` brings a mask to the device of its tensors."""
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise MaskError(f"torch's `{getattr(func, '__name__', func)}` was given the mask of `tm.use`. {INSIDE}")
+
+    def __getitem__(self, place: object) -> Any:
+        raise MaskError(f"the model takes a part of its mask, `mask[{place}]`. {INSIDE}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(f"the model asks its mask for `.{name}`. {INSIDE}")
+
+    # -- as our attention reads it -----------------------------------------------------------------------------------
+
+    @property
+    def keys_written(self) -> int:
+        """How many of the keys exist by now: a static cache has room for more behind the last query."""
+        stop = self.q_start + self.q_len if self.looks_back else self.k_start + self.k_len
+        return min(self.k_len, stop - self.k_start)
+
+    def mask(self, users: Mask | None, replace: bool = False) -> Mask:
+        """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
+
+        Padding and documents are facts about the batch: they stay.
+        """
+        if (users, replace) not in self._masks:
+            self._check_samples(users)
+            own = [] if replace and users is not None else [self.rule]
+            terms = [*own, *([] if users is None else [self._placed(users)]), self._padding[0]]
+            if replace and users is not None and self.k_start:
+                self._check_kept(users, _all(terms))
+            self._masks[users, replace] = self._at(_all(terms))
+        return self._masks[users, replace]
+
+    def cross_mask(self, users: Mask | None, rows: Claim | None, replace: bool = False) -> Mask:
+        """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""
+        self._check_samples(users)
+        own = [] if replace and users is not None else [self.rule]
+        if users is None:
+            return _all([*own, self._padding[0]])
+        if users.varies_with_query and rows is None:
+            raise MaskError(
+                f"`{users}` for cross-attention asks which position a query has, and this model does not say: use a "
+                "mask of keys alone (`keys(...)`, `prefix(...)`)"
+            )
+        q = None if rows is None else rows._positions_of_rows()
+        k = self._padding[1]
+        taken = users if q is None and k is None else users.take(q=q, k=k)
+        return _all([*own, taken, self._padding[0]])
+
+    def warn_of_documents(self, position_ids: object) -> None:
+        """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
+        if self._warned or self.packing is not None or self._padding[1] is not None or self.q_start:
+            return
+        self._warned = True
+        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and bool((position_ids.diff(dim=-1) < 0).any()):
+            warnings.warn(
+                "position_ids restart as for packed documents, but the documents see each other: transformers keeps "
+                "them apart only without attention_mask and cache (pass use_cache=False), and some models, GPT-OSS "
+                "among them, not even then. `mask.packed(lengths)` does",
+                ConventionWarning,
+                stacklevel=2,
+            )
+
+    def _check_samples(self, users: Mask | None) -> None:
+        held = 1 if users is None else users.batch_size
+        if held <= 1 or held == self.batch:
+            return
+        each, rest = divmod(self.batch, held)
+        rows = [sample for sample in range(held) for _ in range(each)]
+        way = "" if rest else f", and for beams side by side `mask.select(samples={rows})`"
+        raise MaskError(
+            f"`{users}` speaks of {held} samples, but the batch has {self.batch} rows: give it an entry for each{way}"
+        )
+
+    def _check_kept(self, users: Mask, mask: Mask) -> None:
+        """Raise if the mask sees keys that a sliding cache has given up, as the model's own window allowed it to."""
+        heads = users.head_count or 1
+        if bool(mask.at(q_start=self.q_start).count(self.q_len, self.k_start, batch=self.batch, heads=heads).any()):
+            raise MaskError(
+                f"`{users}` takes the place of the model's window and sees keys before position {self.k_start}, which "
+                "the sliding cache has given up: pass a cache that keeps all, `past_key_values=DynamicCache()`"
+            )
+
+    def _positions_of_rows(self) -> Tensor:
+        """Logical positions of the rows, `[q]` or `[b, q]`."""
+        known, stop = self._padding[1], self.q_start + self.q_len
+        return torch.arange(self.q_start, stop) if known is None else known[..., self.q_start : stop]
+
+    def _at(self, mask: Mask) -> Mask:
+        return mask.at(q_start=self.q_start, k_start=self.k_start)
+
+    def _placed(self, users: Mask) -> Mask:
+        """The user's mask at logical positions: a sample means the same alone, padded and packed (law 2)."""
+        if not self.placed and users.varies_with_query:
+            raise MaskError(
+                f"the model's mask for {self.q_len} rows and {self.k_len} keys does not say which positions the "
+                f"rows have, and `{users}` asks: pass a 2-D attention_mask"
+            )
+        if self.packing is not None:
+            return self.packing.of(users)
+        _, positions, starts = self._padding
+        if starts is not None:
+            return users.padded(starts)
+        return users if positions is None else users.take(q=positions, k=positions)
+
+    @cached_property
+    def _padding(self) -> tuple[Mask, Tensor | None, list[int] | None]:
+        """The real keys, logical positions where pads move them, and how many pads stand before each sample.
+
+        A token's position is the number of real tokens before it. `starts` are known if pads stand nowhere else but
+        before and behind.
+        """
+        if self._real is None:
+            return everything, None, None
+        stop = self.k_start + self.keys_written
+        real = torch.nn.functional.pad(self._real, (0, max(0, stop - self._real.shape[1])))[:, :stop].cpu()
+        if bool(real.all()):
+            return everything, None, None
+        totals, first = real.sum(1), real.int().argmax(1)
+        first = torch.where(totals > 0, first, stop)
+        last = stop - real.flip(1).int().argmax(1)
+        solid = bool(((last - first == totals) | (totals == 0)).all())
+        only_left = solid and bool((first + totals == stop).all())
+        starts = (first[:1] if bool((first == first[0]).all()) else first).tolist()
+        seen = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
+        positions = alike((real.long().cumsum(1) - 1).clamp(min=0))
+        if solid:
+            return seen, positions if any(starts) else None, starts if any(starts) else None
+        return seen, positions, None
+
+
+class Place(threading.local):
+    """What this thread read last: cross-attention follows a self-attention, and layers share a 4-D tensor."""
+
+    rows: tuple[Any, Claim] | None = None
+    tensor: tuple[Any, int, Claim] | None = None
+
+
+PLACE = Place()
+
+
+def of_tensor(mask: Tensor, batch: int, q_len: int, k_len: int) -> Claim:
+    """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
+
+    Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias.
+    """
+    sizes = (batch, q_len, k_len)
+    shape = tuple(mask.shape)
+    if len(shape) != 4 or any(own not in (1, size) for own, size in zip((shape[0], *shape[2:]), sizes, strict=True)):
+        raise MaskError(
+            f"the attention_mask that reached the attention is {describe(mask)}, but the call has {batch} samples, "
+            f"{q_len} queries and {k_len} keys: a 4-D one is [{batch}, 1, {q_len}, {k_len}]"
+        )
+    if mask.is_inference() or mask.requires_grad:
+        return _read(mask, sizes)
+    if PLACE.tensor is not None:
+        known, version, claim = PLACE.tensor
+        if known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len):
+            return claim
+    claim = _read(mask, sizes)
+    PLACE.tensor = weakref.ref(mask), mask._version, claim
+    return claim
+
+
+def _read(mask: Tensor, sizes: tuple[int, int, int]) -> Claim:
+    placed = sizes[1] == sizes[2]
+    if not mask.is_floating_point():
+        return Claim(from_torch_sdpa(mask), sizes, placed=placed, device=mask.device)
+    visible = mask.detach() > torch.finfo(mask.dtype).min / 2
+    rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
+    added = torch.where(visible, mask, 0)
+    bias = added if mask.requires_grad or bool((added != 0).any()) else None
+    return Claim(rule, sizes, bias=bias, placed=placed, device=mask.device)
+
+
+def _all(masks: list[Mask]) -> Mask:
+    """The conjunction, without terms that say nothing."""
+    said = [mask for mask in masks if mask != everything]
+    return reduce(and_, said) if said else everything

@@ -1,0 +1,120 @@
+"""`use` and `enable`: any mask in the model that you have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from truemask.errors import MaskError, describe
+from truemask.interop.layers import kept
+from truemask.masks.core import Mask
+
+
+class Use:
+    """A model with a mask: a context manager, or what `enable` returns, with `undo()`."""
+
+    def __init__(self, model: nn.Module, apply: Callable[[], None], undo: Callable[[], None]) -> None:
+        self._model, self._apply, self._undo = model, apply, undo
+        self._depth = 0
+
+    def __enter__(self) -> Any:
+        if self._depth:
+            raise MaskError("this `tm.use` is entered already: write another one")
+        self._apply()
+        self._depth = 1
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Give the model back what it ran before; nothing if that is done."""
+        if self._depth:
+            self._undo()
+            self._depth = 0
+
+    def __repr__(self) -> str:
+        return f"<tm.use of {type(self._model).__name__}: {'in use' if self._depth else 'not in use'}>"
+
+
+def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False) -> Use:
+    """Run a Hugging Face transformers or x-transformers model under a mask, on our attention, inside a `with` block.
+
+    The mask is ANDed with what the model claims itself: causality, window, chunks, padding, packed documents. It counts
+    logical positions (law 2 in docs/conventions.md): left padding, restarting `position_ids`, caches of every kind and
+    beams change nothing of what a sample means. `generate` works as always.
+
+    Args:
+        model: a transformers (v5) model, or one of x-transformers; any part of it that is a model itself will do.
+        mask: an expression. None: the model's own masks, on our backends. Samples are rows of the batch: with beams
+            choose them, `mask.select(samples=[0, 0, 1, 1])`. Cross-attention is reached by name only.
+        layers: where the mask applies: names, indices, or a dict of them to masks, in which case `mask` is for the
+            others. Names are kinds ("full_attention", "sliding_attention", "chunked_attention"), parts ("encoder",
+            "decoder") and "cross_attention". A model with several parts asks for a name.
+        replace: the mask takes the place of the model's own rule (causal, window, chunks) where it applies. Padding,
+            documents and what a cache has not written yet stay hidden.
+
+    Returns:
+        A context manager; `as` gives the model. Inside another `use` of the model the inner one counts alone. A deep
+        copy made inside stays in use; `copy.set_attn_implementation("sdpa")` is its way back. `save_pretrained` writes
+        nothing of it.
+
+    Raises:
+        MaskError: the model cannot switch, computes with its mask itself, or `layers` names nothing that it has.
+
+    Under `torch.compile` the graph breaks at masks and attention, so `fullgraph=True` is refused by torch. Layers that
+    are recomputed (gradient checkpointing) need `backward` inside the block.
+
+    >>> from truemask.masks.positional import causal
+    >>> use(object(), causal)
+    Traceback (most recent call last):
+    truemask.errors.MaskError: use takes a model of transformers or x-transformers, got object <object object at ...
+    """
+    if not isinstance(model, nn.Module):
+        raise MaskError(f"use takes a model of transformers or x-transformers, got {describe(model)}")
+    if not isinstance(replace, bool):
+        raise MaskError(f"use: replace is True or False, got {describe(replace)}")
+    switch = _switch(model)(model, mask, layers, replace)
+    return Use(model, switch.apply, switch.undo)
+
+
+def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False) -> Use:
+    """`use` for good: the model runs on our attention until `undo()` of what this returns.
+
+    Again on the same model it takes the place of the earlier one, whose `undo` then does nothing; the last one's gives
+    the model back what it ran at first. Arguments and errors are those of `use`.
+
+    >>> enable(None)
+    Traceback (most recent call last):
+    truemask.errors.MaskError: use takes a model of transformers or x-transformers, got NoneType None
+    """
+    new = use(model, mask, layers, replace=replace)
+    earlier = kept(model, "_truemask_enabled")
+    if earlier.value is not None:
+        earlier.value.undo()
+    new.__enter__()
+    earlier.value = new
+    return new
+
+
+def _switch(model: nn.Module) -> type[Any]:
+    """The class that puts this model to use, by the library that the model is from."""
+    if _from("transformers", model):
+        from truemask.interop.huggingface import Switch
+
+        return Switch
+    if any(_from("x_transformers", part) for part in model.modules()):
+        from truemask.interop.x_transformers import Switch
+
+        return Switch
+    raise MaskError(
+        f"use takes a model of transformers (a PreTrainedModel) or x-transformers, got {type(model).__name__} of "
+        f"`{type(model).__module__}`. Your own modules call `tm.attend(q, k, v, mask)` themselves"
+    )
+
+
+def _from(library: str, module: nn.Module) -> bool:
+    """Whether a module's class, or one that it extends, comes from a library."""
+    return any(kind.__module__.split(".")[0] == library for kind in type(module).__mro__)

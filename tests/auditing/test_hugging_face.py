@@ -1,0 +1,171 @@
+"""Models of transformers: what they claim is read from them, sound ones are clean, planted faults are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.auditing.models import SIZES, ids, tiny
+from tests.auditing.test_faults import picture, serious
+from truemask.auditing.audit import assert_no_leak, audit
+from truemask.auditing.models import AuditError
+from truemask.errors import MaskError
+from truemask.masks.matrices import dense
+from truemask.masks.positional import causal
+
+transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+
+N = 10
+LEFT = torch.arange(N) >= torch.tensor([[0], [4]])
+RIGHT = torch.arange(N) < torch.tensor([[N], [6]])
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]] * 2)
+
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Llama": ("Llama", {}, "`causal`"),
+    "Llama, eager": ("Llama", {"attn_implementation": "eager"}, "`causal`"),
+    "Mistral": ("Mistral", {"sliding_window": 3}, "`window(3)`"),
+    "Gemma 3": (
+        "Gemma3",
+        {"sliding_window": 3, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        "`window(3)` then `causal`",
+    ),
+    "BERT": ("Bert", {}, "`everything`"),
+    "BERT as a decoder": ("Bert", {"is_decoder": True}, "`causal`"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sound_models_are_clean(name: str) -> None:
+    kind, keywords, claimed = MODELS[name]
+    model = tiny(kind, **keywords)
+    report = audit(model, ids(2, N))
+    assert serious(report) == [], str(report)
+    assert f"held to {claimed} (the configuration of {type(model).__name__}), through 2 layers" in report.title
+    assert torch.equal(report.visible, report.reach)
+
+
+@pytest.mark.parametrize("flags", [LEFT, RIGHT], ids=["left", "right"])
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_padding_does_not_matter(kind: str, flags: Tensor) -> None:
+    batch = {"input_ids": ids(2, N), "attention_mask": flags.int()}
+    if kind == "Bert":  # its positions are absolute
+        batch["position_ids"] = (flags.int().cumsum(-1) - 1).clamp(min=0)
+    report = audit(tiny(kind), batch)
+    assert serious(report) == [], str(report)
+    assert not (report.visible & flags[:, :, None] & ~flags[:, None, :]).any(), "no real output sees padding"
+    assert torch.equal(report.judged, flags)
+
+
+def test_left_padding_without_positions_matters() -> None:
+    batch = {"input_ids": ids(2, N), "attention_mask": LEFT.int()}
+    report = audit(tiny("GPT2"), batch)
+    assert serious(report) == ["padded-differs"]
+    assert "position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)" in report.findings[0].fix
+    assert audit(tiny("GPT2"), {**batch, "position_ids": (LEFT.int().cumsum(-1) - 1).clamp(min=0)}).ok
+
+
+def test_padding_that_the_model_is_not_told_of() -> None:
+    """A model that drops its attention_mask: the batch says what is padding, and it is seen."""
+    model = tiny("Llama")
+    forward = model.model.forward
+    model.model.forward = lambda *args, **keywords: forward(*args, **{**keywords, "attention_mask": None})
+    report = audit(model, {"input_ids": ids(2, N), "attention_mask": LEFT.int()})
+    assert serious(report) == ["padding-matters", "padded-differs"]
+
+
+def test_packed_documents_mix_unless_transformers_looks_for_them() -> None:
+    """It looks only without an attention_mask and without a cache; an all-ones mask turns it off silently."""
+    model, batch = tiny("Llama"), {"input_ids": ids(2, N), "position_ids": PACKED, "use_cache": False}
+    clean = audit(model, batch)
+    assert serious(clean) == [], str(clean)
+    assert "causal.packed(" in clean.title
+    mixed = audit(model, {**batch, "attention_mask": torch.ones(2, N, dtype=torch.int64)})
+    assert serious(mixed) == ["documents-mix"]
+    assert serious(audit(model, {**batch, "use_cache": True})) == ["documents-mix"]
+
+
+def leaky(model: Any, size: float) -> Any:
+    """Plant a look at the next position in the second attention of a Llama."""
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def ahead(hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
+        outputs, weights = forward(hidden_states, *args, **keywords)
+        shifted = torch.nn.functional.pad(hidden_states[:, 1:], (0, 0, 0, 1))
+        return outputs + size * shifted, weights
+
+    attention.forward = ahead
+    return model
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_a_future_leak_planted_in_a_llama(size: float) -> None:
+    report = audit(leaky(tiny("Llama"), size), ids(2, N), cache=False)
+    assert serious(report) == ["future-leak"]
+    later = torch.eye(N, dtype=torch.bool).roll(1, 1).triu(1)
+    assert picture(report.leaks[0]) == picture(later)
+    with pytest.raises(AssertionError, match="future-leak"):
+        assert_no_leak(leaky(tiny("Llama"), size), {"input_ids": ids(1, N)})
+
+
+def test_an_attention_that_lost_its_mask() -> None:
+    """What one wrong letter in a registered name does: no mask at all, no error."""
+    model = tiny("Llama", attn_implementation="eager")
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, forward=forward, **k: forward(*a, **{**k, "attention_mask": None})
+    report = audit(model, ids(2, N))
+    assert serious(report) == ["future-leak", "cached-differs"]
+    assert report.visible.all()
+
+
+def test_a_window_of_another_size_than_stated() -> None:
+    model = tiny("Mistral", sliding_window=3)
+    assert serious(audit(model, ids(2, N), "window(2)")) == ["leak"]
+    assert serious(audit(model, ids(2, N), "window(4)")) == ["blind-spots"]
+
+
+def test_a_4d_mask_is_the_whole_mask() -> None:
+    drawn = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.6
+    cells = drawn.tril() | torch.eye(N, dtype=torch.bool)
+    report = audit(tiny("Llama"), {"input_ids": ids(2, N), "attention_mask": cells.expand(2, 1, N, N)})
+    assert serious(report) == [], str(report)
+    assert "the 4-D attention_mask" in report.title
+    biased = torch.where(cells, 0.3, torch.finfo(torch.float32).min).expand(2, 1, N, N)  # no mask can be read from it
+    batch = {"input_ids": ids(2, N), "attention_mask": biased}
+    assert serious(audit(tiny("Llama"), batch, dense(cells))) == []
+    with pytest.raises(MaskError, match="from_additive"):
+        audit(tiny("Llama"), batch)
+
+
+def test_a_model_that_does_not_say_is_judged_by_its_name() -> None:
+    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
+    torch.manual_seed(1)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
+    report = audit(model, ids(2, N), cache=False)
+    assert serious(report) == [], str(report)
+    assert report.notes == ("MambaForCausalLM does not say whether it is causal; by its name it was held to `causal`",)
+
+
+def test_encoder_decoders() -> None:
+    config = transformers.T5Config(vocab_size=31, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    torch.manual_seed(1)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(AuditError, match=r"pass decoder_input_ids in the batch.*get_encoder\(\)"):
+        audit(model, ids(2, N))
+    decoder = audit(model, {"input_ids": ids(2, 4), "decoder_input_ids": ids(2, N, seed=9)})
+    assert serious(decoder) == []
+    assert torch.equal(decoder.visible, decoder.reach)
+    assert "held to `everything`" in audit(model.get_encoder(), ids(2, N)).title
+
+
+def test_embeddings_in_and_hidden_states_out() -> None:
+    model = tiny("Llama")
+    assert audit(model.model, ids(2, N), causal).ok
+    assert audit(model, {"inputs_embeds": model.get_input_embeddings()(ids(2, N)).detach()}).ok
+    single = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    with pytest.raises(AuditError, match=r"gave float32 \[2, 2\]; the audit needs a float output for each position"):
+        audit(single.eval(), ids(2, N))
