@@ -268,6 +268,8 @@ def test_positions_that_restart_without_packing_are_told(model: Any) -> None:
             model(tokens(), position_ids=positions)
         with pytest.warns(ConventionWarning, match="the documents see each other"):
             model(tokens(), position_ids=positions, attention_mask=torch.ones(2, TOKENS), use_cache=False)
+    with use(model, tm.causal.packed([11, 12])):  # what keeps them apart needs no warning, which would be an error here
+        model(tokens(), position_ids=positions)
 
 
 # -- 4-D tensors -------------------------------------------------------------------------------------------------------

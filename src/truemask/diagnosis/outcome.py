@@ -28,7 +28,7 @@ def dead_queries(x: Subject) -> Iterator[Finding]:
     if not dead.any():
         return
     padded = x.one_axis and bool((x.mask.dead_keys(x.q_len, x.kv_len, **x.sizes) | ~dead).all())
-    what = "they see nothing and nobody sees them: padding" if padded else "they see nothing"
+    what = "they see nothing and nobody sees them, like padding" if padded else "they see nothing"
     fix = "" if padded else "let every query see itself (`mask | local(0)`), or leave these rows out of the loss"
     yield Finding(
         "dead-queries", "note" if padded else "warning", places("query", dead), f"{what}; their output is zeros", fix

@@ -27,6 +27,8 @@ INSIDE = (
     "are recomputed then (gradient checkpointing). A model that computes with its mask itself cannot run there"
 )
 
+APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
+
 
 class Claim:
     """The model's own mask for one forward, over absolute positions.
@@ -123,9 +125,11 @@ class Claim:
         taken = users if q is None and k is None else users.take(q=q, k=k)
         return _all([*own, taken, self._padding[0]])
 
-    def warn_of_documents(self, position_ids: object) -> None:
+    def warn_of_documents(self, position_ids: object, users: Mask | None) -> None:
         """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
         if self._warned or self.packing is not None or self._padding[1] is not None or self.q_start:
+            return
+        if users is not None and any(part.kind in APART for part in users.walk()):
             return
         self._warned = True
         if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and bool((position_ids.diff(dim=-1) < 0).any()):

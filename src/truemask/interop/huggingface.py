@@ -89,7 +89,7 @@ def attention(
     if layer.cross:
         mask = own.cross_mask(layer.mask, _rows_before(layer, own), layer.replace)
     else:
-        own.warn_of_documents(options.get("position_ids"))
+        own.warn_of_documents(options.get("position_ids"), layer.mask)
         mask, PLACE.rows = own.mask(layer.mask, layer.replace), (layer, own)
     keys = own.keys_written
     if keys < key.shape[2]:
