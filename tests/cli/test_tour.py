@@ -262,4 +262,4 @@ def test_the_audit_finds_the_planted_mask_where_it_leaks() -> None:
     if audited.models()["x-transformers"] is not None:
         assert re.search(r"x-transformers +future-leak +9 of 10", out)
         assert "0 ■ ! ! ! ! ! ! ! ! !" in out
-    assert max(map(len, out.splitlines())) <= 120
+    assert max(len(line) for line in out.splitlines() if line.startswith("    ")) <= 100
