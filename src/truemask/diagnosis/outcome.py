@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from truemask.diagnosis.finding import Finding
-from truemask.diagnosis.slips import top_left
-from truemask.diagnosis.subject import LOOKING_BACK, Subject, at_cell
+from truemask.diagnosis.slips import LOOKING_BACK, top_left
+from truemask.diagnosis.subject import Subject, at_cell
 from truemask.diagnosis.words import quoted
 from truemask.errors import counted
 from truemask.masks.core import Mask

@@ -11,9 +11,6 @@ from truemask.masks.labels import Documents
 from truemask.masks.positional import causal
 from truemask.masks.verdict import Cell
 
-LOOKING_BACK = ("causal", "window")
-REINDEXED = ("at", "take", "packed", "padded", "prepended", "transposed", "select")
-
 
 @dataclass(frozen=True)
 class Subject:

@@ -43,19 +43,26 @@ class Note:
     own_path: bool  # whether `attend` cannot compute it
 
 
-class AttentionForward:
-    """Stands in for `Attention.forward`: takes masks out of its arguments; `AttendForward` says them as expressions."""
+class StandIn:
+    """Takes the place of a module's forward, and keeps the one that was there."""
 
-    def __init__(self, module: Any, frame: Frame) -> None:
-        self.module, self.frame = module, frame
-        self.uses: list[Use] = []
-        self.note: Note | None = None
-        self.previous = vars(module).get("forward")
+    def __init__(self, module: Any) -> None:
+        self.module, self.previous = module, vars(module).get("forward")
 
     def original(self, *args: Any, **named: Any) -> Any:
         if self.previous is not None:
             return self.previous(*args, **named)
         return type(self.module).forward(self.module, *args, **named)
+
+
+class AttentionForward(StandIn):
+    """Stands in for `Attention.forward`: takes masks out of its arguments; `AttendForward` says them as expressions."""
+
+    def __init__(self, module: Any, frame: Frame) -> None:
+        super().__init__(module)
+        self.frame = frame
+        self.uses: list[Use] = []
+        self.note: Note | None = None
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -97,17 +104,12 @@ class AttentionForward:
         return Place(0, 0, extra, front, frame.back, frame.starts)
 
 
-class AttendForward:
+class AttendForward(StandIn):
     """Stands in for `Attend.forward`: the call on truemask's backends, or on its own path under a dense mask."""
 
     def __init__(self, module: Any, owner: AttentionForward) -> None:
-        self.module, self.owner = module, owner
-        self.previous = vars(module).get("forward")
-
-    def original(self, *args: Any, **named: Any) -> Any:
-        if self.previous is not None:
-            return self.previous(*args, **named)
-        return type(self.module).forward(self.module, *args, **named)
+        super().__init__(module)
+        self.owner = owner
 
     @torch.compiler.disable(recursive=True)
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **named: Any) -> tuple[Tensor, Any]:
