@@ -213,7 +213,7 @@ def test_is_causal_is_causal(need: bool, given: str | None) -> None:
 
 
 def test_dropout_drops_the_same_cells_whoever_runs_it() -> None:
-    """All weights by the reference, none by the fastest backend; and other cells in the next step."""
+    """Weights by the reference, outputs by the fastest backend; and other cells in the next step."""
     ours, _ = twins(dropout=0.5)
     x = torch.randn(Q, B, E, generator=drawn())
     torch.manual_seed(3)
@@ -221,6 +221,8 @@ def test_dropout_drops_the_same_cells_whoever_runs_it() -> None:
     torch.manual_seed(3)
     fast, _ = ours(x, x, x, need_weights=False)
     torch.testing.assert_close(fast, out)
+    values = ours._heads(ours._project(x, x, x)[2])  # b h k d
+    torch.testing.assert_close(ours.out_proj((weights @ values).permute(2, 0, 1, 3).flatten(2)), out)
     assert 0.3 < float((weights == 0).double().mean()) < 0.7
     assert not torch.allclose(ours(x, x, x, need_weights=False)[0], out)
     assert torch.equal(ours.eval()(x, x, x)[0], ours(x, x, x)[0])

@@ -59,7 +59,7 @@ def eager_attention(
     (b, hq, rows), (y, keys) = inputs.q.shape[:3], inputs.k.shape[1:3]
     with no_autocast(inputs.q.device):
         positions = mask.positions(rows, keys) if isinstance(inputs.bias, Bias) else None
-        k, v = inputs.k.to(compute), inputs.v.to(compute)
+        k, v = inputs.k.to(compute).contiguous(), inputs.v.to(compute).contiguous()  # else each chunk copies them
         call = _Call(inputs, mask, k, v, (y, hq // y), dense, positions, want_weights)
         q = inputs.q.to(compute).unflatten(1, call.heads)
         step = max(1, chunk_bytes // max(1, b * hq * keys * k.element_size()))

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from truemask._attend import attend
+from truemask._call import read_call
+from truemask._run import new_seed, run
 from truemask.errors import MaskError, describe
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -29,7 +31,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     * a query that may attend to nothing gets zeros from the attention, so `out_proj`'s bias, where torch gives NaN;
     * what is masked cannot reach an output or a gradient, NaN included (law 6 in docs/conventions.md);
     * `mask=` takes an expression, True = may attend, ANDed with torch's own two masks, whose True is masked OUT;
-    * with `need_weights=False` it costs what the masks let through. The default, True as in torch, makes all weights;
+    * with `need_weights=False` it costs what the masks let through. The default, True as in torch, makes all weights
+      besides; a backward for them is only run if they are used;
     * `is_causal=True` is causal, with and without an `attn_mask`; one that shows later keys contradicts it, an error;
     * dropout drops the cells that every backend of this library drops for a seed, not those that torch drops;
     * a nested tensor is taken for self-attention with any masks, also in training.
@@ -164,7 +167,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         k, v, seen, bias, extra = self._with_extra_keys(k, v, seen, bias)
         drop = self.dropout if self.training else 0.0
         if need_weights:
-            out, weights = attend(q, k, v, seen, bias=bias, dropout=drop, return_weights=True)
+            out, weights = attend_and_weigh(q, k, v, seen, bias, drop)
             weights = torch.cat((weights[..., extra:], weights[..., :extra]), dim=-1) if extra else weights
             weights = weights.mean(1) if average_attn_weights else weights
         else:
@@ -329,6 +332,22 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"MultiheadAttention: mask= takes an expression, such as `causal & window(64)`, got {describe(mask)}. "
                 "A bool tensor says True = masked out as attn_mask=, and True = may attend as mask=dense(tensor)"
             )
+
+
+def attend_and_weigh(
+    q: Tensor, k: Tensor, v: Tensor, seen: Mask, bias: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` with its weights `[b, h, q, k]`, by two calls that drop the same cells.
+
+    The output then takes the fast way, and weights that nobody differentiates (most callers throw them away) cost no
+    backward.
+    """
+    if torch.compiler.is_compiling():
+        return attend(q, k, v, seen, bias=bias, dropout=dropout, return_weights=True)
+    weigh = read_call(q, k, v[..., :1], seen, bias=bias, dropout=dropout, return_weights=True)
+    seed = new_seed() if dropout else None
+    out = run(read_call(q, k, v, seen, bias=bias, dropout=dropout), None, seed).out
+    return out, cast("Tensor", run(weigh, None, seed).weights)
 
 
 def check_tensors(query: object, key: object, value: object) -> None:
