@@ -164,6 +164,7 @@ STAIRS = """
     interop/x_layers.py
     interop/x_transformers.py
     interop/use.py
+    interop/in_use.py
 
     auditing/__init__.py
     auditing/models.py

@@ -13,8 +13,11 @@ from tests.auditing.test_faults import picture, serious
 from truemask.auditing.audit import assert_no_leak, audit
 from truemask.auditing.models import AuditError
 from truemask.errors import MaskError
+from truemask.interop.use import use
+from truemask.masks.combine import everything
+from truemask.masks.data import prefix
 from truemask.masks.matrices import dense
-from truemask.masks.positional import causal
+from truemask.masks.positional import blocks, causal, window
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -159,6 +162,8 @@ def test_encoder_decoders() -> None:
     decoder = audit(model, {"input_ids": ids(2, 4), "decoder_input_ids": ids(2, N, seed=9)})
     assert serious(decoder) == []
     assert torch.equal(decoder.visible, decoder.reach)
+    same = audit(model, {"input_ids": ids(2, N), "decoder_input_ids": ids(2, N)})
+    assert torch.equal(same.visible, decoder.visible), "the encoder's embedding is not taken for the decoder's"
     assert "held to `everything`" in audit(model.get_encoder(), ids(2, N)).title
 
 
@@ -169,3 +174,32 @@ def test_embeddings_in_and_hidden_states_out() -> None:
     single = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
     with pytest.raises(AuditError, match=r"gave float32 \[2, 2\]; the audit needs a float output for each position"):
         audit(single.eval(), ids(2, N))
+
+
+TWO_FIRST = causal & (window(2) | prefix(2))
+IN_USE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "anded": ("Llama", {}, {"mask": TWO_FIRST}, f"`{TWO_FIRST}`"),
+    "in the place of its own": ("Llama", {}, {"mask": everything, "replace": True}, "`everything`"),
+    "in one layer": ("Llama", {}, {"mask": window(3), "layers": [1]}, "`causal` then `window(3)`"),
+    "with its window": ("Mistral", {"sliding_window": 4}, {"mask": blocks(5)}, "`window(4) & blocks(5)`"),
+}
+
+
+@pytest.mark.parametrize("name", IN_USE)
+def test_a_model_in_use_is_held_to_what_it_was_given(name: str) -> None:
+    """By its configuration alone it would leak or be blind; tokens count from the first that is real (law 2)."""
+    kind, keywords, given, claimed = IN_USE[name]
+    model = tiny(kind, **keywords)
+    with use(model, **given):
+        plain = audit(model, ids(2, N))
+        padded = audit(model, {"input_ids": ids(2, N), "attention_mask": LEFT.int()})
+    assert f"held to {claimed} (the configuration of {type(model).__name__}, and tm.use)" in plain.title
+    assert serious(plain) == serious(padded) == [], f"{plain}\n{padded}"
+    assert torch.equal(plain.visible, plain.reach)
+
+
+def test_a_stated_mask_counts_real_tokens_and_a_tensor_rows() -> None:
+    model, batch = tiny("Llama"), {"input_ids": ids(2, N), "attention_mask": LEFT.int()}
+    with use(model, TWO_FIRST):
+        assert serious(audit(model, batch, TWO_FIRST)) == []
+        assert "leak" in serious(audit(model, batch, TWO_FIRST.to_dense(N)[0, 0]))

@@ -19,8 +19,10 @@ from torch import Tensor
 from tests.auditing.models import TOKENS, ids
 from tests.auditing.test_faults import serious
 from truemask.auditing.audit import audit
+from truemask.interop.use import use
+from truemask.masks.combine import everything
 from truemask.masks.matrices import dense
-from truemask.masks.positional import causal
+from truemask.masks.positional import causal, window
 
 peer: Any = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")
 
@@ -107,3 +109,15 @@ def test_m18_a_residual_averages_over_the_text() -> None:
 def test_g3_and_g4_generation_differs_from_training(option: str) -> None:
     report = audit(net(**{option: 1}), ids(2, N))
     assert serious(report) == ["cached-differs"]
+
+
+def test_a_model_in_use_is_held_to_what_it_was_given() -> None:
+    model, batch = net(), ids(2, N)
+    with use(model, window(3)):
+        report = audit(model, batch)
+    assert serious(report) == [], str(report)
+    assert "held to `window(3)` (what x-transformers' Decoder says, and tm.use)" in report.title
+    assert torch.equal(report.visible, report.reach)
+    with use(model, everything, replace=True, layers=[1]):
+        assert "held to `causal` then `everything`" in audit(model, batch).title
+    assert "held to `causal` (what x-transformers' Decoder says)" in audit(model, batch).title

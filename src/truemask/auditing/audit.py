@@ -46,7 +46,8 @@ def audit(
             `logits` or `last_hidden_state`.
         batch: token ids `[b, n]`, embeddings `[b, n, d]`, or a dict of keywords: `input_ids`, `attention_mask`, ...
         mask: what it should run: a mask, its text, a bool tensor for `dense`, or a list with one for each layer. None:
-            what the model claims. The padding of the batch is ANDed to both.
+            what the model claims, with what `tm.use` gave it. The padding of the batch is ANDed to all of these, and
+            an expression counts real tokens; a tensor counts rows.
         layers: how many layers run it; None: what the model says, else any number of them.
         seeds: how often everything is tried, with other replacements and other sums of outputs.
         positions: how many positions are probed; of longer texts the first, the last and a random choice.

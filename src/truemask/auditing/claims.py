@@ -64,6 +64,8 @@ def claim_of(subject: Subject, mask: object = None, layers: int | None = None) -
     masks = base.masks
     if documents is not None:
         masks = tuple(one.packed(_lengths(documents)) for one in masks)
+    elif real is not None and not isinstance(mask, Tensor):  # a tensor speaks of the rows as they lie
+        masks = tuple(_begun(one, real, subject) for one in masks)
     if padded is not None and (mask is not None or stack_of(subject) is None):  # truemask's own masks hold it already
         masks = tuple(padded if one is everything else one & padded for one in masks)
     count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers
@@ -166,6 +168,17 @@ def _padding(subject: Subject) -> Mask | None:
         parts.append(padding(starts=starts, on="keys"))
     parts = [part for part in parts if not bool(flags_of(part, subject).all())]
     return reduce(lambda left, right: left & right, parts) if parts else None
+
+
+def _begun(mask: Mask, real: Tensor, subject: Subject) -> Mask:
+    """The mask at positions that count from each sample's first token (law 2); itself where that changes nothing."""
+    first, total = real.int().argmax(dim=1), real.sum(dim=1)
+    solid = all(bool(row[start : start + n].all()) for row, start, n in zip(real, first, total, strict=True))
+    if not solid or not first.any():
+        return mask
+    moved = mask.padded(first.tolist())
+    same = matrix_of(moved, subject) == matrix_of(mask, subject)
+    return mask if bool(same[real[:, :, None] & real[:, None, :]].all()) else moved
 
 
 def _means_true(subject: Subject) -> bool:

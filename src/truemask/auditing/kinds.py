@@ -5,7 +5,7 @@ Any other model is assumed to be causal, and a note says that this was assumed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from truemask.auditing.models import Subject
+from truemask.interop.in_use import Given, given_to_transformers, given_to_x_transformers
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import keys, prefix
@@ -44,11 +45,25 @@ def said_of(subject: Subject) -> Said:
     if stack is not None:
         return _of_truemask(subject, stack)
     if is_peer(subject):
-        return _of_x_transformers(subject)
+        return _with_given(subject, _of_x_transformers(subject), given_to_x_transformers(_own_attentions(subject)))
     if is_hugging_face(subject):
-        return _of_hugging_face(subject)
+        part = "decoder" if str(subject.name).startswith("decoder_") else None
+        return _with_given(subject, _of_hugging_face(subject), given_to_transformers(subject.model, part))
     note = "nobody said which mask this model runs: it was held to `causal`. Pass mask= to say what it should be"
     return Said((causal,), ASSUMED, None, (note,))
+
+
+def _with_given(subject: Subject, said: Said, given: list[Given]) -> Said:
+    """What the model says of its layers, and what `tm.use` gave them."""
+    if all(one.mask is None for one in given):
+        return said
+    own = said.masks * len(given) if len(said.masks) == 1 else said.masks
+    if len(own) != len(given):
+        note = f"it says what {len(own)} layers run and tm.use gave masks to {len(given)}; pass mask= with one for each"
+        return replace(said, notes=(*said.notes, note))
+    n, sizes = subject.length, {"batch": subject.batch, "heads": heads_of(subject)}
+    masks = tuple(one.with_own(mask, n, **sizes) for mask, one in zip(own, given, strict=True))
+    return replace(said, masks=masks[:1] if len(set(masks)) == 1 else masks, source=f"{said.source}, and tm.use")
 
 
 def is_hugging_face(subject: Subject) -> bool:
@@ -68,7 +83,7 @@ def heads_of(subject: Subject) -> int | None:
     if stack is not None:
         return stack.config.heads
     if is_peer(subject):
-        return next((part.heads for part in _peer_attentions(getattr(model, "attn_layers", model))), None)
+        return next((part.heads for part in _own_attentions(subject)), None)
     return getattr(getattr(model, "config", None), "num_attention_heads", None)
 
 
@@ -78,7 +93,7 @@ def layers_of(subject: Subject) -> int | None:
     if stack is not None:
         return stack.depth
     if is_peer(subject):
-        return len(_peer_attentions(getattr(subject.model, "attn_layers", subject.model))) or None
+        return len(_own_attentions(subject)) or None
     return _layer_count(subject, subject.model.config) if is_hugging_face(subject) else None
 
 
@@ -125,6 +140,10 @@ def _of_x_transformers(subject: Subject) -> Said:
     masks = tuple(base & (window(past + 1) | ~causal) if past is not None else base for past in pasts) or (base,)
     masks = masks[:1] if len(set(masks)) == 1 else masks
     return Said(masks, f"what x-transformers' {type(stack).__name__} says", len(pasts) or None)
+
+
+def _own_attentions(subject: Subject) -> list[Any]:
+    return _peer_attentions(getattr(subject.model, "attn_layers", subject.model))
 
 
 def _peer_attentions(stack: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class Subject:
         self.embedding: nn.Module | None = None
         self.features: Tensor | None = self.inputs.detach() if self.embedded else None
         self.seed = SEED
+        self._turn = 1  # of the embedding in one call, from which on it embeds the audited input
         self._check_encoder_decoder()
 
     @property
@@ -86,10 +88,10 @@ class Subject:
         if self.embedded:
             return self.outputs(features)
         assert self.embedding is not None
-        ids = self.inputs
+        ids, turns = self.inputs, count(1)
 
         def replace(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-            return features if is_of(args, ids) else None
+            return features if is_of(args, ids) and next(turns) >= self._turn else None
 
         handle = self.embedding.register_forward_hook(replace)
         try:
@@ -114,8 +116,17 @@ class Subject:
             for handle in handles:
                 handle.remove()
         if found:
-            self.embedding, self.features = found[0]
+            self.embedding, self.features = found[-1 if self._has_twin() else 0]
+            turns = sum(module is self.embedding for module, _ in found)
+            self._turn = turns if self._has_twin() else 1
         return outputs
+
+    def _has_twin(self) -> bool:
+        """Whether an encoder is given the decoder's ids: the decoder's come last."""
+        if not str(self.name).startswith("decoder_"):
+            return False
+        others = (value for value in self.keywords.values() if isinstance(value, Tensor))
+        return any(value.shape == self.inputs.shape and torch.equal(value, self.inputs) for value in others)
 
     def _candidates(self) -> list[nn.Module]:
         """Modules that may be the input embedding, the likeliest first."""

@@ -64,9 +64,14 @@ class AttentionForward(StandIn):
         self.uses: list[Use] = []
         self.note: Note | None = None
 
+    @property
+    def use(self) -> Use | None:
+        """The innermost use that lasts."""
+        return next((use for use in reversed(self.uses) if use.active), None)
+
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
-        use = next((use for use in reversed(self.uses) if use.active), None)
+        use = self.use
         given = arguments(self.module, args, named)
         objections = objections_to(self.module, given)
         if use is None or (objections and use.mask is None):

@@ -1,0 +1,43 @@
+"""Which masks a model is using now: what `tm.use` gave each of its self-attention layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from truemask.interop.layers import MARK
+from truemask.interop.x_attention import AttentionForward
+from truemask.masks.core import Mask
+
+
+class Given(NamedTuple):
+    """What a layer was given: a mask or None, and whether it takes the place of the layer's own."""
+
+    mask: Mask | None
+    replace: bool
+
+    def with_own(self, own: Mask, length: int, batch: int, heads: int | None) -> Mask:
+        """The mask that the layer runs on so many tokens, if its own is `own`; the shorter way to say it."""
+        if self.mask is None:
+            return own
+        both = own & self.mask
+        shorter = self.replace or both.equivalent(self.mask, length, length, batch=batch, heads=heads)
+        return self.mask if shorter else both
+
+
+def given_to_transformers(model: nn.Module, part: str | None = None) -> list[Given]:
+    """What each self-attention layer of a transformers model was given, in order; empty if it is not in use.
+
+    `part` is the name of the part that counts ("decoder"); None takes all.
+    """
+    layers = [vars(module)[MARK] for module in model.modules() if MARK in vars(module)]
+    chosen = [layer for layer in layers if not layer.cross and part in (None, layer.part)]
+    return [Given(layer.mask, layer.replace) for layer in sorted(chosen, key=lambda layer: layer.index)]
+
+
+def given_to_x_transformers(attentions: list[nn.Module]) -> list[Given]:
+    """What some `Attention`s of x-transformers were given, in order; empty if none is in use."""
+    forwards = [vars(module).get("forward") for module in attentions]
+    found = [forward.use if isinstance(forward, AttentionForward) else None for forward in forwards]
+    return [Given(None, False) if use is None else Given(use.mask, use.replace) for use in found] if any(found) else []
