@@ -172,6 +172,7 @@ STAIRS = """
     auditing/kinds.py
     auditing/claims.py
     auditing/caches.py
+    auditing/contexts.py
     auditing/report.py
     auditing/judging.py
     auditing/audit.py

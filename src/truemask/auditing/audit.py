@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from truemask.auditing import judging
 from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
+from truemask.auditing.contexts import context_findings
 from truemask.auditing.models import SEED, AuditError, Subject, undisturbed
 from truemask.auditing.probes import Seen, Step, choose, difference, look, noise_floor, rounding
 from truemask.auditing.report import Finding, Findings, Report
@@ -35,8 +36,9 @@ def audit(
 
     The model is a black box: tokens or embeddings go in, outputs for each position come out. What matters is found by
     gradients and by changing one position at a time, and compared with what the mask lets through all the layers (a
-    position keeps its own input, so a window of w keys reaches `layers * (w - 1)` back). A difference that is seen is
-    a proof; that nothing is seen is evidence, as good as the number of seeds.
+    position keeps its own input, so a window of w keys reaches `layers * (w - 1)` back). What cross-attention reads is
+    replaced, too: its padding must not matter, nor what other samples read. A difference that is seen is a proof; that
+    nothing is seen is evidence, as good as the number of seeds.
 
     It costs about `2 * seeds * min(n, positions)` forwards and backwards; the model's mode, buffers and gradients and
     all random generators are put back.
@@ -75,7 +77,7 @@ def audit(
         noise, floor = noise_floor(subject, baseline)
         reach = reach_of(claim, subject)
         seen = look(subject, baseline, floor, seeds=seeds, positions=positions, step=progress or _silent)
-        facts = _Facts(subject, claim, baseline, reach, seen, noise, seeds)
+        facts = _Facts(subject, claim, baseline, reach, seen, noise, floor, seeds)
         unsteady = _unsteady(facts, train)
         found = [*unsteady, *facts.findings(steady=not unsteady, cache=cache)]
     if given and not train and not _codes(found) & {"nondeterministic"}:
@@ -127,6 +129,7 @@ class _Facts:
     reach: Tensor
     seen: Seen
     noise: float
+    floor: float
     seeds: int
 
     @property
@@ -167,6 +170,7 @@ class _Facts:
             *self._not_finite(),
             *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
             *judging.neighbours(self.seen),
+            *context_findings(self.subject, self.baseline, self.floor, self.seeds),
             *(judging.padded_alone(self.subject, self.claim, self.baseline) if steady else ()),
             *judging.blind_spots(self.claim, blind, self.reach & judged, self.seen, self.seeds),
             *(judging.cached(self.subject, self.claim, self.judged, self.baseline) if cache else ()),

@@ -23,7 +23,7 @@ from truemask.masks.foreign import from_huggingface_2d, from_torch_mha
 from truemask.masks.matrices import dense
 from truemask.masks.text import parse
 
-TORCH_PADDING = ("src_key_padding_mask", "key_padding_mask")
+TORCH_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 
 
 @dataclass(frozen=True)

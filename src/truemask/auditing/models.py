@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from truemask.errors import TruemaskError, describe
 
-INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "ids", "x", "tokens", "src")
+INPUTS = (
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "input_ids",
+    "inputs_embeds",
+    "ids",
+    "x",
+    "tokens",
+    "tgt",
+    "src",
+)
 OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
 SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "decoder_start", "image", "audio", "video")
 SEED = 20_260_714  # every call of the model begins here, so that dropout drops the same in all of them
@@ -141,17 +151,12 @@ class Subject:
 
     def other_inputs(self, places: Tensor, generator: torch.Generator) -> Tensor:
         """The inputs with something else at `places`, bool `[b, n]`: other tokens, or other vectors as large."""
-        if self.embedded:
-            noise = torch.randn(self.inputs.shape, generator=generator, dtype=torch.float64)
-            size = self.inputs.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
-            other = (noise * size).to(self.inputs)
-            return torch.where(places.to(self.inputs.device)[..., None], other, self.inputs)
-        allowed = self._ordinary_tokens()
-        drawn = torch.randint(len(allowed), self.inputs.shape, generator=generator)
-        other = allowed[drawn]
-        ids = self.inputs.cpu()
-        other = torch.where(other == ids, allowed[(drawn + 1) % len(allowed)], other).to(self.inputs)
-        return torch.where(places.to(self.inputs.device), other, self.inputs)
+        return replaced(self.inputs, places, self._ordinary_tokens, generator)
+
+    def other_context(self, context: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
+        """The same for another sequence of the call, `[b, m]` or `[b, m, d]`, from its own range of tokens."""
+        known = int(context.max()) + 1 if not context.is_floating_point() else 0
+        return replaced(context, places, lambda: torch.arange(max(2, known)), generator)
 
     def _ordinary_tokens(self) -> Tensor:
         """Tokens that mean nothing special, as far as the model's configuration says."""
@@ -171,6 +176,20 @@ class Subject:
                 f"{type(self.model).__name__} is an encoder-decoder: to audit its decoder pass decoder_input_ids in "
                 "the batch, next to input_ids; to audit its encoder pass model.get_encoder()"
             )
+
+
+def replaced(value: Tensor, places: Tensor, tokens: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
+    """`value` `[b, n]` or `[b, n, d]` with another token, or another vector as large, at `places`, bool `[b, n]`."""
+    at = places.to(value.device)
+    if value.is_floating_point():
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        size = value.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
+        return torch.where(at[..., None], (noise * size).to(value), value)
+    allowed = tokens()
+    drawn = torch.randint(len(allowed), value.shape, generator=generator)
+    other = allowed[drawn]
+    other = torch.where(other == value.cpu(), allowed[(drawn + 1) % len(allowed)], other).to(value)
+    return torch.where(at, other, value)
 
 
 def read_batch(batch: Tensor | Mapping[str, Any]) -> tuple[str | None, Tensor, dict[str, Any]]:
