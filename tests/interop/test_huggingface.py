@@ -146,6 +146,50 @@ def test_a_sample_means_the_same_under_a_mask_however_it_comes(name: str, way: s
             assert_same(found.reshape(-1, 61)[: TOKENS - starts], model(ids[:1, starts:]).logits[0])
 
 
+MIXED = tm.causal & (tm.window(2) | tm.prefix(1))
+LAYOUTS = {
+    "inside the documents": MIXED,
+    "packed": MIXED.packed([7, 16]),
+    "packed, and said twice": MIXED.packed([7, 16]) & tm.documents([7, 16]),
+}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_mask_that_says_how_rows_are_packed_is_about_rows(name: str, layout: str, replace: bool) -> None:
+    """It is not packed once more where transformers tells documents by their positions; the later one is longer."""
+    model, ids = model_of(name), tokens(1)
+    given = {"position_ids": torch.tensor([[*range(7), *range(16)]]), "use_cache": False}
+    with use(model, MIXED, replace=replace):
+        alone = torch.cat([model(ids[:, :7]).logits[0], model(ids[:, 7:]).logits[0]])
+    with use(model, LAYOUTS[layout], replace=replace):
+        assert_same(model(ids, **given).logits[0], alone)
+
+
+def test_a_tree_is_not_cut_where_its_positions_restart() -> None:
+    model, ids = model_of("llama"), tokens(1)[:, :9]
+    first, second = [*range(4), 4, 5], [*range(4), 6, 7, 8]  # a prompt of four tokens, and two completions
+    with use(model):
+        alone = torch.cat([model(ids[:, first]).logits[0], model(ids[:, second]).logits[0, 4:]])
+    given = {"position_ids": torch.tensor([[*range(6), 4, 5, 6]]), "use_cache": False}
+    with use(model, tm.tree([-1, 0, 0], lengths=[4, 2, 3])):
+        assert_same(model(ids, **given).logits[0], alone)
+
+
+@pytest.mark.parametrize("mask", [MIXED, MIXED.padded([0, 5]), MIXED & tm.padding(starts=[0, 5])])
+def test_a_mask_that_says_where_samples_begin_is_about_rows(mask: tm.Mask) -> None:
+    model, ids = model_of("llama"), tokens()
+    real = (torch.arange(TOKENS) >= torch.tensor([[0], [5]])).long()
+    given = {"attention_mask": real, "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+    rule = mask if mask.batch_size > 1 else MIXED.padded([0, 5])
+    expected = model(
+        ids, attention_mask=additive((rule & tm.causal).to_dense(TOKENS)), position_ids=given["position_ids"]
+    )
+    with use(model, mask):
+        assert_same(model(ids, **given).logits[1, 5:], expected.logits[1, 5:])
+
+
 def test_a_model_that_packs_without_telling_its_mask_is_named_and_mended() -> None:
     """GPT-OSS (5.23) makes its mask without position_ids: its packed documents see each other."""
     model, ids = model_of("gpt_oss"), tokens(1)

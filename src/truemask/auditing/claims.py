@@ -16,6 +16,7 @@ from torch import Tensor
 from truemask.auditing.kinds import Said, four_axes, heads_of, is_peer, layers_of, said_of, stack_of
 from truemask.auditing.models import AuditError, Subject
 from truemask.errors import MaskError, describe
+from truemask.interop.claims import lies_in_rows
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import padding
@@ -60,12 +61,22 @@ def claim_of(subject: Subject, mask: object = None, layers: int | None = None) -
         raise AuditError(f"layers= is {describe(layers)}; expected how many layers the model has, 1 or more")
     padded = _padding(subject)
     real = None if padded is None else flags_of(padded, subject)
-    documents = _documents(subject, real) if mask is None else None
-    masks = base.masks
-    if documents is not None:
-        masks = tuple(one.packed(_lengths(documents)) for one in masks)
-    elif real is not None and not isinstance(mask, Tensor):  # a tensor speaks of the rows as they lie
-        masks = tuple(_begun(one, real, subject) for one in masks)
+    told = any(one.mask is not None and lies_in_rows(one.mask, packed=True) for one in base.given)
+    documents = _documents(subject, real) if mask is None and not told else None
+
+    def placed(one: Mask) -> Mask:
+        if documents is not None:
+            return one.packed(_lengths(documents))
+        if real is None or isinstance(mask, Tensor) or lies_in_rows(one, packed=False):
+            return one  # a tensor speaks of the rows as they lie
+        return _begun(one, real, subject)
+
+    masks = tuple(placed(one) for one in base.masks)
+    if base.given:
+        sizes = {"length": subject.length, "batch": subject.batch, "heads": heads_of(subject)}
+        pairs = zip(masks, base.given, strict=True)
+        masks = tuple(given.with_own(own, placed, **sizes) for own, given in pairs)
+        masks = masks[:1] if len(set(masks)) == 1 else masks
     if padded is not None and (mask is not None or stack_of(subject) is None):  # truemask's own masks hold it already
         masks = tuple(padded if one is everything else one & padded for one in masks)
     count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers

@@ -31,12 +31,16 @@ _NAMED = {True: "`causal`", False: "`everything`"}
 
 @dataclass(frozen=True)
 class Said:
-    """What a model says, before padding and packing are added; `layers` is None where it does not say."""
+    """What a model says, before padding and packing are added; `layers` is None where it does not say.
+
+    `given` is what `tm.use` gave each layer besides, or empty.
+    """
 
     masks: tuple[Mask, ...]
     source: str
     layers: int | None = None
     notes: tuple[str, ...] = ()
+    given: tuple[Given, ...] = ()
 
 
 def said_of(subject: Subject) -> Said:
@@ -45,15 +49,15 @@ def said_of(subject: Subject) -> Said:
     if stack is not None:
         return _of_truemask(subject, stack)
     if is_peer(subject):
-        return _with_given(subject, _of_x_transformers(subject), given_to_x_transformers(_own_attentions(subject)))
+        return _with_given(_of_x_transformers(subject), given_to_x_transformers(_own_attentions(subject)))
     if is_hugging_face(subject):
         part = "decoder" if str(subject.name).startswith("decoder_") else None
-        return _with_given(subject, _of_hugging_face(subject), given_to_transformers(subject.model, part))
+        return _with_given(_of_hugging_face(subject), given_to_transformers(subject.model, part))
     note = "nobody said which mask this model runs: it was held to `causal`. Pass mask= to say what it should be"
     return Said((causal,), ASSUMED, None, (note,))
 
 
-def _with_given(subject: Subject, said: Said, given: list[Given]) -> Said:
+def _with_given(said: Said, given: list[Given]) -> Said:
     """What the model says of its layers, and what `tm.use` gave them."""
     if all(one.mask is None for one in given):
         return said
@@ -61,9 +65,7 @@ def _with_given(subject: Subject, said: Said, given: list[Given]) -> Said:
     if len(own) != len(given):
         note = f"it says what {len(own)} layers run and tm.use gave masks to {len(given)}; pass mask= with one for each"
         return replace(said, notes=(*said.notes, note))
-    n, sizes = subject.length, {"batch": subject.batch, "heads": heads_of(subject)}
-    masks = tuple(one.with_own(mask, n, **sizes) for mask, one in zip(own, given, strict=True))
-    return replace(said, masks=masks[:1] if len(set(masks)) == 1 else masks, source=f"{said.source}, and tm.use")
+    return replace(said, masks=own, given=tuple(given), source=f"{said.source}, and tm.use")
 
 
 def is_hugging_face(subject: Subject) -> bool:

@@ -19,7 +19,7 @@ from truemask.errors import ConventionWarning, MaskError, describe
 from truemask.interop.lifting import Packing, alike
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
-from truemask.masks.data import keys, padding
+from truemask.masks.data import Padding, keys, padding
 from truemask.masks.foreign.importers import from_torch_sdpa
 
 INSIDE = (
@@ -27,15 +27,31 @@ INSIDE = (
     "are recomputed then (gradient checkpointing). A model that computes with its mask itself cannot run there"
 )
 
+OF_ROWS = ("packed", "documents", "tree", "same", "keys", "queries", "dense")
 APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
+
+
+def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
+    """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
+
+    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
+
+    >>> from truemask.masks.positional import causal
+    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
+    (True, False)
+    """
+    parts = list(mask.walk())
+    if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
+        return True
+    return packed and any(part.kind in OF_ROWS for part in parts)
 
 
 class Claim:
     """The model's own mask for one forward, over absolute positions.
 
-    `rule`: what it says of positions, documents included. `real [b, n]`: which of the first n positions are tokens and
-    not padding, or None. Row i of the call is position `q_start + i`, key j is `k_start + j`. It looks like the bool
-    tensor `[b, 1, q, k]` that it stands for, as far as transformers looks.
+    `rule`: what it says of positions, documents included; `unpacked` without them. `real [b, n]`: which of the first n
+    positions are tokens and not padding, or None. Row i of the call is position `q_start + i`, key j is `k_start + j`.
+    It looks like the bool tensor `[b, 1, q, k]` that it stands for, as far as transformers looks.
     """
 
     ndim, dtype = 4, torch.bool
@@ -48,12 +64,14 @@ class Claim:
         *,
         real: Tensor | None = None,
         packing: Packing | None = None,
+        unpacked: Mask | None = None,
         looks_back: bool = False,
         bias: Tensor | None = None,
         placed: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         self.rule, self.packing, self.looks_back, self.bias, self.placed = rule, packing, looks_back, bias, placed
+        self.unpacked = rule if unpacked is None else unpacked
         self.batch, self.q_len, self.k_len = sizes
         self.q_start, self.k_start = starts
         self.device = torch.device(device)
@@ -98,11 +116,13 @@ class Claim:
     def mask(self, users: Mask | None, replace: bool = False) -> Mask:
         """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
 
-        Padding and documents are facts about the batch: they stay.
+        Padding and documents are facts about the batch: they stay, unless the user's mask says which documents there
+        are.
         """
         if (users, replace) not in self._masks:
             self._check_samples(users)
-            own = [] if replace and users is not None else [self.rule]
+            lies = users is not None and self.packing is not None and lies_in_rows(users, packed=True)
+            own = [] if replace and users is not None else [self.unpacked if lies else self.rule]
             terms = [*own, *([] if users is None else [self._placed(users)]), self._padding[0]]
             if replace and users is not None and self.k_start:
                 self._check_kept(users, _all(terms))
@@ -170,15 +190,20 @@ class Claim:
         return mask.at(q_start=self.q_start, k_start=self.k_start)
 
     def _placed(self, users: Mask) -> Mask:
-        """The user's mask at logical positions: a sample means the same alone, padded and packed (law 2)."""
+        """The user's mask at logical positions: a sample means the same alone, padded and packed (law 2).
+
+        A mask that says itself how the rows are packed or padded is about the rows as they lie.
+        """
         if not self.placed and users.varies_with_query:
             raise MaskError(
                 f"the model's mask for {self.q_len} rows and {self.k_len} keys does not say which positions the "
                 f"rows have, and `{users}` asks: pass a 2-D attention_mask"
             )
         if self.packing is not None:
-            return self.packing.of(users)
+            return users if lies_in_rows(users, packed=True) else self.packing.of(users)
         _, positions, starts = self._padding
+        if lies_in_rows(users, packed=False):
+            return users
         if starts is not None:
             return users.padded(starts)
         return users if positions is None else users.take(q=positions, k=positions)

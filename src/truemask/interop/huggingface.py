@@ -59,7 +59,14 @@ def claim(
     found = lift(mask_function, cell_by_cell=use_vmap)
     real = None if attention_mask is None else attention_mask.bool()
     return Claim(
-        found.mask, sizes, starts, real=real, packing=found.packing, looks_back=found.looks_back, device=device
+        found.mask,
+        sizes,
+        starts,
+        real=real,
+        packing=found.packing,
+        unpacked=found.unpacked,
+        looks_back=found.looks_back,
+        device=device,
     )
 
 

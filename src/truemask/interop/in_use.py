@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
@@ -17,13 +18,17 @@ class Given(NamedTuple):
     mask: Mask | None
     replace: bool
 
-    def with_own(self, own: Mask, length: int, batch: int, heads: int | None) -> Mask:
-        """The mask that the layer runs on so many tokens, if its own is `own`; the shorter way to say it."""
+    def with_own(self, own: Mask, placed: Callable[[Mask], Mask], length: int, batch: int, heads: int | None) -> Mask:
+        """The mask that the layer runs on so many tokens; in fewer words where `own` says nothing new.
+
+        `placed` brings a mask of logical positions to the rows of the batch, where `own` stands already.
+        """
         if self.mask is None:
             return own
-        both = own & self.mask
-        shorter = self.replace or both.equivalent(self.mask, length, length, batch=batch, heads=heads)
-        return self.mask if shorter else both
+        given = placed(self.mask)
+        both = own & given
+        shorter = self.replace or both.equivalent(given, length, length, batch=batch, heads=heads)
+        return given if shorter else both
 
 
 def given_to_transformers(model: nn.Module, part: str | None = None) -> list[Given]:

@@ -57,12 +57,13 @@ class Lifted:
     """A mask function as an expression over absolute positions, and what was met on the way.
 
     `looks_back`: a causal function is part of it, so keys behind the last query are not written yet. `packing`: the
-    documents that it keeps apart.
+    documents that it keeps apart; `unpacked` is the mask without them, over the rows as they lie.
     """
 
     mask: Mask
     looks_back: bool = False
     packing: Packing | None = None
+    unpacked: Mask | None = None
 
 
 def lift(function: MaskFunction, *, cell_by_cell: bool = False) -> Lifted:
@@ -83,16 +84,18 @@ def lift(function: MaskFunction, *, cell_by_cell: bool = False) -> Lifted:
         return Lifted(LEAVES[name](held))
     if name == ADD_OFFSETS:
         found = lift(held["mask_function"], cell_by_cell=cell_by_cell)
-        moved = found.mask.at(q_start=int(held["q_offset"]), k_start=int(held["kv_offset"]))
-        return Lifted(moved, found.looks_back, found.packing)
+        starts = {"q_start": int(held["q_offset"]), "k_start": int(held["kv_offset"])}
+        unpacked = None if found.unpacked is None else found.unpacked.at(**starts)
+        return Lifted(found.mask.at(**starts), found.looks_back, found.packing, unpacked)
     if name in (AND, OR):
         functions = held["mask_functions"]
         if [_name(part) for part in functions] == [PACKED, REMAPPED]:
             return _packed(_held_by(functions[0]), _held_by(functions[1]), cell_by_cell)
         parts = [lift(part, cell_by_cell=cell_by_cell) for part in functions]
-        mask = (_all_of if name == AND else _any_of)([part.mask for part in parts])
+        joined = _all_of if name == AND else _any_of
+        mask, unpacked = joined([part.mask for part in parts]), joined([part.unpacked or part.mask for part in parts])
         packing = next((part.packing for part in parts if part.packing is not None), None)
-        return Lifted(mask, any(part.looks_back for part in parts), packing)
+        return Lifted(mask, any(part.looks_back for part in parts), packing, unpacked)
     if not callable(function):
         raise MaskError(f"a mask function of transformers takes (b, h, q, k), got {describe(function)}")
     return Lifted(predicate(each_cell(function) if cell_by_cell else function))
@@ -135,7 +138,7 @@ def _packed(same_document: dict[str, Any], remapped: dict[str, Any], cell_by_cel
     """What `packed_sequence_compatibility_function` makes: a mask inside documents, at positions that restart."""
     packing = Packing(alike(same_document["packed_sequence_mask"]), alike(remapped["position_ids"]))
     inside = lift(remapped["mask_function"], cell_by_cell=cell_by_cell)
-    return Lifted(packing.of(inside.mask), inside.looks_back, packing)
+    return Lifted(packing.of(inside.mask), inside.looks_back, packing, inside.mask)
 
 
 def _all_of(masks: Sequence[Mask]) -> Mask:

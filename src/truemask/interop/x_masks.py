@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
+from truemask.interop.claims import lies_in_rows
 from truemask.masks.combine import everything, nothing
 from truemask.masks.core import Mask
 from truemask.masks.data import keys
@@ -75,7 +76,7 @@ def expression(own: Mask, asked: Mask | None, place: Place) -> Mask:
     user = everything if asked is None else asked
     if place.cross:
         return _behind(place, both(_moved(own, place.start), _cross(user, place)))
-    if place.starts is not None and asked is not None:
+    if place.starts is not None and asked is not None and not lies_in_rows(asked, packed=False):
         user = user.padded(list(place.starts))
     whole = both(own, _among_registers(user, place))
     return _moved(_behind(place, whole), place.start)
