@@ -168,12 +168,14 @@ STAIRS = """
 
     auditing/__init__.py
     auditing/models.py
+    auditing/ruler.py
     auditing/probes.py
     auditing/kinds.py
     auditing/claims.py
     auditing/caches.py
     auditing/contexts.py
     auditing/report.py
+    auditing/steadiness.py
     auditing/judging.py
     auditing/audit.py
 

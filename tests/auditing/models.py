@@ -63,4 +63,4 @@ def tiny(kind: str, **keywords: Any) -> Any:
         sizes |= {"bos_token_id": 1, "eos_token_id": 2}
     make = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")
     torch.manual_seed(1)
-    return getattr(transformers, kind + heads)(make(**sizes, **keywords)).eval()
+    return getattr(transformers, kind + heads)(make(**sizes | keywords)).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def broken():
 
 def number():
     return 7
+
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -128,6 +132,20 @@ def test_exit_codes(run: Any, tmp_path: Path) -> None:
     assert run("audited_models:stated", "--mask", "causal")[0] == 0
 
 
+def test_json(run: Any) -> None:
+    code, said = run("audited_models:leaky", "--json")
+    found = json.loads(said)
+    assert (code, found["ok"], found["findings"][0]["code"], found["leaks"]) == (1, False, "future-leak", 4)
+
+
+def test_a_file_is_that_file_whatever_else_has_its_name(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("audited_models.py", "json.py"):
+        (tmp_path / "sub" / name).write_text(MODELS.replace("back=False", "back=True"), encoding="utf-8")
+        assert run(f"sub/{name}:clean")[0] == 1
+    assert run("audited_models.py:clean")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -137,6 +155,9 @@ def test_exit_codes(run: Any, tmp_path: Path) -> None:
         (["audited_models:claen"], "has no function 'claen', did you mean 'clean'?"),
         (["audited_models:number"], "the factory returned int 7; expected a model, (model, batch)"),
         (["audited_models:broken"], "KeyError: 'weights'"),
+        (["audited_models:leaves"], "SystemExit: 0"),
+        (["audited_models:clean", "--html", "nowhere/report.html"], "nowhere/report.html"),
+        (["audited_models:clean", "--mask", "cuasal"], "did you mean 'causal'?"),
         (["audited_models:stated", "--layers", "1", "--mask", "keys([True])"], "the mask does not fit"),
     ],
     ids=str,

@@ -94,7 +94,7 @@ def test_blind_spots_count_where_the_mask_is_stated() -> None:
     assert "the farthest input seen to matter is 1 back, and the mask reaches 2" in str(
         audit(narrow, ids(1, N), window(3), layers=1)
     )
-    assert [one.severity for one in audit(Planted(lambda x: x).eval(), ids(1, N)).findings] == ["note"]
+    assert [one.severity for one in audit(Planted(lambda x: x).eval(), ids(1, N)).findings] == ["note"] * 2
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -302,3 +302,107 @@ def test_masks_that_differ_between_heads() -> None:
     assert torch.equal(report.visible[0], allowed), str(report)
     with pytest.raises(AuditError, match="varies over heads and holds no number of them"):
         audit(Sums(), ids(1, N), scattered)
+
+
+BANNED = {"-1e9": -1e9, "the lowest number": torch.finfo(torch.float32).min, "-inf": -torch.inf}
+
+
+@pytest.mark.parametrize("banned", BANNED)
+def test_banned_logits_hide_nothing_and_are_no_fault(banned: str) -> None:
+    """Each feature is measured in its own size."""
+
+    def ban(x: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(x[..., :3], BANNED[banned]), x[..., 3:]], dim=-1)
+
+    assert audit(Planted(lambda x: ban(x.cumsum(1))).eval(), ids(2, N)).ok
+    batch = audit(Planted(lambda x: ban(x.cumsum(1) + 0.5 * x.detach().mean(0))).eval(), ids(2, N))
+    assert "batch-neighbours" in serious(batch)
+    future = audit(Planted(lambda x: ban(x.cumsum(1) + 0.01 * x.detach().roll(-1, 1))).eval(), ids(2, N))
+    assert "future-leak" in serious(future)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_a_convolution_by_fft_is_no_leak(dtype: torch.dtype) -> None:
+    """It gives every input a tiny gradient, which does not grow in proportion."""
+    kernel = torch.randn(N, DIM, generator=torch.Generator().manual_seed(6), dtype=dtype)
+
+    def convolved(x: Tensor) -> Tensor:
+        product = torch.fft.rfft(x, 2 * N, dim=1) * torch.fft.rfft(kernel, 2 * N, dim=0)
+        return torch.fft.irfft(product, 2 * N, dim=1)[:, :N]
+
+    assert serious(audit(Planted(convolved).to(dtype).eval(), ids(2, N), causal)) == []
+
+
+def test_a_tiny_leak_is_told_by_its_gradient_alone() -> None:
+    report = audit(Planted(lambda x: x.cumsum(1) + 1e-9 * x.flip(1)).eval(), ids(2, N))
+    assert serious(report) == ["future-leak"]
+    assert "grows in proportion" in report.findings[0].message
+    assert "proves" not in report.findings[0].message
+
+
+def test_a_tiny_leak_between_samples_is_not_blamed_on_positions() -> None:
+    report = audit(Planted(lambda x: x.cumsum(1) + 1e-7 * x.roll(1, 0).flip(1)).eval(), ids(2, N))
+    assert serious(report) == ["batch-neighbours"]
+    assert "have a gradient at sample" in report.findings[0].message
+
+
+UNSEEN: dict[str, Any] = {
+    "no numbers": lambda x: x * torch.nan,
+    "nothing mixed": lambda x: x + 0 * x.flip(1),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_no_leak_is_not_asserted_where_none_could_be_seen(name: str) -> None:
+    with pytest.raises(AssertionError, match=r"not-finite|nothing-seen"):
+        assert_no_leak(Planted(UNSEEN[name]).eval(), ids(2, N), causal)
+    assert_no_leak(Planted(lambda x: x).eval(), ids(2, N), "local(0)")
+
+
+class Counts(Sums):
+    """Buffers of every kind: one that is expanded, one that each call replaces."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def after(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x.cumsum(1)
+
+
+def test_buffers_are_put_back() -> None:
+    model = Counts().eval()
+    assert audit(model, ids(2, N)).ok
+    assert int(model.calls) == 0
+
+
+def test_an_embedding_called_by_keyword_is_found() -> None:
+    class Named(Sums):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.embedding(input=x)) + 1e-9 * self.embedding(input=x).flip(1)
+
+    assert serious(audit(Named().eval(), ids(2, N))) == ["future-leak"]
+
+
+def test_a_hole_in_the_positions_is_no_new_document() -> None:
+    class Placed(Sums):
+        def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+            return self.after(self.embedding(x)) + position_ids[..., None]
+
+    holes, restarts = torch.tensor([[0, 1, 2, 7, 8, 9]]), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    assert audit(Placed().eval(), {"x": ids(1, 6), "position_ids": holes}).ok
+    mixed = audit(Placed().eval(), {"x": ids(1, 6), "position_ids": restarts})
+    assert serious(mixed) == ["documents-mix"]
+    assert any("position_ids begin again" in note for note in mixed.notes)
+
+
+def test_a_report_is_true_if_it_is_clean() -> None:
+    clean, leaky = audit(Sums().eval(), ids(1, N)), audit(Sums().eval(), ids(1, N), "local(0)")
+    assert clean
+    assert not leaky
+    said = leaky.to_dict()
+    assert (said["ok"], said["leaks"], said["findings"][0]["code"]) == (False, N * (N - 1) // 2, "leak")

@@ -26,6 +26,8 @@ LEFT = torch.arange(N) >= torch.tensor([[0], [4]])
 RIGHT = torch.arange(N) < torch.tensor([[N], [6]])
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]] * 2)
 
+TWO_FIRST = causal & (window(2) | prefix(2))
+
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Llama": ("Llama", {}, "`causal`"),
     "Llama, eager": ("Llama", {"attn_implementation": "eager"}, "`causal`"),
@@ -167,6 +169,48 @@ def test_encoder_decoders() -> None:
     assert "held to `everything`" in audit(model.get_encoder(), ids(2, N)).title
 
 
+def test_the_layers_of_a_decoder_are_its_own() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 31, "d_model": 16, "max_position_embeddings": 32}
+    for side, layers in (("encoder", 3), ("decoder", 2)):
+        sizes |= {f"{side}_layers": layers, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 24}
+    torch.manual_seed(1)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)).eval()
+    batch = {"input_ids": ids(2, 4), "decoder_input_ids": ids(2, N)}
+    assert "through 2 layers" in audit(model, batch).title
+    assert "leak" in serious(audit(model, batch, window(2)))
+    with pytest.raises(AuditError, match="5 masks were given, one for each layer, and the model has 2 layers"):
+        audit(model, batch, [causal] * 5)
+
+
+def test_several_tokens_may_end_a_text() -> None:
+    assert audit(tiny("Llama", eos_token_id=[2, 3]), ids(2, N)).ok
+
+
+def test_a_mask_in_use_for_each_sample_is_no_fault_of_the_padding() -> None:
+    model = tiny("Llama")
+    with use(model, causal & (window(3) | prefix([1, 2]))):
+        report = audit(model, {"input_ids": ids(2, N), "attention_mask": LEFT.int()})
+    assert serious(report) == [], str(report)
+    assert any("could not be run without their padding: MaskError" in note for note in report.notes)
+
+
+def test_a_model_that_gives_no_cache_has_no_fault_in_it() -> None:
+    model = tiny("Llama")
+    model.activation_checkpointing_enable()
+    report = audit(model, ids(2, N), train=True)
+    assert serious(report) == [], str(report)
+    assert any("the model returned none" in note for note in report.notes)
+
+
+def test_packed_documents_may_be_told_by_the_mask_in_use() -> None:
+    model, batch = tiny("Llama"), {"input_ids": ids(2, N), "position_ids": PACKED}
+    assert serious(audit(model, batch)) == ["documents-mix"]
+    for mask in (causal.packed([4, 3, 3]), TWO_FIRST.packed([4, 3, 3])):
+        with use(model, mask):
+            assert audit(model, batch).ok
+            assert audit(model, {**batch, "use_cache": False}).ok
+
+
 def test_embeddings_in_and_hidden_states_out() -> None:
     model = tiny("Llama")
     assert audit(model.model, ids(2, N), causal).ok
@@ -176,7 +220,6 @@ def test_embeddings_in_and_hidden_states_out() -> None:
         audit(single.eval(), ids(2, N))
 
 
-TWO_FIRST = causal & (window(2) | prefix(2))
 IN_USE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "anded": ("Llama", {}, {"mask": TWO_FIRST}, f"`{TWO_FIRST}`"),
     "in the place of its own": ("Llama", {}, {"mask": everything, "replace": True}, "`everything`"),

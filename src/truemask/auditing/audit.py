@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from truemask.auditing import judging
 from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
 from truemask.auditing.contexts import context_findings
-from truemask.auditing.models import SEED, AuditError, Subject, undisturbed
-from truemask.auditing.probes import Seen, Step, choose, difference, look, noise_floor, rounding
+from truemask.auditing.models import AuditError, Subject, undisturbed
+from truemask.auditing.probes import Seen, Step, choose, confirm, look
 from truemask.auditing.report import Finding, Findings, Report
+from truemask.auditing.ruler import Ruler
+from truemask.auditing.steadiness import unsteady_calls, unsteady_in_training
 from truemask.errors import describe
 
 MOST_POSITIONS = 128
@@ -74,23 +76,28 @@ def audit(
     with undisturbed(model, train=train):
         baseline = _baseline(subject)
         claim = checked(claim_of(subject, mask, layers), subject)
-        noise, floor = noise_floor(subject, baseline)
+        ruler = Ruler(baseline)
+        ruler.listen(subject)
         reach = reach_of(claim, subject)
-        seen = look(subject, baseline, floor, seeds=seeds, positions=positions, step=progress or _silent)
-        facts = _Facts(subject, claim, baseline, reach, seen, noise, floor, seeds)
-        unsteady = _unsteady(facts, train)
+        seen = look(subject, ruler, seeds=seeds, positions=positions, step=progress or _silent)
+        confirm(subject, seen, ~reach)
+        ruler.listen(subject, times=1)  # a model that drifts from call to call is heard now
+        facts = _Facts(subject, claim, ruler, reach, seen, seeds)
+        unsteady = unsteady_calls(subject, ruler, train)
         found = [*unsteady, *facts.findings(steady=not unsteady, cache=cache)]
-    if given and not train and not _codes(found) & {"nondeterministic"}:
+    if given and not train and not unsteady:
         with undisturbed(model, train=True):
-            found += _unsteady_in_training(subject)
+            found += unsteady_in_training(subject, ruler)
     return facts.report(found, positions)
 
 
 def assert_no_leak(model: nn.Module, batch: Tensor | Mapping[str, Any], mask: object = None, **options: Any) -> Report:
     """Raise AssertionError, with the report as its text, if an output depends on what its mask hides.
 
-    What counts: later, hidden or padded inputs that matter, documents that mix, and neighbours in the batch. Blind
-    spots and caches do not, since nothing leaks by them: ask `audit`. The arguments are those of `audit`.
+    What counts: later, hidden or padded inputs that matter, documents that mix, and neighbours in the batch; and
+    whatever keeps the audit from seeing any of it: outputs that are no numbers or drown in noise, and a model in which
+    no output depends on another position at all, as with projections that begin at zero. Blind spots and caches do
+    not count, since nothing leaks by them: ask `audit`. The arguments are those of `audit`.
 
     >>> from truemask.nn.layers import Encoder
     >>> assert_no_leak(Encoder(dim=16, depth=1, heads=2), torch.randn(1, 4, 16), mask="causal")
@@ -99,7 +106,7 @@ def assert_no_leak(model: nn.Module, batch: Tensor | Mapping[str, Any], mask: ob
     AssertionError: audit of Encoder, 1 sample of 4 positions: held to `causal` ...
     """
     report = audit(model, batch, mask, **{"cache": False, **options})
-    if set(report.findings.codes) & set(judging.LEAKS):
+    if set(report.findings.codes) & {*judging.LEAKS, *judging.UNSEEN}:
         raise AssertionError(str(report))
     return report
 
@@ -125,11 +132,9 @@ class _Facts:
 
     subject: Subject
     claim: Claim
-    baseline: Tensor
+    ruler: Ruler
     reach: Tensor
     seen: Seen
-    noise: float
-    floor: float
     seeds: int
 
     @property
@@ -154,8 +159,9 @@ class _Facts:
 
     @property
     def finite(self) -> Tensor:
-        """The outputs that are numbers before anything was changed, bool `[b, n]`."""
-        return self.baseline.isfinite().all(dim=-1).cpu()
+        """The outputs that are numbers before anything was changed, bool `[b, n]`; banned logits may be infinite."""
+        outputs = self.ruler.baseline
+        return (~outputs.isnan().any(dim=-1) & outputs.isfinite().any(dim=-1)).cpu()
 
     def findings(self, *, steady: bool, cache: bool) -> list[Finding | str]:
         """What was found, and (as text) what could not be looked for.
@@ -168,13 +174,14 @@ class _Facts:
         cache = cache and steady and not bool(self.reach.triu(1).any())
         return [
             *self._not_finite(),
+            *judging.nothing_seen(self.claim, visible, self.reach & judged & self.looked),
             *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
             *judging.neighbours(self.seen),
-            *context_findings(self.subject, self.baseline, self.floor, self.seeds),
-            *(judging.padded_alone(self.subject, self.claim, self.baseline) if steady else ()),
+            *context_findings(self.subject, self.ruler, self.seeds),
+            *(judging.padded_alone(self.subject, self.claim, self.ruler) if steady else ()),
             *judging.blind_spots(self.claim, blind, self.reach & judged, self.seen, self.seeds),
-            *(judging.cached(self.subject, self.claim, self.judged, self.baseline) if cache else ()),
-            *(judging.poisoned(self.subject, self.baseline, hidden & ~visible) if not self.seen.neighbours else ()),
+            *(judging.cached(self.subject, self.claim, self.judged, self.ruler) if cache else ()),
+            *(judging.poisoned(self.subject, self.ruler, hidden & ~visible) if not self.seen.neighbours else ()),
         ]
 
     def _not_finite(self) -> list[Finding]:
@@ -213,50 +220,3 @@ class _Facts:
         return Report(
             title, findings, tuple(notes), self.reach, self.seen.visible, self.looked, self.judged.expand(b, n)
         )
-
-
-def _apart(subject: Subject) -> float:
-    """How far two calls are apart that begin with other random numbers; 0 if by no more than rounding."""
-    with torch.no_grad():
-        first = subject.outputs()
-        subject.seed = SEED + 1
-        try:
-            apart = float(difference(first, subject.outputs()).max())
-        finally:
-            subject.seed = SEED
-    return apart if apart > rounding(first) else 0.0
-
-
-def _codes(found: list[Finding | str]) -> set[str]:
-    return {one.code for one in found if isinstance(one, Finding)}
-
-
-def _unsteady(facts: _Facts, train: bool) -> list[Finding]:
-    noise = facts.noise if facts.noise > rounding(facts.baseline) else 0.0
-    apart = max(_apart(facts.subject), noise)
-    if not apart:
-        return []
-    tail = (
-        f"even with the same random numbers they differ by {noise:.2g}; smaller differences did not count"
-        if noise
-        else "every call of the audit began with the same ones, so nothing else that was found comes from this"
-    )
-    text = f"two equal calls differ by {apart:.2g} when the random numbers differ; {tail}"
-    fix = "call model.eval()" if train else "look for what draws random numbers in eval mode"
-    severity = "note" if train and not noise else "warning"
-    return [Finding("nondeterministic", severity, "everywhere", text, fix)]
-
-
-def _unsteady_in_training(subject: Subject) -> list[Finding]:
-    apart = _apart(subject)
-    if not apart:
-        return []
-    text = (
-        f"the model was given in training mode, where two equal calls differ by {apart:.2g} (dropout?); it was audited "
-        "in eval mode"
-    )
-    return [
-        Finding(
-            "nondeterministic", "note", "everywhere", text, "model.eval() before it is used; train=True audits it so"
-        )
-    ]

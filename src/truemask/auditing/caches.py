@@ -18,14 +18,14 @@ MOST_STEPS = 6
 GROWS = ("attention_mask", "mask")  # with a cache these speak of the cached positions too
 MOVES = ("position_ids", "token_type_ids")  # these speak of the new tokens
 
-Decode = Callable[[Subject, list[int]], Tensor]
+Decode = Callable[[Subject, list[int]], Tensor | None]
 
 
 def decoder_of(subject: Subject) -> tuple[Decode | None, str]:
     """How this model is called with a cache, or why the audit does not; neither for models without a known cache."""
     model, given = subject.model, subject.keywords
     if subject.embedded:
-        return None, ""
+        return None, "decoding with a cache was not tried, because embeddings go in" if is_hugging_face(subject) else ""
     if str(subject.name).startswith("decoder_"):
         return None, "decoding with a cache was not tried, because this is an encoder-decoder"
     tensors = [(name, value) for name, value in given.items() if isinstance(value, Tensor)]
@@ -68,12 +68,14 @@ def _run(subject: Subject, ids: Tensor, keywords: dict[str, Any]) -> Any:
     return subject.model(**{subject.name: ids}, **keywords) if subject.name else subject.model(ids, **keywords)
 
 
-def _hugging_face(subject: Subject, ends: list[int]) -> Tensor:
+def _hugging_face(subject: Subject, ends: list[int]) -> Tensor | None:
     parts, past, start = [], None, 0
     for stop in ends:
         keywords = _cut(subject, start, stop) | {"use_cache": True, "past_key_values": past}
         result = _run(subject, subject.inputs[:, start:stop], keywords)
-        past = result.past_key_values
+        past = getattr(result, "past_key_values", None)
+        if past is None:
+            return None
         parts.append(per_position(result, subject.batch, stop - start, type(subject.model).__name__))
         start = stop
     return torch.cat(parts, dim=1)

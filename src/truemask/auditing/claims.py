@@ -6,7 +6,7 @@ read from the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -79,10 +79,13 @@ def claim_of(subject: Subject, mask: object = None, layers: int | None = None) -
         masks = masks[:1] if len(set(masks)) == 1 else masks
     if padded is not None and (mask is not None or stack_of(subject) is None):  # truemask's own masks hold it already
         masks = tuple(padded if one is everything else one & padded for one in masks)
-    count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers
+    count = layers if layers is not None else base.layers if base.layers is not None else len(masks)
     if len(masks) > 1 and count != len(masks):
-        raise AuditError(f"{len(masks)} masks were given, one for each layer, and layers={count}: leave layers= out")
-    return Claim(masks, base.source, count, real, documents, base.notes)
+        says = f"layers={count}" if layers is not None else f"the model has {count} layers"
+        raise AuditError(f"{len(masks)} masks were given, one for each layer, and {says}")
+    count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers
+    notes = (*base.notes, *_assumed(subject, documents))
+    return Claim(masks, base.source, count, real, documents, notes)
 
 
 def checked(claim: Claim, subject: Subject) -> Claim:
@@ -192,6 +195,16 @@ def _begun(mask: Mask, real: Tensor, subject: Subject) -> Mask:
     return mask if bool(same[real[:, :, None] & real[:, None, :]].all()) else moved
 
 
+def _assumed(subject: Subject, documents: Tensor | None) -> Iterator[str]:
+    """What was read from the batch without being said."""
+    if documents is not None:
+        yield "position_ids begin again, so the batch was taken for packed documents that must not mix"
+    given = subject.keywords.get("mask")
+    foreign = stack_of(subject) is None and not is_peer(subject)
+    if foreign and isinstance(given, Tensor) and given.dtype == torch.bool and given.shape == subject.inputs.shape[:2]:
+        yield "mask= of the batch was taken for padding with True at real tokens, which the model does not say"
+
+
 def _means_true(subject: Subject) -> bool:
     """Whether this model's `mask=` of `[b, n]` holds True at real tokens, as far as one can know."""
     return is_peer(subject) or stack_of(subject) is not None or subject.batch != subject.length
@@ -205,7 +218,7 @@ def _documents(subject: Subject, real: Tensor | None) -> Tensor | None:
     if four_axes(subject):  # such a mask says by itself who belongs together
         return None
     positions = positions.cpu().expand(subject.batch, -1)
-    begins = torch.diff(positions, dim=1) != 1
+    begins = torch.diff(positions, dim=1) <= 0  # a hole is no new document
     inside = torch.ones_like(positions, dtype=torch.bool) if real is None else real
     if not bool((begins & inside[:, 1:] & inside[:, :-1]).any()):
         return None

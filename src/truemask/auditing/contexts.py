@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from truemask.auditing.models import SEED, Subject
-from truemask.auditing.probes import difference
+from truemask.auditing.ruler import Ruler
 from truemask.diagnosis.finding import Finding
 
 NAMES = {  # the context, its padding, and what that says of real tokens
@@ -46,17 +46,17 @@ def context_of(subject: Subject) -> Context | None:
     return None
 
 
-def context_findings(subject: Subject, baseline: Tensor, floor: float, seeds: int) -> Iterator[Finding]:
+def context_findings(subject: Subject, ruler: Ruler, seeds: int) -> Iterator[Finding]:
     """Padded context that matters, other samples' context that matters, and context that matters to nobody."""
     context = context_of(subject)
     if context is None:
         return
     whole, first = torch.ones_like(context.real), torch.zeros_like(context.real)
     first[0] = True
-    by_padding = _moved(subject, baseline, context, ~context.real, seeds)
-    by_first = _moved(subject, baseline, context, first, seeds)[1:] if subject.batch > 1 else by_padding[:0]
-    by_all = _moved(subject, baseline, context, whole, seeds)
-    if bool((by_padding > floor).any()):
+    by_padding = _moved(subject, ruler, context, ~context.real, seeds)
+    by_first = _moved(subject, ruler, context, first, seeds)[1:] if subject.batch > 1 else by_padding[:0]
+    by_all = _moved(subject, ruler, context, whole, seeds)
+    if bool((by_padding > ruler.floor).any()):
         yield Finding(
             "padding-matters",
             "error",
@@ -65,7 +65,7 @@ def context_findings(subject: Subject, baseline: Tensor, floor: float, seeds: in
             "proves that cross-attention, or the encoder, sees it",
             "hide padded keys of the context from every query: its mask goes to cross-attention in every layer",
         )
-    if bool((by_first > floor).any()):
+    if bool((by_first > ruler.floor).any()):
         yield Finding(
             "batch-neighbours",
             "error",
@@ -75,7 +75,7 @@ def context_findings(subject: Subject, baseline: Tensor, floor: float, seeds: in
             "look for a reshape that mixes samples with heads or positions, and for a context that is not repeated as "
             "its samples are",
         )
-    if not bool((by_all > floor).any()):
+    if not bool((by_all > ruler.floor).any()):
         yield Finding(
             "context-ignored",
             "warning",
@@ -85,7 +85,7 @@ def context_findings(subject: Subject, baseline: Tensor, floor: float, seeds: in
         )
 
 
-def _moved(subject: Subject, baseline: Tensor, context: Context, places: Tensor, seeds: int) -> Tensor:
+def _moved(subject: Subject, ruler: Ruler, context: Context, places: Tensor, seeds: int) -> Tensor:
     """How far each sample's outputs move, at most, when the context is replaced at `places`, bool `[b, m]`: `[b]`."""
     moved = torch.zeros(subject.batch, dtype=torch.float64)
     for seed in range(seeds) if places.any() else ():
@@ -93,5 +93,5 @@ def _moved(subject: Subject, baseline: Tensor, context: Context, places: Tensor,
         changed = subject.other_context(context.value, places, generator)
         with torch.no_grad():
             outputs = subject.outputs(**{context.name: changed})
-        moved = torch.maximum(moved, difference(baseline, outputs).amax(dim=1))
+        moved = torch.maximum(moved, ruler.moved(outputs).amax(dim=1))
     return moved

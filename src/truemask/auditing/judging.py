@@ -12,10 +12,12 @@ from truemask.auditing.caches import decoder_of, stops
 from truemask.auditing.claims import Claim
 from truemask.auditing.kinds import ASSUMED
 from truemask.auditing.models import Subject
-from truemask.auditing.probes import Seen, difference, look_with_poison, size_of
+from truemask.auditing.probes import Seen, look_with_poison
+from truemask.auditing.ruler import Ruler
 from truemask.diagnosis.finding import Finding
 
 LEAKS = ("future-leak", "leak", "documents-mix", "padding-matters", "padded-differs", "batch-neighbours")
+UNSEEN = ("not-finite", "nothing-seen")  # what keeps leaks from being seen
 MOST_ALONE = 4  # padded samples that are run once more without their padding
 
 FIXES = {
@@ -55,13 +57,14 @@ def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim) -> Finding:
         "future-leak": "which comes later",
         "leak": f"which {claim.text} hides, through all layers",
     }[code]
-    ways = [
-        f"changing it moved the output by {float(seen.size[b, q, k]):.2g}" * bool(seen.by_change[b, q, k]),
-        "its gradient is not 0" * bool(seen.by_gradient[b, q, k]),
-    ]
+    if bool(seen.by_change[b, q, k]):
+        more_so = " and its gradient is not 0" if bool(seen.by_gradient[b, q, k]) else ""
+        proof = f"changing it moved the output by {float(seen.size[b, q, k]):.2g}{more_so}, which proves it"
+    else:
+        proof = "its gradient is not 0 and grows in proportion, though no change of it was seen to move the output"
     many = int(cells.sum())
     more = f" ({many} such pairs in {int(cells.flatten(1).any(dim=1).sum())} of {len(cells)} samples)" * (many > 1)
-    message = f"output {q} depends on input {k}, {what}{more}: {' and '.join(filter(None, ways))}, which proves it"
+    message = f"output {q} depends on input {k}, {what}{more}: {proof}"
     return Finding(code, "error", f"sample {b}, output {q}, input {k}", message, FIXES[code])
 
 
@@ -102,6 +105,21 @@ def _farthest(cells: Tensor) -> int:
     return int((places[:, 0] - places[:, 1]).max()) if len(places) else 0
 
 
+def nothing_seen(claim: Claim, visible: Tensor, may: Tensor) -> Iterator[Finding]:
+    """No output depends on another position, although the mask shows some: then no leak could be seen either."""
+    others = ~torch.eye(may.shape[1], dtype=torch.bool)
+    if bool((may & others).any()) and not bool((visible & others).any()):
+        yield Finding(
+            "nothing-seen",
+            "note" if claim.source == ASSUMED else "warning",
+            "everywhere",
+            "no output was seen to depend on any other position, although the mask shows some: whether anything leaks "
+            "cannot be seen either",
+            "audit weights that are trained, or at least not zero (projections that begin at zero hide everything); of "
+            "a model that is meant to mix nothing, state it: mask='local(0)'",
+        )
+
+
 def neighbours(seen: Seen) -> Iterator[Finding]:
     """Samples of a batch that notice each other."""
     if not seen.neighbours:
@@ -111,14 +129,18 @@ def neighbours(seen: Seen) -> Iterator[Finding]:
         "batch-neighbours",
         "error",
         f"sample {t}, by sample {s}",
-        f"the outputs of sample {t} moved by {size:.2g} when sample {s} was replaced ({len(seen.neighbours)} such "
-        "pairs), which proves that it depends on its neighbour in the batch",
+        (
+            f"the outputs of sample {t} moved by {size:.2g} when sample {s} was replaced"
+            if size
+            else f"the outputs of sample {t} have a gradient at sample {s}"
+        )
+        + f" ({len(seen.neighbours)} such pairs): it depends on its neighbour in the batch",
         "look for statistics over the batch (BatchNorm in training mode), a reshape that mixes samples with heads or "
         "positions, and experts that share a capacity",
     )
 
 
-def padded_alone(subject: Subject, claim: Claim, baseline: Tensor) -> Iterator[Finding | str]:
+def padded_alone(subject: Subject, claim: Claim, ruler: Ruler) -> Iterator[Finding | str]:
     """Each padded sample, run once more alone and without its padding."""
     if claim.real is None:
         return
@@ -130,16 +152,19 @@ def padded_alone(subject: Subject, claim: Claim, baseline: Tensor) -> Iterator[F
     if strange:
         yield f"padded samples were not run without their padding, because of {', '.join(strange)} in the batch"
         return
-    limit = tolerance(baseline)
     for s in (~claim.real).any(dim=1).nonzero().flatten().tolist()[:MOST_ALONE]:
         places = claim.real[s].nonzero().flatten()
         if not len(places):
             continue
-        with torch.no_grad():
-            alone = _alone(subject, s, places)
-        apart = difference(alone, baseline[s : s + 1, places])[0]
+        try:
+            with torch.no_grad():
+                alone = _alone(subject, s, places)
+        except Exception as error:  # a mask of `tm.use` that holds data for all samples, or anything else
+            yield f"padded samples could not be run without their padding: {_line(error)}"
+            return
+        apart = ruler.between(alone, ruler.baseline[s : s + 1, places])[0]
         worst = int(apart.argmax())
-        if float(apart[worst]) > limit:
+        if float(apart[worst]) > ruler.tolerance:
             yield _padded(s, int(places[worst]), float(apart[worst]), subject)
             return
 
@@ -179,12 +204,7 @@ def _alone(subject: Subject, s: int, places: Tensor) -> Tensor:
         subject.keywords = whole
 
 
-def tolerance(outputs: Tensor) -> float:
-    """How far results of other shapes may differ: the square root of eps, of the largest output."""
-    return torch.finfo(outputs.dtype).eps ** 0.5 * max(size_of(outputs), 1e-30)
-
-
-def cached(subject: Subject, claim: Claim, judged: Tensor, baseline: Tensor) -> Iterator[Finding | str]:
+def cached(subject: Subject, claim: Claim, judged: Tensor, ruler: Ruler) -> Iterator[Finding | str]:
     """The outputs decoded with a cache beside those of one call."""
     decode, why = decoder_of(subject)
     if decode is not None and claim.documents is not None:
@@ -198,18 +218,20 @@ def cached(subject: Subject, claim: Claim, judged: Tensor, baseline: Tensor) -> 
         with torch.no_grad():
             outputs = decode(subject, ends)
     except Exception as error:  # any model may raise anything here, and that is what is reported
-        said = str(error).strip().splitlines() or ["no message"]
         yield Finding(
             "cache-fails",
             "warning",
             "decoding",
-            f"the call works at once and fails with a cache: {type(error).__name__}: {said[0][:160]}",
+            f"the call works at once and fails with a cache: {_line(error)}",
             "decode without a cache (use_cache=False), or with a mask that the cache understands",
         )
         return
-    apart = torch.where(judged, difference(outputs, baseline), 0.0)
+    if outputs is None:
+        yield "decoding with a cache was not tried, because the model returned none"
+        return
+    apart = torch.where(judged, ruler.moved(outputs), 0.0)
     b, q = (int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
-    if float(apart[b, q]) > tolerance(baseline):
+    if float(apart[b, q]) > ruler.tolerance:
         yield Finding(
             "cached-differs",
             "error",
@@ -220,11 +242,16 @@ def cached(subject: Subject, claim: Claim, judged: Tensor, baseline: Tensor) -> 
         )
 
 
-def poisoned(subject: Subject, baseline: Tensor, hidden: Tensor) -> Iterator[Finding]:
+def _line(error: Exception) -> str:
+    said = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {said[0][:160]}"
+
+
+def poisoned(subject: Subject, ruler: Ruler, hidden: Tensor) -> Iterator[Finding]:
     """NaN or huge numbers that reach where they are hidden: many kernels let them, so it is a note."""
     if not bool(hidden.any()):
         return
-    for what, k, noticed in look_with_poison(subject, baseline, hidden):
+    for what, k, noticed in look_with_poison(subject, ruler, hidden):
         if bool(noticed.any()):
             b, q = (int(i) for i in noticed.nonzero()[0])
             yield Finding(

@@ -169,10 +169,11 @@ def _of_hugging_face(subject: Subject) -> Said:
 
 
 def _layer_count(subject: Subject, config: Any) -> int | None:
-    decoder = str(subject.name).startswith("decoder_")
-    names = ("num_decoder_layers", "decoder_layers") if decoder else ()
-    text = config.get_text_config(decoder=True) if decoder else config.get_text_config()
-    found = [getattr(text, name, None) for name in (*names, "num_hidden_layers", "num_layers")]
+    names = ["num_hidden_layers", "num_layers"]
+    found = [getattr(config.get_text_config(), name, None) for name in names]
+    if str(subject.name).startswith("decoder_"):
+        own = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers")]
+        found = [*own, *[getattr(config.get_text_config(decoder=True), name, None) for name in names]]
     return next((count for count in found if isinstance(count, int)), None)
 
 

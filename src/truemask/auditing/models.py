@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -100,10 +101,10 @@ class Subject:
         assert self.embedding is not None
         ids, turns = self.inputs, count(1)
 
-        def replace(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-            return features if is_of(args, ids) and next(turns) >= self._turn else None
+        def replace(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Any) -> Any:
+            return features if is_of(args, named, ids) and next(turns) >= self._turn else None
 
-        handle = self.embedding.register_forward_hook(replace)
+        handle = self.embedding.register_forward_hook(replace, with_kwargs=True)
         try:
             return self.outputs()
         finally:
@@ -115,11 +116,11 @@ class Subject:
             return self.outputs()
         found: list[tuple[nn.Module, Tensor]] = []
 
-        def watch(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            if is_of(args, self.inputs) and _fits(result, self.batch, self.length) and result.ndim == 3:
+        def watch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
+            if is_of(args, named, self.inputs) and _fits(result, self.batch, self.length) and result.ndim == 3:
                 found.append((module, result.detach()))
 
-        handles = [module.register_forward_hook(watch) for module in self._candidates()]
+        handles = [module.register_forward_hook(watch, with_kwargs=True) for module in self._candidates()]
         try:
             outputs = self.outputs()
         finally:
@@ -151,18 +152,20 @@ class Subject:
 
     def other_inputs(self, places: Tensor, generator: torch.Generator) -> Tensor:
         """The inputs with something else at `places`, bool `[b, n]`: other tokens, or other vectors as large."""
-        return replaced(self.inputs, places, self._ordinary_tokens, generator)
+        return replaced(self.inputs, places, lambda: self._tokens, generator)
 
     def other_context(self, context: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """The same for another sequence of the call, `[b, m]` or `[b, m, d]`, from its own range of tokens."""
         known = int(context.max()) + 1 if not context.is_floating_point() else 0
         return replaced(context, places, lambda: torch.arange(max(2, known)), generator)
 
-    def _ordinary_tokens(self) -> Tensor:
+    @cached_property
+    def _tokens(self) -> Tensor:
         """Tokens that mean nothing special, as far as the model's configuration says."""
         size = getattr(self.embedding, "num_embeddings", None) or int(self.inputs.max()) + 1
         config = getattr(self.model, "config", None)
-        special = {getattr(config, f"{name}_token_id", None) for name in SPECIAL}
+        named = [getattr(config, f"{name}_token_id", None) for name in SPECIAL]
+        special = {token for one in named for token in (one if isinstance(one, (list, tuple)) else [one])}
         ordinary = [token for token in range(size) if token not in special]
         ordinary = ordinary if len(ordinary) > 1 else list(range(size))
         if len(ordinary) < 2:
@@ -246,9 +249,9 @@ def _fits(value: Any, batch: int, length: int) -> bool:
     )
 
 
-def is_of(args: tuple[Any, ...], ids: Tensor) -> bool:
+def is_of(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor) -> bool:
     """Whether a module was called with these ids."""
-    first = args[0] if args else None
+    first = next(iter((*args, *named.values())), None)
     return isinstance(first, Tensor) and first.shape == ids.shape and torch.equal(first.to(ids), ids)
 
 
@@ -263,7 +266,9 @@ def seed_everything(seed: int) -> None:
 def undisturbed(model: nn.Module, *, train: bool) -> Iterator[None]:
     """Run in the given mode; then put back modes, buffers, and the state of all random generators."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(part._buffers, name) for part in model.modules() for name in part._buffers]
+    held_before = [held[name] for held, name in buffers]
+    before = [(buffer, None if buffer is None else buffer.detach().clone()) for buffer in held_before]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -274,7 +279,9 @@ def undisturbed(model: nn.Module, *, train: bool) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for (held, name), (buffer, copy) in zip(buffers, before, strict=True):
+                held[name] = buffer
+                if buffer is not None and copy is not None and not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from truemask.auditing.models import SEED, Subject
+from truemask.auditing.ruler import Ruler
 
-ROUNDING = 64  # the noise floor in units of the dtype's eps, of the largest output; less in half precision
+PROPORTION = 0.1  # how far three times a gradient may be from the gradient of three times the sum
 MOST_POISONED = 3  # positions in which NaN and huge numbers are planted
 Step = Callable[[str, int, int], None]
 
@@ -59,7 +60,7 @@ class Seen:
         return looked
 
 
-def look(subject: Subject, baseline: Tensor, floor: float, *, seeds: int, positions: int, step: Step) -> Seen:
+def look(subject: Subject, ruler: Ruler, *, seeds: int, positions: int, step: Step) -> Seen:
     """Probe a call: neighbours first, since samples that see each other must be changed one at a time."""
     b, n = subject.batch, subject.length
     places = choose(n, positions)
@@ -71,9 +72,9 @@ def look(subject: Subject, baseline: Tensor, floor: float, *, seeds: int, positi
         columns=places,
         blind_rows=torch.zeros(b, n, dtype=torch.bool),
     )
-    look_at_neighbours(subject, baseline, floor, seen, seeds)
+    look_at_neighbours(subject, ruler, seen, seeds)
     groups = [[s] for s in range(b)] if seen.neighbours else [list(range(b))]
-    look_by_changes(subject, baseline, floor, seen, groups, seeds, step)
+    look_by_changes(subject, ruler, seen, groups, seeds, step)
     look_by_gradients(subject, seen, groups, seeds, step)
     return seen
 
@@ -90,33 +91,7 @@ def choose(n: int, most: int) -> list[int]:
     return sorted({0, n - 1, *drawn.tolist()})
 
 
-def difference(one: Tensor, other: Tensor) -> Tensor:
-    """The largest difference at each position, float64 `[b, n]`; infinite where only one of them is a number."""
-    left, right = one.detach().double().cpu(), other.detach().double().cpu()
-    apart = (left - right).abs()
-    apart = torch.where((left == right) | (left.isnan() & right.isnan()), 0.0, apart)
-    return apart.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=-1)
-
-
-def noise_floor(subject: Subject, baseline: Tensor) -> tuple[float, float]:
-    """How far equal calls are apart, and the difference above which a change counts."""
-    with torch.no_grad():
-        noise = max(float(difference(baseline, subject.outputs()).max()) for _ in range(2))
-    return noise, max(8 * noise, rounding(baseline))
-
-
-def rounding(outputs: Tensor) -> float:
-    """Differences up to which nobody wonders: sums in another order."""
-    eps = torch.finfo(outputs.dtype).eps
-    return min(ROUNDING * eps, eps**0.5 / 8) * size_of(outputs)
-
-
-def size_of(outputs: Tensor) -> float:
-    """The largest finite output."""
-    return float(outputs.detach().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
-
-
-def look_at_neighbours(subject: Subject, baseline: Tensor, floor: float, seen: Seen, seeds: int) -> None:
+def look_at_neighbours(subject: Subject, ruler: Ruler, seen: Seen, seeds: int) -> None:
     """Replace a whole sample and see whether the others notice."""
     if subject.batch == 1:
         return
@@ -125,14 +100,18 @@ def look_at_neighbours(subject: Subject, baseline: Tensor, floor: float, seen: S
             places = torch.zeros(subject.batch, subject.length, dtype=torch.bool)
             places[s] = True
             with torch.no_grad():
-                apart = difference(baseline, subject.outputs(subject.other_inputs(places, _generator(seed))))
+                apart = ruler.moved(subject.outputs(subject.other_inputs(places, _generator(seed))))
             for t, largest in enumerate(apart.amax(dim=1).tolist()):
-                if t != s and largest > floor:
+                if t != s and largest > ruler.floor:
                     seen.neighbours[s, t] = max(largest, seen.neighbours.get((s, t), 0.0))
+    try:
+        _look_across_samples(subject, seen, seeds)
+    except Exception as error:  # as in look_by_gradients, which says so
+        seen.no_gradient = _line(error)
 
 
 def look_by_changes(
-    subject: Subject, baseline: Tensor, floor: float, seen: Seen, groups: list[list[int]], seeds: int, step: Step
+    subject: Subject, ruler: Ruler, seen: Seen, groups: list[list[int]], seeds: int, step: Step
 ) -> None:
     """Replace one position at a time, in all samples of a group at once, and see which outputs change."""
     turns = [(seed, group, k) for seed in range(seeds) for group in groups for k in seen.columns]
@@ -141,10 +120,53 @@ def look_by_changes(
         places[group, k] = True
         with torch.no_grad():
             outputs = subject.outputs(subject.other_inputs(places, _generator(seed * subject.length + k)))
-        apart = difference(baseline, outputs)[group]
-        seen.by_change[group, :, k] |= apart > floor
+        apart = ruler.moved(outputs)[group]
+        seen.by_change[group, :, k] |= apart > ruler.floor
         seen.size[group, :, k] = torch.maximum(seen.size[group, :, k], apart)
         step("changing positions", done + 1, len(turns))
+
+
+def _look_across_samples(subject: Subject, seen: Seen, seeds: int) -> None:
+    """Ask all outputs of one sample for their gradient at the others; it counts where it grows in proportion."""
+    if subject.features is None:
+        return
+    for seed in range(seeds):
+        features = _moved(subject.features, seed).requires_grad_()
+        with torch.enable_grad():
+            outputs = subject.outputs_of_features(features)
+            for t in range(subject.batch):
+                found = _proportional(outputs, features, [t], slice(None), _generator(seed * subject.batch + t))
+                for s in found.any(dim=1).nonzero().flatten().tolist():
+                    if s != t:
+                        seen.neighbours.setdefault((s, t), 0.0)
+
+
+def confirm(subject: Subject, seen: Seen, hidden: Tensor) -> None:
+    """Ask again where a gradient alone says that something hidden matters: `hidden` is bool `[b, n, n]`.
+
+    Rounding makes tiny gradients too (a convolution by FFT, say). What is real grows in proportion to the sum that is
+    asked; what rounding made does not.
+    """
+    doubtful = seen.by_gradient & ~seen.by_change & hidden
+    if subject.features is None or not bool(doubtful.any()):
+        return
+    features = subject.features.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        outputs = subject.outputs_of_features(features)
+        for b, q in doubtful.any(dim=-1).nonzero().tolist():
+            real = _proportional(outputs, features, [b], q, _generator(q))[b]
+            seen.by_gradient[b, q] &= ~doubtful[b, q] | real
+
+
+def _proportional(
+    outputs: Tensor, features: Tensor, group: list[int], q: int | slice, generator: torch.Generator
+) -> Tensor:
+    """Where the gradient of a random sum is not 0 and three times as large for three times the sum, bool `[b, n]`."""
+    state = generator.get_state()
+    once = _gradient(outputs, features, group, q, generator)
+    thrice = _gradient(outputs, features, group, q, generator.set_state(state), times=3.0)
+    once, thrice = once.double().nan_to_num(nan=0.0), thrice.double().nan_to_num(nan=0.0)
+    return ((thrice - 3 * once).norm(dim=-1) <= PROPORTION * (3 * once).norm(dim=-1)) & (once != 0).any(dim=-1)
 
 
 def look_by_gradients(subject: Subject, seen: Seen, groups: list[list[int]], seeds: int, step: Step) -> None:
@@ -166,8 +188,8 @@ def look_by_gradients(subject: Subject, seen: Seen, groups: list[list[int]], see
                     seen.blind_rows[group, q] |= found.isnan().flatten(1).any(dim=1)[group]
                     seen.by_gradient[group, q] |= (found.nan_to_num(nan=0.0) != 0).any(dim=-1)[group]
                     step("following gradients", seed * len(turns) + done + 1, seeds * len(turns))
-    except RuntimeError as error:  # what autograd says where it cannot go through the model
-        seen.no_gradient = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # autograd, or a backward of the model's own, cannot go through it
+        seen.no_gradient = _line(error)
 
 
 def _moved(features: Tensor, seed: int) -> Tensor:
@@ -179,14 +201,22 @@ def _moved(features: Tensor, seed: int) -> Tensor:
     return (features.detach().double().cpu() + size.cpu() * noise).to(features)
 
 
-def _gradient(outputs: Tensor, features: Tensor, group: list[int], q: int, generator: torch.Generator) -> Tensor:
-    weights = torch.randn(outputs.shape[-1], generator=generator).to(outputs)
+def _gradient(
+    outputs: Tensor,
+    features: Tensor,
+    group: list[int],
+    q: int | slice,
+    generator: torch.Generator,
+    *,
+    times: float = 1.0,
+) -> Tensor:
+    weights = times * torch.randn(outputs.shape[-1], generator=generator).to(outputs)
     total = (outputs[group, q].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * weights).sum()
     (found,) = torch.autograd.grad(total, features, retain_graph=True)
     return found.cpu()
 
 
-def look_with_poison(subject: Subject, baseline: Tensor, hidden: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+def look_with_poison(subject: Subject, ruler: Ruler, hidden: Tensor) -> Iterator[tuple[str, int, Tensor]]:
     """Plant NaN and huge numbers where some output must not see them: what, where, and who noticed, bool `[b, n]`.
 
     `hidden`: bool `[b, n, n]`, what must not matter. Only differences that are not numbers count here.
@@ -200,8 +230,12 @@ def look_with_poison(subject: Subject, baseline: Tensor, hidden: Tensor) -> Iter
             features = subject.features.detach().clone()
             features[:, k] = value
             with torch.no_grad():
-                apart = difference(baseline, subject.outputs_of_features(features))
+                apart = ruler.moved(subject.outputs_of_features(features))
             yield what, k, apart.isinf() & hidden[:, :, k]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _generator(seed: int) -> torch.Generator:

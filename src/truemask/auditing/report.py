@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -63,6 +64,21 @@ class Report:
     def exit_code(self) -> int:
         """0 if nothing worse than a note was found, 1 otherwise."""
         return 0 if self.ok else 1
+
+    def __bool__(self) -> bool:
+        """`ok`, so that `assert audit(...)` says what it seems to say."""
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON: without the pictures, with how many pairs leak and are blind."""
+        return {
+            "title": self.title,
+            "ok": self.ok,
+            "findings": self.findings.to_dicts(),
+            "notes": list(self.notes),
+            "leaks": int(self.leaks.sum()),
+            "blind": int(self.blind.sum()),
+        }
 
     def text(self, *, ascii: bool = False, pictures: bool = True) -> str:
         """The report for a terminal."""

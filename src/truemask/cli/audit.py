@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -44,12 +47,13 @@ def audit(
     positions: Annotated[int, typer.Option(min=2, help="How many positions are probed.")] = MOST_POSITIONS,
     train: Annotated[bool, typer.Option("--train", help="Audit in training mode.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report into this HTML file too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print findings and notes as JSON.")] = False,
     ascii: Annotated[bool, typer.Option("--ascii", help="Use signs that every terminal has.")] = False,
 ) -> None:
     """Find what the outputs of a model really depend on, and compare it with its mask."""
     console = make_console()
-    stated = None if mask is None else parse(mask)
     with _mistakes():
+        stated = None if mask is None else parse(mask)
         model, batch, own = made(load(target), length, vocab)
         with _progress() as step:
             report = run_audit(
@@ -62,9 +66,13 @@ def audit(
                 train=train,
                 progress=step,
             )
-    plain(console, report.text(ascii=ascii or needs_ascii(console)))
-    if html is not None:
-        plain(console, f"written to {report.to_html(html)}")
+        written = None if html is None else report.to_html(html)
+    if as_json:
+        plain(console, json.dumps(report.to_dict(), indent=2))
+    else:
+        plain(console, report.text(ascii=ascii or needs_ascii(console)))
+    if written is not None and not as_json:
+        plain(console, f"written to {written}")
     raise typer.Exit(report.exit_code)
 
 
@@ -76,7 +84,7 @@ def _mistakes() -> Iterator[None]:
     except TruemaskError as error:
         show_error(error)
         raise typer.Exit(MISTAKE) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a factory that ends the process has not been audited
         traceback.print_exc()
         raise typer.Exit(MISTAKE) from error
 
@@ -100,24 +108,41 @@ def load(target: str) -> Callable[[], Any]:
     name, colon, function = target.partition(":")
     if not colon or not name or not function:
         raise AuditError(f"{target!r} is not MODULE:FACTORY, such as my_package.models:make_tiny")
-    path = Path(name)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise AuditError(f"there is no file {path}")
-        sys.path.insert(0, str(path.resolve().parent))
-        name = path.stem
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0] and error.name != name:
-            raise
-        raise AuditError(f"there is no module {name!r}, in {Path.cwd()} or among what is installed") from error
+    module = _from_file(Path(name)) if name.endswith(".py") else _imported(name)
     found = getattr(module, function, None)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value)]
         raise AuditError(f"the module {name!r} has no function {function!r}{suggest(function, names)}")
     return found
+
+
+def _from_file(path: Path) -> ModuleType:
+    """A file as a module, whatever else has its name; what lies beside it can be imported."""
+    if not path.is_file():
+        raise AuditError(f"there is no file {path}")
+    sys.path[:0] = [str(path.resolve().parent), str(Path.cwd())]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if known is module:
+            del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _imported(name: str) -> ModuleType:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0] and error.name != name:
+            raise
+        raise AuditError(f"there is no module {name!r}, in {Path.cwd()} or among what is installed") from error
 
 
 def made(factory: Callable[[], Any], length: int, vocab: int | None) -> tuple[nn.Module, Any, Any]:
