@@ -168,6 +168,7 @@ STAIRS = """
 
     auditing/__init__.py
     auditing/models.py
+    auditing/signals.py
     auditing/ruler.py
     auditing/probes.py
     auditing/kinds.py

@@ -211,6 +211,20 @@ def test_packed_documents_may_be_told_by_the_mask_in_use() -> None:
             assert audit(model, {**batch, "use_cache": False}).ok
 
 
+def test_pictures_are_audited_at_their_patches() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=12, patch_size=4)).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 12, 12)}
+    report = audit(model, batch)
+    assert serious(report) == [], str(report)
+    assert report.title.startswith("audit of ViTModel, 2 samples of 10 positions: held to `everything` (the configurat")
+    assert report.visible.all()
+    assert "leak" in serious(audit(model, batch, blocks(5)))
+    with use(model, blocks(5)):
+        assert serious(audit(model, batch)) == []
+
+
 def test_embeddings_in_and_hidden_states_out() -> None:
     model = tiny("Llama")
     assert audit(model.model, ids(2, N), causal).ok

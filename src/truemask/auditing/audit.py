@@ -16,6 +16,7 @@ from truemask.auditing.models import AuditError, Subject, undisturbed
 from truemask.auditing.probes import Seen, Step, choose, confirm, look
 from truemask.auditing.report import Finding, Findings, Report
 from truemask.auditing.ruler import Ruler
+from truemask.auditing.signals import without_signals
 from truemask.auditing.steadiness import unsteady_calls, unsteady_in_training
 from truemask.errors import describe
 
@@ -49,6 +50,7 @@ def audit(
         model: any module whose result holds a float tensor `[b, n, ...]`: a tensor, a tuple, or an object with
             `logits` or `last_hidden_state`.
         batch: token ids `[b, n]`, embeddings `[b, n, d]`, or a dict of keywords: `input_ids`, `attention_mask`, ...
+            Of `pixel_values` and sound, the vectors are changed that the model makes of them.
         mask: what it should run: a mask, its text, a bool tensor for `dense`, or a list with one for each layer. None:
             what the model claims, with what `tm.use` gave it. The padding of the batch is ANDed to all of these, and
             an expression counts real tokens; a tensor counts rows.
@@ -71,6 +73,7 @@ def audit(
     (True, [1, 1, 0, 0, 0, 0])
     """
     _check(seeds, positions)
+    model, batch = without_signals(model, batch)
     subject = Subject(model, batch)
     given = model.training
     with undisturbed(model, train=train):

@@ -228,6 +228,11 @@ def per_position(result: Any, batch: int, length: int, who: str) -> Tensor:
     )
 
 
+def first_outputs(result: Any) -> Tensor | None:
+    """The first float tensor `[b, n, e]` of a result, if there is one."""
+    return next((one for one in _tensors(result) if one.ndim == 3 and one.is_floating_point()), None)
+
+
 def _tensors(result: Any) -> Iterator[Tensor]:
     if isinstance(result, Tensor):
         yield result
