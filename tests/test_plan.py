@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import threading
 from typing import Any
 
@@ -509,6 +510,25 @@ def test_an_explanation_names_what_a_dense_mask_is() -> None:
     assert "float32 instead of float64" in plan.explain()
     cheapest = min(plan.costs, key=lambda name: plan.costs[name])
     assert f"{cheapest} runs it in a predicted" in plan.explain()
+
+
+def test_an_explanation_of_a_named_backend_says_what_naming_it_costs() -> None:
+    """Changes are compared with the fastest backend of the call as it is: other dtypes gain nothing here."""
+    plan = tm.plan(tm.causal & tm.window(256), 2048, backend="reference")
+    free = tm.plan(tm.causal & tm.window(256), 2048)
+    times = f"{plan.costs['reference'] / plan.costs[free.backend]:.1f} times faster"
+    text, faster = plan.explain().split("what would make it faster:\n")
+    assert re.search(f"  {free.backend} would take [^,]+, {times}\n", text)
+    assert re.fullmatch(f"  without `backend=`, if it was given: {free.backend} in [^,]+, {times}", faster)
+    assert "0.0 times" not in text
+
+
+def test_an_explanation_adds_a_change_to_a_free_choice() -> None:
+    plan = tm.plan(tm.causal, 2048, dtype=torch.float64, backend="reference")
+    without, narrower = plan.explain().split("what would make it faster:\n")[1].splitlines()
+    assert without.startswith("  without `backend=`, if it was given: ")
+    assert narrower.startswith("  float32 instead of float64: ")
+    assert narrower.endswith(" times faster than that")
 
 
 def test_an_explanation_with_nothing_to_gain() -> None:

@@ -15,6 +15,7 @@ from truemask.diagnosis.recognise import recognise
 from truemask.masks.core import Mask
 
 WORTH = 0.8  # share of the time below which a change is worth a line
+NEVER = float("inf")  # seconds
 NAMED = ("dense", "predicate")  # masks that may be an expression in disguise
 
 
@@ -29,7 +30,7 @@ def advice(job: Job, chosen: str, objections: dict[str, list[str]], costs: dict[
     """The explanation as plain text."""
     lines = [f"`{job.mask}`", sizes_text(job.request), tiles_text(job), ""]
     lines += [_why(chosen, costs), *_others(chosen, costs), *_refusals(objections), ""]
-    faster = list(_faster(job, costs.get(chosen)))
+    faster = list(_faster(job, costs.get(chosen, NEVER)))
     lines += ["what would make it faster:", *faster] if faster else ["nothing that is known here would make it faster"]
     return "\n".join(lines)
 
@@ -48,8 +49,12 @@ def _why(chosen: str, costs: dict[str, float]) -> str:
 def _others(chosen: str, costs: dict[str, float]) -> Iterator[str]:
     for name, cost in sorted(costs.items(), key=lambda pair: pair[1]):
         if name != chosen:
-            times = f", {cost / costs[chosen]:.1f} times that" if chosen in costs else ""
-            yield f"  {name} would take {duration(cost)}{times}"
+            yield f"  {name} would take {duration(cost)}{_times(cost, costs[chosen]) if chosen in costs else ''}"
+
+
+def _times(cost: float, that: float) -> str:
+    """How many times slower or faster something is than what was named before."""
+    return f", {that / cost:.1f} times faster" if cost < that else f", {cost / that:.1f} times that"
 
 
 def _refusals(objections: dict[str, list[str]]) -> Iterator[str]:
@@ -57,16 +62,26 @@ def _refusals(objections: dict[str, list[str]]) -> Iterator[str]:
         yield from (f"  {name} cannot: {reason}" for reason in reasons)
 
 
-def _faster(job: Job, cost: float | None) -> Iterator[str]:
-    """Changes with which somebody would be faster, the best first."""
+def _faster(job: Job, now: float) -> Iterator[str]:
+    """Changes after which the fastest backend takes less than the fastest of now, the best first."""
+    cost, name = _fastest(job)
+    named = cost < WORTH * now < NEVER
+    if named:
+        yield f"  without `backend=`, if it was given: {name} in {duration(cost)}{_times(cost, now)}"
     found: list[tuple[float, str]] = []
     for text, other in _changes(job):
-        able = {backend.name: backend.cost(other) for backend in BACKENDS if not backend.objections(other)}
-        name = min(able, key=lambda name: able[name], default="")
-        if name and (cost is None or able[name] < WORTH * cost):
-            times = f", {cost / able[name]:.1f} times faster" if cost else ""
-            found.append((able[name], f"  {text}: {name} in {duration(able[name])}{times}"))
+        less, name = _fastest(other)
+        if less < WORTH * cost:
+            times = _times(less, cost) + " than that" * named if cost < NEVER else ""
+            found.append((less, f"  {text}: {name} in {duration(less)}{times}"))
     yield from (line for _, line in sorted(found))
+
+
+def _fastest(job: Job) -> tuple[float, str]:
+    """The least predicted seconds and who needs them; `NEVER` if nobody can run it."""
+    able = [backend for backend in BACKENDS if not backend.objections(job)]
+    first = min(able, key=lambda backend: (backend.last_resort, backend.cost(job)), default=None)
+    return (NEVER, "") if first is None else (first.cost(job), first.name)
 
 
 def _changes(job: Job) -> Iterator[Change]:

@@ -45,6 +45,61 @@ def test_it_is_found(code: str) -> None:
     assert found.ok == (severity == "note" and found.worst == "note")
 
 
+SINKS = causal & (window(3) | prefix(1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kv_len"),
+    [
+        (causal.at(q_start=5), 1, 6),
+        (causal.at(q_start=8, k_start=3), 4, 9),
+        (window(3).at(q_start=4), 2, 6),
+        (SINKS.at(q_start=4), 3, 7),
+        (SINKS.at(q_start=4) & keys([True] * 7), 3, 7),
+        (causal.padded([0, 2]).at(q_start=5), 1, 6),
+        (causal.packed([3, 5]).at(q_start=6), 2, 8),
+        ((causal & documents([3, 5])).at(q_start=6), 2, 8),
+        (causal.take(q=[6, 7]), 2, 8),
+        (causal.take(q=[[6], [3]], k=[[0, 1, 6], [2, 3, 1]]), 1, 3),
+        (causal.at(q_start=5).select(samples=[0, 0]), 1, 6),
+        (tm.per_head([causal, window(4)]).at(q_start=5), 1, 6),
+        (causal.prepended(k=2), 4, 6),
+    ],
+    ids=str,
+)
+def test_decoding_is_left_alone(mask: Mask, q_len: int, kv_len: int) -> None:
+    """Rows and keys are compared by the positions that they stand at."""
+    for claim in (None, True):
+        assert diagnose(mask, q_len, kv_len, causal=claim).ok
+
+
+def test_the_future_is_seen_in_decoding_too() -> None:
+    leaky = (causal | prefix(8)).at(q_start=4)
+    found = diagnose(leaky, 2, 10)[0]
+    assert (found.code, found.severity) == ("future", "warning")
+    assert "5 pairs see the future, first query 0 and key 5" in found.message
+    assert tm.parse(found.fix).equivalent(causal.at(q_start=4), 2, 10)
+    assert "documents-mixed" in diagnose((causal | documents([3, 5])).at(q_start=4), 2, 6).codes
+    assert "documents-mixed" in diagnose(causal.at(q_start=4), 2, 6, documents=[3, 5]).codes
+    assert "documents-mixed" not in diagnose(causal.at(q_start=1), 2, 3, documents=[3, 5]).codes
+
+
+def test_advice_is_taken_without_a_new_complaint() -> None:
+    fix = diagnose(causal, 1, 6)[0].fix
+    assert fix == "causal.at(q_start=5)"
+    assert diagnose(tm.parse(fix), 1, 6).codes == []
+
+
+def test_a_cause_comes_before_what_follows_from_it() -> None:
+    assert diagnose(causal & documents([8, 16]) & prefix(2), N).codes[:2] == ["not-restarted", "dead-queries"]
+
+
+def test_parts_that_count_differently_claim_nothing() -> None:
+    mixed = causal.at(q_start=4) & (window(3) | prefix(2))
+    assert "future" not in diagnose(mixed, 2, 6).codes
+    assert diagnose(causal.at(q_start=4) | window(3), 2, 6, causal=True).worst == "error"
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -99,6 +154,82 @@ def test_padding_is_no_mistake() -> None:
         assert found.ok
         assert "padding" in found[found.codes.index("dead-queries")].message
     assert not diagnose(padding(lengths=[20], on="queries"), N).ok  # the others see these tokens: rows that were lost
+
+
+PAD = torch.tensor([[False] * 3 + [True] * 21, [True] * 20 + [False] * 4])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        causal & tm.from_huggingface_2d(PAD),
+        causal & tm.same([0] * 20 + [-1] * 4),
+        causal - keys(~PAD[0]),
+        (causal & keys(PAD)).select(samples=[0]),
+        tm.per_head([causal, window(3)]) & padding(lengths=[20, 24]),
+        tm.dense(TRIANGLE & PAD[0] & PAD[0][:, None]),
+    ],
+    ids=lambda mask: mask.kind,
+)
+def test_rows_that_padding_explains_are_a_note(mask: Mask) -> None:
+    found = diagnose(mask, N)
+    one = found[found.codes.index("dead-queries")]
+    assert (one.severity, "like padding" in one.message, found.ok) == ("note", True, True)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        tm.nothing,
+        causal & tm.random(0.0),
+        tm.per_head([causal, tm.nothing]),
+        tm.per_head([causal & keys(PAD[0]), causal]),
+        causal & documents([8, 16]) & prefix(2),
+        causal & padding(lengths=[24, 20]) & documents([8, 16]) & prefix(2),
+        causal & padding(lengths=[0, 24]),
+        causal.padded([24]),
+        tm.nothing.padded([3]),
+        tm.dense(TRIANGLE & (torch.arange(N) % 5 != 0) & (torch.arange(N) % 5 != 0)[:, None]),
+    ],
+    ids=str,
+)
+def test_rows_that_padding_does_not_explain_are_a_warning(mask: Mask) -> None:
+    found = diagnose(mask, N)
+    one = found[found.codes.index("dead-queries")]
+    assert (one.severity, "padding" in one.message, found.ok) == ("warning", False, False)
+
+
+@pytest.mark.parametrize(
+    ("mask", "severity", "fix"),
+    [
+        (TRIANGLE.T, "warning", "mask.T, if queries and keys changed places"),
+        (~TRIANGLE, "error", "from_torch_mha(mask), if True meant masked out"),
+        (causal.T, "warning", "causal"),
+        (window(4).T, "warning", "window(4)"),
+        (~causal | local(0), "warning", "(~causal | local(0)).T"),
+        (~causal, "error", "causal"),
+        (tm.everything - causal, "error", "~(everything - causal)"),
+    ],
+    ids=str,
+)
+def test_upside_down(mask: Mask | torch.Tensor, severity: str, fix: str) -> None:
+    found = diagnose(mask, N)
+    one = found[found.codes.index("inverted")]
+    assert (one.severity, one.fix) == (severity, fix)
+    assert "inverted" not in diagnose(mask, N, causal=False).codes
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "fix"),
+    [
+        (causal & window(8), 5, "causal"),
+        (window(8) & prefix(2) & causal, 5, "causal & prefix(2)"),
+        (causal & window(8) | prefix(2), 5, "causal | prefix(2)"),
+    ],
+    ids=str,
+)
+def test_equal_terms_of_a_fix_are_said_once(mask: Mask, length: int, fix: str) -> None:
+    assert [one.fix for one in diagnose(mask, length, causal=False) if one.code == "long-window"] == [fix]
 
 
 def test_parts_that_vary_over_heads_need_their_number() -> None:

@@ -77,6 +77,10 @@ def test_samples_and_heads() -> None:
     mask = causal.padded([0, 6])
     assert reach(mask, 8, 12, sample=0).tokens.nonzero().flatten().tolist() == list(range(9))
     assert reach(mask, 8, 12, sample=1).tokens.nonzero().flatten().tolist() == [6, 7, 8]
+    own = tm.predicate(lambda b, h, q, k: (k <= q) & ((b == 0) | (k > 1)))
+    found = reach(own, 5, 8, sample=1)
+    assert (found.tokens.nonzero().flatten().tolist(), found.path(3)) == ([2, 3, 4, 5], [3, 5])
+    assert reach(causal, 5, 8, sample=1).leaks(own) == [0, 1]
     per_head = tm.random(0.2, per_head=True)
     expected = torch.eye(N, dtype=torch.bool) | per_head.to_dense(N, heads=4)[0].any(0)
     assert torch.equal(reach(per_head, 3, N, heads=4).tokens, expected[3])
@@ -93,13 +97,31 @@ def test_a_million_tokens() -> None:
         (([], 3), "at least one"),
         (("causal", 3), "one mask for each layer"),
         ((causal, 40, 30), "behind the 30 tokens"),
-        (([causal, causal], 3, 9, 5), "2 masks were given for layers=5"),
+        (([causal, causal], 3, 9, {"layers": 5}), "2 masks were given for layers=5"),
         ((causal & keys([True] * 4), 2, 9), "4 keys"),
+        ((causal.padded([0, 1]), 2, 9, {"sample": 2}), "sample 2 is out of range"),
+        ((causal, 5, 9, {"sample": -1}), "sample must be at least 0"),
+        ((causal, 5, 9, {"sample": "a"}), "sample must be a whole number, got str 'a'"),
+        ((causal, 5, 9, {"heads": 0}), "heads must be at least 1"),
     ],
 )
 def test_questions_without_an_answer(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(MaskError, match=message):
-        reach(*arguments[:3], **({"layers": arguments[3]} if len(arguments) > 3 else {}))  # pyright: ignore
+        reach(*arguments[:3], **(arguments[3] if len(arguments) > 3 else {}))  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ("causal", "`allowed` is a mask, got str 'causal'"),
+        (torch.ones(3, dtype=torch.bool), "`allowed` is a mask, got bool"),
+        (causal & keys([True] * 4), "4 keys"),
+        (causal.padded([0, 1]), "sample 2 is out of range"),
+    ],
+)
+def test_what_is_allowed_must_answer(allowed: Mask, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        reach(causal, 5, 9, sample=2).leaks(allowed)
 
 
 def test_no_path_from_what_does_not_matter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,11 @@ from truemask.cli.console import make_console, needs_ascii, plain
 from truemask.cli.mask_files import is_file, read_mask
 from truemask.cli.options import Batch, Heads, KvLength
 from truemask.diagnosis.diagnose import diagnose
-from truemask.errors import MaskError
+from truemask.diagnosis.finding import Finding, Findings
+from truemask.diagnosis.subject import tokens_held
+from truemask.errors import MaskError, counted
 from truemask.masks.core import Mask
+from truemask.masks.foreign.importers import from_huggingface_2d
 from truemask.masks.matrices import Dense
 from truemask.masks.text import parse
 from truemask.viz.panels import text_of
@@ -40,12 +44,17 @@ def check(
     ] = None,
     documents: Annotated[str | None, typer.Option(help="Lengths of packed documents that must not mix: 5,7,4.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Which tensor of a file that holds several.")] = None,
+    padding: Annotated[
+        bool, typer.Option("--padding", help="Rows of a file's [b, n] are samples, 1 = a real token: attention_mask.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Find what is likely wrong with a mask. Exit code: 0 nothing worse than a note, 1 findings, 2 a mistake."""
     mask, source = read_mask(Path(what), tensor) if is_file(what) else (parse(what), "an expression")
+    mask, notes = (_as_padding(mask), []) if padding else (mask, list(_perhaps_padding(mask)))
     q_len, kv_len = sizes(mask, length, kv_length)
-    found = diagnose(mask, q_len, kv_len, batch=batch, heads=heads, causal=causal, documents=_lengths(documents))
+    claims = {"causal": causal, "documents": _lengths(documents)}
+    found = Findings([*diagnose(mask, q_len, kv_len, batch=batch, heads=heads, **claims), *notes])
     console = make_console()
     if as_json:
         report = {"mask": mask.text, "source": source, "queries": q_len, "keys": kv_len, "findings": found.to_dicts()}
@@ -60,12 +69,30 @@ def check(
 
 
 def sizes(mask: Mask, length: int | None, kv_length: int | None) -> tuple[int, int]:
-    """Queries and keys: as asked, or those of a tensor."""
+    """Queries and keys: as asked, or those that the mask holds data for."""
     shape = mask.tensor.tensor.shape if isinstance(mask, Dense) else None
-    own = shape[2] if shape is not None and (shape[2] > 1 or length is None) else mask._rows_held(0)  # pyright: ignore
+    own = shape[2] if shape is not None and (shape[2] > 1 or length is None) else tokens_held([mask])
     q_len = length or own or USUAL
     kv_len = kv_length or (shape[3] if shape is not None else mask.kv_len_for(q_len))
     return q_len, kv_len
+
+
+def _perhaps_padding(mask: Mask) -> Iterator[Finding]:
+    """That a table of fewer rows than columns may be flags of tokens, a row for each sample."""
+    b, h, rows, columns = mask.tensor.tensor.shape if isinstance(mask, Dense) else (0, 0, 0, 0)
+    if (b, h) == (1, 1) and rows < columns:
+        said = f"it was read as {counted(rows, 'query')} x {counted(columns, 'key')}"
+        other = f"if it is the attention_mask of {counted(rows, 'sample')} of {counted(columns, 'token')}"
+        fix = "`--padding` here, `from_huggingface_2d(mask)` in Python"
+        yield Finding("rows-or-samples", "note", f"the table [{rows}, {columns}]", f"{said}; {other}, say so", fix)
+
+
+def _as_padding(mask: Mask) -> Mask:
+    """A table of flags `[b, n]` as key padding."""
+    table = mask.tensor.tensor if isinstance(mask, Dense) else None
+    if table is None or table.shape[:2] != (1, 1):
+        raise MaskError(f"--padding reads a file's table [b, n] of 0 and 1, a row for each sample; this is `{mask}`")
+    return from_huggingface_2d(table[0, 0])
 
 
 def _lengths(text: str | None) -> list[int] | None:

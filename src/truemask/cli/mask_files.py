@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe, suggest
+from truemask.errors import MaskError, counted, describe, suggest
 from truemask.masks.core import Mask
 from truemask.masks.data import keys
 from truemask.masks.foreign.importers import from_additive
@@ -24,8 +24,16 @@ LARGEST = 1 << 30  # bytes of a file that is read
 
 
 def is_file(text: str) -> bool:
-    """Whether a command's argument names a file rather than an expression."""
-    return Path(text).suffix.lower() in READERS and not re.search(r"[()&|~]", text)
+    """Whether a command's argument names a file rather than an expression; no expression ends as such files do."""
+    path = Path(text)
+    return path.suffix.lower() in READERS or (path.suffix != "" and _is_there(path))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # an expression longer than a file's name may be
+        return False
 
 
 def read_mask(path: Path, name: str | None = None) -> tuple[Mask, str]:
@@ -54,15 +62,17 @@ def _chosen(found: Any, name: str | None, path: Path) -> Tensor:
     """The tensor, or the one of several that was named."""
     if isinstance(found, Tensor):
         return found
-    tensors = (
-        {key: value for key, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
-    )
+    held = found.items() if isinstance(found, dict) else ()
+    tensors = {str(key): value for key, value in held if isinstance(value, Tensor) and value.ndim}
     if name is None and len(tensors) == 1:
         return next(iter(tensors.values()))
     if name in tensors:
         return tensors[name]
-    known = ", ".join(tensors) or "none"
-    raise MaskError(f"{path.name} holds {len(tensors)} tensors ({known}): name one with `--tensor NAME`")
+    if not tensors:
+        raise MaskError(f"{path.name} holds no tensor, and a mask is one")
+    wanted = "" if name is None else f", and none is {name!r}{suggest(name, tensors)}"
+    known = f"{counted(len(tensors), 'tensor')} ({', '.join(tensors)})"
+    raise MaskError(f"{path.name} holds {known}{wanted}: name one with `--tensor NAME`")
 
 
 def _meaning(tensor: Tensor, path: Path) -> tuple[Mask, str]:
@@ -84,14 +94,37 @@ def _meaning(tensor: Tensor, path: Path) -> tuple[Mask, str]:
 
 
 def _torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Tensors alone: nothing in the file runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own words advise to load it unguarded
+        raise _refused(path, "torch.save(tensor, path)") from error
 
 
 def _numpy(path: Path) -> Any:
-    found = np.load(path, allow_pickle=False)
+    """The arrays of numbers: nothing in the file runs."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except Exception as error:  # numpy's own words, too
+        raise _refused(path, "numpy.save(path, array)") from error
     if isinstance(found, np.ndarray):
-        return torch.from_numpy(found)
-    return {key: torch.from_numpy(found[key]) for key in found.files}
+        found = {path.stem: found}
+    return {name: tensor for name in found if (tensor := _of_numbers(found, name)) is not None}
+
+
+def _of_numbers(arrays: Mapping[str, Any], name: str) -> Tensor | None:
+    """One of the arrays; None if it holds text or objects."""
+    try:
+        return torch.from_numpy(arrays[name])
+    except (TypeError, ValueError):
+        return None
+
+
+def _refused(path: Path, way: str) -> MaskError:
+    return MaskError(
+        f"{path.name} cannot be read: it is broken, or holds Python objects. Those could run code, so none of it was "
+        f"loaded. Save the mask alone: `{way}`"
+    )
 
 
 def _safetensors(path: Path) -> Any:

@@ -64,7 +64,8 @@ def diagnose(
     mask.check(q_len, kv_len, batch=batch, heads=heads)
     claimed = None if documents is None else documents_of(documents)
     subject = Subject(mask, q_len, kv_len, batch, heads, causal, claimed)
-    return Findings(finding for rule in (*OUTCOME_RULES, *WORDING_RULES) for finding in rule(subject))
+    rules = (*WORDING_RULES, *OUTCOME_RULES)  # among equally grave ones: how it is written, then what follows from it
+    return Findings(finding for rule in rules for finding in rule(subject))
 
 
 def _rows_as_squares(mask: Mask, q_len: int) -> Iterator[Finding]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from truemask.diagnosis.finding import Finding
 from truemask.diagnosis.slips import LOOKING_BACK, top_left
-from truemask.diagnosis.subject import Subject, at_cell
+from truemask.diagnosis.subject import Subject, at_cell, paddings
 from truemask.diagnosis.words import quoted
 from truemask.errors import counted
-from truemask.masks.core import Mask
 from truemask.masks.matrices import Dense
 from truemask.masks.positional import causal
 
@@ -20,6 +21,7 @@ Rule = Callable[[Subject], Iterator[Finding]]
 
 FEW = 4  # queries below which a mask may be upside down by chance
 HIDDEN = 0.99  # share of the future that a tensor hides if it is meant to be causal
+OPAQUE = ("dense", "predicate")  # masks that do not say why they hide a token
 
 
 def dead_queries(x: Subject) -> Iterator[Finding]:
@@ -27,12 +29,25 @@ def dead_queries(x: Subject) -> Iterator[Finding]:
     dead = x.mask.dead_queries(x.q_len, x.kv_len, **x.sizes)
     if not dead.any():
         return
-    padded = x.one_axis and bool((x.mask.dead_keys(x.q_len, x.kv_len, **x.sizes) | ~dead).all())
+    padded = _is_padding(x, dead)
     what = "they see nothing and nobody sees them, like padding" if padded else "they see nothing"
     fix = "" if padded else "let every query see itself (`mask | local(0)`), or leave these rows out of the loss"
     yield Finding(
         "dead-queries", "note" if padded else "warning", places("query", dead), f"{what}; their output is zeros", fix
     )
+
+
+def _is_padding(x: Subject, dead: Tensor) -> bool:
+    """Whether dead rows `[b, h, q]` are tokens left out on purpose: the same for all heads, and not all of a sample."""
+    if not x.one_axis or not bool((dead == dead[:, :1]).all()) or bool(dead.all(-1).any()):
+        return False
+    sizes = (x.q_len, x.kv_len)
+    if bool((dead & ~x.mask.dead_keys(*sizes, **x.sizes)).any()):
+        return False
+    at_an_end = bool((dead.int().diff().abs().sum(-1) <= 1).all())
+    left_out = (part.dead_queries(*sizes, **x.sizes) | part.dead_keys(*sizes, **x.sizes) for part in paddings(x.mask))
+    named = reduce(torch.logical_or, left_out, torch.zeros_like(dead))
+    return bool((named | ~dead).all()) or (at_an_end and not x.kinds.isdisjoint(OPAQUE))
 
 
 def dead_keys(x: Subject) -> Iterator[Finding]:
@@ -57,28 +72,33 @@ def future(x: Subject) -> Iterator[Finding]:
         "error" if x.causal else "warning",
         quoted(x.mask),
         f"{counted(x.in_future, 'pair')} {'sees' if x.in_future == 1 else 'see'} the future{first}{said}",
-        f"causal & {_bracketed(x.mask)}",
+        str(x.order & x.mask),
     )
 
 
 def _claims_causality(x: Subject) -> bool:
-    """The expression says so, or it is a tensor that hides nearly all of the future."""
+    """The expression says so, or it is a tensor that hides nearly all of the future; and its parts count alike."""
+    if not x.counts_alike:
+        return False
     if x.kinds & set(LOOKING_BACK) and not x.kinds & {"not", "minus", "xor", "transposed"}:
         return True
-    later = x.pairs(~causal)
+    later = x.pairs(~x.order)
     return "dense" in x.kinds and later > FEW and x.in_future < (1 - HIDDEN) * later
 
 
 def upside_down(x: Subject) -> Iterator[Finding]:
     """Queries that see later keys, and of the earlier ones none."""
-    square = x.q_len == x.kv_len and x.q_len >= FEW and x.causal is not False
-    if square and x.total and x.in_future == x.total:
-        fix = (
-            "from_torch_mha(mask), if True meant masked out" if isinstance(x.mask, Dense) else f"~{_bracketed(x.mask)}"
-        )
-        yield Finding(
-            "inverted", "error", quoted(x.mask), "every query sees later keys only, neither itself nor the past", fix
-        )
+    if x.causal is False or not FEW <= x.q_len == x.kv_len or not x.in_future:
+        return
+    cells = isinstance(x.mask, Dense)
+    if x.in_future == x.total:
+        message = "every query sees later keys only, neither itself nor the past"
+        fix = "from_torch_mha(mask), if True meant masked out" if cells else str(~x.mask)
+        yield Finding("inverted", "error", quoted(x.mask), message, fix)
+    elif x.in_future + x.on_diagonal == x.total:
+        message = "queries see themselves and later keys, none of the past (if that is meant, say `causal=False` here)"
+        fix = "mask.T, if queries and keys changed places" if cells else str(x.mask.T)
+        yield Finding("inverted", "warning", quoted(x.mask), message, fix)
 
 
 def mixed_documents(x: Subject) -> Iterator[Finding]:
@@ -97,9 +117,7 @@ def alignment(x: Subject) -> Iterator[Finding]:
     """Fewer queries than keys without `at`; more queries than keys under a right-aligned tensor."""
     said = top_left(x.mask, x.q_len, x.kv_len)
     if said:
-        yield Finding(
-            "top-left", "warning", quoted(x.mask), said, f"{_bracketed(x.mask)}.at(q_start={x.kv_len - x.q_len})"
-        )
+        yield Finding("top-left", "warning", quoted(x.mask), said, str(x.mask.at(q_start=x.kv_len - x.q_len)))
     if isinstance(x.mask, Dense) and x.q_len > x.kv_len:
         right = causal.at(k_start=x.q_len - x.kv_len)
         if x.means_the_same(right):
@@ -110,10 +128,6 @@ def alignment(x: Subject) -> Iterator[Finding]:
 
 
 OUTCOME_RULES: tuple[Rule, ...] = (upside_down, future, mixed_documents, dead_queries, dead_keys, alignment)
-
-
-def _bracketed(mask: Mask) -> str:
-    return f"({mask})" if " " in mask.text else mask.text
 
 
 def places(name: str, flags: Tensor) -> str:

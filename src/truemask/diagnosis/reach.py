@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from truemask.diagnosis.outcome import ranges
+from truemask.diagnosis.subject import tokens_held
 from truemask.diagnosis.words import shortened
 from truemask.errors import MaskError, counted, describe
 from truemask.masks.core import Mask, operand
@@ -45,12 +46,12 @@ class Reach:
 
     def leaks(self, allowed: Mask = causal) -> list[int]:
         """The tokens that can influence the position although `allowed` hides them; by default later ones."""
-        n = self.layers.shape[1]
-        allowed.check(self.query + 1, n)
-        seen = ~allowed.take(q=[self.query]).dead_keys(1, n, heads=self.heads)
-        row = seen[min(self.sample, len(seen) - 1)].any(0)
-        row[self.query] = True
-        return (self.tokens & ~row).nonzero().flatten().tolist()
+        if not isinstance(allowed, Mask):
+            raise MaskError(f"leaks: `allowed` is a mask, got {describe(allowed)}")
+        itself = self.layers[-1]
+        _check(allowed, self.query + 1, len(itself), self.sample)
+        seen = itself | _seen(allowed, itself, self.sample, self.heads)
+        return (self.tokens & ~seen).nonzero().flatten().tolist()
 
     def path(self, token: int) -> list[int]:
         """How a token gets there: the position of its influence before each layer, and at last the query.
@@ -66,8 +67,8 @@ class Reach:
         path = [place]
         for mask, later in zip(self.masks, self.layers[1:], strict=True):
             rows = later.nonzero().flatten()
-            seen = ~mask.take(q=rows, k=[path[-1]]).dead_queries(len(rows), 1, heads=self.heads)
-            seen = seen[min(self.sample, len(seen) - 1)].any(0) | (rows == path[-1])
+            cells = _of_sample(mask, self.sample).take(q=rows, k=[path[-1]])
+            seen = ~cells.dead_queries(len(rows), 1, heads=self.heads)[0].all(0) | (rows == path[-1])
             path.append(int(rows[seen][-1]))
         return path
 
@@ -119,7 +120,7 @@ def reach(
         layers: how many layers, where `masks` is one mask.
 
     Raises:
-        MaskError: no layers, or a mask that cannot answer for the length.
+        MaskError: no layers, no such sample, or a mask that cannot answer for the length.
 
     >>> from truemask.masks.positional import blocks, causal, window
     >>> reach(window(4), 20, layers=3)
@@ -131,14 +132,13 @@ def reach(
     [21, 22, 23]
     """
     chain = _chain(masks, layers)
-    query = whole(query, "query")
+    query, sample = whole(query, "query"), whole(sample, "sample")
+    heads = None if heads is None else whole(heads, "heads", 1)
     n = _length(chain, query) if length is None else whole(length, "length", 1)
     if query >= n:
         raise MaskError(f"reach: query {query} lies behind the {n} tokens that are looked at: pass `length=`")
     for mask in chain:
-        mask.check(n, n)
-        if mask.batch_size not in (1, ANY) and sample >= mask.batch_size:
-            raise MaskError(f"reach: sample {sample} is out of range, the mask `{mask}` holds {mask.batch_size}")
+        _check(mask, n, n, sample)
     here = torch.zeros(n, dtype=torch.bool)
     here[query] = True
     found = [here]
@@ -160,14 +160,23 @@ def _chain(masks: Sequence[Mask] | Mask, layers: int | None) -> list[Mask]:
 
 
 def _length(chain: list[Mask], query: int) -> int:
-    sides = [side for mask in chain for side in (mask, mask.T)]
-    held = [n for side in sides if (n := side._rows_held(0)) is not None]  # pyright: ignore[reportPrivateUsage]
-    return min(held) if held else min(max(FEWEST, 2 * (query + 1)), LARGEST - 1)
+    held = tokens_held(chain)
+    return min(max(FEWEST, 2 * (query + 1)), LARGEST - 1) if held is None else held
+
+
+def _check(mask: Mask, q_len: int, kv_len: int, sample: int) -> None:
+    """Raise if the mask cannot answer for the sizes, or holds no such sample."""
+    mask.check(q_len, kv_len)
+    if mask.batch_size not in (1, ANY) and sample >= mask.batch_size:
+        raise MaskError(f"reach: sample {sample} is out of range, the mask `{mask}` holds {mask.batch_size}")
+
+
+def _of_sample(mask: Mask, sample: int) -> Mask:
+    return mask if mask.batch_size == 1 else mask.select(samples=[sample])
 
 
 def _seen(mask: Mask, rows: Tensor, sample: int, heads: int | None) -> Tensor:
     """Which keys some of the rows see in some head."""
-    n, places = len(rows), rows.nonzero().flatten()
-    batch = sample + 1 if mask.batch_size == ANY else None
-    seen = ~mask.take(q=places).dead_keys(len(places), n, batch=batch, heads=heads)
-    return seen[min(sample, len(seen) - 1)].any(0)
+    places = rows.nonzero().flatten()
+    taken = _of_sample(mask, sample).take(q=places)
+    return ~taken.dead_keys(len(places), len(rows), heads=heads)[0].all(0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from truemask.masks.combine import Minus, Not, everything
 from truemask.masks.core import Mask
-from truemask.masks.labels import Documents
-from truemask.masks.positional import causal
+from truemask.masks.data import Keys, Padding, Queries
+from truemask.masks.labels import Documents, Same
+from truemask.masks.packing import Packed, Padded, Prepended
+from truemask.masks.positional import causal, local
+from truemask.masks.reindex import At, Select, Take, Transposed
 from truemask.masks.verdict import Cell
 
 
@@ -49,10 +53,25 @@ class Subject:
     def kinds(self) -> set[str]:
         return {part.kind for part in self.mask.walk()}
 
+    @property
+    def counts_alike(self) -> bool:
+        """Whether its parts count rows and keys from the same start."""
+        return reindexed(causal, self.mask) is not None
+
+    def here(self, plain: Mask) -> Mask:
+        """`plain` for the mask's rows and keys; where its parts count them differently, both count from 0."""
+        found = reindexed(plain, self.mask)
+        return plain if found is None else found
+
+    @cached_property
+    def order(self) -> Mask:
+        """`causal` for the mask's rows and keys."""
+        return self.here(causal)
+
     @cached_property
     def future(self) -> Mask:
-        """What it lets through of later keys; rows are positions, however they are packed."""
-        return self.mask - causal
+        """What it lets through of later keys."""
+        return self.mask - self.order
 
     @cached_property
     def total(self) -> int:
@@ -62,17 +81,72 @@ class Subject:
     def in_future(self) -> int:
         return self.pairs(self.future)
 
+    @cached_property
+    def on_diagonal(self) -> int:
+        """Pairs of a query and the key at its own position."""
+        return self.pairs(self.mask & self.here(local(0)))
+
     @property
     def one_axis(self) -> bool:
         """Whether query i and key i are the same token."""
         return self.q_len == self.kv_len and not self.kinds & {"at", "take", "transposed"}
 
     def claimed_documents(self) -> Iterator[tuple[Mask, bool]]:
-        """Documents that must not mix, and whether the caller says so."""
+        """Documents that must not mix, for the mask's rows and keys, and whether the caller says so."""
         if self.documents is not None:
-            yield self.documents, True
+            chosen = "select" in self.kinds  # then samples were told of as they are now, not as the mask holds them
+            yield self.documents if chosen else self.here(self.documents), True
             return
-        yield from ((part, False) for part in self.mask.walk() if isinstance(part, Documents))
+        yield from ((self.here(part), False) for part in self.mask.walk() if isinstance(part, Documents))
+
+
+def reindexed(plain: Mask, like: Mask) -> Mask | None:
+    """`plain` for the rows and keys of `like`; None where its parts that look at the query are re-indexed differently.
+
+    >>> from truemask.masks.data import prefix
+    >>> reindexed(local(1), (causal | prefix(4)).at(q_start=5) & prefix(9))
+    local(1).at(q_start=5)
+    """
+    if isinstance(like, (At, Take, Select, Prepended)):
+        base = reindexed(plain, like.base)
+        return None if base is None else replace(like, base=base)
+    if isinstance(like, (Packed, Padded, Transposed)):  # what counts from elsewhere within them is nowhere in the row
+        return plain if reindexed(plain, like.base) == plain else None
+    found = {reindexed(plain, child) for child in like.children if child.varies_with_query} or {plain}
+    return found.pop() if len(found) == 1 else None
+
+
+def paddings(mask: Mask) -> Iterator[Mask]:
+    """The parts of an expression that leave tokens out, each for the rows and keys of the whole.
+
+    >>> from truemask.masks.data import keys
+    >>> list(paddings((causal & keys([True, True, False])).packed([3, 3])))
+    [keys([True, True, False]).packed([3, 3])]
+    """
+    match mask:
+        case Keys() | Queries() | Padding() | Same():
+            yield mask
+        case Not():
+            yield from (~part for part in paddings(mask.base))
+        case Minus():
+            yield from (*paddings(mask.left), *paddings(~mask.right))
+        case Padded():
+            yield from (replace(mask, base=part) for part in (everything, *paddings(mask.base)))
+        case Packed() | Select() | Prepended():
+            yield from (replace(mask, base=part) for part in paddings(mask.base))
+        case _:
+            yield from (part for child in mask.children for part in paddings(child))
+
+
+def tokens_held(masks: Iterable[Mask]) -> int | None:
+    """How many tokens the data of masks answer for, as queries and as keys; None if for any number.
+
+    >>> from truemask.masks.data import keys
+    >>> tokens_held([causal, keys([True] * 9)])
+    9
+    """
+    sides = [side for mask in masks for side in (mask, mask.T)]
+    return min((n for side in sides if (n := side._rows_held(0)) is not None), default=None)  # pyright: ignore
 
 
 def at_cell(cell: Cell, mask: Mask) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from truemask.masks.reindex import At, Select, Take, Transposed
 from truemask.masks.verdict import Cell
 
 WIDEST = 100  # characters of an expression that stand in one line
+MOST_WAYS = 16  # ways to decide a part that are kept while more are looked at
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Explanation:
         where = [f"{name} {i}" for name, i, own in self._axes(b, h) if own != 1]
         head = f"query {q} {'may' if self.allowed else 'may not'} attend to key {k}"
         lines = [head + (f" in {', '.join(where)}" if where else ""), *self._underlined()]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes), *map(self._line, self.reasons)])
+        said = dict.fromkeys(map(self._line, self.reasons))  # a part that stands twice says it once
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes), *said])
 
     __repr__ = __str__
 
@@ -78,7 +82,8 @@ def explain(mask: Mask, q: int, k: int, *, sample: int = 0, head: int = 0) -> Ex
     """Whether query `q` may attend to key `k`, and why: the smallest set of parts of the expression that decides it.
 
     True of a conjunction takes all its terms, false one of them (the one that needs fewest parts), and the other way
-    round for `|`. Positions are logical ones, as the mask counts them (law 2 in docs/conventions.md).
+    round for `|`. A part that stands in several places is marked where it counts, and is one; that `a | ~a` holds
+    whatever `a` says is not used. Positions are logical ones, as the mask counts them (law 2 in docs/conventions.md).
 
     Args:
         mask: any mask.
@@ -105,15 +110,27 @@ def explain(mask: Mask, q: int, k: int, *, sample: int = 0, head: int = 0) -> Ex
         if own not in (1, ANY) and place >= own:
             raise MaskError(f"explain: {name} {place} is out of range, the mask `{mask}` holds {own}")
     mask.check(cell.query + 1, cell.key + 1)
-    allowed, reasons, notes = _decide(mask, cell, 0)
-    return Explanation(mask, cell, allowed, tuple(reasons), tuple(dict.fromkeys(notes)))
+    allowed, ways = _decide(mask, cell, 0)
+    return Explanation(mask, cell, allowed, ways[0].reasons, tuple(dict.fromkeys(ways[0].notes)))
 
 
-Decision = tuple[bool, list[Reason], list[str]]
+class Way(NamedTuple):
+    """Parts that decide a cell together, and notes about the positions that they are asked about."""
+
+    reasons: tuple[Reason, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many parts they are; one that stands in several places counts once."""
+        return len({(reason.mask, reason.cell) for reason in self.reasons})
+
+
+Decision = tuple[bool, list[Way]]  # the value of a part, and the ways to decide it, the shortest first
 
 
 def _decide(mask: Mask, cell: Cell, start: int) -> Decision:
-    """The value of a part whose text begins at `start`, what decides it, and notes about positions."""
+    """The value of a part whose text begins at `start`, and what decides it."""
     match mask:
         case And() | Or() | Xor() | Minus() | Not():
             return _combined(mask, cell, start)
@@ -122,37 +139,48 @@ def _decide(mask: Mask, cell: Cell, start: int) -> Decision:
             return _decide(mask.masks[place], cell, start + _starts(mask)[place])
         case At() | Take() | Select() | Transposed():
             there, note = _moved(mask, cell)
-            allowed, reasons, notes = _decide(mask.base, there, start + _starts(mask)[0])
-            return allowed, reasons, [note, *notes]
+            return _noted(note, _decide(mask.base, there, start + _starts(mask)[0]))
         case Packed() | Padded() | Prepended():
             return _set_among_others(mask, cell, start)
         case _:
             return _own(mask, cell, start, 0)
 
 
+def _noted(note: str, decision: Decision) -> Decision:
+    allowed, ways = decision
+    return allowed, [Way(way.reasons, (note, *way.notes)) for way in ways]
+
+
 def _own(mask: Mask, cell: Cell, start: int, after: int, allowed: bool | None = None) -> Decision:
     """What a part says itself, marked from `after` on in its text."""
     seen = mask._sees(*cell) if allowed is None else allowed  # pyright: ignore[reportPrivateUsage]
     span = (start + after, start + len(mask.text))
-    return seen, [Reason(mask, seen, cell, because(mask, seen, cell), span)], []
+    return seen, [Way((Reason(mask, seen, cell, because(mask, seen, cell), span),))]
 
 
 def _combined(mask: And | Or | Xor | Minus | Not, cell: Cell, start: int) -> Decision:
     parts = [_decide(child, cell, start + at) for child, at in zip(mask.children, _starts(mask), strict=True)]
     if isinstance(mask, Xor):
-        return sum(seen for seen, _, _ in parts) % 2 == 1, *_all(parts)
+        return sum(seen for seen, _ in parts) % 2 == 1, _together(parts)
     if isinstance(mask, (Not, Minus)):
-        seen, reasons, notes = parts[-1]
-        parts[-1] = (not seen, reasons, notes)
+        seen, ways = parts[-1]
+        parts[-1] = (not seen, ways)
     alone = isinstance(mask, Or)  # the value that one part decides
-    deciding = [part for part in parts if part[0] == alone]
-    if not deciding:
-        return not alone, *_all(parts)
-    return min(deciding, key=lambda part: len(part[1]))
+    deciding = [way for seen, ways in parts if seen == alone for way in ways]
+    return (alone, _shortest(deciding)) if deciding else (not alone, _together(parts))
 
 
-def _all(parts: Sequence[Decision]) -> tuple[list[Reason], list[str]]:
-    return [reason for part in parts for reason in part[1]], [note for part in parts for note in part[2]]
+def _together(parts: Sequence[Decision]) -> list[Way]:
+    """The ways to decide all parts."""
+    found = [Way(())]
+    for _, ways in parts:
+        found = _shortest(Way((*a.reasons, *b.reasons), (*a.notes, *b.notes)) for a, b in product(found, ways))
+    return found
+
+
+def _shortest(ways: Iterable[Way]) -> list[Way]:
+    """Some of them, the shortest first: a longer one may share leaves with other parts, and be the shortest there."""
+    return sorted(ways, key=lambda way: way.size)[:MOST_WAYS]
 
 
 def _moved(mask: At | Take | Select | Transposed, cell: Cell) -> tuple[Cell, str]:
@@ -194,9 +222,8 @@ def _set_among_others(mask: Packed | Padded | Prepended, cell: Cell, start: int)
             return _behind(mask, cell, start, tail)
     if not inside:
         return _own(mask, cell, start, tail, allowed=False)
-    allowed, reasons, notes = _decide(mask.base, there, start + _starts(mask)[0])
-    own = _own(mask, cell, start, tail, allowed=True)[1] if allowed else []
-    return allowed, [*reasons, *own], [note, *notes]
+    found = _noted(note, _decide(mask.base, there, start + _starts(mask)[0]))
+    return (True, _together([found, _own(mask, cell, start, tail, allowed=True)])) if found[0] else found
 
 
 def _in_document(mask: Packed, cell: Cell) -> tuple[bool, Cell, str]:
@@ -218,11 +245,10 @@ def _behind(mask: Prepended, cell: Cell, start: int, tail: int) -> Decision:
         return _own(mask, cell, start, tail, allowed=True)
     there = cell._replace(query=max(cell.query - mask.q, 0), key=cell.key - mask.k)
     if cell.query < mask.q:
-        allowed, reasons, notes = _decide(mask.seen, there, start + _starts(mask)[1])
-        return allowed, reasons, [f"query {cell.query} is an extra row, which sees `seen`", *notes]
-    allowed, reasons, notes = _decide(mask.base, there, start + _starts(mask)[0])
+        note = f"query {cell.query} is an extra row, which sees `seen`"
+        return _noted(note, _decide(mask.seen, there, start + _starts(mask)[1]))
     note = f"behind {mask.q} extra rows and {mask.k} extra keys {_stands(cell, there)}"
-    return allowed, reasons, [note, *notes]
+    return _noted(note, _decide(mask.base, there, start + _starts(mask)[0]))
 
 
 def _starts(mask: Mask) -> list[int]:

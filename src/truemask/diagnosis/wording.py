@@ -118,7 +118,9 @@ def _children(mask: Mask) -> Iterator[tuple[Callable[[Mask], Mask], Mask]]:
 
 
 def _joined(kind: type[And] | type[Or], terms: list[Mask]) -> Mask:
-    return terms[0] if len(terms) == 1 else kind.make(*terms)
+    """The terms, equal ones once: `a & a` and `a | a` are `a`."""
+    once = list(dict.fromkeys(terms))
+    return once[0] if len(once) == 1 else kind.make(*once)
 
 
 def known_by_name(x: Subject) -> Iterator[Finding]:
