@@ -154,9 +154,11 @@ STAIRS = """
     packing/collate.py
 
     interop/__init__.py
+    interop/unreached.py
     interop/layers.py
     interop/lifting.py
     interop/claims.py
+    interop/switch.py
     interop/huggingface.py
     interop/x_masks.py
     interop/x_frame.py

@@ -139,3 +139,33 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     """Equal as the laws have it for fp32: relative 1e-4 of the largest."""
     scale = float(expected.detach().abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(scale, 1e-3))
+
+
+def other_of(name: str) -> Any:
+    """A model whose layers are not all attention, or whose attention says more than its mask."""
+    import transformers
+
+    mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    few = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    index = {"index_n_heads": 2, "index_head_dim": 16}
+    sparse: dict[str, Any] = {"layer_types": ["full_attention", "minimax_m3_sparse"], "rotary_dim": 4, "head_dim": 8}
+    sparse |= {"num_local_experts": 4, "dense_intermediate_size": 32, "mlp_layer_types": ["dense", "dense"]}
+    class_name, arguments = {
+        "jamba": ("Jamba", mamba | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
+        "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+        "recurrent_gemma": ("RecurrentGemma", {"lru_width": 32, "block_types": ["recurrent", "attention"]}),
+        "falcon_h1": ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}),
+        "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+        "deepseek_v32": ("DeepseekV32", latent | few | index | {"index_topk": 4, "first_k_dense_replace": 2}),
+        "minimax_m3": ("MiniMaxM3VL", sparse | index | {"index_block_size": 4, "index_topk_blocks": 2}),
+    }[name]
+    config_class = getattr(transformers, f"{class_name}{'Text' * (name == 'minimax_m3')}Config")
+    torch.manual_seed(0)
+    sizes = GROUPED | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    made = getattr(transformers, f"{class_name}ForCausalLM")(config_class(**(sizes | arguments))).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return made

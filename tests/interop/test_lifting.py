@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "bidirectional": (utils.bidirectional_mask_function, "everything"),
     "sliding": (utils.sliding_window_causal_mask_function(WINDOW), "window(4)"),
     "sliding overlay": (utils.sliding_window_overlay(WINDOW), None),
+    "sliding by nothing": (utils.sliding_window_causal_mask_function(0), None),
+    "sliding overlay of nothing": (utils.sliding_window_overlay(0), "~causal"),
+    "sliding into the future": (utils.sliding_window_overlay(-2), None),
+    "nobody near": (utils.sliding_window_bidirectional_overlay(-1), "nothing"),
     "sliding, both ways": (utils.sliding_window_bidirectional_mask_function(WINDOW), "local(4)"),
     "chunked": (utils.chunked_causal_mask_function(CHUNK, torch.zeros(2, dtype=int)), "blocks(5) & causal"),
     "chunked behind pads": (utils.chunked_causal_mask_function(CHUNK, LEFT_PADS), None),
@@ -88,6 +93,15 @@ def test_a_function_of_single_cells_is_asked_cell_by_cell() -> None:
     found = lift(function, cell_by_cell=True).mask
     assert torch.equal(found.to_dense(N, batch=1, heads=1), expected)
     assert "same_label" in found.text
+
+
+def test_a_function_that_only_bears_a_known_name_is_asked() -> None:
+    @functools.wraps(utils.causal_mask_function)
+    def mine(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return utils.causal_mask_function(b, h, q, k) & (k != 3)
+
+    expected = utils.sdpa_mask(1, N, N, mask_function=mine, allow_is_causal_skip=False)
+    assert torch.equal(lift(mine).mask.to_dense(N, batch=1, heads=1), expected)
 
 
 def test_what_is_met_on_the_way() -> None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from functools import cached_property, reduce
 from operator import and_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truemask.errors import ConventionWarning, MaskError, describe
-from truemask.interop.lifting import Packing, alike
+from truemask.interop.layers import Layer
+from truemask.interop.lifting import Lifted, Packing, alike
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, keys, padding
@@ -28,6 +31,7 @@ INSIDE = (
 )
 
 OF_ROWS = ("packed", "documents", "tree", "same", "keys", "queries", "dense")
+ROOM = 256  # data of tokens reaches up to a multiple of this, so that a step of generation does not change the mask
 APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
 
 
@@ -49,8 +53,9 @@ def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
 class Claim:
     """The model's own mask for one forward, over absolute positions.
 
-    `rule`: what it says of positions, documents included; `unpacked` without them. `real [b, n]`: which of the first n
-    positions are tokens and not padding, or None. Row i of the call is position `q_start + i`, key j is `k_start + j`.
+    `rule`: what it says of positions, or a function that finds it out: transformers makes masks for kinds of layers
+    that a model does not have. `real [b, n]`: which of the first n positions are tokens and not padding, or None. Row i
+    of the call is position `q_start + i`, key j is `k_start + j`. `placed`: rows and keys count on one axis.
     It looks like the bool tensor `[b, 1, q, k]` that it stands for, as far as transformers looks.
     """
 
@@ -58,25 +63,22 @@ class Claim:
 
     def __init__(
         self,
-        rule: Mask,
+        rule: Lifted | Callable[[], Lifted],
         sizes: tuple[int, int, int],
         starts: tuple[int, int] = (0, 0),
         *,
         real: Tensor | None = None,
-        packing: Packing | None = None,
-        unpacked: Mask | None = None,
-        looks_back: bool = False,
         bias: Tensor | None = None,
         placed: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.rule, self.packing, self.looks_back, self.bias, self.placed = rule, packing, looks_back, bias, placed
-        self.unpacked = rule if unpacked is None else unpacked
+        self._made, self.bias, self._same_axis = rule, bias, placed
         self.batch, self.q_len, self.k_len = sizes
         self.q_start, self.k_start = starts
         self.device = torch.device(device)
         self._real, self._warned = real, False
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
+        self._readers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
 
     # -- as transformers sees it -------------------------------------------------------------------------------------
 
@@ -107,10 +109,33 @@ class Claim:
 
     # -- as our attention reads it -----------------------------------------------------------------------------------
 
+    @cached_property
+    def lifted(self) -> Lifted:
+        """What the model says of positions."""
+        return self._made if isinstance(self._made, Lifted) else self._made()
+
+    @property
+    def packing(self) -> Packing | None:
+        """The documents that it keeps apart."""
+        return self.lifted.packing
+
+    def read_by(self, module: nn.Module) -> bool:
+        """Whether a layer has read it already."""
+        return module in self._readers
+
+    def note(self, module: nn.Module, layer: Layer) -> None:
+        """Note that a layer reads it. Raises MaskError if it did under another mask: gradients would be wrong."""
+        before = self._readers.setdefault(module, layer)
+        if before is not layer and (before.mask, before.replace) != (layer.mask, layer.replace):
+            raise MaskError(
+                f"`{layer.path}` is recomputed for `backward` inside another `tm.use`, under `{layer.mask}`, but it "
+                f"ran under `{before.mask}`: call `backward` inside the block in which the forward ran"
+            )
+
     @property
     def keys_written(self) -> int:
         """How many of the keys exist by now: a static cache has room for more behind the last query."""
-        stop = self.q_start + self.q_len if self.looks_back else self.k_start + self.k_len
+        stop = self.q_start + self.q_len if self.lifted.looks_back else self.k_start + self.k_len
         return min(self.k_len, stop - self.k_start)
 
     def mask(self, users: Mask | None, replace: bool = False) -> Mask:
@@ -122,7 +147,7 @@ class Claim:
         if (users, replace) not in self._masks:
             self._check_samples(users)
             lies = users is not None and self.packing is not None and lies_in_rows(users, packed=True)
-            own = [] if replace and users is not None else [self.unpacked if lies else self.rule]
+            own = [] if replace and users is not None else [self.lifted.bare if lies else self.lifted.mask]
             terms = [*own, *([] if users is None else [self._placed(users)]), self._padding[0]]
             if replace and users is not None and self.k_start:
                 self._check_kept(users, _all(terms))
@@ -132,7 +157,7 @@ class Claim:
     def cross_mask(self, users: Mask | None, rows: Claim | None, replace: bool = False) -> Mask:
         """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""
         self._check_samples(users)
-        own = [] if replace and users is not None else [self.rule]
+        own = [] if replace and users is not None else [self.lifted.mask]
         if users is None:
             return _all([*own, self._padding[0]])
         if users.varies_with_query and rows is None:
@@ -141,7 +166,7 @@ class Claim:
                 "mask of keys alone (`keys(...)`, `prefix(...)`)"
             )
         q = None if rows is None else rows._positions_of_rows()
-        k = self._padding[1]
+        k = self._positions_for(users)
         taken = users if q is None and k is None else users.take(q=q, k=k)
         return _all([*own, taken, self._padding[0]])
 
@@ -194,30 +219,50 @@ class Claim:
 
         A mask that says itself how the rows are packed or padded is about the rows as they lie.
         """
-        if not self.placed and users.varies_with_query:
+        if not self._placed_rows and users.varies_with_query:
             raise MaskError(
                 f"the model's mask for {self.q_len} rows and {self.k_len} keys does not say which positions the "
-                f"rows have, and `{users}` asks: pass a 2-D attention_mask"
+                f"rows have, and `{users}` asks: pass a 2-D attention_mask, or leave the layer out with layers= if it "
+                "attends to something else than its own tokens"
             )
         if self.packing is not None:
             return users if lies_in_rows(users, packed=True) else self.packing.of(users)
-        _, positions, starts = self._padding
+        starts = self._padding[2]
         if lies_in_rows(users, packed=False):
             return users
         if starts is not None:
             return users.padded(starts)
+        positions = self._positions_for(users)
         return users if positions is None else users.take(q=positions, k=positions)
+
+    def _positions_for(self, users: Mask) -> Tensor | None:
+        """Logical positions where pads move them, as far as `users` has data: at least up to the last key."""
+        positions = self._padding[1]
+        if positions is None or _answers_for(users, int(positions.max()) + 1):
+            return positions
+        return positions[..., : self._stop]
+
+    @property
+    def _placed_rows(self) -> bool:
+        """Whether rows and keys are the same tokens: the last row and the last key are one, or the rule looks back."""
+        ends = self.q_start + self.q_len == self.k_start + self.k_len
+        return self._same_axis and (ends or self.lifted.looks_back)
+
+    @property
+    def _stop(self) -> int:
+        """Behind the last key that is written."""
+        return self.k_start + self.keys_written
 
     @cached_property
     def _padding(self) -> tuple[Mask, Tensor | None, list[int] | None]:
         """The real keys, logical positions where pads move them, and how many pads stand before each sample.
 
-        A token's position is the number of real tokens before it. `starts` are known if pads stand nowhere else but
-        before and behind.
+        A token's position is the number of real tokens before it, and counts on behind the last key. `starts` are known
+        if pads stand nowhere else but before and behind.
         """
         if self._real is None:
             return everything, None, None
-        stop = self.k_start + self.keys_written
+        stop = self._stop
         real = torch.nn.functional.pad(self._real, (0, max(0, stop - self._real.shape[1])))[:, :stop].cpu()
         if bool(real.all()):
             return everything, None, None
@@ -227,6 +272,7 @@ class Claim:
         solid = bool(((last - first == totals) | (totals == 0)).all())
         only_left = solid and bool((first + totals == stop).all())
         starts = (first[:1] if bool((first == first[0]).all()) else first).tolist()
+        real = torch.nn.functional.pad(real, (0, -stop % ROOM), value=True)
         seen = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
         positions = alike((real.long().cumsum(1) - 1).clamp(min=0))
         if solid:
@@ -244,12 +290,13 @@ class Place(threading.local):
 PLACE = Place()
 
 
-def of_tensor(mask: Tensor, batch: int, q_len: int, k_len: int) -> Claim:
+def of_tensor(mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> Claim:
     """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
 
-    Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias.
+    Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias. The layers
+    of one forward share it; a layer that reads the tensor again begins another forward, in which it may be changed.
     """
-    sizes = (batch, q_len, k_len)
+    batch, q_len, k_len = sizes
     shape = tuple(mask.shape)
     if len(shape) != 4 or any(own not in (1, size) for own, size in zip((shape[0], *shape[2:]), sizes, strict=True)):
         raise MaskError(
@@ -260,7 +307,8 @@ def of_tensor(mask: Tensor, batch: int, q_len: int, k_len: int) -> Claim:
         return _read(mask, sizes)
     if PLACE.tensor is not None:
         known, version, claim = PLACE.tensor
-        if known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len):
+        same = known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len)
+        if same and not claim.read_by(reader):
             return claim
     claim = _read(mask, sizes)
     PLACE.tensor = weakref.ref(mask), mask._version, claim
@@ -270,12 +318,21 @@ def of_tensor(mask: Tensor, batch: int, q_len: int, k_len: int) -> Claim:
 def _read(mask: Tensor, sizes: tuple[int, int, int]) -> Claim:
     placed = sizes[1] == sizes[2]
     if not mask.is_floating_point():
-        return Claim(from_torch_sdpa(mask), sizes, placed=placed, device=mask.device)
+        return Claim(Lifted(from_torch_sdpa(mask)), sizes, placed=placed, device=mask.device)
     visible = mask.detach() > torch.finfo(mask.dtype).min / 2
     rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
     added = torch.where(visible, mask, 0)
     bias = added if mask.requires_grad or bool((added != 0).any()) else None
-    return Claim(rule, sizes, bias=bias, placed=placed, device=mask.device)
+    return Claim(Lifted(rule), sizes, bias=bias, placed=placed, device=mask.device)
+
+
+def _answers_for(mask: Mask, length: int) -> bool:
+    """Whether a mask has data for so many positions."""
+    try:
+        mask.check(length, length)
+    except MaskError:
+        return False
+    return True
 
 
 def _all(masks: list[Mask]) -> Mask:

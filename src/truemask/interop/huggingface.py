@@ -1,9 +1,10 @@
-"""transformers models on our attention: two functions registered under one key, and the switch of a model to it."""
+"""transformers models on our attention: two functions registered under one key."""
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from truemask._attend import attend
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import PLACE, Claim, of_tensor
-from truemask.interop.layers import MARK, Layer, assigned, attention_layers, kept
-from truemask.interop.lifting import lift
+from truemask.interop.layers import MARK, Layer
+from truemask.interop.lifting import Lifted, lift
+from truemask.interop.switch import Switch, users_of
 from truemask.masks.combine import everything
 from truemask.masks.positional import causal
 
@@ -28,6 +30,15 @@ def register() -> None:
 
     AttentionInterface.register(KEY, torch.compiler.disable(attention, reason=REASON))
     AttentionMaskInterface.register(KEY, torch.compiler.disable(claim, reason=REASON))
+
+
+def unpickled(values: dict[str, Any]) -> Layer:
+    """A layer that comes from another process, in which its model was in use: here the key may not be known yet."""
+    register()
+    return Layer(**values)
+
+
+copyreg.pickle(Layer, lambda layer: (unpickled, (vars(layer),)))
 
 
 # -- the mask function -------------------------------------------------------------------------------------------------
@@ -56,18 +67,8 @@ def claim(
         raise MaskError(f"attention_mask is [samples, tokens] or 4-D, got {describe(attention_mask)}")
     if mask_function is None:
         from transformers.masking_utils import causal_mask_function as mask_function
-    found = lift(mask_function, cell_by_cell=use_vmap)
     real = None if attention_mask is None else attention_mask.bool()
-    return Claim(
-        found.mask,
-        sizes,
-        starts,
-        real=real,
-        packing=found.packing,
-        unpacked=found.unpacked,
-        looks_back=found.looks_back,
-        device=device,
-    )
+    return Claim(partial(lift, mask_function, cell_by_cell=use_vmap), sizes, starts, real=real, device=device)
 
 
 # -- the attention function --------------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ def attention(
     if layer is None:
         _refuse_unknown(module)
     own = _claim_for(module, layer, attention_mask, query, key, is_causal)
+    own.note(module, layer)
     _refuse(options, own)
     if layer.cross:
         mask = own.cross_mask(layer.mask, _rows_before(layer, own), layer.replace)
@@ -128,9 +130,9 @@ def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: T
         if looks_back and k_len < q_len:
             raise MaskError(f"`{layer.path}` is causal, has no mask, and {q_len} queries meet only {k_len} keys")
         rule, placed = causal if looks_back else everything, q_len == k_len
-        return Claim(rule, (batch, q_len, k_len), looks_back=bool(looks_back), placed=placed)
+        return Claim(Lifted(rule, looks_back=bool(looks_back)), (batch, q_len, k_len), placed=placed)
     if isinstance(mask, Tensor):
-        return of_tensor(mask, batch, q_len, k_len)
+        return of_tensor(mask, (batch, q_len, k_len), module)
     if not isinstance(mask, Claim):
         raise MaskError(
             f"`{layer.path}` was given {describe(mask)} as its mask: tensors and masks of `tm.use` are known"
@@ -171,6 +173,12 @@ def _refuse(options: dict[str, Any], own: Claim) -> None:
     """Raise for what changes the meaning and cannot be honoured (law 9)."""
     if options.get("cache") is not None:
         raise MaskError("paged caches (continuous batching) do not run under `tm.use`: use `generate` without them")
+    chosen = [name for name in ("block_indices", "indices") if options.get(name) is not None]
+    if chosen:
+        raise MaskError(
+            f"this model passes `{chosen[0]}=`, the keys that it selects for each query, which `tm.use` cannot honour: "
+            "run the model without it"
+        )
     if options.get("sinks") is not None:
         raise MaskError("this model passes `sinks=`, which `tm.use` does not know: it knows the sinks called `s_aux`")
     if options.get("cu_seq_lens_q") is not None and own.packing is None:
@@ -181,6 +189,13 @@ def _refuse(options: dict[str, Any], own: Claim) -> None:
 
 
 def _refuse_unknown(module: nn.Module) -> NoReturn:
+    users = users_of(getattr(module, "config", None))
+    if users:
+        raise MaskError(
+            f"this {type(module).__name__} is no layer of the model in use ({', '.join(users)}), but shares its config "
+            "object, which says for both which attention runs. Build one of them with a config of its own "
+            "(`copy.deepcopy(config)`), or put both to use: without a mask a model computes what it always did"
+        )
     raise MaskError(
         f"{type(module).__name__} runs the attention 'truemask', but no `tm.use` or `tm.enable` knows its model: call "
         "one of them on the model instead of choosing the key yourself"
@@ -190,84 +205,6 @@ def _refuse_unknown(module: nn.Module) -> NoReturn:
 # -- the switch --------------------------------------------------------------------------------------------------------
 
 
-class Switch:
-    """A model on our attention with these masks, until `undo`."""
-
-    def __init__(self, model: Any, mask: object, layers: object, replace: bool) -> None:
-        self.model = model
-        self._layers = assigned(model, attention_layers(model), mask, layers, replace)
-        if replace and mask is None and not layers:
-            raise MaskError(
-                "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
-            )
-        self._before: list[tuple[Any, str | None]] = []
-        self._marks: dict[nn.Module, Layer | None] = {}
-
-    def apply(self) -> None:
-        """Switch the model over."""
-        _check_switchable(self.model)
-        register()
-        self._before = [(config, config._attn_implementation) for config in _configs(self.model)]
-        self._marks = {module: vars(module).get(MARK) for module in self._layers}
-        try:
-            self.model.set_attn_implementation(KEY)
-            for module, layer in self._layers.items():
-                _check_switched(self.model, module, layer)
-                vars(module)[MARK] = layer
-        except BaseException:
-            self._restore()
-            raise
-        later = kept(self.model, "_truemask_uses")
-        later.value = [*(later.value or ()), self]
-
-    def undo(self) -> None:
-        """Give the model back what it ran before."""
-        uses = kept(self.model, "_truemask_uses")
-        if not uses.value or uses.value[-1] is not self:
-            raise MaskError("the model is in use by a later `tm.use` or `tm.enable`: undo that one first")
-        uses.value = uses.value[:-1]
-        self._restore()
-
-    def _restore(self) -> None:
-        for config, implementation in self._before:
-            config._attn_implementation_internal = implementation
-        for module, layer in self._marks.items():
-            vars(module).pop(MARK, None)
-            if layer is not None:
-                vars(module)[MARK] = layer
-
-
-def _configs(model: Any) -> list[Any]:
-    """Every config that the model or a part of it reads, each once."""
-    from transformers import PreTrainedModel
-
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    found: dict[int, Any] = {}
-    while waiting:
-        config = waiting.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
-
-
-def _check_switchable(model: Any) -> None:
-    from transformers import PreTrainedModel
-
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
-            raise MaskError(
-                f"{type(part).__name__} cannot switch its attention: transformers looks for its AttentionInterface in "
-                "the file of the class, and does not find it (classes of a notebook have no file). A mask can reach "
-                "such a model only as the tensor that it takes: `tm.to_additive(mask, ...)` or `tm.to_torch_sdpa`"
-            )
-
-
-def _check_switched(model: Any, module: nn.Module, layer: Layer) -> None:
-    """Raise if a layer goes on with another attention: its config is not one that transformers switches."""
-    config = getattr(module, "config", None)
-    if config is not None and config._attn_implementation != KEY:
-        raise MaskError(
-            f"{type(model).__name__}: `{layer.path}` keeps its attention '{config._attn_implementation}', because "
-            "transformers does not switch its config with the model's"
-        )
+def switch(model: Any, mask: object, layers: object, replace: bool) -> Switch:
+    """A model on our attention with these masks, between `apply` and `undo`."""
+    return Switch(KEY, register, model, mask, layers, replace)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
 
 from truemask.errors import MaskError, describe, suggest
+from truemask.interop.unreached import MIXES, asks_for_attention, check_selection, own_ways, partitions
 from truemask.masks.core import Mask
 
 MARK = "_truemask"  # the attribute of an attention layer in use that says what it runs
 USES = count(1)
-CROSS = re.compile(r"encoder_attn|cross_?att|EncDecAttention", re.IGNORECASE)
+CROSS = re.compile(
+    r"encoder_attn|encoder_decoder_att|cross_?att|EncDecAttention|\bx_attn|token_to_image|image_to_token|image_pooling",
+    re.IGNORECASE,
+)
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Layer:
     cross: bool
     mask: Mask | None = None
     replace: bool = False
-    computes_itself: bool = False  # it would not see a mask
+    own_way: str = ""  # how it computes without transformers' attention function, so that it would not see a mask
     used: int = 0  # the number of the use that gave the mask
 
     def __deepcopy__(self, _: object) -> Layer:
@@ -61,42 +64,26 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, Layer]:
     """The modules of a model that attend. Raises MaskError if there are none.
 
     A layer answers to the name of its kind, as in `config.layer_types` ("full_attention", "sliding_attention",
-    "chunked_attention"), and to that of its part ("encoder", "decoder", "vision_tower"); cross-attention answers to
-    "cross_attention" alone.
+    "chunked_attention"), to that of its part ("encoder", "decoder", "vision_tower"), and to both
+    ("encoder.full_attention"); cross-attention answers to "cross_attention" alone.
     """
     from transformers import PreTrainedModel
 
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    asking = {path: module for path, module in model.named_modules() if asks_for_attention(type(module))}
+    ways = dict.fromkeys(asking, "") | own_ways(model, asking)
     found: dict[nn.Module, Layer] = {}
     for path, module in model.named_modules():
-        asks, numbered = calls_interface(type(module)), re.search(r"\.\d+\.", path)
-        own_way = not asks and numbered is not None and _computes_itself(module)  # a pooling head is no layer
-        if asks or own_way:
-            found[module] = _layer(module, path, *_owner(path, owners), own_way)
-    if not any(not layer.computes_itself for layer in found.values()):
+        if path in ways:
+            found[module] = _layer(module, path, *_owner(path, owners), ways[path])
+    for module in asking.values():
+        check_selection(model, module)
+    if all(layer.own_way for layer in found.values()):
         raise MaskError(
             f"{type(model).__name__} has no layer that asks transformers for its attention function: it has none, or "
             "computes attention itself. A mask can reach it only as the tensor that it takes (`tm.to_additive`)"
         )
-    return found
-
-
-@lru_cache(maxsize=1024)
-def calls_interface(kind: type[nn.Module]) -> bool:
-    """Whether a class asks transformers for the attention function, in any of its own methods."""
-    functions = [value for _, value in inspect.getmembers(kind, inspect.isfunction)]
-    methods = [function for function in functions if not function.__module__.startswith("torch.")]
-    try:
-        return any("ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(method) for method in methods)
-    except OSError:  # a class without a file
-        return False
-
-
-def _computes_itself(module: nn.Module) -> bool:
-    """Whether a module is softmax attention by its name and projections, and nothing in it asks for the function."""
-    name, parts = type(module).__name__, list(module.modules())
-    is_attention = name.endswith("Attention") and "Linear" not in name and any(isinstance(x, nn.Linear) for x in parts)
-    return is_attention and not any(calls_interface(type(part)) for part in parts)
+    return _mixers_renamed(found)
 
 
 def _owner(path: str, owners: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
@@ -106,16 +93,34 @@ def _owner(path: str, owners: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
     return name, owners[name]
 
 
-def _layer(module: nn.Module, path: str, owner_path: str, owner: nn.Module, own_way: bool) -> Layer:
+def _layer(module: nn.Module, path: str, owner_path: str, owner: nn.Module, own_way: str) -> Layer:
     config: Any = getattr(module, "config", None) or owner.config
     own_path = path[len(owner_path) :].strip(".")
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", own_path)
     index = int(number.group(1)) if number else 0
     above = owner_path.split(".")[::-1]
     part = next((name for name in above if name in ("encoder", "decoder")), above[0]) or "model"
-    cross = bool(getattr(module, "is_cross_attention", False)) or bool(CROSS.search(own_path))
-    names = ("cross_attention",) if cross else (kind_of(config, index), part)
-    return Layer(path, index, part, names, cross, computes_itself=own_way)
+    named_cross = bool(getattr(module, "is_cross_attention", False)) or bool(CROSS.search(own_path))
+    cross = named_cross and own_way != MIXES
+    names = ("cross_attention",) if cross else _names(part, kind_of(config, index))
+    return Layer(path, index, part, names, cross, own_way=own_way)
+
+
+def _names(part: str, kind: str) -> tuple[str, ...]:
+    return f"{part}.{kind}", kind, part
+
+
+def _mixers_renamed(layers: Mapping[nn.Module, Layer]) -> dict[nn.Module, Layer]:
+    """The kind of a layer is that of its attention: what mixes tokens beside it is called a mixer.
+
+    So is what mixes tokens in a model whose config does not say which layers do that.
+    """
+    attending = {(layer.part, layer.index) for layer in layers.values() if not layer.own_way}
+    found = dict(layers)
+    for module, layer in layers.items():
+        if layer.own_way == MIXES and ((layer.part, layer.index) in attending or layer.names[1] in KINDS):
+            found[module] = changed(layer, names=_names(layer.part, "mixer"))
+    return found
 
 
 def kind_of(config: Any, index: int) -> str:
@@ -140,13 +145,31 @@ def assigned(
         _check_clear(model, layers, wanted)
     number = next(USES)
     found = {module: changed(_with_mask(layer, rules, replace), used=number) for module, layer in layers.items()}
-    for module, layer in found.items():
-        if layer.computes_itself and layer.mask is not None:
+    _check_reached(model, found, rules)
+    return {module: layer for module, layer in found.items() if not layer.own_way}
+
+
+def _check_reached(model: nn.Module, layers: Mapping[nn.Module, Layer], rules: Mapping[str | int | None, Mask]) -> None:
+    """Raise if a mask is for layers that would not see it, or if information goes around it through such layers."""
+    for module, layer in layers.items():
+        if layer.mask is not None and not layer.own_way and partitions(type(module)):
             raise MaskError(
-                f"{type(model).__name__}: `{layer.path}` ({type(module).__name__}) computes attention itself and would "
-                "not see the mask: only what goes through transformers' AttentionInterface can be given one"
+                f"{type(model).__name__}: `{layer.path}` ({type(module).__name__}) attends inside windows that the "
+                "model cuts beforehand, so a mask would count positions of a window; `tm.use(model)` without a mask runs"
             )
-    return {module: layer for module, layer in found.items() if not layer.computes_itself}
+    numbers = {layer.index for layer in layers.values() if not layer.own_way} & rules.keys()  # meant for the attention
+    deaf = [
+        f"`{layer.path}` ({type(module).__name__}) {layer.own_way}"
+        for module, layer in layers.items()
+        if layer.own_way and layer.mask is not None and layer.index not in numbers
+    ]
+    if deaf:
+        more = f", and {len(deaf) - 1} more like it" if len(deaf) > 1 else ""
+        reached = _known_names({module: layer for module, layer in layers.items() if not layer.cross}, kinds=True)
+        raise MaskError(
+            f"{type(model).__name__}: {deaf[0]} and would not see the mask{more}: only what goes through transformers' "
+            f"AttentionInterface can be given one. Name its layers to say that they alone are meant: layers={reached}"
+        )
 
 
 def _rules(mask: object, where: object) -> dict[str | int | None, Mask]:
@@ -159,6 +182,8 @@ def _rules(mask: object, where: object) -> dict[str | int | None, Mask]:
     if mask is None:
         raise MaskError(f"layers={describe(where)} says where, but there is no mask: pass a mask or a dict of masks")
     names = [where] if isinstance(where, (str, int)) or not isinstance(where, Iterable) else list(where)
+    if not names:
+        raise MaskError("layers= is empty, so the mask would apply nowhere; leave it out for all layers")
     return {_name(name): _mask(mask, "mask") for name in names}
 
 
@@ -186,22 +211,38 @@ def _mask(mask: object, name: str) -> Mask:
 
 def _check_clear(model: nn.Module, layers: Mapping[nn.Module, Layer], wanted: str | int | None) -> None:
     """Raise if nobody answers to a name or index, or if it could mean layers in several parts of the model."""
-    known = sorted({name for layer in layers.values() for name in layer.names})
+    answering = [layer for layer in layers.values() if wanted is None or _answers(layer, wanted)]
     parts = sorted({layer.part for layer in layers.values() if not layer.cross})
     crosses = ["cross_attention"] if any(layer.cross for layer in layers.values()) else []
-    if (len(parts) > 1 or crosses) and not isinstance(wanted, str):
-        what = "a mask for all layers" if wanted is None else f"layer {wanted}"
+    several = len(parts) > 1 or bool(crosses)
+    meant = {layer.part for layer in answering if not layer.cross}
+    known = _known_names(layers)
+    if several if not isinstance(wanted, str) else len(meant) > 1:
+        what = "a mask for all layers" if wanted is None else f"layers={wanted!r}"
         raise MaskError(
             f"{type(model).__name__} attends in several places ({', '.join([*parts, *crosses])}), so {what} could mean "
             f"any of them. Name them with layers=, one or more of {', '.join(known)}, or a dict of them to masks"
         )
-    if wanted is not None and not any(_answers(layer, wanted) for layer in layers.values()):
+    if wanted is not None and not answering:
         most = max(layer.index for layer in layers.values())
         hint = suggest(wanted, known) if isinstance(wanted, str) else ""
         raise MaskError(
             f"layers={wanted!r}: no layer of {type(model).__name__} answers to that{hint} (known: {', '.join(known)}, "
             f"and the indices 0 to {most})"
         )
+
+
+def _known_names(layers: Mapping[nn.Module, Layer], *, kinds: bool = False) -> list[str]:
+    """The names that mean one thing, of kinds or also of parts: with its part a kind is named where there are several.
+
+    Layers that would not see a mask are left out.
+    """
+    reached = [layer for layer in layers.values() if not layer.own_way]
+    parts = {layer.part for layer in reached if not layer.cross}
+    names = {(name, layer.part) for layer in reached for name in (layer.names[:2] if kinds else layer.names)}
+    several = {name for name, part in names for other, another in names if name == other and part != another}
+    several -= {"cross_attention"}
+    return sorted({name for name, _ in names if name not in several and (len(parts) > 1 or "." not in name)})
 
 
 def _answers(layer: Layer, wanted: str | int) -> bool:

@@ -7,6 +7,7 @@ cell by cell, and never dropped.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.masks.choice import per_sample
-from truemask.masks.combine import Or, everything
+from truemask.masks.combine import Or, everything, nothing
 from truemask.masks.core import Mask
 from truemask.masks.data import keys
 from truemask.masks.labels import documents, same
@@ -65,6 +66,11 @@ class Lifted:
     packing: Packing | None = None
     unpacked: Mask | None = None
 
+    @property
+    def bare(self) -> Mask:
+        """The mask without documents."""
+        return self.mask if self.unpacked is None else self.unpacked
+
 
 def lift(function: MaskFunction, *, cell_by_cell: bool = False) -> Lifted:
     """A mask function of transformers as an expression.
@@ -93,7 +99,7 @@ def lift(function: MaskFunction, *, cell_by_cell: bool = False) -> Lifted:
             return _packed(_held_by(functions[0]), _held_by(functions[1]), cell_by_cell)
         parts = [lift(part, cell_by_cell=cell_by_cell) for part in functions]
         joined = _all_of if name == AND else _any_of
-        mask, unpacked = joined([part.mask for part in parts]), joined([part.unpacked or part.mask for part in parts])
+        mask, unpacked = joined([part.mask for part in parts]), joined([part.bare for part in parts])
         packing = next((part.packing for part in parts if part.packing is not None), None)
         return Lifted(mask, any(part.looks_back for part in parts), packing, unpacked)
     if not callable(function):
@@ -122,8 +128,12 @@ def each_cell(function: MaskFunction) -> MaskFunction:
 
 
 def _name(function: MaskFunction) -> str:
-    """What transformers calls the closure; nothing for anybody else's."""
-    return getattr(function, "__qualname__", "") if getattr(function, "__module__", "") == HOME else ""
+    """What transformers calls the closure; nothing for anybody else's, whose code stands in another file."""
+    known, code = sys.modules.get(HOME), getattr(function, "__code__", None)
+    ours = (
+        known is not None and code is not None and code.co_filename == known.causal_mask_function.__code__.co_filename
+    )
+    return getattr(function, "__qualname__", "") if ours else ""
 
 
 def _held_by(function: MaskFunction) -> dict[str, Any]:
@@ -154,8 +164,13 @@ def _any_of(masks: Sequence[Mask]) -> Mask:
 
 
 def _not_before(size: int) -> Mask:
-    """k > q - size: what a sliding window hides of the past, and nothing else."""
-    return window(size) | ~causal
+    """k > q - size: what a sliding window hides of the past, and nothing else; of no size (Qwen2-MoE) it hides all."""
+    return window(size) | ~causal if size > 0 else ~causal.at(q_start=-size)
+
+
+def _within(size: int) -> Mask:
+    """|q - k| <= size."""
+    return local(size) if size >= 0 else nothing
 
 
 def _window_of(mask: Mask) -> Mask | None:
@@ -192,7 +207,7 @@ ADD_OFFSETS = INNER.format("add_offsets_to_mask_function")
 LEAVES: dict[str, Callable[[dict[str, Any]], Mask]] = {
     "bidirectional_mask_function": lambda held: everything,
     INNER.format("sliding_window_overlay"): lambda held: _not_before(int(held["sliding_window"])),
-    INNER.format("sliding_window_bidirectional_overlay"): lambda held: local(int(held["sliding_window"])),
+    INNER.format("sliding_window_bidirectional_overlay"): lambda held: _within(int(held["sliding_window"])),
     INNER.format("chunked_overlay"): _chunks,
     INNER.format("blockwise_overlay"): _groups,
     INNER.format("padding_mask_function"): lambda held: keys(alike(held["padding_mask"].bool())),

@@ -47,22 +47,25 @@ def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bo
     beams change nothing of what a sample means. `generate` works as always.
 
     Args:
-        model: a transformers (v5) model, or one of x-transformers; any part of it that is a model itself will do.
+        model: a transformers (v5) model, or one of x-transformers, whatever wraps it (`torch.compile`, `DataParallel`,
+            adapters); any part of it that is a model itself will do.
         mask: an expression. None: the model's own masks, on our backends. Samples are rows of the batch: with beams
             choose them, `mask.select(samples=[0, 0, 1, 1])`. Cross-attention is reached by name only.
         layers: where the mask applies: names, indices, or a dict of them to masks, in which case `mask` is for the
             others. Names are kinds ("full_attention", "sliding_attention", "chunked_attention"), parts ("encoder",
-            "decoder") and "cross_attention". A model with several parts asks for a name.
+            "decoder"), kinds of a part ("encoder.full_attention") and "cross_attention". A model with several parts,
+            or with layers that mix tokens without attention (state spaces, convolutions), asks for a name.
         replace: the mask takes the place of the model's own rule (causal, window, chunks) where it applies. Padding,
             documents and what a cache has not written yet stay hidden.
 
     Returns:
-        A context manager; `as` gives the model. Inside another `use` of the model the inner one counts alone. A deep
-        copy made inside stays in use; `copy.set_attn_implementation("sdpa")` is its way back. `save_pretrained` writes
-        nothing of it.
+        A context manager; `as` gives the model. Inside another `use` of the model the inner one counts alone, and uses
+        end in any order. A deep copy made inside stays in use; `copy.set_attn_implementation("sdpa")` is its way back.
+        `save_pretrained` writes nothing of it.
 
     Raises:
-        MaskError: the model cannot switch, computes with its mask itself, or `layers` names nothing that it has.
+        MaskError: the model cannot switch, selects keys itself, or computes with its mask; `layers` names nothing that
+            it has; information would go around the mask.
 
     Under `torch.compile` the graph breaks at masks and attention, so `fullgraph=True` is refused by torch. Layers that
     are recomputed (gradient checkpointing) need `backward` inside the block.
@@ -76,22 +79,24 @@ def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bo
         raise MaskError(f"use takes a model of transformers or x-transformers, got {describe(model)}")
     if not isinstance(replace, bool):
         raise MaskError(f"use: replace is True or False, got {describe(replace)}")
-    switch = _switch(model)(model, mask, layers, replace)
-    return Use(model, switch.apply, switch.undo)
+    inner, switch = _switch(model)
+    switched = switch(inner, mask, layers, replace)
+    return Use(model, switched.apply, switched.undo)
 
 
 def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False) -> Use:
     """`use` for good: the model runs on our attention until `undo()` of what this returns.
 
     Again on the same model it takes the place of the earlier one, whose `undo` then does nothing; the last one's gives
-    the model back what it ran at first. Arguments and errors are those of `use`.
+    the model back what it ran at first. Models that share a config object are switched together: enable each of them.
+    Arguments and errors are those of `use`.
 
     >>> enable(None)
     Traceback (most recent call last):
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got NoneType None
     """
     new = use(model, mask, layers, replace=replace)
-    earlier = kept(model, "_truemask_enabled")
+    earlier = kept(_switch(model)[0], "_truemask_enabled")
     if earlier.value is not None:
         earlier.value.undo()
     new.__enter__()
@@ -99,22 +104,43 @@ def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace:
     return new
 
 
-def _switch(model: nn.Module) -> type[Any]:
-    """The class that puts this model to use, by the library that the model is from."""
-    if _from("transformers", model):
-        from truemask.interop.huggingface import Switch
+def _switch(model: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
+    """The model inside its wrappers, and what puts it to use, by the library that the model is from."""
+    inside = _outermost(model)
+    if len(inside) == 1:
+        from truemask.interop.huggingface import switch
 
-        return Switch
-    if any(_from("x_transformers", part) for part in model.modules()):
+        return next(iter(inside.values())), switch
+    if inside:
+        models = ", ".join(f"`{path}` ({type(each).__name__})" for path, each in inside.items())
+        raise MaskError(f"{type(model).__name__} holds several models of transformers: put each to use, {models}")
+    if any(_is_from("x_transformers", part) for part in model.modules()):
         from truemask.interop.x_transformers import Switch
 
-        return Switch
+        return model, Switch
+    if _is_from("transformers", model):
+        raise MaskError(
+            f"use takes a whole model of transformers, and {type(model).__name__} is a part of one: use the model, and "
+            "say with layers= where the mask applies"
+        )
     raise MaskError(
         f"use takes a model of transformers (a PreTrainedModel) or x-transformers, got {type(model).__name__} of "
         f"`{type(model).__module__}`. Your own modules call `tm.attend(q, k, v, mask)` themselves"
     )
 
 
-def _from(library: str, module: nn.Module) -> bool:
-    """Whether a module's class, or one that it extends, comes from a library."""
-    return any(kind.__module__.split(".")[0] == library for kind in type(module).__mro__)
+def _outermost(model: nn.Module) -> dict[str, nn.Module]:
+    """The models of transformers that are part of no other one, by their path in wrappers of whatever kind."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inner = any(path.startswith(f"{above}.") or not above for above in found)
+        if not inner and _is_from("transformers", module, "PreTrainedModel"):
+            found[path] = module
+    return found
+
+
+def _is_from(library: str, module: nn.Module, name: str | None = None) -> bool:
+    """Whether a module's class, or one that it extends, comes from a library and is called so."""
+    return any(
+        kind.__module__.split(".")[0] == library and name in (None, kind.__name__) for kind in type(module).__mro__
+    )
