@@ -155,7 +155,7 @@ def _check_reached(model: nn.Module, layers: Mapping[nn.Module, Layer], rules: M
         if layer.mask is not None and not layer.own_way and partitions(type(module)):
             raise MaskError(
                 f"{type(model).__name__}: `{layer.path}` ({type(module).__name__}) attends inside windows that the "
-                "model cuts beforehand, so a mask would count positions of a window; `tm.use(model)` without a mask runs"
+                "model cuts beforehand, so a mask would count positions there; `tm.use(model)` without one runs"
             )
     numbers = {layer.index for layer in layers.values() if not layer.own_way} & rules.keys()  # meant for the attention
     deaf = [
