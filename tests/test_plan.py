@@ -254,7 +254,7 @@ def test_training_and_inference_and_numbers() -> None:
 
 
 def test_plans_and_bytes_are_bounded() -> None:
-    cache = PlanCache(most_plans=5, most_bytes=2000)
+    cache = PlanCache(most_plans=5, most_bytes=4000)
     request = plan(MASK, 11).request
     entries = [cache.entry(tm.window(1), request, None)]
     for size in range(1, 21):
@@ -262,13 +262,75 @@ def test_plans_and_bytes_are_bounded() -> None:
         cache.lowered(entries[-1])
         info = cache.info()
         assert info.entries <= 5
-        assert info.nbytes <= 2000
+        assert info.nbytes <= 4000
     assert cache.info().lowered == 20
     assert cache.entry(tm.window(20), request, None) is entries[-1]
     large = cache.entry(MASK, request._replace(q_len=101, kv_len=101), None)
-    assert cache.lowered(large).nbytes > 2000
+    assert cache.lowered(large).nbytes > 4000
     assert cache.info().entries == 1  # the newest stays, whatever its size
     assert cache.lowered(large) is cache.lowered(cache.entry(MASK, large.plan.request, None))
+
+
+def held_in(cache: PlanCache) -> int:
+    """The bytes of what a cache holds, each array once."""
+    kept = *cache._entries.values(), *cache._families.values()
+    return sum({part: size for one in kept for part, size in one.weighed().items()}.values())
+
+
+def random_cells(n: int, seed: int, rows: int | None = None) -> torch.Tensor:
+    return torch.rand(2, 1, rows or n, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 301])
+def test_fresh_dense_masks_are_counted_and_given_up(rows: int) -> None:
+    """A mask for each step, as a collator makes them: their cells and what they remember count too."""
+    request = plan(tm.everything, rows, 301, batch=2).request
+
+    def filled(cache: PlanCache, masks: int) -> list[_cache.Entry]:
+        made: list[_cache.Entry] = []
+        for seed in range(masks):
+            made.append(cache.entry(tm.dense(random_cells(301, seed, rows)), request, None))
+            cache.lowered(made[-1])
+        return made
+
+    alone = PlanCache()
+    filled(alone, 1)
+    size = alone.info().nbytes
+    assert size == held_in(alone) > 2 * rows * 301
+    cache = PlanCache(most_bytes=6 * size)
+    entries = filled(cache, 20)
+    assert cache.info().nbytes == held_in(cache) <= 6 * size
+    kept = list(cache._entries.values())
+    assert 3 <= len(kept) <= 7
+    assert kept == entries[-len(kept) :]
+    assert len(cache._families) <= 7
+
+
+def test_what_masks_share_counts_once() -> None:
+    """Steps of decoding under one mask with data: the data once, however many steps are kept."""
+    data = tm.keys(torch.arange(20_000) % 7 > 0)
+    cache = PlanCache()
+    request = plan(data, 1, 20_000).request
+    for step in range(50):
+        cache.lowered(cache.entry(data.at(k_start=step), request._replace(kv_len=20_000 - step), None))
+    info = cache.info()
+    lowered = sum(entry.lowered.nbytes for entry in cache._entries.values() if entry.lowered)
+    assert info.entries == 50
+    assert lowered + 20_000 <= info.nbytes < lowered + 3_000_000
+
+
+def test_a_random_mask_keeps_no_runs() -> None:
+    """What has no pattern takes a few times its cells, and is looked at tile by tile; what has one keeps its runs."""
+    n = 601
+    mask = tm.dense(random_cells(n, 0)[:1])
+    tm.plan(mask, n)
+    assert sum(_cache.arrays_in(mask).values()) < 3 * n * n
+    assert mask._exact(0, 0, n, n) is None
+    assert torch.equal(mask.to_dense(n), random_cells(n, 0)[:1])
+    assert int(mask.count(n)) == int(random_cells(n, 0)[:1].sum())
+    for named in (tm.causal & tm.window(50), tm.dilated(2), tm.causal.packed([100, 300, 201])):
+        assert tm.dense(named.to_dense(n)).equivalent(named, n)
+        assert tm.dense(named.to_dense(n))._exact(0, 0, n, n) is not None
 
 
 def test_an_entry_given_up_while_in_use_still_works() -> None:
@@ -316,7 +378,8 @@ def test_bytes_are_counted_in_the_step_that_keeps_them(monkeypatch: pytest.Monke
 
     cache._lock = Late()  # pyright: ignore
     cache.lowered(entry)
-    assert cache.info().nbytes == 0
+    assert all(kept.lowered is None for kept in cache._entries.values())
+    assert cache.info().nbytes == held_in(cache)
     assert cache.info().entries == 2
 
 
@@ -328,7 +391,9 @@ def test_bytes_are_never_negative_among_threads() -> None:
     for thread in threads:
         thread.join()
     assert min(thread.lowest for thread in threads) == 0
-    assert cache.info().nbytes == sum(e.lowered.nbytes for e in cache._entries.values() if e.lowered)
+    assert cache.info().nbytes == held_in(cache)
+    cache.clear()
+    assert cache.info().nbytes == 0
 
 
 def test_dead_masks_take_a_quarter_of_a_gigabyte_at_most() -> None:

@@ -4,40 +4,122 @@ Decoding asks about another offset and another length in every step. What is cho
 under the mask without its outermost `at` and `take` and the request without its lengths, and holds for a range of
 lengths; only what the backend works out (`lower`) is made for the exact mask and sizes, once for all layers of a model.
 Calls with many queries take longer than a plan: theirs are made for the exact call.
+
+What is kept is bounded in bytes: of what backends worked out, and of the masks, with their data and what they remember.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from truemask._choose import SHORT, Choice, Plan, checked_job, choose, planned
 from truemask.backends.base import Backend, Job, Lowered, Request
 from truemask.backends.registry import backends
 from truemask.errors import describe
 from truemask.masks.core import Mask
-from truemask.masks.data_store import ordinary_tensors
+from truemask.masks.data_store import Data, ordinary_tensors
 from truemask.masks.reindex import At, Take
 
 MOST_PLANS = 256
 MOST_STEPS = 64  # of them for few queries: a long answer must not drive out the plans of training
-MOST_BYTES = 1 << 28  # of lowered masks; the newest is kept whatever its size
+MOST_BYTES = 1 << 28  # of masks and what was lowered; the newest is kept whatever its size
 
 
 def structure_key(mask: Mask, request: Request, wanted: str | None) -> Hashable:
     """What two calls with few queries must share to share a choice: all but offsets, positions and lengths."""
     varies = mask.batch_size != 1  # `take` may give each sample its own positions
-    while isinstance(mask, (At, Take)):
-        mask = mask.base
     rows = 1 << (request.q_len - 1).bit_length() if request.q_len else 0
     shape = request.bias_shape
     lengths = (*shape[:2], *(size > 1 for size in shape[2:])) if shape else ()
-    return mask, varies, rows, request._replace(q_len=0, kv_len=0, bias_shape=lengths), wanted
+    return structure_of(mask), varies, rows, request._replace(q_len=0, kv_len=0, bias_shape=lengths), wanted
+
+
+def structure_of(mask: Mask) -> Mask:
+    """The mask without its outermost offsets and positions."""
+    while isinstance(mask, (At, Take)):
+        mask = mask.base
+    return mask
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, Request))  # what holds no array
+Parts = dict[tuple[int, int], int]  # bytes of the memory at an address, by that and its size
+
+
+def arrays_in(thing: object, counted: Mask | None = None) -> Parts:
+    """The memory of all arrays that a mask or a job holds: its data, and what was worked out and is remembered.
+
+    What single numbers take, and what a user's function holds, is not counted, nor what `counted` holds.
+
+    >>> from truemask.masks.data import keys
+    >>> sum(arrays_in(keys([True] * 500)).values()) >= 500
+    True
+    """
+    found: Parts = {}
+    seen = {id(counted)}
+    left: list[Any] = [thing]
+    while left:
+        one = left.pop()
+        kind = type(one)
+        if kind in PLAIN or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, (Tensor, np.ndarray)):
+            place = memory_of(one)
+            found.update({place: place[1]} if place else {})
+        elif kind is dict:
+            left += list(one.values())  # in one step: another thread may be remembering something
+        elif isinstance(one, (tuple, list)):
+            left += () if kind is list and one and type(one[0]) in PLAIN else one
+        elif kind.__module__.startswith("truemask."):
+            left += list(getattr(one, "__dict__", {}).values())
+            left += [one.tensor] if kind is Data else []
+    return found
+
+
+def memory_of(array: Tensor | np.ndarray) -> tuple[int, int] | None:
+    """The address and the bytes of the memory that an array is part of; None for a single number."""
+    root: Any = array
+    while isinstance(root, np.ndarray) and isinstance(root.base, (np.ndarray, Tensor)):
+        root = root.base
+    if isinstance(root, np.ndarray):
+        return root.__array_interface__["data"][0], root.nbytes
+    if root.numel() < 2:
+        return None
+    storage = root.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+class Tally:
+    """Bytes that several holders have: what they share counts once."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._holders: Counter[tuple[int, int]] = Counter()
+
+    def swap(self, before: Parts, after: Parts) -> None:
+        """A holder of `before` holds `after` from now on."""
+        for part, size in after.items():
+            self.nbytes += 0 if self._holders[part] else size
+            self._holders[part] += 1
+        for part, size in before.items():
+            self._holders[part] -= 1
+            if not self._holders[part]:
+                self.nbytes -= size
+                del self._holders[part]
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -48,6 +130,14 @@ class Entry:
     plan: Plan
     lowered: Lowered | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    parts: Parts = field(default_factory=dict[tuple[int, int], int])
+    used: int = 0  # when last
+    counted: Mask | None = None  # what its family holds, and has been counted there
+
+    def weighed(self) -> Parts:
+        """The memory that it holds now."""
+        own = {} if self.lowered is None else {(-id(self), 0): self.lowered.nbytes}
+        return {**arrays_in(self.plan.job, self.counted), **own}
 
     @property
     def backend(self) -> Backend:
@@ -60,10 +150,26 @@ class Entry:
         return self.plan.job.request.q_len <= SHORT
 
 
+@dataclass(eq=False)
+class Family:
+    """The choices for calls that share a structure."""
+
+    key: Hashable
+    mask: Mask
+    choices: list[Choice] = field(default_factory=list[Choice])
+    parts: Parts = field(default_factory=dict[tuple[int, int], int])
+    used: int = 0
+
+    def weighed(self) -> Parts:
+        """The memory that it holds now."""
+        return arrays_in(self.mask)
+
+
 class CacheInfo(NamedTuple):
     """What a plan cache has done: plans found and made, masks lowered, entries and bytes held now.
 
-    A call that runs by an earlier call's choice, as in decoding, has found a plan.
+    The bytes are those of what was lowered and of the masks themselves, each array once, whoever else holds it too. A
+    call that runs by an earlier call's choice, as in decoding, has found a plan.
     """
 
     hits: int
@@ -80,10 +186,12 @@ class PlanCache:
         self.most_plans, self.most_bytes = most_plans, most_bytes
         self.most_steps = min(MOST_STEPS, most_plans)
         self._lock = threading.Lock()
+        self._clock = itertools.count(1)
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._choices: OrderedDict[Hashable, list[Choice]] = OrderedDict()
+        self._families: OrderedDict[Hashable, Family] = OrderedDict()
+        self._tally = Tally()
         self._steps = 0  # entries for few queries
-        self._hits = self._misses = self._lowered = self._nbytes = 0
+        self._hits = self._misses = self._lowered = 0
 
     def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
         """The plan for such a call, made now if there is none."""
@@ -93,7 +201,7 @@ class PlanCache:
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
-                self._entries.move_to_end(key)
+                self._touch(self._entries, found)
                 self._hits += 1
                 return found
         with ordinary_tensors():
@@ -101,9 +209,15 @@ class PlanCache:
         with self._lock:
             self._hits, self._misses = self._hits + (not new), self._misses + new
             if new and family is not None:
-                self._keep(family, made.plan.choice)
+                self._keep(family, made.plan)
             entry = self._entries.setdefault(key, made)
-            self._steps += entry is made and made.is_short
+            if entry is made:
+                self._steps += made.is_short
+                self._touch(self._entries, made)
+                if family is None:
+                    self._weigh(made)
+                elif family in self._families:  # a step of decoding, which is weighed when it is lowered
+                    made.counted = self._families[family].mask
             self._shrink()
         return entry
 
@@ -120,17 +234,30 @@ class PlanCache:
     def _kept(self, family: Hashable, job: Job) -> Choice | None:
         """An earlier choice that holds for this job, if its backend can run it."""
         with self._lock:
-            choices = tuple(self._choices.get(family, ()))
+            known = self._families.get(family)
+            if known is None:
+                return None
+            self._touch(self._families, known)
+            choices = tuple(known.choices)
         for choice in choices:
             if choice.low <= job.request.kv_len <= choice.high and not choice.backend.objections(job):
                 return choice
         return None
 
-    def _keep(self, family: Hashable, choice: Choice) -> None:
-        self._choices.setdefault(family, []).append(choice)
-        self._choices.move_to_end(family)
-        while len(self._choices) > self.most_plans:
-            self._choices.popitem(last=False)
+    def _keep(self, key: Hashable, plan: Plan) -> None:
+        family = self._families.setdefault(key, Family(key, structure_of(plan.mask)))
+        family.choices.append(plan.choice)
+        self._touch(self._families, family)
+        self._weigh(family)
+
+    def _touch(self, kept: OrderedDict[Hashable, Any], one: Entry | Family) -> None:
+        kept.move_to_end(one.key)
+        one.used = next(self._clock)
+
+    def _weigh(self, one: Entry | Family) -> None:
+        parts = one.weighed()
+        self._tally.swap(one.parts, parts)
+        one.parts = parts
 
     def lowered(self, entry: Entry) -> Lowered:
         """What the entry's backend works out ahead; done once, however many threads and layers ask."""
@@ -144,33 +271,49 @@ class PlanCache:
                     entry.lowered = made
                     self._lowered += 1
                     if self._entries.get(entry.key) is entry:
-                        self._nbytes += made.nbytes
-                        self._entries.move_to_end(entry.key)
+                        self._touch(self._entries, entry)
+                        self._weigh(entry)
                         self._shrink()
             return entry.lowered
 
     def _shrink(self) -> None:
         while self._steps > self.most_steps:
-            self._drop(next(key for key, entry in self._entries.items() if entry.is_short))
-        while len(self._entries) > 1 and (len(self._entries) > self.most_plans or self._nbytes > self.most_bytes):
-            self._drop(next(iter(self._entries)))
+            self._drop(next(entry for entry in self._entries.values() if entry.is_short))
+        while len(self._entries) > self.most_plans:
+            self._drop(next(iter(self._entries.values())))
+        while len(self._families) > self.most_plans:
+            self._drop(next(iter(self._families.values())))
+        while self._tally.nbytes > self.most_bytes and (oldest := self._oldest()):
+            self._drop(oldest)
 
-    def _drop(self, key: Hashable) -> None:
-        oldest = self._entries.pop(key)
-        self._steps -= oldest.is_short
-        self._nbytes -= oldest.lowered.nbytes if oldest.lowered else 0
+    def _oldest(self) -> Entry | Family | None:
+        """What was used least recently, the newest of each kind aside."""
+        kinds = self._entries, self._families
+        heads = [next(iter(kept.values())) for kept in kinds if len(kept) > 1]
+        return min(heads, key=lambda one: one.used, default=None)
+
+    def _drop(self, one: Entry | Family) -> None:
+        if isinstance(one, Entry):
+            del self._entries[one.key]
+            self._steps -= one.is_short
+        else:
+            del self._families[one.key]
+        self._tally.swap(one.parts, {})
 
     def info(self) -> CacheInfo:
         """The counts so far."""
         with self._lock:
-            return CacheInfo(self._hits, self._misses, self._lowered, len(self._entries), self._nbytes)
+            for one in (*self._entries.values(), *self._families.values()):
+                self._weigh(one)  # a mask may have worked out more since
+            return CacheInfo(self._hits, self._misses, self._lowered, len(self._entries), self._tally.nbytes)
 
     def clear(self) -> None:
         """Forget every plan and set the counts to zero."""
         with self._lock:
             self._entries.clear()
-            self._choices.clear()
-            self._hits = self._misses = self._lowered = self._nbytes = self._steps = 0
+            self._families.clear()
+            self._tally = Tally()
+            self._hits = self._misses = self._lowered = self._steps = 0
 
 
 CACHE = PlanCache()

@@ -7,11 +7,14 @@ import io
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from truemask._attend import attend
 from truemask.errors import MaskError
@@ -822,3 +825,113 @@ def test_a_dense_mask_of_each_sample() -> None:
     expected = run(net, tokens(), attn_mask=allowed)
     with used(net, dense(allowed)):
         same(run(net, tokens()), expected)
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def windows(net: nn.Module) -> list[int | None]:
+    return [m.max_attend_past for m in net.modules() if type(m).__name__ == "Attention"]  # pyright: ignore
+
+
+@pytest.mark.parametrize("mask", [None, window(3) | prefix(1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_flash": True, "attn_max_attend_past": (2, 6)},
+        {"attn_max_attend_past": 4, "attn_post_talking_heads": True},
+        {"wrap": {"num_memory_tokens": 2}},
+    ],
+    ids=str,
+)
+def test_threads_share_a_model(options: dict[str, Any], mask: Mask | None) -> None:
+    """Each gets what it gets alone, whatever the others run meanwhile: other lengths, other paddings."""
+    net = model(**options)
+    given = [(tokens(length=5 + i, seed=i), torch.tensor([i % 3, 0])) for i in range(6)]
+
+    def out(place: int) -> Tensor:
+        with torch.no_grad():
+            return net(given[place][0], seq_start_pos=given[place][1])
+
+    before, plain = windows(net), out(0)
+    with used(net, mask):
+        alone = [out(place) for place in range(6)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(out, [*range(6)] * 20))
+    for place, found in enumerate(together):
+        torch.testing.assert_close(found, alone[place % 6], atol=1e-5, rtol=1e-5)
+    assert windows(net) == before
+    assert torch.equal(out(0), plain)
+
+
+def test_a_copy_gets_its_window_back_when_the_use_ends() -> None:
+    net = model(attn_max_attend_past=4)
+    plain = net(tokens())
+    with used(net, window(3)):
+        net(tokens())
+        twin = copy.deepcopy(net)
+    for _ in range(2):
+        assert torch.equal(twin(tokens()), plain)
+        assert windows(twin) == [4, 4]
+        with used(twin, window(3)):
+            twin(tokens())
+        assert torch.equal(net(tokens()), plain)
+
+
+def test_checkpointed_layers_are_recomputed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where autograd's own thread does it: no stack runs there that could say what the input was."""
+    net = model(wrap={"num_memory_tokens": 2})
+    weights = torch.randn(2, LENGTH, WORDS, generator=torch.Generator().manual_seed(5))
+    with used(net, window(3)), monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        expected = run(net, tokens())
+        for layer in net.attn_layers.layers:
+            patch.setattr(layer[1], "forward", partial(checkpoint, layer[1].forward, use_reentrant=False))
+        net.zero_grad()
+        out = net(tokens())
+        pool.submit((out * weights).sum().backward).result()
+        same((out.detach(), [p.grad for p in net.parameters() if p.grad is not None]), expected)
+
+
+# -- what a mask cannot hold, and what it says itself ------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A hybrid module: every position hears of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.GRU(HEADS * SIZE, HEADS * SIZE, batch_first=True)
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.cells(x, hidden)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"shift_tokens": 1}, "shift_tokens"),
+        ({"attn_hybrid_module": Recurrent(), "attn_hybrid_fold_axial_dim": 1}, "attn_hybrid_module"),
+    ],
+)
+def test_what_moves_beside_attention_is_named(options: dict[str, Any], name: str) -> None:
+    """Under causal.packed such a model would carry one document into the next; without a mask it runs as it is."""
+    net = model(**options)
+    plain = net(tokens())
+    with pytest.raises(MaskError, match=rf"{name}.*Build the model without {name}.*tm\.use\(model\)"):
+        install(net, causal.packed([6, 7]))
+    assert torch.equal(net(tokens()), plain)
+    with used(net):
+        torch.testing.assert_close(net(tokens()), plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_mask_that_says_where_samples_begin_is_not_moved_once_more(replace: bool, calls: list[Mask]) -> None:
+    starts = torch.tensor([3, 0])
+    own = (causal & (window(4) | prefix(1))).padded(starts.tolist())
+    net = model()
+    expected = net(tokens(), attn_mask=own.to_dense(LENGTH, batch=2).expand(-1, HEADS, -1, -1), seq_start_pos=starts)
+    with used(net, own, replace=replace):
+        found = net(tokens(), seq_start_pos=starts)
+    assert all(mask in (own, causal & own) for mask in calls)
+    for sample, start in enumerate(starts.tolist()):
+        torch.testing.assert_close(found[sample, start:], expected[sample, start:], atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from truemask._attend import attend
 from truemask.errors import MaskError
-from truemask.interop.x_frame import Frame, arguments, known_positions
+from truemask.interop.x_frame import Frame, Input, PerThread, arguments, known_positions
 from truemask.interop.x_masks import Place, both, claimed, expression, from_flags, from_matrix
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -62,7 +62,8 @@ class AttentionForward(StandIn):
         super().__init__(module)
         self.frame = frame
         self.uses: list[Use] = []
-        self.note: Note | None = None
+        self.notes = PerThread()  # the `Note` of the call that a thread is in
+        self.past: int | None = None  # `max_attend_past`, which the module does not have while in use
 
     @property
     def use(self) -> Use | None:
@@ -74,31 +75,47 @@ class AttentionForward(StandIn):
         use = self.use
         given = arguments(self.module, args, named)
         objections = objections_to(self.module, given)
-        if use is None or (objections and use.mask is None):
+        if use is None:
+            self.give_back()
+            return self.original(**given)
+        self._take()
+        if objections and use.mask is None and self.past is None:
             return self.original(**given)
         return self._read(given, use, objections)
+
+    def _take(self) -> None:
+        """Take `max_attend_past` off the module, once and for all threads: the expression says it."""
+        past = self.module.max_attend_past
+        if past is not None:
+            self.past, self.module.max_attend_past = past, None
+
+    def give_back(self) -> None:
+        """The module as it was."""
+        past = self.past
+        if past is not None:
+            self.module.max_attend_past, self.past = past, None
 
     @torch.compiler.disable(recursive=False)
     def _read(self, given: dict[str, Any], use: Use, objections: list[str]) -> Any:
         """The call without its masks, which the note holds meanwhile."""
-        module, past = self.module, self.module.max_attend_past
-        place = self._place(given, use.mask is not None)
-        self.note = Note(use, place, past, given.pop("attn_mask", None), bool(objections))
-        if use.mask is not None and self.frame.only_starts and not place.cross:
+        frame, masked = self.frame.now, use.mask is not None
+        place = self._place(given, frame, masked)
+        note = Note(use, place, self.past, given.pop("attn_mask", None), bool(objections))
+        if masked and frame.only_starts and not place.cross:
             given.pop("context_mask", None)  # left padding, which the expression says
-        module.max_attend_past = None
+        self.notes.value = note
         try:
             out = self.original(**given)
         finally:
-            module.max_attend_past, self.note = past, None
+            self.notes.value = None
         if given.get("return_intermediates"):
-            out[1].truemask_front = registers_of(given.get("cache"), self.frame)
+            out[1].truemask_front = registers_of(given.get("cache"), frame)
         return out
 
     @torch.compiler.disable(recursive=True)
-    def _place(self, given: dict[str, Any], masked: bool) -> Place:
+    def _place(self, given: dict[str, Any], frame: Input, masked: bool) -> Place:
         """All of the place but its rows and keys, which `Attend` sees."""
-        frame, module, memory = self.frame, self.module, given.get("mem")
+        module, memory = self.module, given.get("mem")
         added = given.get("additional_key_values")
         extra = module.num_mem_kv + (0 if added is None else added[0].shape[-2])
         front = max(0, registers_of(given.get("cache"), frame) - frame.dropped)
@@ -118,7 +135,7 @@ class AttendForward(StandIn):
 
     @torch.compiler.disable(recursive=True)
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **named: Any) -> tuple[Tensor, Any]:
-        note = self.owner.note
+        note: Note | None = self.owner.notes.value
         if note is None:
             return self.original(q, k, v, mask=mask, **named)
         place = replace(note.place, rows=q.shape[-2], keys=k.shape[-2])
@@ -209,7 +226,7 @@ def intermediates_of(module: Any) -> Any:
     return sys.modules[own.__module__].Intermediates()
 
 
-def registers_of(cache: Any, frame: Frame) -> int:
+def registers_of(cache: Any, frame: Input) -> int:
     """How many registers begin the sequence: as many as when the cache began, whatever this call was given."""
     return getattr(cache, "truemask_front", frame.front)
 
@@ -292,8 +309,22 @@ def check_maskable(module: Any, stack: nn.Module | None, replace: bool) -> None:
             "a mask cannot be used with attn_flash_pack_seq=True: the flash-attn package runs there, which takes "
             "lengths of documents and no mask. Build the model without it and use `tm.causal.packed(lengths)`"
         )
+    if moving := moves_beside(module, stack):
+        raise MaskError(
+            f"a mask cannot hold in a model with {moving}, which carries what stands at one position to others beside "
+            f"attention: a query would hear of keys that the mask hides. Build the model without {moving}, or use it "
+            "without a mask: `tm.use(model)`"
+        )
     if replace and any(kind.__name__ == "PrefixDecoder" for kind in type(stack).__mro__):
         raise MaskError(
             "replace=True cannot reach the mask of a PrefixDecoder, which it passes as attn_mask in each call: build "
             "the model with an Encoder, which has none, and write the prefix: `tm.causal | tm.prefix(length)`"
         )
+
+
+def moves_beside(module: Any, stack: nn.Module | None) -> str:
+    """The option by which a stack moves something between positions other than by attention; empty if none."""
+    if module.hybrid_module is not None:
+        return "attn_hybrid_module"
+    parts = () if stack is None else stack.modules()
+    return "shift_tokens" if any(type(part).__name__ == "ShiftTokens" for part in parts) else ""

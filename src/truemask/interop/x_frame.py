@@ -6,6 +6,8 @@ Hooks on the stack (`AttentionLayers`) and on the wrappers around it write it do
 from __future__ import annotations
 
 import inspect
+import threading
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,18 +17,50 @@ from torch import Tensor, nn
 from truemask.errors import MaskError
 
 
+class PerThread(threading.local):
+    """A value that each thread has of its own; a copy, and a pickle, begins without any."""
+
+    value: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PerThread, ()
+
+
+@dataclass
+class Input:
+    """How many rows of one input of a stack are registers, and where its samples begin."""
+
+    front: int = 0
+    back: int = 0
+    starts: tuple[int, ...] | None = None
+    only_starts: bool = False  # whether the key mask of self-attention says nothing but `starts`
+    cached: int = 0  # rows whose keys are cached, registers included
+    dropped: int = 0  # and those before them, whose keys a full cache has dropped
+    inside: bool = False  # whether a wrapper is running, which has written down its registers
+    problem: str = ""  # why the positions of tokens are not known
+
+
 class Frame:
-    """The input of one stack: how many of its rows are registers, and where its samples begin."""
+    """The input that each thread runs through one stack.
+
+    A thread that has run none reads the latest of any: a backward recomputes checkpointed layers in a thread of its
+    own.
+    """
 
     def __init__(self) -> None:
-        self.front = 0
-        self.back = 0
-        self.starts: tuple[int, ...] | None = None
-        self.only_starts = False  # whether the key mask of self-attention says nothing but `starts`
-        self.cached = 0  # rows whose keys are cached, registers included
-        self.dropped = 0  # and those before them, whose keys a full cache has dropped
-        self.inside = False  # whether a wrapper is running, which has written down its registers
-        self.problem = ""  # why the positions of tokens are not known
+        self._own, self._latest = PerThread(), Input()
+
+    @property
+    def now(self) -> Input:
+        """What this thread's call of the stack was given."""
+        return self._own.value or self._latest
+
+    def written(self) -> Input:
+        """The same, to be written down by this thread."""
+        if self._own.value is None:
+            self._own.value = Input()
+        self._latest = self._own.value
+        return self._latest
 
 
 class BeforeWrapper:
@@ -37,7 +71,7 @@ class BeforeWrapper:
 
     @torch.compiler.disable(recursive=True)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given, frame = arguments(module, args, named), self.frame
+        given, frame = arguments(module, args, named), self.frame.written()
         frame.front, frame.back, frame.problem = counted(module, given), size(module, "register_tokens"), ""
         frame.inside, frame.starts = True, starts_of(given.get("seq_start_pos"))
         if size(module, "memory_tokens") and getattr(module, "memory_tokens_interspersed_every", None):
@@ -55,7 +89,7 @@ class AfterWrapper:
 
     @torch.compiler.disable(recursive=True)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
-        self.frame.inside = False
+        self.frame.written().inside = False
 
 
 class BeforeStack:
@@ -66,7 +100,7 @@ class BeforeStack:
 
     @torch.compiler.disable(recursive=True)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given, frame = arguments(module, args, named), self.frame
+        given, frame = arguments(module, args, named), self.frame.written()
         if not frame.inside:
             frame.front, frame.back, frame.starts, frame.problem = 0, 0, None, ""
         frame.only_starts = given.get("seq_start_pos") is not None and given.get("self_attn_kv_mask") is None
@@ -118,7 +152,7 @@ def cached_length(cache: Any) -> int:
     return own[0].cached_kv[0].shape[-2] if own else cache.cache_length
 
 
-def known_positions(frame: Frame, recurrent: bool) -> None:
+def known_positions(frame: Input, recurrent: bool) -> None:
     """Raise where the positions of tokens cannot be told from what attention is given."""
     problem = frame.problem
     if recurrent and (frame.front or frame.back):

@@ -84,6 +84,7 @@ def begin(found: Found, use: Use, frames: dict[nn.Module, Frame]) -> Callable[[]
         use.active = False
         forward.uses.remove(use)
         if not forward.uses:
+            forward.give_back()
             restore(module)
             restore(core)
 

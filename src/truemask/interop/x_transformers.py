@@ -98,10 +98,12 @@ def used(model: nn.Module, mask: Mask | None = None, layers: Any = None, replace
 
     Yields:
         The model. Inside another `used` of the model the inner one counts alone. A copy (`copy.deepcopy`) made inside
-        is in use as long as the original; a pickle stays in use. State dicts are as always.
+        is in use as long as the original; a pickle stays in use. State dicts are as always. Threads may share the
+        model; each runs its own input.
 
     Raises:
-        MaskError: the model has no such attention, or takes no mask (`attn_flash_pack_seq`); `layers` names nothing.
+        MaskError: the model has no such attention; a mask cannot hold in it (`shift_tokens`, `attn_hybrid_module`,
+        `attn_flash_pack_seq`); `layers` names nothing.
         In the call: tokens without a known position, with memory tokens between them
         (`memory_tokens_interspersed_every`), or with `mems` of a model that has memory tokens or prepends.
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
@@ -25,6 +26,8 @@ from truemask.masks.value import Written
 from truemask.masks.writing import call
 
 LARGEST_READ = 1 << 26  # cells of a dense tensor that are looked through for its runs
+FEW_CELLS = 1 << 16  # up to which every exact form is worth having
+GRAINS = 16  # cells of a larger tensor for each of its sums, which are eight bytes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,7 +47,7 @@ class Dense(Mask):
 
     @cached_property
     def _areas(self) -> Areas:
-        return Areas(self.tensor.array)
+        return Areas(self.tensor.array, max(FEW_CELLS, self.tensor.array.size // GRAINS))
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = self.table("tensor")
@@ -60,6 +63,8 @@ class Dense(Mask):
         cells = self.tensor.array[b, h, r.q0 : r.q1, r.k0 : r.k1]
         if cells.size > LARGEST_READ:
             raise NoExactFormError(f"{cells.size} cells are more than are read for this")
+        if cells.size > FEW_CELLS and lines_in(cells) > cells.size // 32:
+            raise NoExactFormError(f"{cells.size} cells without a pattern take less room than their runs")
         return from_cells(np.arange(r.q0, r.q1 + 1), np.arange(r.k0, r.k1 + 1), cells)
 
     def _variant(self, b: int, h: int) -> tuple[int, int]:
@@ -75,6 +80,18 @@ class Dense(Mask):
 
     def _write(self) -> Written:
         return call("dense", self.tensor)
+
+
+def lines_in(cells: NDArray[np.bool_]) -> int:
+    """About how many ends of runs go on in no line from the row above, straight or by one to the right.
+
+    A run has two, and each takes some forty bytes and is sorted for every question; a tile has its cells as they are.
+
+    >>> lines_in(np.tri(64, dtype=bool)), lines_in(np.tile(np.arange(64) % 2 == 0, (64, 1)))
+    (0, 0)
+    """
+    ends = cells[:, 1:] != cells[:, :-1]
+    return int(np.count_nonzero(ends[1:, 1:] & ~ends[:-1, 1:] & ~ends[:-1, :-1]))
 
 
 AXES = {"qk": 2, "bqk": 3, "hqk": 3, "bhqk": 4}
