@@ -167,14 +167,35 @@ def test_a_mask_that_says_how_rows_are_packed_is_about_rows(name: str, layout: s
         assert_same(model(ids, **given).logits[0], alone)
 
 
-def test_a_tree_is_not_cut_where_its_positions_restart() -> None:
-    model, ids = model_of("llama"), tokens(1)[:, :9]
+@pytest.mark.parametrize("detected", [True, False])
+def test_chunks_are_counted_inside_documents(detected: bool) -> None:
+    model, ids = model_of("llama4"), tokens(1)
+    given = {"position_ids": torch.tensor([[*range(7), *range(16)]]), "use_cache": not detected}
+    with use(model):
+        alone = torch.cat([model(ids[:, :7]).logits[0], model(ids[:, 7:]).logits[0]])
+    with use(model, tm.causal.packed([7, 16])):
+        assert_same(model(ids, **given).logits[0], alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_a_tree_is_not_cut_where_its_positions_restart(name: str) -> None:
+    model, ids = model_of(name), tokens(1)[:, :9]
     first, second = [*range(4), 4, 5], [*range(4), 6, 7, 8]  # a prompt of four tokens, and two completions
     with use(model):
         alone = torch.cat([model(ids[:, first]).logits[0], model(ids[:, second]).logits[0, 4:]])
     given = {"position_ids": torch.tensor([[*range(6), 4, 5, 6]]), "use_cache": False}
     with use(model, tm.tree([-1, 0, 0], lengths=[4, 2, 3])):
         assert_same(model(ids, **given).logits[0], alone)
+
+
+def test_a_batch_that_carries_its_mask_is_honoured() -> None:
+    model, ids = model_of("llama"), tokens(1)
+    batch = tm.PackCollator(TOKENS, mask=MIXED)([ids[0, :7].tolist(), ids[0, 7:].tolist()])
+    mask = tm.causal.packed(batch["lengths"]) & batch["mask"]
+    with use(model, mask):
+        expected = model(batch["input_ids"], position_ids=batch["position_ids"]).logits
+    with use(model):
+        assert_same(model(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("mask", [MIXED, MIXED.padded([0, 5]), MIXED & tm.padding(starts=[0, 5])])

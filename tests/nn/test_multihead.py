@@ -390,3 +390,15 @@ def test_it_compiles_into_one_graph() -> None:
         compiled(x, x, x, mask=causal & window(2), need_weights=False)[0], ours(x, x, x, mask=window(2))[0]
     )
     torch.testing.assert_close(ours(x, x, x, mask=odd)[0], ours(x, x, x, mask=odd, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("need", [True, False])
+def test_second_derivatives_by_the_reference(need: bool) -> None:
+    ours, theirs = twins()
+    ours.backend = "reference"
+    found = []
+    for net, weights in ((ours, need), (theirs, True)):  # without weights torch has none
+        x = torch.randn(Q, B, E, generator=drawn()).requires_grad_()
+        (grad,) = torch.autograd.grad(net(x, x, x, need_weights=weights)[0].square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -177,7 +177,7 @@ class _Facts:
         cache = cache and steady and not bool(self.reach.triu(1).any())
         return [
             *self._not_finite(),
-            *judging.nothing_seen(self.claim, visible, self.reach & judged & self.looked),
+            *judging.nothing_seen(visible, self.reach & judged & self.looked),
             *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
             *judging.neighbours(self.seen),
             *context_findings(self.subject, self.ruler, self.seeds),

@@ -105,13 +105,13 @@ def _farthest(cells: Tensor) -> int:
     return int((places[:, 0] - places[:, 1]).max()) if len(places) else 0
 
 
-def nothing_seen(claim: Claim, visible: Tensor, may: Tensor) -> Iterator[Finding]:
+def nothing_seen(visible: Tensor, may: Tensor) -> Iterator[Finding]:
     """No output depends on another position, although the mask shows some: then no leak could be seen either."""
     others = ~torch.eye(may.shape[1], dtype=torch.bool)
     if bool((may & others).any()) and not bool((visible & others).any()):
         yield Finding(
             "nothing-seen",
-            "note" if claim.source == ASSUMED else "warning",
+            "warning",
             "everywhere",
             "no output was seen to depend on any other position, although the mask shows some: whether anything leaks "
             "cannot be seen either",

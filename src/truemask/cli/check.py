@@ -45,7 +45,7 @@ def check(
     documents: Annotated[str | None, typer.Option(help="Lengths of packed documents that must not mix: 5,7,4.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Which tensor of a file that holds several.")] = None,
     padding: Annotated[
-        bool, typer.Option("--padding", help="Rows of a file's [b, n] are samples, 1 = a real token: attention_mask.")
+        bool, typer.Option("--padding", help="Rows of a file's \\[b, n] are samples, 1 = a real token: attention_mask.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:

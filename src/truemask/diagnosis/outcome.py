@@ -95,6 +95,10 @@ def upside_down(x: Subject) -> Iterator[Finding]:
         message = "every query sees later keys only, neither itself nor the past"
         fix = "from_torch_mha(mask), if True meant masked out" if cells else str(~x.mask)
         yield Finding("inverted", "error", quoted(x.mask), message, fix)
+    elif not x.on_diagonal and not x.pairs(~x.mask - x.order):
+        message = "no query sees itself, and all that is hidden looks back: what it hides is likely what is meant"
+        fix = "from_torch_mha(mask), if True meant masked out" if cells else str(~x.mask)
+        yield Finding("inverted", "error", quoted(x.mask), message, fix)
     elif x.in_future + x.on_diagonal == x.total:
         message = "queries see themselves and later keys, none of the past (if that is meant, say `causal=False` here)"
         fix = "mask.T, if queries and keys changed places" if cells else str(x.mask.T)

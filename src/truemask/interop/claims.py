@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace as changed
 from functools import cached_property, reduce
 from operator import and_
 from typing import Any
@@ -20,17 +21,20 @@ from torch import Tensor, nn
 from truemask.errors import ConventionWarning, MaskError, describe
 from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, Packing, alike
-from truemask.masks.combine import everything
+from truemask.masks.combine import And, everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, keys, padding
 from truemask.masks.foreign.importers import from_torch_sdpa
+from truemask.masks.packing import Packed
+from truemask.masks.positional import causal
 
 INSIDE = (
     "Inside `tm.use` the model's mask is an expression and not a tensor. Call `backward` inside the block if layers "
     "are recomputed then (gradient checkpointing). A model that computes with its mask itself cannot run there"
 )
 
-OF_ROWS = ("packed", "documents", "tree", "same", "keys", "queries", "dense")
+LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
+OF_ROWS = (*LAID_OUT, "same", "keys", "queries", "dense")
 ROOM = 256  # data of tokens reaches up to a multiple of this, so that a step of generation does not change the mask
 APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
 
@@ -138,21 +142,45 @@ class Claim:
         stop = self.q_start + self.q_len if self.lifted.looks_back else self.k_start + self.k_len
         return min(self.k_len, stop - self.k_start)
 
-    def mask(self, users: Mask | None, replace: bool = False) -> Mask:
+    def mask(self, users: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
         """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
 
         Padding and documents are facts about the batch: they stay, unless the user's mask says which documents there
-        are.
+        are. `position_ids`, if the layer was given them, then say where in its document a token stands.
         """
         if (users, replace) not in self._masks:
             self._check_samples(users)
-            lies = users is not None and self.packing is not None and lies_in_rows(users, packed=True)
-            own = [] if replace and users is not None else [self.lifted.bare if lies else self.lifted.mask]
+            own = [] if replace and users is not None else [self._rule_beside(users, position_ids)]
             terms = [*own, *([] if users is None else [self._placed(users)]), self._padding[0]]
             if replace and users is not None and self.k_start:
                 self._check_kept(users, _all(terms))
             self._masks[users, replace] = self._at(_all(terms))
         return self._masks[users, replace]
+
+    def _rule_beside(self, users: Mask | None, position_ids: object) -> Mask:
+        """The model's own rule; beside a mask that says which documents there are, at the positions inside of them.
+
+        Rows of documents stand in order, and so do those of a tree: causality alone can count rows.
+        """
+        kinds = set() if users is None else {part.kind for part in users.walk()}
+        if kinds.isdisjoint(LAID_OUT) or self._real is not None or self.q_len != self.k_len:
+            return self.lifted.mask
+        bare = self.lifted.bare
+        if bare in (causal, everything):
+            return bare
+        terms = users.terms if isinstance(users, And) else (users,)
+        packed = next((term for term in terms if isinstance(term, Packed)), None)
+        if packed is not None:
+            return changed(packed, base=bare)
+        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == self.q_len:
+            places = alike(position_ids)
+            return bare.take(q=places, k=places)
+        if "tree" in kinds:
+            raise MaskError(
+                f"the model's own rule `{bare}` counts positions, and on the paths of `tree` these are not the rows: "
+                "pass position_ids (`positions` of pack_tree)"
+            )
+        return self.lifted.mask
 
     def cross_mask(self, users: Mask | None, rows: Claim | None, replace: bool = False) -> Mask:
         """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""

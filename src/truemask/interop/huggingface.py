@@ -17,6 +17,7 @@ from truemask.interop.layers import MARK, Layer
 from truemask.interop.lifting import Lifted, lift
 from truemask.interop.switch import Switch, users_of
 from truemask.masks.combine import everything
+from truemask.masks.core import Mask
 from truemask.masks.positional import causal
 
 KEY = "truemask"
@@ -98,8 +99,9 @@ def attention(
     if layer.cross:
         mask = own.cross_mask(layer.mask, _rows_before(layer, own), layer.replace)
     else:
-        own.warn_of_documents(options.get("position_ids"), layer.mask)
-        mask, PLACE.rows = own.mask(layer.mask, layer.replace), (layer, own)
+        users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
+        own.warn_of_documents(places, users)
+        mask, PLACE.rows = own.mask(users, layer.replace, places), (layer, own)
     keys = own.keys_written
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
@@ -118,6 +120,13 @@ def attention(
     )
     out, shares = found if isinstance(found, tuple) else (found, None)
     return out.transpose(1, 2).contiguous(), shares
+
+
+def _with_batch(users: Mask | None, given: object) -> Mask | None:
+    """The user's mask, and the one that a batch of `PackCollator` carries: transformers hands keywords on."""
+    if not isinstance(given, Mask):
+        return users
+    return given if users is None else users & given
 
 
 def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: Tensor, is_causal: bool | None) -> Claim:

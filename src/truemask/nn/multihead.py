@@ -33,6 +33,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     * `mask=` takes an expression, True = may attend, ANDed with torch's own two masks, whose True is masked OUT;
     * with `need_weights=False` it costs what the masks let through. The default, True as in torch, makes all weights
       besides; a backward for them is only run if they are used;
+    * `net.backend = "reference"` (any name of `backends()`) says who computes it, for second derivatives, say;
     * `is_causal=True` is causal, with and without an `attn_mask`; one that shows later keys contradicts it, an error;
     * dropout drops the cells that every backend of this library drops for a seed, not those that torch drops;
     * a nested tensor is taken for self-attention with any masks, also in training.
@@ -49,6 +50,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     >>> out.shape, weights[0, 4].ne(0).tolist()
     (torch.Size([3, 5, 16]), [False, False, False, True, True])
     """
+
+    backend: str | None = None
 
     def __init__(
         self,
@@ -167,11 +170,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         k, v, seen, bias, extra = self._with_extra_keys(k, v, seen, bias)
         drop = self.dropout if self.training else 0.0
         if need_weights:
-            out, weights = attend_and_weigh(q, k, v, seen, bias, drop)
+            out, weights = attend_and_weigh(q, k, v, seen, bias, drop, self.backend)
             weights = torch.cat((weights[..., extra:], weights[..., :extra]), dim=-1) if extra else weights
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            out, weights = attend(q, k, v, seen, bias=bias, dropout=drop), None
+            out, weights = attend(q, k, v, seen, bias=bias, dropout=drop, backend=self.backend), None
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         out = self.out_proj(out.flatten(2))
         if batched:
@@ -335,18 +338,18 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def attend_and_weigh(
-    q: Tensor, k: Tensor, v: Tensor, seen: Mask, bias: Tensor | None, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, seen: Mask, bias: Tensor | None, dropout: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its weights `[b, h, q, k]`, by two calls that drop the same cells.
 
     The output then takes the fast way, and weights that nobody differentiates (most callers throw them away) cost no
     backward.
     """
-    if torch.compiler.is_compiling():
-        return attend(q, k, v, seen, bias=bias, dropout=dropout, return_weights=True)
+    if torch.compiler.is_compiling() or backend == "reference":
+        return attend(q, k, v, seen, bias=bias, dropout=dropout, backend="reference", return_weights=True)
     weigh = read_call(q, k, v[..., :1], seen, bias=bias, dropout=dropout, return_weights=True)
     seed = new_seed() if dropout else None
-    out = run(read_call(q, k, v, seen, bias=bias, dropout=dropout), None, seed).out
+    out = run(read_call(q, k, v, seen, bias=bias, dropout=dropout), backend, seed).out
     return out, cast("Tensor", run(weigh, None, seed).weights)
 
 

@@ -71,8 +71,9 @@ class PackCollator:
             "position_ids": rows.positions,
             **rows.extras,
         }
+        batch["use_cache"] = False  # with a cache, transformers does not look for documents
         if self.mask is None:
-            return {**batch, "use_cache": False}
+            return batch
         count, length = rows.tokens.shape
         mask = self.mask.packed(rows.lengths)
         batch.update(lengths=rows.lengths, mask=mask)
