@@ -44,7 +44,8 @@ def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bo
 
     The mask is ANDed with what the model claims itself: causality, window, chunks, padding, packed documents. It counts
     logical positions (law 2 in docs/conventions.md): left padding, restarting `position_ids`, caches of every kind and
-    beams change nothing of what a sample means. `generate` works as always.
+    beams change nothing of what the mask means. `generate` works as always. Absolute position embeddings are the
+    model's own: where padding or packing moves tokens, pass `position_ids`, as without us.
 
     Args:
         model: a transformers (v5) model, or one of x-transformers, whatever wraps it (`torch.compile`, `DataParallel`,
