@@ -359,6 +359,13 @@ def test_no_leak_is_not_asserted_where_none_could_be_seen(name: str) -> None:
     assert_no_leak(Planted(lambda x: x).eval(), ids(2, N), "local(0)")
 
 
+def test_a_window_through_nobody_knows_how_many_layers_is_not_asserted() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)unbounded-layers.*pass layers="):
+        assert_no_leak(Sums().eval(), ids(2, N), window(3))
+    with pytest.raises(AssertionError, match="hides, through all layers"):
+        assert_no_leak(Sums().eval(), ids(2, N), window(3), layers=1)
+
+
 class Counts(Sums):
     """Buffers of every kind: one that is expanded, one that each call replaces."""
 

@@ -402,3 +402,12 @@ def test_second_derivatives_by_the_reference(need: bool) -> None:
         (grad,) = torch.autograd.grad(net(x, x, x, need_weights=weights)[0].square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), x)[0])
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_module_takes_another_length() -> None:
+    torch._dynamo.reset()
+    ours, _ = twins()
+    run = torch.compile(ours.eval(), fullgraph=True, backend="eager")
+    for length in (Q, Q + 1, Q + 2):
+        x = torch.randn(length, B, E, generator=drawn())
+        torch.testing.assert_close(run(x, x, x), ours(x, x, x))

@@ -98,9 +98,10 @@ def assert_no_leak(model: nn.Module, batch: Tensor | Mapping[str, Any], mask: ob
     """Raise AssertionError, with the report as its text, if an output depends on what its mask hides.
 
     What counts: later, hidden or padded inputs that matter, documents that mix, and neighbours in the batch; and
-    whatever keeps the audit from seeing any of it: outputs that are no numbers or drown in noise, and a model in which
-    no output depends on another position at all, as with projections that begin at zero. Blind spots and caches do
-    not count, since nothing leaks by them: ask `audit`. The arguments are those of `audit`.
+    whatever keeps the audit from seeing any of it: outputs that are no numbers or drown in noise, a model in which no
+    output depends on another position at all (projections that begin at zero), and a window through layers that nobody
+    counted (pass `layers=`). Blind spots and caches do not count, since nothing leaks by them: ask `audit`. The
+    arguments are those of `audit`.
 
     >>> from truemask.nn.layers import Encoder
     >>> assert_no_leak(Encoder(dim=16, depth=1, heads=2), torch.randn(1, 4, 16), mask="causal")
@@ -179,6 +180,7 @@ class _Facts:
             *self._not_finite(),
             *judging.nothing_seen(visible, self.reach & judged & self.looked),
             *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
+            *judging.unbounded(self.claim, visible & judged, self.reach, self.shown),
             *judging.neighbours(self.seen),
             *context_findings(self.subject, self.ruler, self.seeds),
             *(judging.padded_alone(self.subject, self.claim, self.ruler) if steady else ()),

@@ -17,7 +17,7 @@ from truemask.auditing.ruler import Ruler
 from truemask.diagnosis.finding import Finding
 
 LEAKS = ("future-leak", "leak", "documents-mix", "padding-matters", "padded-differs", "batch-neighbours")
-UNSEEN = ("not-finite", "nothing-seen")  # what keeps leaks from being seen
+UNSEEN = ("not-finite", "nothing-seen", "unbounded-layers")  # what keeps leaks from being seen
 MOST_ALONE = 4  # padded samples that are run once more without their padding
 
 FIXES = {
@@ -117,6 +117,21 @@ def nothing_seen(visible: Tensor, may: Tensor) -> Iterator[Finding]:
             "cannot be seen either",
             "audit weights that are trained, or at least not zero (projections that begin at zero hide everything); of "
             "a model that is meant to mix nothing, state it: mask='local(0)'",
+        )
+
+
+def unbounded(claim: Claim, visible: Tensor, reach: Tensor, shown: Tensor) -> Iterator[Finding]:
+    """Inputs that matter although no layer's mask shows them, in a model whose layers nobody counted."""
+    beyond = visible & reach & ~shown & ~torch.eye(reach.shape[1], dtype=torch.bool)
+    if claim.layers is None and bool(beyond.any()):
+        b, q, k = (int(i) for i in beyond.nonzero()[0])
+        yield Finding(
+            "unbounded-layers",
+            "note",
+            f"sample {b}, output {q}, input {k}",
+            f"output {q} depends on input {k}, which {claim.text} hides in one layer and lets through several: nobody "
+            "said how many layers there are, so a model that ignores the mask may look the same",
+            "pass layers=",
         )
 
 

@@ -288,23 +288,22 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         given = {"query": query, "key": key, "value": value}
-        shapes = ", ".join(f"{name} {describe(x)}" for name, x in given.items())
         layout = "[batch, length, features]" if self.batch_first else "[length, batch, features]"
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
             raise ValueError(
                 f"MultiheadAttention: query, key and value are {layout} (batch_first={self.batch_first}), or [length, "
-                f"features] without a batch, all alike; got {shapes}"
+                f"features] without a batch, all alike; got {_shapes(given)}"
             )
         for (name, x), size in zip(given.items(), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.shape[-1] != size:
-                raise ValueError(f"MultiheadAttention: {name} must have {size} features, got {shapes}")
+                raise ValueError(f"MultiheadAttention: {name} must have {size} features, got {_shapes(given)}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"MultiheadAttention: each key needs its value, got {shapes} as {layout}")
+            raise ValueError(f"MultiheadAttention: each key needs its value, got {_shapes(given)} as {layout}")
         axis = 0 if self.batch_first else 1
         if query.ndim == 3 and query.shape[axis] != key.shape[axis]:
             raise ValueError(
-                f"MultiheadAttention: {query.shape[axis]} samples of queries and {key.shape[axis]} of keys: {shapes} "
-                f"as {layout}; is batch_first={self.batch_first} what you mean?"
+                f"MultiheadAttention: {query.shape[axis]} samples of queries and {key.shape[axis]} of keys: "
+                f"{_shapes(given)} as {layout}; is batch_first={self.batch_first} what you mean?"
             )
 
     def _check_masks(
@@ -351,6 +350,11 @@ def attend_and_weigh(
     seed = new_seed() if dropout else None
     out = run(read_call(q, k, v, seen, bias=bias, dropout=dropout), backend, seed).out
     return out, cast("Tensor", run(weigh, None, seed).weights)
+
+
+def _shapes(given: dict[str, Tensor]) -> str:
+    """What was given, for a message: only made for one, since a graph of many lengths cannot hold its text."""
+    return ", ".join(f"{name} {describe(x)}" for name, x in given.items())
 
 
 def check_tensors(query: object, key: object, value: object) -> None:
