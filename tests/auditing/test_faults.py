@@ -366,6 +366,16 @@ def test_a_window_through_nobody_knows_how_many_layers_is_not_asserted() -> None
         assert_no_leak(Sums().eval(), ids(2, N), window(3), layers=1)
 
 
+def test_outputs_that_are_all_zero_may_still_move() -> None:
+    before = Sums().eval()(ids(2, N)).detach()
+    moved = audit(
+        Planted(lambda x: x.cumsum(1).detach() - before + 0.5 * (x - x[:1]).flip(1).detach()).eval(), ids(2, N)
+    )
+    assert moved.visible.any()
+    from_zero = audit(Planted(lambda x: (x.cumsum(1) - before).detach().flip(1)).eval(), ids(2, N))
+    assert "future-leak" in serious(from_zero)
+
+
 class Counts(Sums):
     """Buffers of every kind: one that is expanded, one that each call replaces."""
 

@@ -28,7 +28,8 @@ class Ruler:
         self.baseline = baseline.detach()
         sizes = _sizes(self.baseline)  # e
         typical = float(sizes[sizes > 0].median()) if bool((sizes > 0).any()) else 0.0
-        self._weights = (typical / sizes.clamp(min=max(typical, 1e-300))).to(baseline.device)
+        weights = typical / sizes.clamp(min=typical) if typical else torch.ones_like(sizes)
+        self._weights = weights.to(baseline.device)
         self._plain = bool((self._weights > 0.5).all())
         eps = torch.finfo(baseline.dtype).eps
         self.rounding = min(ROUNDING * eps, eps**0.5 / 8) * typical
