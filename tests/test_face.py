@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import types
+import subprocess
+import sys
+
+import pytest
 
 import truemask
 
@@ -83,21 +86,55 @@ NAMES = """
 """.split()
 
 
-def public() -> list[str]:
-    """What `truemask` offers: its names without a leading underscore that are not modules."""
-    return [
-        name
-        for name, value in vars(truemask).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
-    ]
+ADDED = """
+import sys
+import torch
+before = set(sys.modules)
+import truemask
+print(*sorted(name for name in {*sys.modules} - before if name.split(".")[0] != "truemask"))
+"""
+COMES_WITH_IT = {"html", "html.entities", "numpy.typing", "numpy._typing._add_docstring"}
+COMES_WITH_IT |= {"torch.nn.attention._utils", "torch.nn.attention.flex_attention"}
+
+
+def run(program: str) -> str:
+    """What a program prints in a process of its own."""
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 
 
 def test_the_public_names_are_those_written_here() -> None:
-    assert sorted(public()) == sorted(NAMES)
+    assert sorted(truemask.__all__) == sorted(NAMES)
+    assert {*NAMES, "nn"} <= {*dir(truemask)}
 
 
 def test_every_public_name_says_what_it_is() -> None:
-    for name in public():
+    for name in NAMES:
         value = getattr(truemask, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             assert inspect.getdoc(value), f"truemask.{name} has no docstring"
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'truemask' has no attribute 'attendd'"):
+        _ = truemask.attendd
+
+
+def test_names_come_with_the_first_that_is_asked_for() -> None:
+    assert run("import sys, truemask; print({'torch', 'numpy'} & {*sys.modules})").strip() == "set()"
+    assert run("import truemask as tm; print(tm.causal & tm.window(3), tm.nn.__name__)").split("\n")[0].endswith("nn")
+    assert run("from truemask import nn, attend; print(nn.MultiheadAttention.__name__)").strip() == "MultiheadAttention"
+
+
+def test_masks_have_their_operators_whichever_file_is_imported_first() -> None:
+    program = "from truemask.masks.positional import causal, window; print((causal & window(3)).at(2).packed([4]))"
+    assert run(program).strip() == "(causal & window(3)).at(q_start=2).packed([4])"
+
+
+def test_after_torch_every_name_comes_at_once_with_the_operators_that_exported_programs_call() -> None:
+    names = run("import torch, truemask; print(*vars(truemask)); torch.ops.truemask.attend").split()
+    assert {*NAMES} <= {*names}
+
+
+def test_importing_truemask_costs_few_modules_over_torch() -> None:
+    added = {*run(ADDED).split()}
+    assert added <= COMES_WITH_IT, f"`import truemask` now imports {sorted(added - COMES_WITH_IT)}"

@@ -41,7 +41,6 @@ STAIRS = """
     geometry/block_lists.py
     geometry/picture.py
 
-    masks/__init__.py
     masks/data_store.py
     masks/hashing.py
     masks/block_mask.py
@@ -58,6 +57,7 @@ STAIRS = """
     masks/combine.py
     masks/reindex.py
     masks/packing.py
+    masks/__init__.py
     masks/choice.py
     masks/positional.py
     masks/patterned.py

@@ -28,7 +28,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Say what is installed, which backends run here, and what keeps the others, and test them in a few seconds.
+    """Say what is installed, which backends run here and what keeps the others; test them in a few seconds.
 
     A report to paste into an issue. Exit code 1 if a backend that runs here computes something wrong.
     """

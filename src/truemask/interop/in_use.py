@@ -8,7 +8,6 @@ from typing import NamedTuple
 from torch import nn
 
 from truemask.interop.layers import MARK
-from truemask.interop.x_attention import AttentionForward
 from truemask.masks.core import Mask
 
 
@@ -43,6 +42,8 @@ def given_to_transformers(model: nn.Module, part: str | None = None) -> list[Giv
 
 def given_to_x_transformers(attentions: list[nn.Module]) -> list[Given]:
     """What some `Attention`s of x-transformers were given, in order; empty if none is in use."""
+    from truemask.interop.x_attention import AttentionForward  # brings `torch._dynamo`, as x-transformers does itself
+
     forwards = [vars(module).get("forward") for module in attentions]
     found = [forward.use if isinstance(forward, AttentionForward) else None for forward in forwards]
     return [Given(None, False) if use is None else Given(use.mask, use.replace) for use in found] if any(found) else []
