@@ -87,13 +87,12 @@ def test_packed_documents_do_not_leak() -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The race over a short course."""
-    monkeypatch.setattr(race, "LENGTH", 257)
+    """The race with one head."""
     monkeypatch.setattr(race, "HEADS", 1)
 
 
 def test_five_masks_race_and_agree(short: None) -> None:
-    code, out = run("--only", "race")
+    code, out = run("--only", "race", "--race-length", "257")
     assert code == 0, out
     assert len(re.findall(r"x (?:faster|slower) |as fast ", out)) == 5
     differences = [float(number) for number in re.findall(r"\de[+-]\d\d", out)]
@@ -138,6 +137,15 @@ def test_learning_nothing_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyP
     code, out = run("--only", "learning")
     assert code == 1
     assert "this act failed: NotLearned: the model ended at" in out
+
+
+def test_learning_nothing_in_less_time_than_it_takes_is_told_and_no_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "configuration", lambda _minutes: small(folder, steps=1))
+    code, out = run("--only", "learning", "--minutes", "0.1")
+    assert code == 0, out
+    assert "NOT below the bigram" in out
 
 
 def test_a_failed_act_is_told_and_the_tour_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +215,7 @@ def test_the_curve_shows_points_and_levels() -> None:
 
 def test_a_terminal_gets_the_bars(short: None) -> None:
     console = Console(force_terminal=True, width=100, record=True, color_system="standard")
-    chapter, _ = tour.perform(race.ACT, 5, console, 1.0)
+    chapter, _ = tour.perform(race.ACT, 5, Stage(console, 1.0, 257))
     assert not chapter.failure
     assert "█" in console.export_text()
 
@@ -215,7 +223,7 @@ def test_a_terminal_gets_the_bars(short: None) -> None:
 def test_a_terminal_gets_colours_and_a_live_curve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "configuration", lambda _minutes: small(folder, steps=3))
     console = Console(force_terminal=True, width=100, record=True, color_system="standard")
-    chapter, leave = tour.perform(learning.ACT, 6, console, 1.0)
+    chapter, leave = tour.perform(learning.ACT, 6, Stage(console, 1.0))
     assert chapter.failure.startswith("NotLearned")
     assert not leave
     assert "bits per byte on held-out files" in console.export_text()

@@ -25,12 +25,13 @@ PROMPT = "def read_"
 SAMPLE = 240  # bytes
 EVALUATIONS = 12  # on the way, at most
 MEASURING = 0.1  # of the time, at most
+ENOUGH = 1.0  # minutes of training after which the model must have learned
 REDRAW = 0.5  # seconds
 LINES = 10.0  # seconds between lines where there is no terminal
 
 
 class NotLearned(TruemaskError):
-    """The model ended above the bigram's entropy."""
+    """The model ended above the bigram's entropy, although it had the time to get below."""
 
 
 def configuration(minutes: float) -> TrainConfig:
@@ -81,7 +82,7 @@ def play(stage: Stage) -> None:
     stage.verbatim(visible(PROMPT + "".join(pieces)))
     stage.say(f"Saved: truemask generate {folder} --prompt 'class '")
     held_out = points[-1][1]
-    if not held_out < base.bigram:
+    if not held_out < base.bigram and stage.minutes >= ENOUGH:
         raise NotLearned(f"the model ended at {held_out:.2f} bits per byte, not below the bigram's {base.bigram:.2f}")
 
 

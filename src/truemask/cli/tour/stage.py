@@ -32,6 +32,7 @@ class Stage:
 
     console: Console
     minutes: float  # what the learning act may take
+    race_length: int = 8192  # tokens
     blocks: list[str] = field(default_factory=list)
 
     def say(self, *parts: Part) -> None:

@@ -39,6 +39,7 @@ def tour(
     only: Annotated[list[str] | None, typer.Option(help=f"Play this act (may be repeated): {NAMES}.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave this act out (may be repeated).")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="How long the model of the last act trains.")] = 2.0,
+    race_length: Annotated[int, typer.Option(min=256, help="How many tokens the masks of the race have.")] = 8192,
     report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report.html"),
 ) -> None:
     """Five minutes with attention masks: what goes wrong, what they cost, and a model that learns under one."""
@@ -48,7 +49,7 @@ def tour(
     for number, act in enumerate(ACTS, 1):
         if act not in chosen:
             continue
-        chapter, leave = perform(act, number, console, minutes)
+        chapter, leave = perform(act, number, Stage(console, minutes, race_length))
         chapters.append(chapter)
         if leave:
             break
@@ -70,10 +71,11 @@ def choose(only: list[str], skip: list[str]) -> list[Act]:
     return chosen
 
 
-def perform(act: Act, number: int, console: Console, minutes: float) -> tuple[Chapter, bool]:
+def perform(act: Act, number: int, stage: Stage) -> tuple[Chapter, bool]:
     """Play one act, whatever happens in it; whether the visitor wants to leave."""
+    console = stage.console
     console.print(Rule(Text(f" {number}. {act.title} ", "bold"), align="left"))
-    stage, failure, skipped, leave = Stage(console, minutes), "", False, False
+    failure, skipped, leave = "", False, False
     began = time.perf_counter()
     try:
         act.play(stage)
