@@ -121,7 +121,8 @@ def _raced(lane: Lane, mask: Mask, course: Course) -> list[Part]:
     theirs = lane.run(SDPA, lambda: course.result(dense))
     ours = lane.run(OURS, lambda: course.result(by_truemask(mask)))
     differences = (float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
-    n, chosen = course.q.shape[2], plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
+    n = course.q.shape[2]
+    chosen = plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
     return [
         lane.name,
         percent(int(mask.count(n)), n * n),
