@@ -77,6 +77,7 @@ STAIRS = """
     backends/__init__.py
     backends/base.py
     backends/calibration.py
+    backends/native_library.py
     backends/costs.py
     backends/dropping.py
     backends/trilinear.py
@@ -95,7 +96,6 @@ STAIRS = """
     backends/block_sparse.py
     backends/score_mod.py
     backends/flex.py
-    backends/native_library.py
     backends/native_call.py
     backends/native.py
     backends/registry.py

@@ -85,7 +85,7 @@ def test_a_mistake_is_a_message() -> None:
 
 def test_calibration_is_stored_and_found(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tm.plan(tm.causal, 67)
-    assert "predicted from the shipped costs; `truemask bench --calibrate`" in str(before)
+    assert re.search(r"predicted from the shipped costs.*; `truemask bench --calibrate`", str(before))
     found = calibrate.measured_costs(lambda text: None, SMALL, LARGE, 0.0)
     monkeypatch.setattr(bench, "measured_costs", lambda say: found)
     code, out = run("--calibrate")
@@ -143,7 +143,7 @@ def test_entries_of_other_machines_stay(kept: Path) -> None:
     torch.set_num_threads(threads + 1)
     try:
         assert "(measured were" in costs.source()
-        assert costs.table() == costs.SHIPPED
+        assert costs.table() == costs.shipped()[0]
         calibration.store(_stored(forward=2e9))
         costs.forget()
         assert costs.table().sdpa.forward == 2e9
@@ -164,7 +164,7 @@ def test_a_broken_file_is_a_warning_and_the_shipped_costs(kept: Path, text: str)
     kept.parent.mkdir()
     kept.write_text(text)
     with pytest.warns(UserWarning, match=r"costs\.json cannot be used .*plans go by the shipped ones"):
-        assert costs.table() == costs.SHIPPED
+        assert costs.table() == costs.shipped()[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tm.plan(tm.causal, 67).backend == "sdpa", "the warning comes once"
@@ -180,7 +180,7 @@ def test_a_wrong_constant_is_a_warning(kept: Path, changes: dict[str, Any]) -> N
     kept.parent.mkdir()
     calibration.store(_stored(**changes))
     with pytest.warns(UserWarning, match=rf"are wrong \(sdpa: {next(iter(changes))} = .* is no constant"):
-        assert costs.table() == costs.SHIPPED
+        assert costs.table() == costs.shipped()[0]
     assert "because the measured ones are wrong" in costs.source()
 
 
@@ -188,7 +188,7 @@ def test_a_backend_that_came_later_is_a_warning(kept: Path) -> None:
     kept.parent.mkdir()
     calibration.store({"sdpa": asdict(costs.SHIPPED.sdpa)})
     with pytest.warns(UserWarning, match="nothing is said of the backend"):
-        assert costs.table() == costs.SHIPPED
+        assert costs.table() == costs.shipped()[0]
 
 
 def test_a_file_of_another_machine_is_a_warning(kept: Path) -> None:
@@ -196,7 +196,53 @@ def test_a_file_of_another_machine_is_a_warning(kept: Path) -> None:
     calibration.store(_stored())
     kept.write_text(kept.read_text().replace(torch.__version__, "1.13"))
     with pytest.warns(UserWarning, match=r"are of another machine \(.*torch 1\.13; this is .*`truemask bench --cal"):
-        assert costs.table() == costs.SHIPPED
+        assert costs.table() == costs.shipped()[0]
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A processor on which torch multiplies bf16 with AMX."""
+    monkeypatch.setenv("TRUEMASK_COSTS", "off")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    _forget()
+    yield
+    monkeypatch.undo()
+    _forget()
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("mask", [tm.everything, tm.causal])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(512, 64), (4096, 64), (4096, 128)])
+def test_where_torch_has_amx_plain_bf16_is_torchs(mask: tm.Mask, grad: bool, n: int, d: int) -> None:
+    assert tm.plan(mask, n, head_dim=d, dtype=torch.bfloat16, grad=grad).backend == "sdpa"
+
+
+@pytest.mark.usefixtures("amx")
+def test_where_torch_has_amx_sparse_bf16_is_not() -> None:
+    assert tm.plan(tm.causal & tm.window(256), 8192, dtype=torch.bfloat16).backend != "sdpa"
+
+
+@pytest.mark.usefixtures("amx")
+def test_a_plan_says_when_no_shipped_costs_are_of_this_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "isa", lambda: "avx512")
+    _forget()
+    said = "the shipped costs, none of which was measured with avx512; `truemask bench --calibrate` measures this"
+    assert said in costs.source()
+    assert said in str(tm.plan(tm.causal, 67))
+    monkeypatch.setattr(costs, "isa", lambda: "avx512_bf16")
+    _forget()
+    assert costs.source().startswith("the shipped costs; ")
+
+
+@pytest.mark.parametrize("name", costs.TABLES)
+def test_shipped_costs_are_taken_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUEMASK_COSTS", name)
+    _forget()
+    assert calibration.costs_file() is None
+    assert costs.table() == costs.TABLES[name]
+    monkeypatch.undo()
+    _forget()
 
 
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Where the costs measured on this machine are kept: one JSON file in the user's cache, with an entry for each machine.
 
 `truemask bench --calibrate` writes it, `truemask.backends.costs` reads it once in a process, when the first plan is
-made. The environment's `TRUEMASK_COSTS` names another file, or is `off`. Nothing here measures anything.
+made. The environment's `TRUEMASK_COSTS` names another file, is `off`, or names a table that ships (`avx2`, `amx`).
+Nothing here measures anything.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 
 from truemask.errors import TruemaskError
 
-VARIABLE, OFF, FORMAT = "TRUEMASK_COSTS", "off", 1
+VARIABLE, FORMAT = "TRUEMASK_COSTS", 1
+OFF = ("off", "avx2", "amx")  # no file: the shipped costs that fit, or those of one name
 AGAIN = "`truemask bench --calibrate` measures this machine"
 
 
@@ -61,7 +63,7 @@ def costs_file() -> Path | None:
     """The file, whether it is there or not; None if it is switched off."""
     named = os.environ.get(VARIABLE, "")
     if named:
-        return None if named == OFF else Path(named)
+        return None if named in OFF else Path(named)
     folder = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(folder) if folder else Path.home() / ".cache") / "truemask" / "costs.json"
 
@@ -82,7 +84,7 @@ def complain(reason: str) -> None:
     """Warn that the file is left aside, with the way out."""
     warnings.warn(
         f"the measured costs in {costs_file()} {reason}: plans go by the shipped ones. {AGAIN} and writes the file "
-        f"anew; {VARIABLE}={OFF} silences this",
+        f"anew; {VARIABLE}=off silences this",
         UserWarning,
         stacklevel=2,
     )
@@ -107,7 +109,9 @@ def writable_file() -> Path:
     """The file, if costs can be kept there: its folder is made."""
     file = costs_file()
     if file is None:
-        raise TruemaskError(f"{VARIABLE}={OFF} says that no costs are kept: unset it, or give it the path of a file")
+        raise TruemaskError(
+            f"{VARIABLE}={os.environ[VARIABLE]} says that no costs are kept: unset it, or give it the path of a file"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writable = os.access(file.parent, os.W_OK) and not file.is_dir()

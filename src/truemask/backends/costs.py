@@ -1,16 +1,17 @@
 """What the backends cost: constants that were measured, and the seconds that follow from them.
 
-`Table` ships with the constants of one machine. `truemask bench --calibrate` measures this one and stores what it finds
+The constants of two machines ship, `TABLES`. `truemask bench --calibrate` measures this one and stores what it finds
 (see `calibration`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is ever
 timed inside a run.
 
-The shipped ones: two cores of an AMD EPYC (AVX2), torch 2.13.0 CPU, medians of several runs. They rank backends, and
-say roughly how long.
+The shipped ones rank backends, and say roughly how long. `TRUEMASK_COSTS=avx2` or `=amx` takes one of them by name,
+whatever the processor: plans are then the same everywhere.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,8 @@ import torch
 from numpy.typing import ArrayLike
 
 from truemask.backends.base import Request
-from truemask.backends.calibration import AGAIN, Entry, Machine, complain, read_entries, this_machine
+from truemask.backends.calibration import AGAIN, VARIABLE, Entry, Machine, complain, read_entries, this_machine
+from truemask.backends.native_library import isa
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,15 @@ class Table:
     reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
 
 
-SHIPPED = Table()
+SHIPPED = Table()  # two cores of an AMD EPYC with AVX2, torch 2.13.0 CPU, medians of several runs
+AMX = Table(  # two cores of an Intel Xeon with AVX-512 and AMX, torch 2.13.0 CPU, `truemask bench --calibrate`
+    SdpaRates(205e9, 211e9, 60e-6, 150e-6, doubles=2.3, halves=0.39, join=3.3e9),
+    StripRates(181e9, 99e9, 85e-6, 247e-6, doubles=2.4, halves=1.25, call_group=37e-6, copy=43e9, join=1.3e9),
+    NativeRates(293e9, 242e9, 64e-6, 149e-6, halves=1.57, read=45e9),
+    Rates(36e9, 31e9, 329e-6, 695e-6, doubles=1.57, halves=1.04),
+)
+TABLES = {"avx2": SHIPPED, "amx": AMX}
+MEASURED_WITH = {"avx2": "avx2", "amx": "avx512_bf16"}  # the native kernel's instruction set
 BACKENDS = tuple(field.name for field in fields(Table))
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 
@@ -130,6 +140,22 @@ def assumed(costs: Table) -> Iterator[None]:
         _assumed = before
 
 
+def shipped() -> tuple[Table, str]:
+    """The shipped constants nearest to this processor, and what is to be said of them."""
+    named = os.environ.get(VARIABLE, "")
+    if named in TABLES:
+        return TABLES[named], f"the shipped costs; {AGAIN}"
+    name = "amx" if has_amx() else "avx2"
+    runs = isa() or MEASURED_WITH[name]
+    fits = "" if runs == MEASURED_WITH[name] else f", none of which was measured with {runs}"
+    return TABLES[name], f"the shipped costs{fits}; {AGAIN}"
+
+
+def has_amx() -> bool:
+    """Whether torch multiplies bf16 with AMX here: several times faster than anything without it."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def source() -> str:
     """Where the constants come from, in words."""
     return _in_force()[1]
@@ -160,13 +186,13 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
                 return table_of(entry.costs), f"costs measured on this machine on {entry.measured}"
             except ValueError as error:
                 complain(f"are wrong ({error})")
-                return SHIPPED, f"the shipped costs, because the measured ones are wrong; {AGAIN}"
+                return shipped()[0], f"the shipped costs, because the measured ones are wrong; {AGAIN}"
     threads = [entry.machine.threads for entry in entries if entry.machine._replace(threads=machine.threads) == machine]
     if threads:
-        return SHIPPED, f"the shipped costs (measured were {threads[0]} threads, these are {machine.threads})"
+        return shipped()[0], f"the shipped costs (measured were {threads[0]} threads, these are {machine.threads})"
     if entries:
         complain(f"are of another machine ({entries[-1].machine}; this is {machine})")
-    return SHIPPED, f"the shipped costs; {AGAIN}"
+    return shipped()
 
 
 def table_of(costs: dict[str, Any]) -> Table:
