@@ -1,4 +1,4 @@
-"""One thread, and Hypothesis that draws the same examples every time: a red test is red for everybody.
+"""One thread, or `TEST_THREADS`; Hypothesis draws the same examples every time: a red test is red for everybody.
 
 `HYPOTHESIS_PROFILE=deep` draws anew and five times as much, for a look beyond what CI sees.
 """
@@ -10,7 +10,7 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 os.environ["TRUEMASK_COSTS"] = "avx2"  # plans are the same on every machine
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
