@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,16 @@ print(truemask.__file__, isa() or missing(), tuple(out.shape), sep="|")
 """
 
 pytestmark = pytest.mark.slow
+
+
+def test_the_recipes_say_what_each_extra_brings() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(name for name, _ in rows) == sorted(metadata.metadata("truemask").get_all("Provides-Extra"))
+    said = {"truemask"}
+    for name, brings in rows:  # `test` and `dev` bring what those above them bring
+        said |= {*brings.replace(",", "").split()}
+        needs = [need for need in metadata.requires("truemask") or [] if re.search(rf"extra == ['\"]{name}['\"]", need)]
+        assert {re.split(r"[<>=;\[ ]", need)[0] for need in needs} <= said
 
 
 def wheel_of(place: Path, **environment: str) -> Path:
