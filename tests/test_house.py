@@ -154,11 +154,14 @@ STAIRS = """
     packing/collate.py
 
     interop/__init__.py
+    interop/recomputing.py
+    interop/in_force.py
     interop/unreached.py
     interop/layers.py
     interop/lifting.py
     interop/claims.py
     interop/switch.py
+    interop/without_us.py
     interop/huggingface.py
     interop/x_masks.py
     interop/x_frame.py

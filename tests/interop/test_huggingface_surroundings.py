@@ -143,26 +143,6 @@ def run_under(model: Any, mask: tm.Mask) -> Tensor:
         return model(tokens()).logits
 
 
-def test_layers_that_are_recomputed_see_the_mask() -> None:
-    losses = []
-    for recompute in (False, True):
-        model = model_of("llama").train()
-        if recompute:
-            model.activation_checkpointing_enable()
-        with use(model, MASK):
-            model(tokens(), labels=tokens(), use_cache=False).loss.backward()
-        losses.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert_same(losses[1], losses[0])
-
-
-def test_recomputing_after_the_block_is_an_error_and_not_another_mask(model: Any) -> None:
-    model.train().activation_checkpointing_enable()
-    with use(model, MASK):
-        loss = model(tokens(), labels=tokens(), use_cache=False).loss
-    with pytest.raises(MaskError, match="Call `backward` inside the block"):
-        loss.backward()
-
-
 @pytest.mark.slow
 def test_compiled_models_break_their_graph_at_attention_and_stay_right() -> None:
     model = model_of("gpt2", "sdpa").requires_grad_(False)

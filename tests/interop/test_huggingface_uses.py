@@ -114,18 +114,6 @@ def test_layers_that_come_before_the_block_begins_are_in_it(model: Any) -> None:
         assert torch.equal(logits(model), under(model, MASK))
 
 
-def test_layers_recomputed_inside_another_use_are_an_error(model: Any) -> None:
-    model.train().activation_checkpointing_enable()
-    with use(model, MASK):
-        loss = model(tokens(), labels=tokens(), use_cache=False).loss
-    with use(model, OTHER), pytest.raises(MaskError, match=r"recomputed .* inside another `tm.use`.*ran under"):
-        loss.backward()
-    with use(model, MASK):
-        loss = model(tokens(), labels=tokens(), use_cache=False).loss
-    with use(model, MASK):  # the same mask: the same gradients
-        loss.backward()
-
-
 # -- wrappers ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,8 @@ from truemask.masks.positional import causal
 
 INSIDE = (
     "Inside `tm.use` the model's mask is an expression and not a tensor. Call `backward` inside the block if layers "
-    "are recomputed then (gradient checkpointing). A model that computes with its mask itself cannot run there"
+    "are recomputed then by others than torch.utils.checkpoint. A model that computes with its mask itself cannot run "
+    "there"
 )
 
 LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
@@ -133,7 +134,8 @@ class Claim:
         if before is not layer and (before.mask, before.replace) != (layer.mask, layer.replace):
             raise MaskError(
                 f"`{layer.path}` is recomputed for `backward` inside another `tm.use`, under `{layer.mask}`, but it "
-                f"ran under `{before.mask}`: call `backward` inside the block in which the forward ran"
+                f"ran under `{before.mask}`: call `backward` inside the block in which the forward ran, or checkpoint "
+                "by torch.utils.checkpoint"
             )
 
     @property

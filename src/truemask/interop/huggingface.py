@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from truemask._attend import attend
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import PLACE, Claim, of_tensor
-from truemask.interop.layers import MARK, Layer
+from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, lift
-from truemask.interop.switch import Switch, users_of
+from truemask.interop.recomputing import checkpoints
+from truemask.interop.switch import Switch, account_of
+from truemask.interop.without_us import EAGER, named, own_attention, own_mask, refuse_unknown, seat_of
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.positional import causal
@@ -29,8 +31,8 @@ def register() -> None:
     """Make the key known to transformers: attention function and mask function, always both."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(KEY, torch.compiler.disable(attention, reason=REASON))
-    AttentionMaskInterface.register(KEY, torch.compiler.disable(claim, reason=REASON))
+    AttentionInterface.register(KEY, torch.compiler.disable(attention_here, reason=REASON))
+    AttentionMaskInterface.register(KEY, torch.compiler.disable(mask_here, reason=REASON))
 
 
 def unpickled(values: dict[str, Any]) -> Layer:
@@ -40,6 +42,33 @@ def unpickled(values: dict[str, Any]) -> Layer:
 
 
 copyreg.pickle(Layer, lambda layer: (unpickled, (vars(layer),)))
+
+
+# -- in use here, or only elsewhere ------------------------------------------------------------------------------------
+
+
+def mask_here(*, config: Any = None, **given: Any) -> Any:
+    """The mask function: a claim where the model is in use, else the mask that transformers makes without us."""
+    account = account_of(config)
+    name = None if account is not None and account.seat.here() is not None else named(config)
+    return claim(**given) if name in (None, KEY) else own_mask(name, {"config": config, **given})
+
+
+def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
+    """The attention function: ours in a layer in use, else the one that the layer runs without us."""
+    seat = seat_of(module)
+    layer = None if seat is None else seat.here()
+    if layer is not None:
+        return attention(layer, module, *tensors, **options)
+    name = named(getattr(module, "config", None), seat) or EAGER
+    if name == KEY or any(isinstance(given, Claim) for given in (*tensors, options.get("attention_mask"))):
+        refuse_unknown(module)
+    own = own_attention(module, name)
+    if own is not None:
+        return own(module, *tensors, **options)
+    if seat is None:
+        refuse_unknown(module)
+    return attention(seat.plain, module, *tensors, **options)
 
 
 # -- the mask function -------------------------------------------------------------------------------------------------
@@ -76,6 +105,7 @@ def claim(
 
 
 def attention(
+    layer: Layer,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -90,14 +120,11 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
-    layer = vars(module).get(MARK)
-    if layer is None:
-        _refuse_unknown(module)
     own = _claim_for(module, layer, attention_mask, query, key, is_causal)
     own.note(module, layer)
     _refuse(options, own)
     if layer.cross:
-        mask = own.cross_mask(layer.mask, _rows_before(layer, own), layer.replace)
+        mask = own.cross_mask(layer.mask, _rows_before(module, layer, own), layer.replace)
     else:
         users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
         own.warn_of_documents(places, users)
@@ -154,8 +181,15 @@ def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: T
     return mask
 
 
-def _rows_before(layer: Layer, own: Claim) -> Claim | None:
+def _rows_before(module: nn.Module, layer: Layer, own: Claim) -> Claim | None:
     """The claim of the self-attention that came just before in the same layer: it knows where the rows stand."""
+    around = checkpoints()
+    found = _rows_now(layer, own) if around.recomputed is None else around.noted((module, "rows"))
+    around.note((module, "rows"), found)
+    return found
+
+
+def _rows_now(layer: Layer, own: Claim) -> Claim | None:
     if PLACE.rows is None:
         return None
     before, rows = PLACE.rows
@@ -195,20 +229,6 @@ def _refuse(options: dict[str, Any], own: Claim) -> None:
             "cu_seq_lens_q says that documents are packed, but the model's mask does not keep them apart: transformers "
             "does that if position_ids restart and neither attention_mask nor a cache is passed"
         )
-
-
-def _refuse_unknown(module: nn.Module) -> NoReturn:
-    users = users_of(getattr(module, "config", None))
-    if users:
-        raise MaskError(
-            f"this {type(module).__name__} is no layer of the model in use ({', '.join(users)}), but shares its config "
-            "object, which says for both which attention runs. Build one of them with a config of its own "
-            "(`copy.deepcopy(config)`), or put both to use: without a mask a model computes what it always did"
-        )
-    raise MaskError(
-        f"{type(module).__name__} runs the attention 'truemask', but no `tm.use` or `tm.enable` knows its model: call "
-        "one of them on the model instead of choosing the key yourself"
-    )
 
 
 # -- the switch --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from truemask.interop.layers import MARK
+from truemask.interop.without_us import seat_of
 from truemask.masks.core import Mask
 
 
@@ -35,8 +35,9 @@ def given_to_transformers(model: nn.Module, part: str | None = None) -> list[Giv
 
     `part` is the name of the part that counts ("decoder"); None takes all.
     """
-    layers = [vars(module)[MARK] for module in model.modules() if MARK in vars(module)]
-    chosen = [layer for layer in layers if not layer.cross and part in (None, layer.part)]
+    seats = [seat for module in model.modules() if (seat := seat_of(module)) is not None]
+    found = [layer for seat in seats if (layer := seat.here()) is not None]
+    chosen = [layer for layer in found if not layer.cross and part in (None, layer.part)]
     return [Given(layer.mask, layer.replace) for layer in sorted(chosen, key=lambda layer: layer.index)]
 
 

@@ -15,7 +15,7 @@ from truemask.errors import MaskError, describe, suggest
 from truemask.interop.unreached import MIXES, asks_for_attention, check_selection, own_ways, partitions
 from truemask.masks.core import Mask
 
-MARK = "_truemask"  # the attribute of an attention layer in use that says what it runs
+MARK = "_truemask"  # the attribute of an attention layer in use that says what it runs, and where
 USES = count(1)
 CROSS = re.compile(
     r"encoder_attn|encoder_decoder_att|cross_?att|EncDecAttention|\bx_attn|token_to_image|image_to_token|image_pooling",

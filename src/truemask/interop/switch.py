@@ -1,64 +1,64 @@
 """A transformers model switched to our attention and back: what its configs and layers hold while it is in use.
 
-One config may belong to several models, and one layer to several uses: each keeps account of who uses it, so uses end
-in any order, and what was before comes back with the last.
+A config says for every thread which attention runs, and may belong to several models: it keeps account of the uses that
+switched it, and of what it named before, which is what runs for those who have nothing in use. Uses end in any order.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from truemask.errors import MaskError
+from truemask.interop.in_force import REPLICATE, Hold, Replicas, Seat, stand, withdraw
 from truemask.interop.layers import MARK, Layer, assigned, attention_layers
-
-STACK = "_truemask_uses"  # the attribute of an attention layer with all its uses; the last one counts
-
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Account:
-    """Who switched a config, and the attention that it named before."""
+    """Who uses a config, by the class of the model, and the attention that it named before."""
 
-    config: weakref.ref[Any]
-    before: str | None
-    users: list[str] = field(default_factory=list)
+    def __init__(self, config: Any) -> None:
+        self.config, self.before = weakref.ref(config, self._forget), config._attn_implementation
+        self.users: list[str] = []
+        self.seat: Seat[str] = Seat()
+        self._place = id(config)
+
+    def _forget(self, _: object) -> None:
+        ACCOUNTS.pop(self._place, None)
 
 
 ACCOUNTS: dict[int, Account] = {}  # by the id of the config: configs have no hash
 
 
-def switch_config(config: Any, user: str) -> None:
-    """Note that a use of a model, of class `user`, switches this config."""
-    place = id(config)
-    if _account(config) is None:
-        gone = weakref.ref(config, lambda _: ACCOUNTS.pop(place, None))
-        ACCOUNTS[place] = Account(gone, config._attn_implementation)
-    ACCOUNTS[place].users.append(user)
+def switch_config(config: Any, user: str, key: str, hold: Hold) -> Callable[[], None]:
+    """Note that a use of a model, of class `user`, switches this config to `key`; what is returned ends that.
+
+    The last one that ends gives the config back what it named, unless it names something else by then.
+    """
+    account = account_of(config) or ACCOUNTS.setdefault(id(config), Account(config))
+    account.users.append(user)
+    hold.sit(account.seat, user, held=False)  # accounts outlive models
+
+    def release() -> None:
+        account.users.remove(user)
+        own = account.config()
+        if not account.users and own is not None:
+            if own._attn_implementation == key:
+                own._attn_implementation_internal = account.before
+            del ACCOUNTS[id(own)]
+
+    return release
 
 
-def release_config(config: Any, user: str) -> None:
-    """The end of what `switch_config` noted: the last one gives the config back what it named."""
-    account = ACCOUNTS[id(config)]
-    account.users.remove(user)
-    if not account.users:
-        config._attn_implementation_internal = account.before
-        del ACCOUNTS[id(config)]
-
-
-def users_of(config: Any) -> list[str]:
-    """The classes of the models in use that switched this config."""
-    account = _account(config)
-    return [] if account is None else sorted(set(account.users))
-
-
-def _account(config: Any) -> Account | None:
+def account_of(config: Any) -> Account | None:
+    """The account of a config that somebody switched."""
     found = ACCOUNTS.get(id(config))
     return found if found is not None and found.config() is config else None
 
@@ -80,21 +80,27 @@ def configs_of(model: nn.Module) -> list[Any]:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
-def push(module: nn.Module, layer: Layer) -> None:
-    """From now on this use of the layer counts."""
-    vars(module).setdefault(STACK, []).append(layer)
-    vars(module)[MARK] = layer
+class LayerSeat(Seat[Layer]):
+    """What the uses of an attention layer say; `plain` is the layer without a mask, `before` its attention in no use.
 
+    A copy of the layer runs for good what counted where it was copied, for its config is a copy too, and names ours.
+    """
 
-def drop(module: nn.Module, layer: Layer) -> None:
-    """The end of a use of the layer; of those that are left the last one counts."""
-    uses = vars(module).get(STACK, [])
-    if layer in uses:
-        uses.remove(layer)
-        if uses:
-            vars(module)[MARK] = uses[-1]
-        else:
-            del vars(module)[STACK], vars(module)[MARK]
+    def __init__(self, layer: Layer, before: str | None = None, always: Layer | None = None) -> None:
+        super().__init__(always)
+        self.plain, self.before, self.standing = changed(layer, mask=None, replace=False), before, 1
+
+    def __deepcopy__(self, _: object) -> LayerSeat:
+        return self.for_good()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        copied = self.for_good()
+        return LayerSeat, (copied.plain, None, copied.always)
+
+    def for_good(self) -> LayerSeat:
+        """A seat of its own, in which what counts here counts everywhere."""
+        found = self.now()
+        return LayerSeat(self.plain, always=self.plain if found is None else found.value)
 
 
 # -- the switch --------------------------------------------------------------------------------------------------------
@@ -113,38 +119,49 @@ class Switch:
             raise MaskError(
                 "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
             )
-        self._configs: list[Any] = []
-        self._layers: dict[nn.Module, Layer] = {}
+        self._hold: Hold | None = None
 
     def _assigned(self) -> dict[nn.Module, Layer]:
         mask, layers, replace = self._masks
         return assigned(self._model, attention_layers(self._model), mask, layers, replace)
 
-    def apply(self) -> None:
-        """Switch the model over, as it is by now."""
+    def apply(self, everywhere: bool = False) -> None:
+        """Switch the model over, as it is by now, for this context or for all."""
         _check_switchable(self._model)
         self._register()
-        found = self._assigned()
+        found, model = self._assigned(), self._model
+        hold = self._hold = Hold(everywhere)
         try:
-            for config in configs_of(self._model):
-                switch_config(config, type(self._model).__name__)
-                self._configs.append(config)
-            self._model.set_attn_implementation(self._key)
+            for config in configs_of(model):
+                hold.change(partial(switch_config, config, type(model).__name__, self._key, hold))
+            model.set_attn_implementation(self._key)
             for module, layer in found.items():
-                _check_switched(self._model, module, layer, self._key)
-                push(module, layer)
-                self._layers[module] = layer
+                _check_switched(model, module, layer, self._key)
+                hold.change(partial(_seat, model, module, layer, hold))
+            hold.change(partial(_replicate, model))
         except BaseException:
+            del hold  # the error remembers what stands here
             self.undo()
             raise
 
     def undo(self) -> None:
         """End the use; uses of a model may end in any order."""
-        for module, layer in self._layers.items():
-            drop(module, layer)
-        for config in self._configs:
-            release_config(config, type(self._model).__name__)
-        self._layers, self._configs = {}, []
+        if self._hold is not None:
+            self._hold.stop()
+            self._hold = None
+
+
+def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], None]:
+    """The use's say in a layer; what is returned ends that."""
+    account = account_of(getattr(module, "config", None) or model.config)
+    seat = stand(module, MARK, LayerSeat, lambda: LayerSeat(layer, None if account is None else account.before))
+    hold.sit(seat, layer)
+    return partial(withdraw, module, MARK, seat)
+
+
+def _replicate(model: nn.Module) -> Callable[[], None]:
+    """DataParallel's replicas of the model have the uses of the thread that makes them; what is returned ends that."""
+    return partial(withdraw, model, REPLICATE, stand(model, REPLICATE, Replicas, lambda: Replicas(model)))
 
 
 def _check_switchable(model: nn.Module) -> None:

@@ -15,14 +15,14 @@ from truemask.masks.core import Mask
 class Use:
     """A model with a mask: a context manager, or what `enable` returns, with `undo()`."""
 
-    def __init__(self, model: nn.Module, apply: Callable[[], None], undo: Callable[[], None]) -> None:
-        self._model, self._apply, self._undo = model, apply, undo
+    def __init__(self, model: nn.Module, switch: Any, everywhere: bool = False) -> None:
+        self._model, self._switch, self._everywhere = model, switch, everywhere
         self._depth = 0
 
     def __enter__(self) -> Any:
         if self._depth:
             raise MaskError("this `tm.use` is entered already: write another one")
-        self._apply()
+        self._switch.apply(self._everywhere)
         self._depth = 1
         return self._model
 
@@ -32,7 +32,7 @@ class Use:
     def undo(self) -> None:
         """Give the model back what it ran before; nothing if that is done."""
         if self._depth:
-            self._undo()
+            self._switch.undo()
             self._depth = 0
 
     def __repr__(self) -> str:
@@ -76,13 +76,16 @@ def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bo
     Traceback (most recent call last):
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got object <object object at ...
     """
+    return _use(model, mask, layers, replace, everywhere=False)
+
+
+def _use(model: Any, mask: Mask | None, layers: Any, replace: bool, everywhere: bool) -> Use:
     if not isinstance(model, nn.Module):
         raise MaskError(f"use takes a model of transformers or x-transformers, got {describe(model)}")
     if not isinstance(replace, bool):
         raise MaskError(f"use: replace is True or False, got {describe(replace)}")
     inner, switch = _switch(model)
-    switched = switch(inner, mask, layers, replace)
-    return Use(model, switched.apply, switched.undo)
+    return Use(model, switch(inner, mask, layers, replace), everywhere)
 
 
 def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False) -> Use:
@@ -96,12 +99,12 @@ def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace:
     Traceback (most recent call last):
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got NoneType None
     """
-    new = use(model, mask, layers, replace=replace)
-    earlier = kept(_switch(model)[0], "_truemask_enabled")
-    if earlier.value is not None:
-        earlier.value.undo()
+    new = _use(model, mask, layers, replace, everywhere=True)
+    enabled = kept(_switch(model)[0], "_truemask_enabled")
     new.__enter__()
-    earlier.value = new
+    earlier, enabled.value = enabled.value, new
+    if earlier is not None:
+        earlier.undo()
     return new
 
 

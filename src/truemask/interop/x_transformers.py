@@ -41,7 +41,7 @@ class Switch:
                 check_maskable(found.module, found.stack, replace)
         self._ends: list[Callable[[], None]] = []
 
-    def apply(self) -> None:
+    def apply(self, everywhere: bool = False) -> None:
         """Put the model to use."""
         frames: dict[nn.Module, Frame] = {}
         for found in self._found:
