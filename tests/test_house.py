@@ -158,6 +158,7 @@ STAIRS = """
     interop/unreached.py
     interop/layers.py
     interop/lifting.py
+    interop/placing.py
     interop/claims.py
     interop/switch.py
     interop/huggingface.py

@@ -298,7 +298,10 @@ def test_generation_is_the_same_token_for_token(name: str, options: dict[str, An
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+WAYS_ON = [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 3}]
+
+
+@pytest.mark.parametrize("options", WAYS_ON, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_generation_under_a_mask_follows_the_uncached_forward(name: str, options: dict[str, Any]) -> None:
     model, given = model_of(name), generation_of(**options)

@@ -15,13 +15,13 @@ from truemask.errors import MaskError, describe
 from truemask.interop.claims import PLACE, Claim, of_tensor
 from truemask.interop.layers import MARK, Layer
 from truemask.interop.lifting import Lifted, lift
+from truemask.interop.positions import FORWARD, REASON
 from truemask.interop.switch import Switch, users_of
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.positional import causal
 
 KEY = "truemask"
-REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
 
 
 @cache
@@ -95,12 +95,13 @@ def attention(
         _refuse_unknown(module)
     own = _claim_for(module, layer, attention_mask, query, key, is_causal)
     own.note(module, layer)
+    own.tell(FORWARD.last)
     _refuse(options, own)
     if layer.cross:
         mask = own.cross_mask(layer.mask, _rows_before(layer, own), layer.replace)
     else:
         users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
-        own.warn_of_documents(places, users)
+        own.warn_of_documents(users)
         mask, PLACE.rows = own.mask(users, layer.replace, places), (layer, own)
     keys = own.keys_written
     if keys < key.shape[2]:

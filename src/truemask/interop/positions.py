@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from truemask.nn.doors import warn
 
+REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
+
 
 class Told(NamedTuple):
     """What the caller of a forward said, and what the model adds to every position."""
@@ -87,7 +89,7 @@ class BeforeForward:
     def __init__(self, first: int) -> None:
         self.first, self.warned = first, False
 
-    @torch.compiler.disable(recursive=True)
+    @torch.compiler.disable(recursive=True, reason=REASON)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
         positions = given.get("position_ids")
@@ -115,7 +117,7 @@ class BeforeForward:
 class AfterForward:
     """A hook after it."""
 
-    @torch.compiler.disable(recursive=True)
+    @torch.compiler.disable(recursive=True, reason=REASON)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
         FORWARD.end(module)
 
