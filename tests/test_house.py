@@ -155,6 +155,7 @@ STAIRS = """
 
     interop/__init__.py
     interop/positions.py
+    interop/dropping.py
     interop/unreached.py
     interop/layers.py
     interop/lifting.py

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from tests.interop.models import assert_same, model_of, tokens
+from tests.interop.models import asks_beyond_the_window, assert_same, model_of, tokens
 from truemask.errors import ConventionWarning, MaskError
 from truemask.interop.positions import first_position
 from truemask.interop.use import use
@@ -191,6 +191,7 @@ def test_a_cache_that_evicts_runs_as_always_without_a_mask_of_positions() -> Non
                 )
 
 
+@asks_beyond_the_window
 @pytest.mark.parametrize("cache", ["DynamicCache", "StaticCache"])
 def test_a_sliding_cache_says_where_its_keys_stand(cache: str) -> None:
     model, ids = model_of("mistral"), tokens(1, 23)

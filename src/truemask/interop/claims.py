@@ -181,6 +181,17 @@ class Claim:
             self._masks[users, replace] = self._in_call(own, asked, users)
         return self._masks[users, replace]
 
+    def own_beside(self, users: Mask, position_ids: object) -> tuple[Mask, int]:
+        """The model's own rule, and the number of positions that it and a mask are about in this call."""
+        if self._visible is not None or self.standing.problem:  # a tensor is the caller's; positions are not known
+            return everything, 0
+        if lies_in_rows(users, packed=self.packing is not None):
+            return self._rule_beside(users, position_ids), self._stop
+        if self.packing is not None:
+            return self.lifted.bare, int(self.packing.positions.max()) + 1
+        known = self._padding[1]
+        return self.lifted.bare, self._stop if known is None else int(known[..., : self._stop].max()) + 1
+
     def _in_call(self, own: list[Mask], asked: list[Mask], users: Mask | None) -> Mask:
         """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
         starts = self.q_start, self.k_start

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from truemask._attend import attend
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import PLACE, Claim, of_tensor
+from truemask.interop.dropping import warn_of_dropped
 from truemask.interop.layers import MARK, Layer
 from truemask.interop.lifting import Lifted, lift
 from truemask.interop.positions import FORWARD, REASON
@@ -103,6 +104,9 @@ def attention(
         users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
         own.warn_of_documents(users)
         mask, PLACE.rows = own.mask(users, layer.replace, places), (layer, own)
+        if users is not None and not layer.replace:
+            rule, length = own.own_beside(users, places)
+            warn_of_dropped(layer.used, layer.path, users, rule, length, own.batch, query.shape[1])
     keys = own.keys_written
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
