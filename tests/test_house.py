@@ -156,9 +156,12 @@ STAIRS = """
     interop/__init__.py
     interop/recomputing.py
     interop/in_force.py
+    interop/positions.py
+    interop/dropping.py
     interop/unreached.py
     interop/layers.py
     interop/lifting.py
+    interop/placing.py
     interop/claims.py
     interop/switch.py
     interop/without_us.py

@@ -202,6 +202,7 @@ def test_a_model_that_gives_no_cache_has_no_fault_in_it() -> None:
     assert any("the model returned none" in note for note in report.notes)
 
 
+@pytest.mark.filterwarnings("ignore:.* keys that the model's own rule")
 def test_packed_documents_may_be_told_by_the_mask_in_use() -> None:
     model, batch = tiny("Llama"), {"input_ids": ids(2, N), "position_ids": PACKED}
     assert serious(audit(model, batch)) == ["documents-mix"]
@@ -242,6 +243,7 @@ IN_USE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* keys that the model's own rule")
 @pytest.mark.parametrize("name", IN_USE)
 def test_a_model_in_use_is_held_to_what_it_was_given(name: str) -> None:
     """By its configuration alone it would leak or be blind; tokens count from the first that is real (law 2)."""

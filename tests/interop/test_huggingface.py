@@ -14,6 +14,7 @@ from tests.interop.models import (
     TOKENS,
     WAYS,
     WINDOW,
+    asks_beyond_the_window,
     assert_same,
     in_chunks,
     left_padded,
@@ -90,6 +91,7 @@ def gradients(model: nn.Module, outputs: Tensor) -> Tensor:
 # -- a mask of one's own -----------------------------------------------------------------------------------------------
 
 
+@asks_beyond_the_window
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
 def test_a_mask_is_anded_with_the_models_own(name: str) -> None:
     model, ids = model_of(name), tokens()
@@ -101,6 +103,7 @@ def test_a_mask_is_anded_with_the_models_own(name: str) -> None:
     assert_same(gradients(model, found), gradients(model, expected))
 
 
+@asks_beyond_the_window
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_layers_of_different_kinds_take_different_masks(name: str) -> None:
     model, ids = model_of(name), tokens()
@@ -130,6 +133,7 @@ def test_a_replaced_rule_leaves_padding_and_documents_alone() -> None:
         assert_same(packed(model, ids)[0, :11], model(ids[:1, :11]).logits[0])
 
 
+@asks_beyond_the_window
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_sample_means_the_same_under_a_mask_however_it_comes(name: str, way: str) -> None:
@@ -154,6 +158,7 @@ LAYOUTS = {
 }
 
 
+@asks_beyond_the_window
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -298,7 +303,11 @@ def test_generation_is_the_same_token_for_token(name: str, options: dict[str, An
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+WAYS_ON = [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 3}]
+
+
+@asks_beyond_the_window
+@pytest.mark.parametrize("options", WAYS_ON, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_generation_under_a_mask_follows_the_uncached_forward(name: str, options: dict[str, Any]) -> None:
     model, given = model_of(name), generation_of(**options)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.interop.models import asks_beyond_the_window
 from truemask._attend import attend
 from truemask.errors import MaskError
 from truemask.interop import x_attention
@@ -194,6 +195,7 @@ def test_padding_and_attn_mask_of_the_caller_stay(kind: str, flash: bool, memory
     assert calls
 
 
+@asks_beyond_the_window
 def test_what_the_model_claims_is_said_in_words(calls: list[Mask]) -> None:
     net = model(attn_max_attend_past=4)
     with used(net, prefix(2)):
@@ -253,6 +255,7 @@ def cells(mask: Mask, n: int = LENGTH) -> Tensor:
     ],
     ids=str,
 )
+@asks_beyond_the_window
 def test_a_mask_gives_what_the_dense_mask_gives(options: dict[str, Any], mask: Mask) -> None:
     net = model(**options)
     expected = run(net, tokens(), attn_mask=cells(mask).expand(HEADS, -1, -1))
@@ -409,6 +412,7 @@ GENERATED: dict[str, dict[str, Any]] = {
 }
 
 
+@asks_beyond_the_window
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("options", GENERATED.values(), ids=GENERATED)
 @pytest.mark.parametrize("mask", [window(3) | (prefix(2) & causal), MASKS["heads"]], ids=["sinks", "heads"])
@@ -844,6 +848,7 @@ def windows(net: nn.Module) -> list[int | None]:
     ],
     ids=str,
 )
+@asks_beyond_the_window
 def test_threads_share_a_model(options: dict[str, Any], mask: Mask | None) -> None:
     """Each gets what it gets alone, whatever the others run meanwhile: other lengths, other paddings."""
     net = model(**options)

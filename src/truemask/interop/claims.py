@@ -6,7 +6,6 @@ The mask function makes a `Claim`; transformers carries it to every attention la
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace as changed
@@ -18,15 +17,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from truemask.errors import ConventionWarning, MaskError, describe
+from truemask.errors import MaskError, describe
 from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, Packing, alike
+from truemask.interop.placing import Sizes, Standing, says_rows, standing, standing_of_tensor
+from truemask.interop.positions import Told
 from truemask.masks.combine import And, everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, keys, padding
 from truemask.masks.foreign.importers import from_torch_sdpa
+from truemask.masks.labels import documents
 from truemask.masks.packing import Packed
 from truemask.masks.positional import causal
+from truemask.nn.doors import warn
 
 INSIDE = (
     "Inside `tm.use` the model's mask is an expression and not a tensor. Call `backward` inside the block if layers "
@@ -43,11 +46,13 @@ APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds t
 def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
     """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
 
-    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
+        Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
 
-    >>> from truemask.masks.positional import causal
-    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
-    (True, False)
+        >>> from truemask.masks.labels import documents
+    from truemask.masks.positional import causal
+    from truemask.nn.doors import warn
+        >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
+        (True, False)
     """
     parts = list(mask.walk())
     if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
@@ -61,6 +66,7 @@ class Claim:
     `rule`: what it says of positions, or a function that finds it out: transformers makes masks for kinds of layers
     that a model does not have. `real [b, n]`: which of the first n positions are tokens and not padding, or None. Row i
     of the call is position `q_start + i`, key j is `k_start + j`. `placed`: rows and keys count on one axis.
+    `visible [b or 1, k]`, where the rule is a tensor about the rows of the call: the keys that some row sees.
     It looks like the bool tensor `[b, 1, q, k]` that it stands for, as far as transformers looks.
     """
 
@@ -75,13 +81,15 @@ class Claim:
         real: Tensor | None = None,
         bias: Tensor | None = None,
         placed: bool = True,
+        visible: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._made, self.bias, self._same_axis = rule, bias, placed
         self.batch, self.q_len, self.k_len = sizes
         self.q_start, self.k_start = starts
         self.device = torch.device(device)
-        self._real, self._warned = real, False
+        self._real, self._visible, self._warned = real, visible, False
+        self._told: Told | None = None
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
         self._readers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
 
@@ -144,6 +152,22 @@ class Claim:
         stop = self.q_start + self.q_len if self.lifted.looks_back else self.k_start + self.k_len
         return min(self.k_len, stop - self.k_start)
 
+    def tell(self, told: Told) -> None:
+        """What the forward was told of positions; what was told first counts."""
+        if self._told is None:
+            self._told = told
+
+    @cached_property
+    def standing(self) -> Standing:
+        """Where the rows and keys stand, by all that tells of it."""
+        told = self._told or Told()
+        sizes = Sizes(self.q_len, self.k_len, self.q_start, self.k_start, self._placed_rows)
+        if self._visible is not None:
+            return standing_of_tensor(sizes, self._visible, told)
+        if self.packing is not None:
+            return Standing(self.q_start, self.k_start, self._real)
+        return standing(sizes, self._real, told)
+
     def mask(self, users: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
         """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
 
@@ -153,11 +177,34 @@ class Claim:
         if (users, replace) not in self._masks:
             self._check_samples(users)
             own = [] if replace and users is not None else [self._rule_beside(users, position_ids)]
-            terms = [*own, *([] if users is None else [self._placed(users)]), self._padding[0]]
+            asked = [] if users is None else [self._placed(users)]
             if replace and users is not None and self.k_start:
-                self._check_kept(users, _all(terms))
-            self._masks[users, replace] = self._at(_all(terms))
+                self._check_kept(users, _all([*asked, self._padding[0]]))
+            self._masks[users, replace] = self._in_call(own, asked, users)
         return self._masks[users, replace]
+
+    def own_beside(self, users: Mask, position_ids: object) -> tuple[Mask, int]:
+        """The model's own rule, and the number of positions that it and a mask are about in this call."""
+        if self._visible is not None or self.standing.problem:  # a tensor is the caller's; positions are not known
+            return everything, 0
+        if lies_in_rows(users, packed=self.packing is not None):
+            return self._rule_beside(users, position_ids), self._stop
+        if self.packing is not None:
+            return self.lifted.bare, int(self.packing.positions.max()) + 1
+        known = self._padding[1]
+        return self.lifted.bare, self._stop if known is None else int(known[..., : self._stop].max()) + 1
+
+    def _in_call(self, own: list[Mask], asked: list[Mask], users: Mask | None) -> Mask:
+        """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
+        starts = self.q_start, self.k_start
+        stand = starts if users is None else self.standing[:2]
+        if users is not None and self.standing.problem and says_rows(users, self.standing.keys_known):
+            terms = [_at(_all([*own, self._padding[0]]), starts), *asked]
+        elif stand == starts:
+            terms = [_at(_all([*own, *asked, self._padding[0]]), starts)]
+        else:
+            terms = [_at(_all(own), starts), _at(_all([*asked, self._padding[0]]), stand)]
+        return _all(terms)
 
     def _rule_beside(self, users: Mask | None, position_ids: object) -> Mask:
         """The model's own rule; beside a mask that says which documents there are, at the positions inside of them.
@@ -195,26 +242,36 @@ class Claim:
                 f"`{users}` for cross-attention asks which position a query has, and this model does not say: use a "
                 "mask of keys alone (`keys(...)`, `prefix(...)`)"
             )
+        if users.varies_with_query and rows is not None and rows.standing.problem:
+            raise MaskError(f"{rows.standing.problem}, and `{users}` for cross-attention asks which position a row has")
         q = None if rows is None else rows._positions_of_rows()
         k = self._positions_for(users)
         taken = users if q is None and k is None else users.take(q=q, k=k)
         return _all([*own, taken, self._padding[0]])
 
-    def warn_of_documents(self, position_ids: object, users: Mask | None) -> None:
+    def warn_of_documents(self, users: Mask | None) -> None:
         """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
-        if self._warned or self.packing is not None or self._padding[1] is not None or self.q_start:
+        if self._warned or self._told is None or self._told.positions is None or self.packing is not None:
             return
         if users is not None and any(part.kind in APART for part in users.walk()):
             return
         self._warned = True
-        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and bool((position_ids.diff(dim=-1) < 0).any()):
-            warnings.warn(
+        if self.standing.restarts and not (self._visible is not None and self._parted()):
+            warn(
                 "position_ids restart as for packed documents, but the documents see each other: transformers keeps "
                 "them apart only without attention_mask and cache (pass use_cache=False), and some models, GPT-OSS "
-                "among them, not even then. `mask.packed(lengths)` does",
-                ConventionWarning,
-                stacklevel=2,
+                "among them, not even then. `mask.packed(lengths)` does"
             )
+
+    def _parted(self) -> bool:
+        """Whether a mask that is a tensor hides anything of an earlier document."""
+        ids = (alike(self.standing.taken).diff(dim=-1) < 0) if self.standing.taken is not None else None
+        if ids is None:
+            return False
+        numbers = torch.nn.functional.pad(ids.long().cumsum(-1), (1, 0))
+        across = causal & ~documents(ids=numbers) & ~self.lifted.mask
+        sizes = {"batch": self.batch, "heads": across.head_count}
+        return bool(across.count(self.q_len, self.k_len, **sizes).any())
 
     def _check_samples(self, users: Mask | None) -> None:
         held = 1 if users is None else users.batch_size
@@ -238,28 +295,27 @@ class Claim:
 
     def _positions_of_rows(self) -> Tensor:
         """Logical positions of the rows, `[q]` or `[b, q]`."""
-        known, stop = self._padding[1], self.q_start + self.q_len
-        return torch.arange(self.q_start, stop) if known is None else known[..., self.q_start : stop]
-
-    def _at(self, mask: Mask) -> Mask:
-        return mask.at(q_start=self.q_start, k_start=self.k_start)
+        start = self.standing.q_start
+        known, stop = self._padding[1], start + self.q_len
+        return torch.arange(start, stop) if known is None else known[..., start:stop]
 
     def _placed(self, users: Mask) -> Mask:
         """The user's mask at logical positions: a sample means the same alone, padded and packed (law 2).
 
         A mask that says itself how the rows are packed or padded is about the rows as they lie.
         """
-        if not self._placed_rows and users.varies_with_query:
-            raise MaskError(
-                f"the model's mask for {self.q_len} rows and {self.k_len} keys does not say which positions the "
-                f"rows have, and `{users}` asks: pass a 2-D attention_mask, or leave the layer out with layers= if it "
-                "attends to something else than its own tokens"
-            )
+        stand = self.standing
+        if refusal := stand.refusal(users, Sizes(self.q_len, self.k_len)):
+            raise MaskError(refusal)
+        if stand.problem and says_rows(users, stand.keys_known):
+            return users
         if self.packing is not None:
             return users if lies_in_rows(users, packed=True) else self.packing.of(users)
         starts = self._padding[2]
-        if lies_in_rows(users, packed=False):
+        if lies_in_rows(users, packed=stand.taken is not None):
             return users
+        if stand.taken is not None:
+            return users.take(q=alike(stand.taken), k=alike(stand.taken))
         if starts is not None:
             return users.padded(starts)
         positions = self._positions_for(users)
@@ -290,10 +346,11 @@ class Claim:
         A token's position is the number of real tokens before it, and counts on behind the last key. `starts` are known
         if pads stand nowhere else but before and behind.
         """
-        if self._real is None:
+        real = self._real if self._visible is None else self.standing.real
+        if real is None:
             return everything, None, None
         stop = self._stop
-        real = torch.nn.functional.pad(self._real, (0, max(0, stop - self._real.shape[1])))[:, :stop].cpu()
+        real = torch.nn.functional.pad(real, (0, max(0, stop - real.shape[1])))[:, :stop].cpu()
         if bool(real.all()):
             return everything, None, None
         totals, first = real.sum(1), real.int().argmax(1)
@@ -348,12 +405,18 @@ def of_tensor(mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> C
 def _read(mask: Tensor, sizes: tuple[int, int, int]) -> Claim:
     placed = sizes[1] == sizes[2]
     if not mask.is_floating_point():
-        return Claim(Lifted(from_torch_sdpa(mask)), sizes, placed=placed, device=mask.device)
+        rule = from_torch_sdpa(mask)
+        return Claim(Lifted(rule), sizes, placed=placed, visible=_seen(mask), device=mask.device)
     visible = mask.detach() > torch.finfo(mask.dtype).min / 2
     rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
     added = torch.where(visible, mask, 0)
     bias = added if mask.requires_grad or bool((added != 0).any()) else None
-    return Claim(Lifted(rule), sizes, bias=bias, placed=placed, device=mask.device)
+    return Claim(Lifted(rule), sizes, bias=bias, placed=placed, visible=_seen(visible), device=mask.device)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """`[b or 1, k]`: the keys that some row of some head sees."""
+    return mask.detach().bool().any(dim=2).any(dim=1).cpu()
 
 
 def _answers_for(mask: Mask, length: int) -> bool:
@@ -363,6 +426,10 @@ def _answers_for(mask: Mask, length: int) -> bool:
     except MaskError:
         return False
     return True
+
+
+def _at(mask: Mask, starts: tuple[int, ...]) -> Mask:
+    return mask.at(q_start=starts[0], k_start=starts[1])
 
 
 def _all(masks: list[Mask]) -> Mask:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from truemask._attend import attend
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import PLACE, Claim, of_tensor
+from truemask.interop.dropping import warn_of_dropped
 from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, lift
+from truemask.interop.positions import FORWARD, REASON
 from truemask.interop.recomputing import checkpoints
 from truemask.interop.switch import Switch, account_of
 from truemask.interop.without_us import EAGER, named, own_attention, own_mask, refuse_unknown, seat_of
@@ -23,7 +25,6 @@ from truemask.masks.core import Mask
 from truemask.masks.positional import causal
 
 KEY = "truemask"
-REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
 
 
 @cache
@@ -122,13 +123,20 @@ def attention(
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
     own = _claim_for(module, layer, attention_mask, query, key, is_causal)
     own.note(module, layer)
+    around = checkpoints()
+    own.tell(around.as_in_forward((module, "told"), lambda: FORWARD.last))
     _refuse(options, own)
     if layer.cross:
-        mask = own.cross_mask(layer.mask, _rows_before(module, layer, own), layer.replace)
+        mask = own.cross_mask(
+            layer.mask, around.as_in_forward((module, "rows"), lambda: _rows_before(layer, own)), layer.replace
+        )
     else:
         users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
-        own.warn_of_documents(places, users)
+        own.warn_of_documents(users)
         mask, PLACE.rows = own.mask(users, layer.replace, places), (layer, own)
+        if users is not None and not layer.replace:
+            rule, length = own.own_beside(users, places)
+            warn_of_dropped(layer.used, layer.path, users, rule, length, own.batch, query.shape[1])
     keys = own.keys_written
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
@@ -181,15 +189,8 @@ def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: T
     return mask
 
 
-def _rows_before(module: nn.Module, layer: Layer, own: Claim) -> Claim | None:
+def _rows_before(layer: Layer, own: Claim) -> Claim | None:
     """The claim of the self-attention that came just before in the same layer: it knows where the rows stand."""
-    around = checkpoints()
-    found = _rows_now(layer, own) if around.recomputed is None else around.noted((module, "rows"))
-    around.note((module, "rows"), found)
-    return found
-
-
-def _rows_now(layer: Layer, own: Claim) -> Claim | None:
     if PLACE.rows is None:
         return None
     before, rows = PLACE.rows

@@ -112,6 +112,7 @@ class Seat(Generic[T]):
 
     def __init__(self, always: T | None = None) -> None:
         self.always = always
+        self._for_good = None if always is None else Said(always, None)
         self._said: dict[int, Said[T]] = {}
         self._everywhere: tuple[int, ...] = ()
 
@@ -127,8 +128,7 @@ class Seat(Generic[T]):
     def here(self, around: Checkpoints | None = None) -> T | None:
         """The value that counts in this context, or did in the forward that is recomputed; None if no use holds."""
         around = checkpoints() if around is None else around
-        found = self.now() if around.recomputed is None else around.noted(self)
-        around.note(self, found)
+        found = around.as_in_forward(self, self.now)
         if found is None and around.recomputed is None and self._said and in_backward():
             raise MaskError(
                 "a layer of a model in use runs inside `backward`, outside any block, and not by "
@@ -142,7 +142,7 @@ class Seat(Generic[T]):
         for number in (*reversed(USES.get()), *reversed(self._everywhere)):
             if (said := self._said.get(number)) is not None:
                 return said
-        return None if self.always is None else Said(self.always, None)
+        return self._for_good
 
     def __deepcopy__(self, memo: dict[int, object]) -> Seat[T]:
         twin = Seat(self.always)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint as torchs
 
 from truemask.errors import MaskError
 
+T = TypeVar("T")
 NOTES = "_truemask_notes"  # the attribute of a checkpoint with what its forward ran under
 
 
@@ -42,8 +43,14 @@ class Checkpoints:
         for checkpoint in self.forwards:
             notes = vars(checkpoint).setdefault(NOTES, {})
             before = notes.setdefault(key, value)
-            if before != value:
+            if before is not value:
                 notes[key] = Several((before, value))
+
+    def as_in_forward(self, key: Hashable, now: Callable[[], T]) -> T:
+        """What counts now, which is written down; in a recomputation what counted in its forward."""
+        found = now() if self.recomputed is None else self.noted(key)
+        self.note(key, found)
+        return found
 
     def noted(self, key: Hashable) -> Any:
         """What was written down in the forward that is recomputed; None if nothing was."""

@@ -17,6 +17,7 @@ from torch import nn
 from truemask.errors import MaskError
 from truemask.interop.in_force import REPLICATE, Hold, Replicas, Seat, stand, withdraw
 from truemask.interop.layers import MARK, Layer, assigned, attention_layers
+from truemask.interop.positions import watch
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
@@ -63,11 +64,16 @@ def account_of(config: Any) -> Account | None:
     return found if found is not None and found.config() is config else None
 
 
-def configs_of(model: nn.Module) -> list[Any]:
-    """Every config that the model or a part of it reads, each once."""
+def models_in(model: nn.Module) -> list[Any]:
+    """A model and the parts of it that are models of transformers themselves."""
     from transformers import PreTrainedModel
 
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Every config that the model or a part of it reads, each once."""
+    waiting = [module.config for module in models_in(model)]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
@@ -139,6 +145,7 @@ class Switch:
                 _check_switched(model, module, layer, self._key)
                 hold.change(partial(_seat, model, module, layer, hold))
             hold.change(partial(_replicate, model))
+            hold.change(partial(watch, model, models_in(model)))
         except BaseException:
             del hold  # the error remembers what stands here
             self.undo()

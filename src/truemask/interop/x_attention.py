@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from truemask._attend import attend
 from truemask.errors import MaskError
+from truemask.interop.dropping import warn_of_dropped
 from truemask.interop.x_frame import Frame, Input, PerThread, arguments, known_positions
 from truemask.interop.x_masks import Place, both, claimed, expression, from_flags, from_matrix
 from truemask.masks.combine import everything
@@ -27,6 +28,8 @@ class Use:
     mask: Mask | None
     replace: bool
     active: bool = True
+    number: int = 0  # of the use of the model
+    path: str = ""  # of the layer
 
     def __deepcopy__(self, memo: dict[int, object]) -> Use:
         return self
@@ -177,6 +180,9 @@ class Call:
     def expression(self) -> Mask:
         note, place = self.note, self.place
         own = everything if note.use.replace else claimed(self.causal, note.max_attend_past)
+        if not place.cross and own != everything:
+            use, length = note.use, place.keys - place.extra - place.front - place.back
+            warn_of_dropped(use.number, use.path, use.mask, own, length, self.q.shape[0], self.q.shape[1])
         given = from_flags(self.mask, place), from_matrix(note.attn_mask, self.q.shape[1], place)
         return both(expression(own, note.use.mask, place), *given)
 

@@ -33,6 +33,7 @@ class Switch:
         known = {found.module: found.layer for found in self._found if found.layer is not None}
         chosen = assigned(model, known, mask, layers, replace) if known or mask is not None else {}
         self._masks = {module: layer.mask for module, layer in chosen.items()}
+        self._layers = chosen
         self._replace = replace
         if replace and all(own is None for own in self._masks.values()):
             raise MaskError("use: replace=True says that a mask takes the place of the model's own, but there is none")
@@ -46,7 +47,9 @@ class Switch:
         frames: dict[nn.Module, Frame] = {}
         for found in self._found:
             own = self._masks.get(found.module)
-            self._ends.append(begin(found, Use(own, self._replace and own is not None), frames))
+            layer = self._layers.get(found.module)
+            told = {} if layer is None else {"number": layer.used, "path": layer.path}
+            self._ends.append(begin(found, Use(own, self._replace and own is not None, **told), frames))
         stacks = {found.stack: None for found in self._found if found.stack is not None}
         self._ends += [watch(self._model, stack, frames[stack]) for stack in stacks]
 
