@@ -41,6 +41,7 @@ STAIRS = """
     geometry/block_lists.py
     geometry/picture.py
 
+    masks/remembering.py
     masks/data_store.py
     masks/hashing.py
     masks/block_mask.py
@@ -62,9 +63,9 @@ STAIRS = """
     masks/positional.py
     masks/patterned.py
     masks/data.py
+    masks/predicate.py
     masks/labels.py
     masks/matrices.py
-    masks/predicate.py
     masks/biases.py
     masks/text.py
     masks/serial.py
@@ -124,6 +125,7 @@ STAIRS = """
     _cache.py
     _plan.py
     _run.py
+    _plain.py
     _compiled.py
     _attend.py
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from truemask._call import read_call
 from truemask._compiled import attend_traced
+from truemask._plain import attend_plain
 from truemask._run import run
 from truemask.backends.base import Result
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
+from truemask.masks.remembering import is_recorded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,10 +129,13 @@ def attend(
     >>> lse.exp()[0, 0]  # how many keys each row may see
     tensor([1., 2., 3., 4., 5.])
     """
+    asked: dict[str, Any] = {"return_lse": return_lse, "return_weights": return_weights}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "backend": backend, **asked}
     if torch.compiler.is_dynamo_compiling():
-        options = {"scale": scale, "softcap": softcap, "dropout": dropout, "backend": backend}
-        asked = {"return_lse": return_lse, "return_weights": return_weights}
-        return _answer(attend_traced(q, k, v, mask, bias, sink_logits, **options, **asked), return_lse, return_weights)
+        return _answer(attend_traced(q, k, v, mask, bias, sink_logits, **options), return_lse, return_weights)
+    if is_recorded():
+        result = attend_plain(q, k, v, mask, bias=bias, sink_logits=sink_logits, **options)
+        return _answer(result, return_lse, return_weights)
     call = read_call(
         q,
         k,

@@ -26,8 +26,9 @@ from truemask.backends.base import Backend, Job, Lowered, Request
 from truemask.backends.registry import backends
 from truemask.errors import describe
 from truemask.masks.core import Mask
-from truemask.masks.data_store import Data, ordinary_tensors
+from truemask.masks.data_store import Data
 from truemask.masks.reindex import At, Take
+from truemask.masks.remembering import ordinary_tensors
 
 MOST_PLANS = 256
 MOST_STEPS = 64  # of them for few queries: a long answer must not drive out the plans of training

@@ -95,12 +95,17 @@ class Plan:
         return f"<Plan of `{self.mask}`: {self.backend}>"
 
 
-def choose(job: Job, wanted: str | None) -> Choice:
-    """Ask every backend about the job; `wanted` names the only one that may run it."""
+def check_backend(wanted: str | None) -> None:
+    """Raise unless it is the name of a backend, or nothing."""
     if wanted is not None and wanted not in backends():
         raise PlanError(
             f"there is no backend {wanted!r}{suggest(str(wanted), backends())} (known: {', '.join(backends())})"
         )
+
+
+def choose(job: Job, wanted: str | None) -> Choice:
+    """Ask every backend about the job; `wanted` names the only one that may run it."""
+    check_backend(wanted)
     objections = {backend.name: backend.objections(job) for backend in BACKENDS}
     willing = [backend for backend in BACKENDS if not objections[backend.name] and wanted in (None, backend.name)]
     if not willing:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from truemask._call import Call, cast, read_call
 from truemask._door import check_mask_tensor
+from truemask._plain import attend_plain
 from truemask._run import new_seed, run
 from truemask.backends.base import Result
 from truemask.errors import PlanError
@@ -61,7 +62,7 @@ SCHEMA = (
 def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, **options: Any) -> Result:
     """The call, while `torch.compile` traces it."""
     q, k, v = cast(q, k, v)
-    note = Note()
+    note = Note(by_number=torch.compiler.is_exporting())
     text = note.write(mask)
     added, form = _as_tensor(bias)
     seed = new_seed() if options["dropout"] else None
@@ -69,6 +70,11 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: 
     wanted = [name for name, x in given if x is not None and x.requires_grad and torch.is_grad_enabled()]
     grads = " ".join(wanted)
     asked = Asked(q, k, v, text, note.tensors, note.ints, note.floats, added, form, sinks, seed, grads=grads, **options)
+    if torch.compiler.is_exporting():
+        torch._dynamo.comptime.comptime(let_dynamo_pass)
+        out, *more = attend_exported(*asked)
+        lse = more[0] if options["return_lse"] else None
+        return Result(out, lse, more[-1] if options["return_weights"] else None)
     return Result(*torch.ops.truemask.attend(*asked)[:3])
 
 
@@ -90,8 +96,11 @@ BUILDERS.update(alibi=alibi, relative=relative)
 
 def positions_traced(builder: str, mask: Any, numbers: list[int]) -> Tensor:
     """What `builder` says of a mask and a layout, int64 `[b, n]`: a tensor of positions, while dynamo traces."""
-    note = Note()
+    note = Note(by_number=torch.compiler.is_exporting())
     text = note.write(Traced(builder, (mask, numbers, {})))
+    if torch.compiler.is_exporting():
+        torch._dynamo.comptime.comptime(let_dynamo_pass)
+        return read(text, note.tensors, note.ints, note.floats)
     return torch.ops.truemask.positions(text, note.tensors, note.ints, note.floats, numbers[0], numbers[2])
 
 
@@ -108,6 +117,37 @@ def _(
     text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], batch: int, rows: int
 ) -> Tensor:
     return torch.empty(batch, rows, dtype=torch.int64)
+
+
+# -- torch.export by way of dynamo -------------------------------------------------------------------------------------
+
+
+def attend_exported(*args: Any) -> tuple[Tensor, ...]:
+    """out, and what was asked for of lse and weights, in plain torch: dynamo writes it down as one call.
+
+    That graph is traced again before the export ends, and then nothing but torch's operations is left of it.
+    """
+    asked = Asked(*args)
+    found = attend_plain(
+        asked.q,
+        asked.k,
+        asked.v,
+        read(asked.mask, asked.tensors, asked.ints, asked.floats),
+        bias=_bias(asked),
+        sink_logits=asked.sinks,
+        seed=asked.seed,
+        **{name: getattr(asked, name) for name in OPTIONS},
+    )
+    return tuple(x for x in found if x is not None)
+
+
+OPTIONS = ("scale", "softcap", "dropout", "backend", "return_lse", "return_weights")
+
+
+def let_dynamo_pass(_: Any) -> None:
+    """Called by dynamo, which is not imported before somebody needs it."""
+    for function in (attend_exported, read):
+        torch.compiler.allow_in_graph(function)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -138,18 +178,22 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return new((r.batch, r.q_len, r.heads, r.value_dim)).transpose(1, 2), lse, weights, state
 
 
-def _read(asked: Asked, mask: Any) -> Call:
+def _bias(asked: Asked) -> Tensor | Bias | None:
     if asked.bias_form == OTHER:
         raise TypeError(
             "attend: a compiled function takes a bias as a tensor, alibi(...) or relative(...): nobody knows which "
             "tensors another bias object reads"
         )
+    return read(asked.bias_form, [] if asked.bias is None else [asked.bias], (), ())
+
+
+def _read(asked: Asked, mask: Any) -> Call:
     return read_call(
         asked.q,
         asked.k,
         asked.v,
         mask,
-        bias=read(asked.bias_form, [] if asked.bias is None else [asked.bias], (), ()),
+        bias=_bias(asked),
         scale=asked.scale,
         softcap=asked.softcap,
         sink_logits=asked.sinks,

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +43,7 @@ from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.positional import causal
 from truemask.masks.reindex import At
+from truemask.masks.remembering import remembered
 
 SMALL = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
 LOOKED_AT = 1 << 28  # cells that are worth evaluating for a proof: about a second
@@ -131,13 +131,13 @@ class Job:
         """What was worked out stays behind: it holds functions, which do not pickle."""
         return {"mask": self.mask, "request": self.request}
 
-    @cached_property
+    @remembered
     def tiles(self) -> TileMap:
         """The mask's tiles at the request's sizes."""
         r = self.request
         return self.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
 
-    @cached_property
+    @remembered
     def exact(self) -> Exact | None:
         """The exact form of every sample and head; None if some of them has none."""
         r = self.request
@@ -150,7 +150,7 @@ class Job:
             found.append(slabs)
         return Exact(tuple(found), which)
 
-    @cached_property
+    @remembered
     def small(self) -> Tensor | None:
         """The mask as a bool tensor on the CPU, if it is so small that looking at it beats reasoning about it."""
         r = self.request
@@ -158,7 +158,7 @@ class Job:
             return None
         return looked_at(self.mask, self.mask_batch, self.mask_heads, r.q_len, r.kv_len)
 
-    @cached_property
+    @remembered
     def pattern(self) -> str:
         """What the mask is proven to be at these sizes: "everything", "causal" or, without proof, "other"."""
         if self.small is not None:
@@ -188,7 +188,7 @@ class Job:
             return tiles.counts.mixed == tiles.counts.full == 0
         return tiles.cells_to_evaluate <= LOOKED_AT and not any(part.cells.any() for part in tiles.patterns())
 
-    @cached_property
+    @remembered
     def notes(self) -> dict[str, Any]:
         """What a backend keeps for the next question about this job."""
         return {}

@@ -109,7 +109,7 @@ def cells_attention(
         s = numbers.softcap * torch.tanh(s / numbers.softcap)
     if bias is not None:
         s = s + torch.where(allowed, bias, 0)
-    p, lse = _softmax(torch.where(allowed, s, -torch.inf))
+    p, lse = weights_of(torch.where(allowed, s, -torch.inf))
     if sinks is not None:
         p = p * beside_sink(lse, sinks.to(p.dtype))[..., None]
     if keep is not None:
@@ -117,7 +117,7 @@ def cells_attention(
     return gather(p, v, allowed), lse, p
 
 
-def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+def weights_of(s: Tensor) -> tuple[Tensor, Tensor]:
     """Weights over the last axis and their log-sum-exp; a row of -inf only has weights 0 and lse -inf (law 5)."""
     if s.shape[-1] == 0:
         return s, s.new_full(s.shape[:-1], -torch.inf) + s.sum(-1)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
 
+from truemask.masks.remembering import is_real, is_recorded, ordinary_tensors
 from truemask.masks.value import Value
 
 KINDS: dict[str, type[Any]] = {}  # every kind of mask by its name
@@ -27,7 +30,29 @@ def build(kind: str, *args: Any) -> Any:
     """What an operator or a re-indexing method makes."""
     if torch.compiler.is_dynamo_compiling():
         return NOTES[0](f"_{kind}", args)
-    return KINDS[kind].make(*args)
+    with known_apart(args):
+        return KINDS[kind].make(*args)
+
+
+@contextmanager
+def known_apart(args: Any) -> Iterator[None]:
+    """While a graph is recorded: what is made of arguments that are all known is no part of it."""
+    if is_recorded() and is_known(args):
+        with ordinary_tensors():
+            yield
+    else:
+        yield
+
+
+def is_known(thing: Any) -> bool:
+    """Whether tensors, sizes and masks in an argument are the same in every call of a graph that is recorded."""
+    if isinstance(thing, Tensor):
+        return is_real(thing)
+    if isinstance(thing, Value):
+        return not thing.is_late
+    if isinstance(thing, (list, tuple)):
+        return all(map(is_known, thing))
+    return all(map(is_known, thing.values())) if isinstance(thing, dict) else not isinstance(thing, torch.SymInt)
 
 
 # -- tickets -----------------------------------------------------------------------------------------------------------
@@ -45,20 +70,24 @@ OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
 NUMBERS = itertools.count(1)
 
 
-def ticket_for(mask: Value) -> Tensor:
-    """A new ticket: int64 `[1]` on the CPU."""
+def names_of(mask: Value) -> dict[str, Any]:
+    """What a graph may call the mask: a new ticket, int64 `[1]` on the CPU, and its number as text."""
     number = next(NUMBERS)
+    return {"ticket": _ticket_for(mask, number), "number": str(number)}
+
+
+def _ticket_for(mask: Value, number: int) -> Tensor:
     owner = Owner(number.to_bytes(8, sys.byteorder))
     owner.mask, owner.twin = ref(mask), None
     OWNERS[number] = owner
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
+    if torch.is_inference_mode_enabled() or is_recorded():
+        with torch.inference_mode(False), ordinary_tensors():
             return torch.frombuffer(owner, dtype=torch.int64)
     return torch.frombuffer(owner, dtype=torch.int64)
 
 
-def mask_of(ticket: Tensor) -> Any:
-    """The mask of a ticket, or one equal to it."""
+def mask_of(ticket: Tensor | str) -> Any:
+    """The mask of a ticket, or of its number, or one equal to it."""
     owner = OWNERS[int(ticket)]
     if owner.twin is None:
         mask = owner.mask()
@@ -70,5 +99,5 @@ def mask_of(ticket: Tensor) -> Any:
 def twin(mask: Value) -> Value:
     """An equal mask that shares all data but is another object, without a ticket."""
     new = object.__new__(type(mask))
-    vars(new).update({name: part for name, part in vars(mask).items() if name != "ticket"})
+    vars(new).update({name: part for name, part in vars(mask).items() if name not in ("ticket", "number")})
     return new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from truemask.geometry.slabs import Region
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.reindex import look_up
+from truemask.masks.remembering import remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import ATOM
@@ -37,7 +38,7 @@ class _Choice(Mask):
 
     axis: ClassVar[str]
 
-    @cached_property
+    @remembered
     def _distinct(self) -> tuple[tuple[Mask, ...], np.ndarray]:
         order = {mask: place for place, mask in enumerate(dict.fromkeys(self.masks))}
         return tuple(order), np.array([order[mask] for mask in self.masks])
@@ -89,7 +90,7 @@ class PerHead(_Choice):
     kind: ClassVar[str] = "per_head"
     axis: ClassVar[str] = "head"
 
-    @cached_property
+    @remembered
     def head_count(self) -> int:
         if any(mask.head_count > 1 and mask.head_count != len(self.masks) for mask in self.masks):
             raise MaskError(
@@ -110,7 +111,7 @@ class PerSample(_Choice):
     kind: ClassVar[str] = "per_sample"
     axis: ClassVar[str] = "sample"
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         if any(mask.batch_size > 1 and mask.batch_size != len(self.masks) for mask in self.masks):
             raise MaskError(

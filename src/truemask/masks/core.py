@@ -18,7 +18,6 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -30,9 +29,10 @@ from truemask.geometry.logic import States
 from truemask.geometry.overlay import cropped
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.building import KINDS, build, ticket_for
-from truemask.masks.data_store import Data, ordinary_tensors, whole
+from truemask.masks.building import KINDS, build, names_of
+from truemask.masks.data_store import Data, whole
 from truemask.masks.questions import ANY, Questions
+from truemask.masks.remembering import ordinary_tensors, remembered
 from truemask.masks.value import Value, joined
 from truemask.masks.verdict import Verdict
 
@@ -57,10 +57,11 @@ class Mask(Value, Questions):
     _reads_query: ClassVar[bool] = True  # whether `_truth` itself looks at q, its parts aside
 
     ticket: Tensor  # this mask in a compiled graph (building.py)
+    number: str  # the same while `torch.export` traces by way of dynamo
 
     def __new__(cls, *_: object, **__: object) -> Any:
         new = super().__new__(cls)
-        vars(new).update({} if torch.compiler.is_dynamo_compiling() else {"ticket": ticket_for(new)})
+        vars(new).update({} if torch.compiler.is_dynamo_compiling() else names_of(new))
         return new
 
     def __init_subclass__(cls) -> None:
@@ -135,17 +136,17 @@ class Mask(Value, Questions):
                 )
         return max((pair for _, pair in found), key=lambda pair: pair[0].ndim + pair[1].ndim, default=None)
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         """1 if all samples have the same mask, 0 if it varies without holding a number of samples, else that number."""
         return joined("samples", self.children, [child.batch_size for child in self.children])
 
-    @cached_property
+    @remembered
     def head_count(self) -> int:
         """1 if all heads have the same mask, 0 if it varies without holding a number of heads, else that number."""
         return joined("heads", self.children, [child.head_count for child in self.children])
 
-    @cached_property
+    @remembered
     def varies_with_query(self) -> bool:
         """False only if every query provably sees the same keys."""
         return self._reads_query or any(child.varies_with_query for child in self.children)
@@ -284,19 +285,23 @@ class Mask(Value, Questions):
         return self._tile(rectangles)
 
     def bound(self, device: torch.device | str) -> Mask:
-        """This mask with its numbers and data as tensors on `device`; made once."""
+        """This mask with its numbers and data as tensors on `device`; made once if they are real there."""
         cache = vars(self).setdefault("_bound", {})
         place = str(device)
-        if place not in cache:
-            with ordinary_tensors():
-                cache[place] = self._bind(torch.device(device))
+        if place in cache:
+            return cache[place]
+        if place == "meta" or self.is_late:
+            return self._bind(torch.device(device))
+        with ordinary_tensors():
+            cache[place] = self._bind(torch.device(device))
         return cache[place]
 
     def _bind(self, device: torch.device) -> Mask:
         new = copy.copy(self)
         place = vars(new)
         for name in self._numbers:
-            place[name] = torch.tensor(getattr(self, name), device=device)
+            number = getattr(self, name)
+            place[name] = number if isinstance(number, torch.SymInt) else torch.tensor(number, device=device)
         for name in self._child_fields:
             value = getattr(self, name)
             place[name] = value.bound(device) if isinstance(value, Mask) else tuple(m.bound(device) for m in value)

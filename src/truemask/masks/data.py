@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +23,8 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.data_store import flags as as_flags
-from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.reindex import look_up, low_high, rows_of
+from truemask.masks.remembering import remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call
@@ -90,10 +90,10 @@ def number_for(number: int | Data, b: int) -> int:
 def _number_or_each(value: object, name: str) -> int | Data:
     """A whole number, or one for each sample."""
     if isinstance(value, (list, tuple, np.ndarray, Data)) or (isinstance(value, Tensor) and value.ndim):
-        data = integers(value, name, (1,), "[b]")
-        if data.tensor.numel() == 0 or int(data.tensor.min()) < 0:
+        data = integers(value, name, (1,), "[b]", late=True)
+        if data.tensor.numel() == 0 or low_high(data)[0] < 0:
             raise MaskError(f"{name} must be 0 or more for each of at least one sample, got {data.text}")
-        return whole(int(data.tensor[0]), name) if len(data.tensor) == 1 else data
+        return whole(int(data.tensor[0]), name) if len(data.tensor) == 1 and not data.late else data
     return whole(value, name)
 
 
@@ -206,7 +206,7 @@ class _Flagged(Mask):
     def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return rows_of(self.flags)
 
-    @cached_property
+    @remembered
     def _counts(self) -> Counts:
         return Counts(np.atleast_2d(self.flags.array))
 
@@ -298,7 +298,7 @@ class GlobalTokens(Mask):
     kind: ClassVar[str] = "global_tokens"
     _tiles_exact: ClassVar[bool] = True
 
-    @cached_property
+    @remembered
     def _flags(self) -> Tensor:
         """One flag per position up to the last global one, then one False for all that follow."""
         chosen = self.positions_.tensor
@@ -306,7 +306,7 @@ class GlobalTokens(Mask):
         table[chosen] = True
         return table
 
-    @cached_property
+    @remembered
     def _counts(self) -> Counts:
         return Counts(self._flags.numpy()[None])
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._C import _functorch
 
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError, PlanError, describe
+from truemask.masks.remembering import is_real, is_recorded, ordinary_tensors, remembered
 
 LARGEST = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
 LONGEST = 1 << 24  # positions that a mask may hold a table for: tokens of packed documents and trees, global tokens
@@ -25,31 +24,41 @@ SHOWN = 64  # data of at most this many numbers is written out in a mask's text
 class Data:
     """A tensor copied to the CPU once, compared and hashed by its digest, never changed.
 
+    Data is `late` where a graph is recorded (`torch.export`, `torch.jit.trace`) and its numbers come in with each call
+    of that graph: then it is the tensor itself, equal to nothing else, and nothing that holds it is remembered.
+
     >>> Data(torch.tensor([1, 2])) == Data(torch.tensor([1, 2]))
     True
     """
 
-    __slots__ = ("__dict__", "tensor")
+    __slots__ = ("__dict__", "late", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
+        self.late = is_recorded() and not is_real(tensor)
+        if self.late:
+            self.tensor = tensor.detach()
+            return
+        _refuse_without_numbers(tensor)
         with ordinary_tensors():
             self.tensor = tensor.detach().to("cpu", copy=True).contiguous()
 
-    @cached_property
+    @remembered
     def digest(self) -> str:
         """BLAKE2 of dtype, shape and bytes, as 16 hexadecimal digits."""
+        self.must_be_known()
         head = f"{self.tensor.dtype} {tuple(self.tensor.shape)} ".encode()
         return hashlib.blake2b(head + self.array.tobytes(), digest_size=8).hexdigest()
 
-    @cached_property
+    @remembered
     def array(self) -> NDArray[Any]:
         """The same numbers for numpy, read-only."""
+        self.must_be_known()
         with ordinary_tensors():
             view = self.tensor.numpy()
         view.flags.writeable = False
         return view
 
-    @cached_property
+    @remembered
     def _row_kinds(self) -> list[int]:
         return np.unique(self.array, axis=0, return_inverse=True)[1].ravel().tolist() if self.tensor.numel() else [0]
 
@@ -63,15 +72,26 @@ class Data:
         if self.complete:
             return str(self.tensor.tolist())
         dtype = str(self.tensor.dtype).removeprefix("torch.")
-        return f"<{dtype} {list(self.tensor.shape)} #{self.digest}>"
+        return f"<{dtype} {list(self.tensor.shape)} {'of each call' if self.late else f'#{self.digest}'}>"
 
     @property
     def complete(self) -> bool:
         """Whether `text` holds every number."""
-        return self.tensor.numel() <= SHOWN
+        return not self.late and self.tensor.numel() <= SHOWN
+
+    def must_be_known(self) -> None:
+        """Raise if the numbers come only when the recorded graph runs."""
+        if self.late:
+            raise MaskError(
+                f"the data {self.text} of a mask comes in with each call of the graph that is recorded, and here its "
+                "numbers are needed now: make the mask before (lists, or tensors from outside of the function), or "
+                "say the same by `keys`, `queries`, `padding`, `same`, `documents(ids=)` or `dense`, which need none"
+            )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Data) and (self is other or self.digest == other.digest)
+        if self is other or not isinstance(other, Data):
+            return self is other
+        return not (self.late or other.late) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -80,16 +100,30 @@ class Data:
         return self.tensor
 
     def __setstate__(self, state: Tensor) -> None:
-        self.tensor = state
+        self.tensor, self.late = state, False
 
     def __repr__(self) -> str:
         return f"Data({self.text})"
+
+
+def _refuse_without_numbers(tensor: Tensor) -> None:
+    """Raise for tensors that no copy can be made of."""
+    if tensor.is_meta:
+        raise MaskError(f"the data of a mask must have numbers, and a meta tensor has none: got {describe(tensor)}")
+    if _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
+        raise PlanError(
+            "vmap maps over the data of a mask, which must be known before anything runs, whatever the backend: give "
+            "all of it as the samples of one call (`keys` `[b, n]`, `dense` `[b, h, q, k]`) outside of vmap, or loop"
+        )
 
 
 def whole(value: object, name: str, least: int = 0) -> int:
     """`value` as a Python int of at least `least`, or an error that names the argument."""
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise MaskError(f"{name} must be a whole number, got {describe(value)}")
+    if isinstance(value, torch.SymInt):  # a size or an argument of a graph that is recorded for many of them
+        torch._check(value >= least)
+        return cast(int, value)
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError, RuntimeError):
@@ -135,28 +169,26 @@ def flags(value: object, name: str, dims: tuple[int, ...] = (1, 2), shape: str =
     return Data(_dims(tensor, name, dims, shape))
 
 
-def integers(value: object, name: str, dims: tuple[int, ...] = (1, 2), shape: str = "[n] or [b, n]") -> Data:
-    """64-bit integers of one of the allowed numbers of dimensions."""
+def integers(
+    value: object, name: str, dims: tuple[int, ...] = (1, 2), shape: str = "[n] or [b, n]", *, late: bool = False
+) -> Data:
+    """64-bit integers of one of the allowed numbers of dimensions; `late`: their values may come with each call."""
     tensor = _tensor(value, name, f"whole numbers {shape}")
     if tensor.numel() == 0 and not tensor.dtype.is_complex and tensor.dtype != torch.bool:
         tensor = tensor.long()
     if tensor.dtype == torch.bool or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         raise MaskError(f"{name} must be whole numbers {shape}, got {describe(tensor)}")
-    return Data(_dims(tensor.long(), name, dims, shape))
+    data = Data(_dims(tensor.long(), name, dims, shape))
+    if not late:
+        data.must_be_known()
+    return data
 
 
 def _dims(tensor: Tensor, name: str, dims: tuple[int, ...], shape: str) -> Tensor:
     if tensor.ndim not in dims:
         raise MaskError(f"{name} must be {shape}, got {describe(tensor)}")
+    if tensor.ndim == 2 and len(tensor) == 0 and 1 in dims:
+        raise MaskError(
+            f"{name} speaks of no sample, got {describe(tensor)}: a batch of none needs no mask, `mask=None`"
+        )
     return tensor[0] if tensor.ndim == 2 and dims == (1, 2) and len(tensor) == 1 else tensor
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """What is made inside outlives the call: under a tracer it would be a fake, under `torch.func` a wrapper."""
-    with ExitStack() as stack:
-        if torch._C._are_functorch_transforms_active():
-            stack.enter_context(torch._C._DisableFuncTorch())
-        if not torch.compiler.is_compiling():
-            stack.enter_context(_disable_current_modes())
-        yield

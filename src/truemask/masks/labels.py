@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -15,11 +14,14 @@ from truemask.geometry.logic import States, three
 from truemask.geometry.ranges import RunTable, spans
 from truemask.geometry.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles import Ints, Rectangles
+from truemask.masks.building import is_known
 from truemask.masks.core import Mask
-from truemask.masks.data import beyond
+from truemask.masks.data import beyond, keys, queries
 from truemask.masks.data_store import Data, integers
 from truemask.masks.packing import document_lengths
+from truemask.masks.predicate import predicate
 from truemask.masks.reindex import look_up, rows_of
+from truemask.masks.remembering import remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call
@@ -33,14 +35,14 @@ class Labels:
         self.size = int(self.ends[0, -1]) if self.ends.size else 0
         self._flat = ends.tensor.ndim == 1
 
-    @cached_property
+    @remembered
     def each(self) -> Tensor:
         """The label of every position."""
         sizes = np.diff(self.ends, axis=1, prepend=0)
         each = np.stack([np.repeat(v, n) for v, n in zip(self.values, sizes, strict=True)])
         return torch.from_numpy(each[0] if self._flat else each)
 
-    @cached_property
+    @remembered
     def runs(self) -> RunTable:
         return RunTable(self.ends, self.values)
 
@@ -87,12 +89,12 @@ class _Labelled(Mask):
     kv_ends: Data | None
     kv_values: Data | None
 
-    @cached_property
+    @remembered
     def _sides(self) -> tuple[Labels, Labels]:
         q = Labels(self.ends, self.values)
         return q, q if self.kv_ends is None or self.kv_values is None else Labels(self.kv_ends, self.kv_values)
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         return joined("samples", [self] * 2, [rows_of(self.ends), rows_of(self.kv_ends or self.ends)])
 
@@ -147,13 +149,13 @@ class Documents(_Labelled):
 
     kind: ClassVar[str] = "documents"
 
-    @cached_property
+    @remembered
     def _shown(self) -> tuple[Data, Data | None]:
         """Lengths where the documents are numbered 0, 1, 2, ..., otherwise ids."""
         q, k = (side.lengths if self._numbered else Data(side.each) for side in self._sides)
         return q, k if self.kv_ends else None
 
-    @cached_property
+    @remembered
     def _numbered(self) -> bool:
         q, k = self._sides
         return q.numbered and k.numbered and q.ends.shape == k.ends.shape
@@ -188,7 +190,7 @@ class Same(_Labelled):
     def _visible(self, label: Ints) -> np.ndarray:
         return label != self.none
 
-    @cached_property
+    @remembered
     def _shown(self) -> tuple[Data, Data | None]:
         q, k = self._sides
         return Data(q.each), Data(k.each) if self.kv_ends else None
@@ -220,9 +222,19 @@ def documents(lengths: object = None, ids: object = None, kv_lengths: object = N
     if lengths is not None:
         own, other = document_lengths(lengths, kv_lengths)
         return Documents(*_numbered(own), *((None, None) if other is None else _numbered(other)))
-    q = integers(ids, "documents(ids=...)").tensor
-    k = None if kv_ids is None else integers(kv_ids, "documents(kv_ids=...)").tensor
+    q = integers(ids, "documents(ids=...)", late=True).tensor
+    k = None if kv_ids is None else integers(kv_ids, "documents(kv_ids=...)", late=True).tensor
+    if not is_known((q, k)):
+        return _late_labels(q, k)
     return Documents(*as_runs(q), *((None, None) if k is None else as_runs(k)))
+
+
+def _late_labels(q: Tensor, k: Tensor | None) -> Mask:
+    """Equal labels that come in with each call of a graph that is recorded: nobody knows their runs."""
+    k = q if k is None else k
+    flags = (torch.ones_like(x, dtype=torch.bool) for x in (q, k))  # say for how many positions and samples they hold
+    equal = predicate(lambda b, h, i, j: look_up(q, b, i) == look_up(k, b, j))
+    return queries(next(flags)) & keys(next(flags)) & equal
 
 
 def _numbered(lengths: Data) -> tuple[Data, Data]:
@@ -242,6 +254,8 @@ def same(labels: object, none: int = -1, kv_labels: object = None) -> Mask:
         raise MaskError(
             f"same(none=...) is the label of tokens that belong to nothing, a whole number; got {describe(none)}"
         )
-    q = integers(labels, "same(labels)").tensor
-    k = None if kv_labels is None else integers(kv_labels, "same(kv_labels=...)").tensor
+    q = integers(labels, "same(labels)", late=True).tensor
+    k = None if kv_labels is None else integers(kv_labels, "same(kv_labels=...)", late=True).tensor
+    if not is_known((q, k)):
+        return _late_labels(q, k) & keys((q if k is None else k) != none)
     return Same(*as_runs(q), *((None, None) if k is None else as_runs(k)), none)

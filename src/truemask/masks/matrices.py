@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from truemask.masks.core import Mask
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
 from truemask.masks.reindex import look_up, pick, rows_of
+from truemask.masks.remembering import remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call
@@ -45,7 +45,7 @@ class Dense(Mask):
     def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.tensor.tensor.shape[1]
 
-    @cached_property
+    @remembered
     def _areas(self) -> Areas:
         return Areas(self.tensor.array, max(FEW_CELLS, self.tensor.array.size // GRAINS))
 
@@ -137,7 +137,7 @@ class BlockPattern(Mask):
     def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.matrix.tensor.shape[0] if self.matrix.tensor.ndim == 3 else 1
 
-    @cached_property
+    @remembered
     def _areas(self) -> Areas:
         return Areas(self.matrix.array.reshape(1, self.head_count, *self.matrix.array.shape[-2:]))
 
@@ -198,7 +198,7 @@ class Tree(Mask):
     def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return max(rows_of(self.parents), 1 if self.lengths is None else rows_of(self.lengths))
 
-    @cached_property
+    @remembered
     def _nodes(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each sample: tokens of each node, and where its subtree begins and ends in depth-first order."""
         parents = np.atleast_2d(self.parents.array)
@@ -206,7 +206,7 @@ class Tree(Mask):
         pairs = zip(*np.broadcast_arrays(parents, lengths), strict=True)
         return [(own, *node_spans(up, own)) for up, own in pairs]
 
-    @cached_property
+    @remembered
     def _spans(self) -> tuple[Tensor, Tensor]:
         """The same for each token: its subtree is the rest of its node and what hangs on that."""
         firsts = [np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum()) for n, first, _ in self._nodes]
@@ -214,7 +214,7 @@ class Tree(Mask):
         first, stop = (torch.from_numpy(np.stack(side)) for side in (firsts, stops))
         return (first, stop) if self.batch_size > 1 else (first[0], stop[0])
 
-    @cached_property
+    @remembered
     def _ranges(self) -> tuple[RangeTable, RangeTable]:
         first, stop = (RangeTable(np.atleast_2d(side.numpy())) for side in self._spans)
         return first, stop

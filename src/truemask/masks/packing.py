@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.reindex import look_up, low_high, row_by_row, rows_of
+from truemask.masks.remembering import remembered
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
@@ -44,12 +44,12 @@ class Packed(Mask):
         super().__post_init__()
         self.base._check(*(low_high(side)[1] for side in (self.lengths, self.kv_lengths or self.lengths)))
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         sizes = [self.base.batch_size, rows_of(self.lengths), rows_of(self.kv_lengths or self.lengths)]
         return joined("samples", [self] * 3, sizes)
 
-    @cached_property
+    @remembered
     def _sides(self) -> tuple[Segments, Segments]:
         q = Segments(self.lengths)
         return q, q if self.kv_lengths is None else Segments(self.kv_lengths)
@@ -139,7 +139,7 @@ class Segments:
         self.starts = self.ends - self.lengths
         self._flat = lengths.tensor.ndim == 1
 
-    @cached_property
+    @remembered
     def _document(self) -> np.ndarray:
         segments = np.arange(self.lengths.shape[1])
         return np.stack([np.repeat(segments, row) for row in self.lengths])
@@ -149,7 +149,7 @@ class Segments:
         """The segment of every position, `[n]` or `[b, n]`."""
         return torch.from_numpy(self._document[0] if self._flat else self._document)
 
-    @cached_property
+    @remembered
     def offset(self) -> Tensor:
         """Every position counted from the start of its segment."""
         offset = np.arange(self._document.shape[1]) - np.take_along_axis(self.starts, self._document, 1)
@@ -182,14 +182,14 @@ class Padded(Mask):
     @classmethod
     def make(cls, *args: Any) -> Mask:
         base, starts = args
-        return cls(base, integers(starts, "starts", (1,), "[b]"))
+        return cls(base, integers(starts, "starts", (1,), "[b]", late=True))
 
     def __post_init__(self) -> None:
         if self.starts.tensor.numel() == 0 or low_high(self.starts)[0] < 0:
             raise MaskError(f"padded needs the number of pads of each sample, 0 or more: got {self.starts.text}")
         super().__post_init__()
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         return joined("samples", [self] * 2, [self.base.batch_size, len(self.starts.tensor)])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
+from truemask.masks.remembering import remembered
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
@@ -137,7 +137,7 @@ class Take(Mask):
         super().__post_init__()
         self.base._check(*(0 if side is None else _stop(side) for side in (self.q, self.k)))
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         sides = [rows_of(side) for side in (self.q, self.k) if side is not None]
         return joined("samples", [self] * (1 + len(sides)), [self.base.batch_size, *sides])
@@ -147,7 +147,7 @@ class Take(Mask):
         k = k if self.k is None else look_up(self.table("k"), b, k)
         return self.base._truth(b, h, q, k)
 
-    @cached_property
+    @remembered
     def _ranges(self) -> tuple[RangeTable | None, RangeTable | None]:
         q, k = (None if side is None else RangeTable(np.atleast_2d(side.array)) for side in (self.q, self.k))
         return q, k
@@ -231,7 +231,7 @@ class Select(Mask):
     def make(cls, *args: Any) -> Mask:
         base, samples, heads = args
         sides = [
-            None if x is None else integers(x, name, (1,), "[n]")
+            None if x is None else integers(x, name, (1,), "[n]", late=True)
             for x, name in ((samples, "samples"), (heads, "heads"))
         ]
         return cls(base, *sides)
@@ -249,11 +249,11 @@ class Select(Mask):
                 raise MaskError(f"select: {name} {side.text if side else ''} are out of range, the mask {size}")
         super().__post_init__()
 
-    @cached_property
+    @remembered
     def batch_size(self) -> int:
         return _chosen(self.base.batch_size, self.samples)
 
-    @cached_property
+    @remembered
     def head_count(self) -> int:
         return _chosen(self.base.head_count, self.heads)
 
@@ -361,7 +361,7 @@ def _consecutive(taken: Data | None, b: int, first: int, stop: int) -> list[tupl
 def _positions(value: object, name: str) -> Data | None:
     if value is None:
         return None
-    data = integers(value, f"take({name}=...)")
+    data = integers(value, f"take({name}=...)", late=True)
     if low_high(data)[0] < 0:
         raise MaskError(
             f"take({name}=...): positions are 0 or more, got {low_high(data)[0]}; leave out rows that do not exist"
@@ -372,15 +372,15 @@ def _positions(value: object, name: str) -> Data | None:
 
 
 def low_high(data: Data | None) -> tuple[int, int]:
-    """The smallest and largest number of the data, (0, 0) of none."""
-    if data is None or data.tensor.numel() == 0:
+    """The smallest and largest number of the data, (0, 0) of none, and of late data, which nobody knows yet."""
+    if data is None or data.late or data.tensor.numel() == 0:
         return 0, 0
     low, high = data.tensor.aminmax()
     return int(low), int(high)
 
 
 def _stop(data: Data) -> int:
-    return low_high(data)[1] + 1 if data.tensor.numel() else 0
+    return low_high(data)[1] + 1 if not data.late and data.tensor.numel() else 0
 
 
 def _chosen(own: int, chosen: Data | None) -> int:

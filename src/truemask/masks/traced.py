@@ -22,8 +22,9 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.logic import States
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.building import KINDS, NOTES, mask_of
+from truemask.masks.building import KINDS, NOTES, known_apart, mask_of
 from truemask.masks.core import Mask
+from truemask.masks.remembering import is_recorded
 from truemask.masks.value import Written
 
 P = ParamSpec("P")
@@ -53,24 +54,32 @@ class Traced(Mask):
 
 
 NOTES.append(Traced)
+BUILDERS["numbered"] = mask_of
 
 
 def recorded(fn: Callable[P, Mask]) -> Callable[P, Mask]:
     """A public function that makes a mask, able to stand in a compiled function."""
     BUILDERS[fn.__name__] = fn
-    is_tracing, note = torch.compiler.is_dynamo_compiling, Traced
+    is_tracing, note, apart = torch.compiler.is_dynamo_compiling, Traced, known_apart
 
     def made(*args: P.args, **keywords: P.kwargs) -> Mask:
-        return note(fn.__name__, (*args, keywords)) if is_tracing() else fn(*args, **keywords)
+        if is_tracing():
+            return note(fn.__name__, (*args, keywords))
+        with apart((args, keywords)):
+            return fn(*args, **keywords)
 
     # of the module of `fn`, where doctest looks for its example
     return update_wrapper(FunctionType(made.__code__, fn.__globals__, closure=made.__closure__), fn)
 
 
 class Note:
-    """Text, and the values for its places; written while tracing."""
+    """Text, and the values for its places; written while tracing.
 
-    def __init__(self) -> None:
+    With `by_number` the text names masks from outside itself: it is read before the tracing ends.
+    """
+
+    def __init__(self, *, by_number: bool = False) -> None:
+        self.by_number = by_number
         self.tensors: list[Tensor] = []
         self.ints: list[int] = []
         self.floats: list[float] = []
@@ -81,6 +90,8 @@ class Note:
             return f"{value.builder}({', '.join([self.write(arg) for arg in value.args])})"
         if isinstance(value, Mask) and value.kind == "at":
             return self.write(Traced("_at", (value.base, value.q_start, value.k_start)))  # pyright: ignore
+        if isinstance(value, Mask) and self.by_number:
+            return f"numbered({value.number!r}, {{}})"
         if isinstance(value, Mask):
             self.tensors.append(value.ticket)
             return f"M{len(self.tensors) - 1}"
@@ -123,7 +134,7 @@ def read(text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequ
     """What `Note` wrote, with these values in its places: a mask, a tensor or None."""
     kinds = _kinds(text)
     masks = tuple(mask_of(tensors[i]) if kinds.get(i) == "M" else None for i in range(len(tensors)))
-    if "T" not in kinds.values():
+    if "T" not in kinds.values() and not is_recorded():
         return _reread(text, Values(masks, (), tuple(ints), tuple(floats)))  # all layers and steps share one mask
     return _value(_parsed(text), Values(masks, tuple(tensors), tuple(ints), tuple(floats)))
 

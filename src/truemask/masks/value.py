@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from torch import SymInt
 
 from truemask.errors import MaskError
 from truemask.masks.data_store import Data
 from truemask.masks.questions import ANY
+from truemask.masks.remembering import remembered
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,17 +38,17 @@ class Value(ABC):
         """The fields that the expression is made of, by name."""
         return {f.name: getattr(self, f.name) for f in fields(cast(Any, self))}
 
-    @cached_property
+    @remembered
     def _child_fields(self) -> tuple[str, ...]:
         return tuple(name for name, part in self.parts.items() if _holds_masks(part))
 
-    @cached_property
+    @remembered
     def children(self) -> tuple[Any, ...]:
         """The masks that this one is made of."""
         values = (getattr(self, name) for name in self._child_fields)
         return tuple(m for value in values for m in ((value,) if isinstance(value, Value) else value))
 
-    @cached_property
+    @remembered
     def depth(self) -> int:
         """How deeply the expression is nested; a leaf has depth 1."""
         return 1 + max((child.depth for child in self.children), default=0)
@@ -64,18 +66,28 @@ class Value(ABC):
             )
         _ = self.batch_size, self.head_count  # parts that hold data for different numbers of samples are an error here
 
+    @property
+    def is_late(self) -> bool:
+        """Whether some of its data or numbers come in with each call of a graph that is being recorded."""
+        own = any(part.late if isinstance(part, Data) else isinstance(part, SymInt) for part in self.parts.values())
+        return own or any(child.is_late for child in self.children)
+
     def twin(self) -> Self:
         """An equal mask that shares all data but is another object."""
         new = object.__new__(type(self))
-        vars(new).update({name: part for name, part in vars(self).items() if name != "ticket"})
+        vars(new).update({name: part for name, part in vars(self).items() if name not in ("ticket", "number")})
         return new
 
-    @cached_property
+    @remembered
     def _key(self) -> tuple[object, ...]:
         return (self.kind, *self.parts.values())
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Value) and hash(self) == hash(other) and self._key == other._key)
+        if self is other or not isinstance(other, Value) or self.kind != other.kind:
+            return self is other
+        if self.is_late or other.is_late:  # which have no hash
+            return self.is_late and other.is_late and self._key == other._key
+        return hash(self) == hash(other) and self._key == other._key
 
     def __hash__(self) -> int:
         if "_hash" not in vars(self):
@@ -85,12 +97,12 @@ class Value(ABC):
     def __getstate__(self) -> dict[str, object]:
         return self.parts
 
-    @cached_property
+    @remembered
     def text(self) -> str:
         """The expression as text; `tm.parse` reads it back if `has_text`."""
         return self._write()[0]
 
-    @cached_property
+    @remembered
     def has_text(self) -> bool:
         """Whether the text is complete: no data too large to write, no function."""
         own = all(part.complete for part in self.parts.values() if isinstance(part, Data))

@@ -1,0 +1,108 @@
+"""What outlives a call: real tensors only, whoever traces at the time.
+
+`torch.export`, `torch.compile`, `torch.jit.trace`, `make_fx`, `FakeTensorMode` and `torch.func` put stand-ins in the
+place of tensors for the length of one call. What is made then and remembered (a table, a plan, a digest) would be a
+stand-in too, and break, or silently falsify, every later call. So there is one rule: nothing that is remembered holds
+one. Three names keep it, and a test walks everything that the package remembers:
+
+* `ordinary_tensors()`: inside, torch makes real tensors, whatever is going on around;
+* `remembered`: the cached property of this package, worked out among ordinary tensors;
+* `is_real(tensor)`: whether a tensor may be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._C import _TorchDispatchModeKey as Key
+from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import has_proxy_slot
+from torch.utils._python_dispatch import _disable_current_modes
+
+T = TypeVar("T")
+TRACERS = (Key.FAKE, Key.FUNCTIONAL, Key.PROXY)
+
+
+def is_recorded() -> bool:
+    """Whether torch's operations are being written down, or pretended: for a graph that will run without this call.
+
+    `torch.compile` is not meant: what it traces is told by `torch.compiler.is_dynamo_compiling()`.
+    """
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None  # pyright: ignore[reportAttributeAccessIssue]
+        for key in TRACERS
+    )
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether the tensor has numbers of its own, which nobody is writing down.
+
+    >>> is_real(torch.ones(2)), is_real(torch.ones(2, device="meta"))
+    (True, False)
+    """
+    if tensor.is_meta or isinstance(tensor, FunctionalTensor) or _functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return not (is_fake(tensor) or torch._is_functional_tensor(tensor) or _is_written_down(tensor))
+
+
+def _is_written_down(tensor: Tensor) -> bool:
+    """Whether `torch.jit.trace` or `make_fx` follows the tensor: an input, or made in the course of the trace."""
+    proxies: Any = torch._C._get_dispatch_mode(Key.PROXY)
+    if proxies is not None and has_proxy_slot(tensor, proxies.tracer):
+        return True
+    return torch._C._is_tracing() and torch._C._get_value_trace(tensor).node().kind() != "prim::Constant"
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What is made inside outlives the call: under a tracer it would be a fake, under `torch.func` a wrapper."""
+    with ExitStack() as stack:
+        if torch._C._are_functorch_transforms_active():
+            stack.enter_context(torch._C._DisableFuncTorch())
+        if torch._C._is_tracing():
+            stack.enter_context(_untraced())
+        if not torch.compiler.is_dynamo_compiling():
+            stack.enter_context(_disable_current_modes())
+        yield
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Nothing inside is written down by `torch.jit.trace`, and sizes are ints."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+class remembered(cached_property[T]):
+    """A property that is worked out once, among ordinary tensors, and kept in the object.
+
+    >>> class Numbers:
+    ...     @remembered
+    ...     def three(self):
+    ...         return torch.arange(3)
+    >>> numbers = Numbers()
+    >>> with torch._subclasses.FakeTensorMode():
+    ...     is_real(numbers.three)
+    True
+    """
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        if instance is None or torch.compiler.is_dynamo_compiling():
+            return super().__get__(instance, owner)
+        if not (is_recorded() or torch._C._are_functorch_transforms_active()):
+            return super().__get__(instance, owner)
+        with ordinary_tensors():
+            return super().__get__(instance, owner)
