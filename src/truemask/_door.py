@@ -127,7 +127,8 @@ def check_mask_tensor(mask: Tensor, batch: int, heads: int, q_len: int, kv_len: 
         raise MaskError(_not_bool(mask))
     sizes = (batch, heads, q_len, kv_len)
     four = mask.ndim == 4 and all(given in (1, size) for given, size in zip(mask.shape, sizes, strict=True))
-    if not four and not (mask.ndim == 2 and mask.shape == sizes[2:]):
+    two = mask.ndim == 2 and all(given == size for given, size in zip(mask.shape, sizes[2:], strict=True))
+    if not four and not two:
         raise MaskError(_wrong_mask_shape(mask, sizes))
 
 

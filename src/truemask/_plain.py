@@ -10,7 +10,6 @@ Shapes: b samples, h query heads = y key heads x g, q rows, k keys, d head size.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from truemask.masks.biases import Bias
 from truemask.masks.combine import Everything
 from truemask.masks.core import Mask
 from truemask.masks.questions import indices
+from truemask.masks.remembering import trusted
 
 
 def attend_plain(
@@ -35,8 +35,7 @@ def attend_plain(
 ) -> Result:
     """The call, in operations that any tracer can write down; a backend's kernel is none of them, whoever is named."""
     check_backend(backend)
-    with warnings.catch_warnings():  # the door compares sizes, which is no part of the graph
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+    with trusted():
         return _attended(read_call(*cast(q, k, v), mask, **options), seed)
 
 

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
-from truemask.masks.remembering import is_real, is_recorded, ordinary_tensors
+from truemask.masks.remembering import is_diverted, is_late, is_real, ordinary_tensors, trusted
 from truemask.masks.value import Value
 
 KINDS: dict[str, type[Any]] = {}  # every kind of mask by its name
@@ -36,23 +36,26 @@ def build(kind: str, *args: Any) -> Any:
 
 @contextmanager
 def known_apart(args: Any) -> Iterator[None]:
-    """While a graph is recorded: what is made of arguments that are all known is no part of it."""
-    if is_recorded() and is_known(args):
-        with ordinary_tensors():
-            yield
-    else:
+    """What is made of arguments that are all known is made of ordinary tensors, and no part of a recorded graph."""
+    if not is_diverted():
+        yield
+        return
+    with ordinary_tensors() if is_known(args) else trusted():
         yield
 
 
 def is_known(thing: Any) -> bool:
-    """Whether tensors, sizes and masks in an argument are the same in every call of a graph that is recorded."""
+    """Whether tensors, sizes and masks in an argument are the same in every call of a graph that is recorded.
+
+    Of a function nobody knows what it reads.
+    """
     if isinstance(thing, Tensor):
         return is_real(thing)
     if isinstance(thing, Value):
         return not thing.is_late
     if isinstance(thing, (list, tuple)):
         return all(map(is_known, thing))
-    return all(map(is_known, thing.values())) if isinstance(thing, dict) else not isinstance(thing, torch.SymInt)
+    return all(map(is_known, thing.values())) if isinstance(thing, dict) else not (is_late(thing) or callable(thing))
 
 
 # -- tickets -----------------------------------------------------------------------------------------------------------
@@ -80,7 +83,7 @@ def _ticket_for(mask: Value, number: int) -> Tensor:
     owner = Owner(number.to_bytes(8, sys.byteorder))
     owner.mask, owner.twin = ref(mask), None
     OWNERS[number] = owner
-    if torch.is_inference_mode_enabled() or is_recorded():
+    if torch.is_inference_mode_enabled() or is_diverted():
         with torch.inference_mode(False), ordinary_tensors():
             return torch.frombuffer(owner, dtype=torch.int64)
     return torch.frombuffer(owner, dtype=torch.int64)

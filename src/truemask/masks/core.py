@@ -32,7 +32,7 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.building import KINDS, build, names_of
 from truemask.masks.data_store import Data, whole
 from truemask.masks.questions import ANY, Questions
-from truemask.masks.remembering import ordinary_tensors, remembered
+from truemask.masks.remembering import is_late, ordinary_tensors, remembered
 from truemask.masks.value import Value, joined
 from truemask.masks.verdict import Verdict
 
@@ -301,7 +301,7 @@ class Mask(Value, Questions):
         place = vars(new)
         for name in self._numbers:
             number = getattr(self, name)
-            place[name] = number if isinstance(number, torch.SymInt) else torch.tensor(number, device=device)
+            place[name] = number if is_late(number) else torch.tensor(number, device=device)
         for name in self._child_fields:
             value = getattr(self, name)
             place[name] = value.bound(device) if isinstance(value, Mask) else tuple(m.bound(device) for m in value)

@@ -21,10 +21,10 @@ from truemask.geometry.ranges import Counts, spans
 from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, flag_runs, for_rows, from_cells
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
-from truemask.masks.data_store import LONGEST, Data, integers, whole
+from truemask.masks.data_store import LONGEST, Data, as_tensor, integers, whole
 from truemask.masks.data_store import flags as as_flags
 from truemask.masks.reindex import look_up, low_high, rows_of
-from truemask.masks.remembering import remembered
+from truemask.masks.remembering import remembered, surely
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call
@@ -32,8 +32,8 @@ from truemask.masks.writing import call
 
 def beyond(mask: Mask, data: Data | int, stop: int, what: str) -> None:
     """The door of data of a certain length."""
-    size = data if isinstance(data, int) else data.tensor.shape[-1]
-    if stop > size:
+    size = data.tensor.shape[-1] if isinstance(data, Data) else data
+    if surely(stop > size):
         raise MaskError(f"`{mask}` holds data for {size} {what}, but was asked about {stop}")
 
 
@@ -51,10 +51,10 @@ class Prefix(Mask):
 
     @property
     def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return 1 if isinstance(self.length, int) else len(self.length.tensor)
+        return self.length.tensor.shape[0] if isinstance(self.length, Data) else 1
 
     def _tables(self) -> dict[str, Tensor]:
-        return {"length": torch.tensor(self.length) if isinstance(self.length, int) else self.length.tensor}
+        return {"length": self.length.tensor if isinstance(self.length, Data) else as_tensor(self.length)}
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k < per_sample_number(self.table("length"), b)
@@ -93,7 +93,7 @@ def _number_or_each(value: object, name: str) -> int | Data:
         data = integers(value, name, (1,), "[b]", late=True)
         if data.tensor.numel() == 0 or low_high(data)[0] < 0:
             raise MaskError(f"{name} must be 0 or more for each of at least one sample, got {data.text}")
-        return whole(int(data.tensor[0]), name) if len(data.tensor) == 1 and not data.late else data
+        return whole(int(data.tensor[0]), name) if not data.late and len(data.tensor) == 1 else data
     return whole(value, name)
 
 
@@ -136,14 +136,14 @@ class Padding(Mask):
 
     @property
     def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return 1 if isinstance(self._edge, int) else len(self._edge.tensor)
+        return self._edge.tensor.shape[0] if isinstance(self._edge, Data) else 1
 
     @property
     def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.on != "keys"
 
     def _tables(self) -> dict[str, Tensor]:
-        return {"edge": torch.tensor(self._edge) if isinstance(self._edge, int) else self._edge.tensor}
+        return {"edge": self._edge.tensor if isinstance(self._edge, Data) else as_tensor(self._edge)}
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         edge = per_sample_number(self.table("edge"), b)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from truemask.errors import MaskError, PlanError, describe
-from truemask.masks.remembering import is_real, is_recorded, ordinary_tensors, remembered
+from truemask.masks.remembering import is_late, is_real, is_recorded, ordinary_tensors, remembered
 
 LARGEST = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
 LONGEST = 1 << 24  # positions that a mask may hold a table for: tokens of packed documents and trees, global tokens
@@ -70,9 +70,11 @@ class Data:
     def text(self) -> str:
         """The numbers themselves if they are few, otherwise dtype, shape and digest: `bool [2, 300] #0f3a...`."""
         if self.complete:
-            return str(self.tensor.tolist())
+            return str(self.array.tolist())
         dtype = str(self.tensor.dtype).removeprefix("torch.")
-        return f"<{dtype} {list(self.tensor.shape)} {'of each call' if self.late else f'#{self.digest}'}>"
+        if self.late:
+            return f"<{dtype} of {self.tensor.ndim} axes, of each call>"
+        return f"<{dtype} {list(self.tensor.shape)} #{self.digest}>"
 
     @property
     def complete(self) -> bool:
@@ -124,6 +126,8 @@ def whole(value: object, name: str, least: int = 0) -> int:
     if isinstance(value, torch.SymInt):  # a size or an argument of a graph that is recorded for many of them
         torch._check(value >= least)
         return cast(int, value)
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point() and is_late(value):
+        return cast(int, value)
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError, RuntimeError):
@@ -134,6 +138,13 @@ def whole(value: object, name: str, least: int = 0) -> int:
     return number
 
 
+def as_tensor(number: Any) -> Tensor:
+    """A number as a 0-d tensor, also one that comes in with each call of a graph."""
+    if isinstance(number, Tensor):
+        return number
+    return torch.scalar_tensor(number, dtype=torch.int64) if isinstance(number, torch.SymInt) else torch.tensor(number)
+
+
 def _tensor(value: object, name: str, meaning: str) -> Tensor:
     """Lists, arrays and tensors as a tensor; what is none of these is an error."""
     if isinstance(value, Data):
@@ -142,6 +153,8 @@ def _tensor(value: object, name: str, meaning: str) -> Tensor:
         return value
     if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)):
         raise MaskError(f"{name} must be {meaning}, got {describe(value)}")
+    if any(map(is_late, value)):
+        return torch.stack([as_tensor(number) for number in value])
     try:
         return torch.as_tensor(value if isinstance(value, np.ndarray) else _plain(value))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -187,8 +200,8 @@ def integers(
 def _dims(tensor: Tensor, name: str, dims: tuple[int, ...], shape: str) -> Tensor:
     if tensor.ndim not in dims:
         raise MaskError(f"{name} must be {shape}, got {describe(tensor)}")
-    if tensor.ndim == 2 and len(tensor) == 0 and 1 in dims:
+    if tensor.ndim == 2 and tensor.shape[0] == 0 and 1 in dims:
         raise MaskError(
             f"{name} speaks of no sample, got {describe(tensor)}: a batch of none needs no mask, `mask=None`"
         )
-    return tensor[0] if tensor.ndim == 2 and dims == (1, 2) and len(tensor) == 1 else tensor
+    return tensor[0] if tensor.ndim == 2 and dims == (1, 2) and tensor.shape[0] == 1 else tensor

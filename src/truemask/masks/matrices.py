@@ -19,7 +19,7 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
-from truemask.masks.reindex import look_up, pick, rows_of
+from truemask.masks.reindex import look_up, pick, rows_of, within
 from truemask.masks.remembering import remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
@@ -51,7 +51,7 @@ class Dense(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = self.table("tensor")
-        b, h, q, k = (i.clamp(0, n - 1) if n > 1 else i * 0 for i, n in zip((b, h, q, k), table.shape, strict=True))
+        b, h, q, k = (within(i, n) if n > 1 else i * 0 for i, n in zip((b, h, q, k), table.shape, strict=True))
         return pick(table, b, h, q, k)
 
     def _tile(self, r: Rectangles) -> States:
@@ -118,7 +118,7 @@ def dense(tensor: object, axes: str | None = None) -> Mask:
             f"dense(tensor) got {describe(data)}, which can be read two ways: axes='bqk' ({n} samples, heads alike) or "
             f"axes='hqk' ({n} heads, samples alike; x-transformers' reading). Say which"
         )
-    shape = {2: (1, 1), 3: (1, len(data)) if axes == "hqk" else (len(data), 1)}.get(data.ndim, data.shape[:2])
+    shape = {2: (1, 1), 3: (1, data.shape[0]) if axes == "hqk" else (data.shape[0], 1)}.get(data.ndim, data.shape[:2])
     if 0 in shape:
         raise MaskError(f"dense(tensor) needs at least one sample and one head, got {describe(data)}")
     return Dense(Data(data.reshape(*shape, *data.shape[-2:])))
@@ -146,8 +146,9 @@ class BlockPattern(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = self.table("matrix")
-        row, column = ((i // self.size).clamp(0, n - 1) for i, n in zip((q, k), table.shape[1:], strict=True))
-        return pick(table, h.clamp(0, len(table) - 1), row, column) if len(table) > 1 else pick(table[0], row, column)
+        row, column = (within(i // self.size, n) for i, n in zip((q, k), table.shape[1:], strict=True))
+        heads = table.shape[0]
+        return pick(table, within(h, heads), row, column) if heads > 1 else pick(table[0], row, column)
 
     def _tile(self, r: Rectangles) -> States:
         n = self.size

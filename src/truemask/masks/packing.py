@@ -20,7 +20,7 @@ from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.data_store import LONGEST, Data, integers, whole
 from truemask.masks.reindex import look_up, low_high, row_by_row, rows_of
-from truemask.masks.remembering import remembered
+from truemask.masks.remembering import remembered, surely
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
@@ -112,8 +112,8 @@ class Packed(Mask):
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         for side, stop, name in ((self.lengths, q_stop, "queries"), (self.kv_lengths or self.lengths, k_stop, "keys")):
-            total = int(side.tensor.sum(-1).max())
-            if stop > total:
+            total = int(side.array.sum(-1).max())
+            if surely(stop > total):
                 raise MaskError(f"`{self}` packs documents of {total} {name} in all, but was asked about {stop}")
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,10 +121,10 @@ class Packed(Mask):
         return self.base._logical(q, k) or (q, k)
 
     def kv_len_for(self, q_len: int) -> int:
-        return q_len if self.kv_lengths is None else int(self.kv_lengths.tensor.sum(-1).max())
+        return q_len if self.kv_lengths is None else int(self.kv_lengths.array.sum(-1).max())
 
     def q_len_for(self, kv_len: int) -> int:
-        return kv_len if self.kv_lengths is None else int(self.lengths.tensor.sum(-1).max())
+        return kv_len if self.kv_lengths is None else int(self.lengths.array.sum(-1).max())
 
     def _write(self) -> Written:
         return method(self.base, call("packed", self.lengths, kv_lengths=self.kv_lengths)[0])
@@ -191,7 +191,7 @@ class Padded(Mask):
 
     @remembered
     def batch_size(self) -> int:
-        return joined("samples", [self] * 2, [self.base.batch_size, len(self.starts.tensor)])
+        return joined("samples", [self] * 2, [self.base.batch_size, self.starts.tensor.shape[0]])
 
     def _start(self, b: np.ndarray) -> np.ndarray:
         return self.starts.array[np.minimum(b, len(self.starts.array) - 1)]

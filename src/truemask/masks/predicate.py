@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,6 @@ from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.questions import ANY
-from truemask.masks.remembering import remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import ATOM
@@ -31,7 +31,7 @@ class Predicate(Mask):
     kind: ClassVar[str] = "predicate"
     has_text: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    @remembered
+    @cached_property  # numbers; the function may read tensors that stand in for others
     def _axes(self) -> tuple[int, ...]:
         """The shape of the answer to two samples and two heads: an axis of 2 is one that the function uses."""
         two, one = torch.zeros(2, dtype=torch.int64), torch.zeros(1, 1, 1, 1, dtype=torch.int64)

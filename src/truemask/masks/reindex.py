@@ -20,7 +20,7 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, Data, integers, whole
 from truemask.masks.questions import ANY
-from truemask.masks.remembering import remembered
+from truemask.masks.remembering import is_late, remembered, surely
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
@@ -32,8 +32,13 @@ def pick(table: Tensor, *places: Tensor) -> Tensor:
 
 def look_up(table: Tensor, b: Tensor, i: Tensor) -> Tensor:
     """`table[b, i]` of `[n]` or `[b, n]`; places beyond it (padding of a kernel's last tile) read the last entry."""
-    i = i.clamp(0, max(table.shape[-1] - 1, 0))
+    i = within(i, table.shape[-1])
     return pick(table, i) if table.ndim == 1 else pick(table, b, i)
+
+
+def within(i: Tensor, size: Any) -> Tensor:
+    """Places below `size`, an int or, where `torch.jit.trace` follows sizes, a tensor; those beyond are the last."""
+    return i.clamp(min=0).clamp(max=size - 1) if isinstance(size, Tensor) else i.clamp(0, max(size - 1, 0))
 
 
 def row_by_row(table: Tensor, places: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def row_by_row(table: Tensor, places: Tensor) -> Tensor:
         return table[places]
     if places.ndim == 1:
         return table[:, places]
-    rows = max(len(table), len(places))
+    rows = max(table.shape[0], places.shape[0])
     return table.expand(rows, -1).gather(1, places.expand(rows, -1))
 
 
@@ -65,7 +70,7 @@ class At(Mask):
     @classmethod
     def make(cls, *args: Any) -> Mask:
         base, q_start, k_start = args[0], whole(args[1], "q_start"), whole(args[2], "k_start")
-        if q_start == k_start == 0:
+        if not (is_late(q_start) or is_late(k_start)) and q_start == k_start == 0:
             return base
         if isinstance(base, At):
             base, q_start, k_start = base.base, base.q_start + q_start, base.k_start + k_start
@@ -199,7 +204,7 @@ class Take(Mask):
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         for side, stop, name in ((self.q, q_stop, "queries"), (self.k, k_stop, "keys")):
-            if side is not None and stop > side.tensor.shape[-1]:
+            if side is not None and surely(stop > side.tensor.shape[-1]):
                 raise MaskError(f"`{self}` takes {side.tensor.shape[-1]} {name}, but was asked about {stop}")
         self.base._check(0 if self.q else q_stop, 0 if self.k else k_stop)
 
@@ -287,7 +292,7 @@ class Select(Mask):
         if found is None or self.samples is None:
             return found
         chosen = self.samples.tensor
-        first, second = (x if x.ndim == 1 else x[chosen.clamp(max=len(x) - 1)] for x in found)
+        first, second = (x if x.ndim == 1 else x[within(chosen, x.shape[0])] for x in found)
         return first, second
 
     def _write(self) -> Written:
@@ -375,8 +380,7 @@ def low_high(data: Data | None) -> tuple[int, int]:
     """The smallest and largest number of the data, (0, 0) of none, and of late data, which nobody knows yet."""
     if data is None or data.late or data.tensor.numel() == 0:
         return 0, 0
-    low, high = data.tensor.aminmax()
-    return int(low), int(high)
+    return int(data.array.min()), int(data.array.max())
 
 
 def _stop(data: Data) -> int:
@@ -384,7 +388,7 @@ def _stop(data: Data) -> int:
 
 
 def _chosen(own: int, chosen: Data | None) -> int:
-    return own if chosen is None or own == 1 else (len(chosen.tensor) or ANY)
+    return own if chosen is None or own == 1 else (chosen.tensor.shape[0] or ANY)
 
 
 def _pick(chosen: Data | None, index: np.ndarray) -> np.ndarray:

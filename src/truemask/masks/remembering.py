@@ -12,13 +12,14 @@ one. Three names keep it, and a test walks everything that the package remembers
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._C import _functorch
 from torch._C import _TorchDispatchModeKey as Key
 from torch._subclasses.fake_tensor import is_fake
@@ -43,6 +44,12 @@ def is_recorded() -> bool:
     )
 
 
+def is_diverted() -> bool:
+    """Whether something stands between this call and ordinary tensors: a tracer, `torch.func`, a default device."""
+    functions = torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack() > 0
+    return functions or is_recorded()
+
+
 def is_real(tensor: Tensor) -> bool:
     """Whether the tensor has numbers of its own, which nobody is writing down.
 
@@ -52,6 +59,24 @@ def is_real(tensor: Tensor) -> bool:
     if tensor.is_meta or isinstance(tensor, FunctionalTensor) or _functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return not (is_fake(tensor) or torch._is_functional_tensor(tensor) or _is_written_down(tensor))
+
+
+def is_late(value: object) -> bool:
+    """Whether a number or a tensor comes in with each call of the graph that is being recorded."""
+    return isinstance(value, SymInt) or (isinstance(value, Tensor) and is_recorded() and not is_real(value))
+
+
+def surely(condition: Any) -> bool:
+    """Whether a comparison of numbers holds, as far as it is known now: late ones are not."""
+    return bool(condition) if not isinstance(condition, Tensor) or torch._C._is_tracing() else False
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """A decision by a size or a number, which `torch.jit.trace` warns of, is a check in here, no part of the graph."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
 
 
 def _is_written_down(tensor: Tensor) -> bool:
@@ -68,6 +93,8 @@ def ordinary_tensors() -> Iterator[None]:
     with ExitStack() as stack:
         if torch._C._are_functorch_transforms_active():
             stack.enter_context(torch._C._DisableFuncTorch())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch._C.DisableTorchFunction())
         if torch._C._is_tracing():
             stack.enter_context(_untraced())
         if not torch.compiler.is_dynamo_compiling():
@@ -102,7 +129,7 @@ class remembered(cached_property[T]):
     def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
         if instance is None or torch.compiler.is_dynamo_compiling():
             return super().__get__(instance, owner)
-        if not (is_recorded() or torch._C._are_functorch_transforms_active()):
+        if not is_diverted():
             return super().__get__(instance, owner)
         with ordinary_tensors():
             return super().__get__(instance, owner)

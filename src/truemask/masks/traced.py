@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.building import KINDS, NOTES, known_apart, mask_of
@@ -113,8 +113,8 @@ class Note:
         if isinstance(value, dict):
             return f"{{{', '.join([f'{name!r}: {self.write(item)}' for name, item in value.items()])}}}"
         raise MaskError(
-            f"a compiled function cannot build a mask from {describe(value)}: build it outside, or from numbers, "
-            "lists and tensors"
+            f"a compiled function cannot build a mask from a {type(value).__name__}: build it outside, or from "
+            "numbers, lists and tensors"
         )
 
 

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from torch import SymInt
-
 from truemask.errors import MaskError
 from truemask.masks.data_store import Data
 from truemask.masks.questions import ANY
-from truemask.masks.remembering import remembered
+from truemask.masks.remembering import is_late, remembered
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,7 +67,7 @@ class Value(ABC):
     @property
     def is_late(self) -> bool:
         """Whether some of its data or numbers come in with each call of a graph that is being recorded."""
-        own = any(part.late if isinstance(part, Data) else isinstance(part, SymInt) for part in self.parts.values())
+        own = any(part.late if isinstance(part, Data) else is_late(part) for part in self.parts.values())
         return own or any(child.is_late for child in self.children)
 
     def twin(self) -> Self:
@@ -118,15 +116,15 @@ def _holds_masks(value: object) -> bool:
 
 def joined(axis: str, masks: Iterable[Value], sizes: Iterable[int]) -> int:
     """The common size of an axis: 1 gives way to any, ANY to a number, and two numbers must agree."""
-    known: dict[int, Value] = {}
-    unknown = False
-    for mask, size in zip(masks, sizes, strict=True):
-        unknown |= size == ANY
-        if size > 1:
-            known.setdefault(size, mask)
-    if len(known) > 1:
-        (a, first), (b, second), *_ = known.items()
+    pairs = list(zip(sizes, masks, strict=True))
+    known = [(size, mask) for size, mask in pairs if size > 1]
+    if not known:
+        return ANY if any(size == ANY for size, _ in pairs) else 1
+    a, first = known[0]
+    for b, second in known[1:]:
+        if a == b:
+            continue
         if first is second:
             raise MaskError(f"the parts of `{first}` hold data for {a} and for {b} {axis}: they must agree")
         raise MaskError(f"cannot combine `{first}`, which holds data for {a} {axis}, with `{second}`, which has {b}")
-    return next(iter(known), ANY if unknown else 1)
+    return a

@@ -16,6 +16,7 @@ from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import keys, queries
 from truemask.masks.matrices import dense
+from truemask.masks.remembering import is_late
 
 BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
 
@@ -55,6 +56,8 @@ def read_padding(mask: Tensor, x: Tensor, batch: int, n: int, registers: int = 0
     require_bool("mask", mask, x)
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != n:
         raise MaskError(_padding_shape(mask, batch, n, registers))
+    if is_late(mask):
+        return keys(mask) & queries(mask)
     if bool(mask.all()):
         return everything
     if mask.shape == (1, n) and bool(mask[0, 0]) and int(mask.sum()) == 1:

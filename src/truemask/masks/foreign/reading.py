@@ -10,6 +10,7 @@ from truemask.masks.choice import per_head
 from truemask.masks.core import Mask
 from truemask.masks.data import keys, queries
 from truemask.masks.matrices import dense
+from truemask.masks.remembering import is_late
 
 
 def require_tensor(where: str, value: object) -> None:
@@ -25,7 +26,7 @@ def require_bool(where: str, name: str, value: Tensor) -> None:
 
 def boolean_hint(value: Tensor) -> str:
     """What to add to an error about numbers, if all of them are 0 or 1: then somebody wrote a boolean with numbers."""
-    if value.numel() == 0 or not bool(((value == 0) | (value == 1)).all()):
+    if is_late(value) or value.numel() == 0 or not bool(((value == 0) | (value == 1)).all()):
         return ""
     return (
         ". It holds only 0 and 1, so it looks like a boolean mask: from_torch_sdpa(m.bool()) if 1 = attend, "
@@ -44,7 +45,7 @@ def additive_visible(where: str, name: str, value: Tensor) -> Tensor:
     visible = value == 0
     lowest = torch.finfo(value.dtype).min / 2
     strange = ~(visible | (value <= lowest))
-    if bool(strange.any()):
+    if not is_late(value) and bool(strange.any()):
         first = value[strange].flatten()[0].item()
         raise MaskError(
             f"{where}: {name} is {describe(value)} and holds {first:g}, which is a bias and not a mask: a mask holds 0 "
@@ -97,7 +98,7 @@ def zeros_and_ones(where: str, name: str, value: Tensor, *, floats: bool = False
             f"If it is added to scores use from_additive; if it holds 0 and 1, {name}.long()"
         )
     flags = value == 1
-    if not bool((flags | (value == 0)).all()):
+    if not is_late(value) and not bool((flags | (value == 0)).all()):
         other = value[~flags & (value != 0)].flatten()[0].item()
         way = "documents(ids=...) or same(labels, none=0), if it numbers documents"
         way = "from_additive, if it is added to the scores" if value.is_floating_point() else way
@@ -110,7 +111,7 @@ def from_cells(where: str, name: str, visible: Tensor, axes: str | None = None) 
     cells = visible[None, None] if visible.ndim == 2 else visible
     if visible.ndim == 3 and axes in ("bqk", "hqk"):
         cells = visible.unsqueeze(1 if axes == "bqk" else 0)
-    if cells.ndim == 4 and cells.numel() and (cells.shape[2] == 1) != (cells.shape[3] == 1):
+    if cells.ndim == 4 and cells.numel() and bool(cells.shape[2] == 1) != bool(cells.shape[3] == 1):
         one_row = cells.shape[2] == 1
         read = key_visibility if one_row else queries
         heads = [read(line) for line in cells.squeeze(2 if one_row else 3).unbind(1)]
