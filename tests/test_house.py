@@ -67,6 +67,7 @@ STAIRS = """
     masks/predicate.py
     masks/biases.py
     masks/text.py
+    masks/given.py
     masks/serial.py
     masks/foreign/reading.py
     masks/foreign/importers.py

@@ -249,7 +249,8 @@ def test_it_costs_no_cells() -> None:
 @pytest.mark.parametrize(
     ("mask", "sizes", "message"),
     [
-        ("causal", {"q_len": 4}, "diagnose takes a mask or a bool tensor, got str"),
+        ("causl", {"q_len": 4}, "did you mean 'causal'"),
+        (4, {"q_len": 4}, "diagnose: mask must be a mask expression, such as .* got int 4"),
         (torch.zeros(4, 4), {"q_len": 4}, "from_additive"),
         (causal, {"q_len": 0}, "q_len"),
         (keys([True] * 4), {"q_len": 9}, "4 keys"),
