@@ -107,9 +107,13 @@ STAIRS = """
     diagnosis/why.py
     diagnosis/slips.py
     diagnosis/recognise.py
+    diagnosis/naming.py
     diagnosis/subject.py
+    diagnosis/placing.py
     diagnosis/outcome.py
+    diagnosis/heads.py
     diagnosis/wording.py
+    diagnosis/traps.py
     diagnosis/diagnose.py
     diagnosis/reach.py
 

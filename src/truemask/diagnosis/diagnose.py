@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from truemask.diagnosis.finding import Finding, Findings
+from truemask.diagnosis.heads import of_heads
 from truemask.diagnosis.outcome import OUTCOME_RULES
+from truemask.diagnosis.placing import PLACING_RULES
 from truemask.diagnosis.subject import Subject
-from truemask.diagnosis.wording import WORDING_RULES
+from truemask.diagnosis.traps import TRAP_RULES
+from truemask.diagnosis.wording import WORDING_RULES, known_by_name
 from truemask.diagnosis.words import quoted
 from truemask.masks.core import Mask
 from truemask.masks.data_store import whole
@@ -61,8 +64,10 @@ def diagnose(
     mask.check(q_len, kv_len, batch=batch, heads=heads)
     claimed = None if documents is None else documents_of(documents)
     subject = Subject(mask, q_len, kv_len, batch, heads, causal, claimed)
-    rules = (*WORDING_RULES, *OUTCOME_RULES)  # among equally grave ones: how it is written, then what follows from it
-    return Findings(finding for rule in rules for finding in rule(subject))
+    wording = (finding for rule in (*WORDING_RULES, *TRAP_RULES) for finding in rule(subject))
+    names = list(known_by_name(subject)) or of_heads(subject, [known_by_name])
+    # among equally grave ones: how it is written, then what follows from it
+    return Findings([*wording, *names, *of_heads(subject, [*OUTCOME_RULES, *PLACING_RULES])])
 
 
 def _rows_as_squares(mask: Mask, q_len: int) -> Iterator[Finding]:
