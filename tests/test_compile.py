@@ -381,7 +381,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "lengths": (lambda: tm.attend(Q, K, V[:, :, :3]), "k has 5 keys and v 3"),
     "float mask": (lambda: tm.attend(Q, K, V, torch.zeros(5, 5)), r"use `from_additive\(mask\)`"),
     "mask of a wrong shape": (lambda: tm.attend(Q, K, V, torch.ones(2, 5).bool()), "likely key padding"),
-    "text": (lambda: tm.attend(Q, K, V, "causal"), "to read an expression from text"),  # pyright: ignore
+    "text": (lambda: tm.attend(Q, K, V, "causl"), "unknown name 'causl', did you mean 'causal'"),
     "too short": (lambda: tm.attend(Q, K, V, tm.keys(torch.ones(3).bool())), "5 queries and 5 keys"),
     "dropout": (lambda: tm.attend(Q, K, V, dropout=10.0), r"did you mean 0\.1"),
     "backend": (lambda: tm.attend(Q, K, V, backend="sdap"), "did you mean 'sdpa'"),

@@ -68,6 +68,7 @@ STAIRS = """
     masks/matrices.py
     masks/biases.py
     masks/text.py
+    masks/given.py
     masks/serial.py
     masks/foreign/reading.py
     masks/foreign/importers.py
@@ -107,9 +108,13 @@ STAIRS = """
     diagnosis/why.py
     diagnosis/slips.py
     diagnosis/recognise.py
+    diagnosis/naming.py
     diagnosis/subject.py
+    diagnosis/placing.py
     diagnosis/outcome.py
+    diagnosis/heads.py
     diagnosis/wording.py
+    diagnosis/traps.py
     diagnosis/diagnose.py
     diagnosis/reach.py
 

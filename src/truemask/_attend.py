@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     backend: str | None
 
 
-Masked = Mask | Tensor | None
+Masked = Mask | Tensor | str | None
 
 
 @overload
@@ -80,7 +80,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | Tensor | None = None,
+    mask: Masked = None,
     *,
     bias: Tensor | Bias | None = None,
     scale: float | None = None,
@@ -100,7 +100,8 @@ def attend(
         q: `[b, hq, q, d]`, any of float32, bfloat16, float16 and float64, like k and v.
         k: `[b, hkv, k, d]`; hq is a multiple of hkv, and query heads share key heads in blocks, as in LLaMA.
         v: `[b, hkv, k, dv]`.
-        mask: a mask expression, a bool tensor `[q, k]` or `[b, h, q, k]` (True = may attend), or None for everything.
+        mask: a mask expression or its text (`"causal & window(256)"`), a bool tensor `[q, k]` or `[b, h, q, k]` (True =
+            may attend), or None for everything.
             Row i of q is the mask's query i: if q continues earlier rows, say `mask.at(q_start=...)`.
         bias: added to the scores: floats that broadcast to `[b, hq, q, k]`, `alibi(...)`, `relative(...)`.
         scale: default 1 / sqrt(d).

@@ -13,6 +13,7 @@ from truemask.errors import MaskError, PlanError, counted, describe
 from truemask.masks.biases import Bias
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
+from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.matrices import dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,13 +98,15 @@ def layout_hint(q: Tensor, k: Tensor) -> str:
 
 
 def as_mask(mask: object, batch: int, heads: int, q_len: int, kv_len: int) -> Mask:
-    """What the caller gave as a mask, as one: None is `everything`, a bool tensor is `dense`."""
+    """What the caller gave as a mask, as one: None is `everything`, text is parsed, a bool tensor is `dense`."""
     if mask is None:
         return everything
     if isinstance(mask, Mask):
         return mask
+    if isinstance(mask, str):
+        return from_text(mask)
     if not isinstance(mask, Tensor):
-        raise MaskError(_not_a_mask(mask))
+        raise MaskError(not_a_mask("attend: mask must be a mask expression, its text, a bool tensor or None", mask))
     sizes = (batch, heads, q_len, kv_len)
     check_mask_tensor(mask, *sizes)
     if mask.is_meta:
@@ -130,17 +133,6 @@ def check_mask_tensor(mask: Tensor, batch: int, heads: int, q_len: int, kv_len: 
     two = mask.ndim == 2 and all(given == size for given, size in zip(mask.shape, sizes[2:], strict=True))
     if not four and not two:
         raise MaskError(_wrong_mask_shape(mask, sizes))
-
-
-def _not_a_mask(mask: object) -> str:
-    text = f"attend: mask must be a mask expression, a bool tensor or None, got {describe(mask)}"
-    if isinstance(mask, str):
-        return f"{text}: to read an expression from text use `parse({mask[:60]!r})`"
-    if isinstance(mask, bool):
-        return f"{text}: is_causal=True is written `causal`, and no mask `None`"
-    if callable(mask):
-        return f"{text}: wrap a function of (b, h, q, k) in `predicate`, and call mask functions with their arguments"
-    return f"{text}: for lists and arrays use `dense(...)`"
 
 
 def _not_bool(mask: Tensor) -> str:

@@ -17,11 +17,12 @@ from truemask.backends.base import Request
 from truemask.errors import MaskError, describe, suggest
 from truemask.masks.core import Mask
 from truemask.masks.data_store import whole
+from truemask.masks.given import from_text, not_a_mask
 
 
 @overload
 def plan(
-    mask: Mask | Tensor | None,
+    mask: Mask | Tensor | str | None,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -39,7 +40,13 @@ def plan(
 
 @overload
 def plan(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, backend: str | None = None, **keywords: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | str | None = None,
+    *,
+    backend: str | None = None,
+    **keywords: Any,
 ) -> Plan: ...
 
 
@@ -107,7 +114,7 @@ def _from_tensors(q: Tensor, k: Tensor, v: Tensor, mask: object = None, **keywor
 
 
 def _from_sizes(
-    mask: Mask | Tensor | None,
+    mask: Mask | Tensor | str | None,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -120,6 +127,9 @@ def _from_sizes(
     grad: bool = False,
     **keywords: Any,
 ) -> tuple[Mask, Request]:
+    mask = from_text(mask)
+    if isinstance(mask, (list, tuple)):
+        raise MaskError(not_a_mask("plan: mask must be a mask expression, its text, a bool tensor or None", mask))
     if isinstance(q_len, Tensor) or not (mask is None or isinstance(mask, (Mask, Tensor))):
         given = f"{describe(mask)} and {describe(q_len)}"
         raise MaskError(f"plan takes (mask, q_len, ...) or (q, k, v, mask), got {given} first")

@@ -31,6 +31,9 @@ FOUND = {
     ),
     "top-left": (causal, {"q_len": 4, "kv_len": 9}, "warning", "`causal`"),
     "has-a-name": (TRIANGLE, {}, "note", "`dense(...)`"),
+    "diagonal-off": (torch.ones(N, N, dtype=torch.bool).tril(1), {}, "warning", "`dense(...)`"),
+    "rows-not-depth": (tm.tree([-1] + [0] * 23) & window(2), {}, "warning", "`window(2)`"),
+    "padding-sees-padding": (tm.same([1, 1, 0, 0]), {"q_len": 4}, "note", "`same([1, 1, 0, 0])`"),
 }
 
 
@@ -203,7 +206,7 @@ def test_rows_that_padding_does_not_explain_are_a_warning(mask: Mask) -> None:
     ("mask", "severity", "fix"),
     [
         (TRIANGLE.T, "warning", "mask.T, if queries and keys changed places"),
-        (~TRIANGLE, "error", "from_torch_mha(mask), if True meant masked out"),
+        (~TRIANGLE, "error", "~mask"),
         (causal.T, "warning", "causal"),
         (window(4).T, "warning", "window(4)"),
         (~causal | local(0), "warning", "(~causal | local(0)).T"),
@@ -249,7 +252,8 @@ def test_it_costs_no_cells() -> None:
 @pytest.mark.parametrize(
     ("mask", "sizes", "message"),
     [
-        ("causal", {"q_len": 4}, "diagnose takes a mask or a bool tensor, got str"),
+        ("causl", {"q_len": 4}, "did you mean 'causal'"),
+        (4, {"q_len": 4}, "diagnose: mask must be a mask expression, such as .* got int 4"),
         (torch.zeros(4, 4), {"q_len": 4}, "from_additive"),
         (causal, {"q_len": 0}, "q_len"),
         (keys([True] * 4), {"q_len": 9}, "4 keys"),
@@ -269,3 +273,131 @@ def test_findings_are_a_sequence_the_gravest_first() -> None:
     assert str(found) == "error [b] there: large\n    fix: do this\nnote [a] here: small"
     assert found.to_dicts()[1] == {"code": "a", "severity": "note", "where": "here", "message": "small", "fix": ""}
     assert (str(Findings()), Findings().ok, bool(Findings())) == ("nothing found", True, False)
+
+
+# -- tensors whose diagonal is off -------------------------------------------------------------------------------------
+
+ONES = torch.ones(N, N, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("cells", "code", "fix"),
+    [
+        (ONES.tril(1), "diagonal-off", "causal"),
+        (ONES.tril(2).triu(-3), "diagonal-off", "window(6)"),
+        (ONES[:4].tril(N - 4 + 1), "diagonal-off", "causal.at(q_start=20)"),
+        (ONES[:4].tril(), "top-left", "causal.at(q_start=20)"),
+        (ONES[:1].tril(), "top-left", "causal.at(q_start=23)"),
+        (ONES[:4].tril().triu(-1), "top-left", "window(2).at(q_start=20)"),
+        (ONES[:, :20].tril(-4), "right-aligned", "causal, if both count from the same start"),
+    ],
+)
+def test_a_tensor_with_its_diagonal_elsewhere_is_told(cells: torch.Tensor, code: str, fix: str) -> None:
+    found = diagnose(cells, *cells.shape)
+    assert code in found.codes
+    assert found[found.codes.index(code)].fix == fix
+    assert not found.ok
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ONES.tril(),
+        ONES.tril().triu(-4),
+        ONES[:4].tril(N - 4),
+        ONES,
+        ONES[:1],
+        ONES.tril(9).triu(-9),
+        ONES.tril(1).triu(-1),
+    ],
+)
+def test_a_tensor_with_its_diagonal_in_place_is_left_alone(cells: torch.Tensor) -> None:
+    assert diagnose(cells, *cells.shape).ok
+
+
+def test_a_function_that_sees_the_next_key_is_told_too() -> None:
+    ahead = tm.predicate(lambda b, h, q, k: k <= q + 1)
+    assert "diagonal-off" in diagnose(ahead, N).codes
+    assert "diagonal-off" not in diagnose(ahead, N, causal=False).codes
+
+
+# -- single heads ------------------------------------------------------------------------------------------------------
+
+
+def test_a_finding_of_one_head_names_it() -> None:
+    cells = ONES.tril().repeat(1, 4, 1, 1)
+    cells[0, 1, 5] = False
+    cells[0, 2] = ~cells[0, 2]
+    cells[0, 3] = ONES.tril(1)
+    where = {one.code: one.where for one in reversed(diagnose(cells, N)) if one.severity != "note"}
+    assert where == {
+        "inverted": "head 2, `dense(...)`",
+        "dead-queries": "head 1, queries 5",
+        "diagonal-off": "head 3, `dense(...)`",
+    }
+
+
+def test_findings_of_all_heads_name_none() -> None:
+    (one,) = [one for one in diagnose(tm.per_head([~causal, ~window(9)]), N) if one.code == "dead-queries"]
+    assert one.where == "head 0, queries 23"
+    both = diagnose(tm.per_head([causal, window(9)]) & (tm.everything - tm.queries([False] * 23 + [True])), N)
+    assert [one.where for one in both if one.code == "dead-queries"] == ["queries 23"]
+
+
+def test_heads_of_an_expression_are_written_as_they_would_be_alone() -> None:
+    found = diagnose(tm.per_head([causal, ~causal, window(4), ~causal]), N)
+    one = found[found.codes.index("inverted")]
+    assert (one.where, one.fix) == ("2 heads (1, 3), `~causal`", "causal")
+
+
+def test_a_name_of_some_heads_is_told_of_them() -> None:
+    noise = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = diagnose(torch.stack([ONES.tril(), noise | ONES.tril().triu(), ONES.tril()])[None], N)
+    names = [(one.where, one.fix) for one in found if one.code == "has-a-name"]
+    assert names == [("2 heads (0, 2), `dense(...)`", "causal")]
+
+
+# -- words that count something else -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "n"),
+    [
+        (tm.tree([-1, 0, 0, 1, 1, 2]) & window(2), 6),
+        (tm.tree([-1, 0, 0, 1, 1, 2]) & (window(2) | prefix(1)), 6),
+        (tm.tree([-1, 0, 0], lengths=[5, 3, 4]) & local(3), 12),
+        (tm.tree([-1, 0, 0], lengths=[5, 3, 4]) & tm.dilated(2), 12),
+        (tm.tree([[-1, 0, 0], [-1, 0, 1]]) & window(2), 3),
+    ],
+    ids=str,
+)
+def test_a_window_in_a_tree_counts_rows_and_the_fix_counts_depth(mask: Mask, n: int) -> None:
+    found = diagnose(mask, n)
+    one = found[found.codes.index("rows-not-depth")]
+    fixed = tm.parse(one.fix)
+    tree = next(part for part in mask.walk() if part.kind == "tree")
+    depth = tree.to_dense(n)[:, 0].sum(-1) - 1
+    q, k = depth[:, None, :, None], depth[:, None, None, :]
+    term = next(term for term in mask.terms if term.kind != "tree")  # pyright: ignore[reportAttributeAccessIssue]
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    wanted = tree.to_dense(n) & term.truth(zero, zero, q, k)
+    assert torch.equal(fixed.to_dense(n), wanted)
+    assert "rows-not-depth" not in diagnose(fixed, n).codes
+
+
+def test_a_tree_without_branches_counts_as_its_rows() -> None:
+    assert "rows-not-depth" not in diagnose(tm.tree([-1, 0, 1, 2]) & window(2), 4).codes
+
+
+def test_labels_of_more_groups_or_with_none_are_left_alone() -> None:
+    for mask in (tm.same([1, 2, 2, 0]), tm.same([1, 1, 0, 0], none=0), tm.same([1, 1, -1]), tm.same([1, 1, 1])):
+        assert "padding-sees-padding" not in diagnose(mask, 3).codes
+    found = diagnose(tm.same([1, 1, 0, 0]), 4)
+    fixed = tm.parse(found[found.codes.index("padding-sees-padding")].fix)
+    assert fixed.equivalent(keys([True, True, False, False]) & tm.queries([True, True, False, False]), 4)
+
+
+@pytest.mark.parametrize("flags", [[True, False], torch.tensor([True, False]), [[True, False]]])
+def test_flags_are_no_labels(flags: object) -> None:
+    with pytest.raises(MaskError, match=r"`keys\(flags\) & queries\(flags\)`"):
+        tm.same(flags)

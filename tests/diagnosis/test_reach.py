@@ -95,7 +95,8 @@ def test_a_million_tokens() -> None:
     ("arguments", "message"),
     [
         (([], 3), "at least one"),
-        (("causal", 3), "one mask for each layer"),
+        (("causl", 3), "did you mean 'causal'"),
+        ((3, 3), "one mask for each layer"),
         ((causal, 40, 30), "behind the 30 tokens"),
         (([causal, causal], 3, 9, {"layers": 5}), "2 masks were given for layers=5"),
         ((causal & keys([True] * 4), 2, 9), "4 keys"),
@@ -113,8 +114,8 @@ def test_questions_without_an_answer(arguments: tuple[object, ...], message: str
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
-        ("causal", "`allowed` is a mask, got str 'causal'"),
-        (torch.ones(3, dtype=torch.bool), "`allowed` is a mask, got bool"),
+        ("causl", "did you mean 'causal'"),
+        (torch.ones(3, dtype=torch.bool), "`allowed` must be a mask expression, .* got bool"),
         (causal & keys([True] * 4), "4 keys"),
         (causal.padded([0, 1]), "sample 2 is out of range"),
     ],

@@ -151,7 +151,8 @@ def test_arguments_are_checked_before_the_first_token(method: str, options: Any,
         (ids(2, 5), torch.ones(2, 5), "a mask is bool and True means may attend"),
         (ids(2, 5), torch.tensor([[True] * 5, [False] * 5]), "marks every token of prompt 1 as padding"),
         (ids(2, 5), keys([True] * 9), "holds data for 9 .*, but was asked about 11"),
-        (ids(2, 5), "causal", "expected a mask expression or bool flags"),
+        (ids(2, 5), "causl", "unknown name 'causl', did you mean 'causal'"),
+        (ids(2, 5), [causal], "must be a mask expression, its text, or bool flags over the prompt"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused_before_the_first_token(prompts: Any, mask: Any, said: str) -> None:

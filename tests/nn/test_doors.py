@@ -128,7 +128,7 @@ def test_three_axes_that_could_be_both_are_never_guessed() -> None:
             torch.ones(BATCH, N, dtype=torch.bool, device="meta"),
             r"on meta and the input is on cpu: pass mask.to\('cpu'\)",
         ),
-        ([[True] * N] * BATCH, "expected a bool tensor or a mask expression, such as tm.causal"),
+        ([[True] * N] * BATCH, "must be a bool tensor, a mask expression or its text, got list"),
         (keys(FLAGS[:2]), "holds data for 2 samples, but was asked about 3"),
         (keys(FLAGS[:, :7]), "holds data for 7 keys, but was asked about 11"),
     ],

@@ -83,7 +83,10 @@ def test_other_fields_and_options_reach_the_batch() -> None:
 
 MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "no mask": ({"block_mask": True}, "block_mask and plan are made of a mask: pass mask="),
-    "tensor": ({"mask": torch.ones(2, 2)}, r"mask is an expression, such as `causal`, got float32 \[2, 2\]"),
+    "tensor": (
+        {"mask": torch.ones(2, 2)},
+        r"mask is an expression, such as `causal`, or its text, got float32 \[2, 2\]",
+    ),
     "plan": ({"mask": causal, "plan": True}, "plan are keywords"),
 }
 

@@ -21,8 +21,8 @@ from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import padding
 from truemask.masks.foreign import from_huggingface_2d, from_torch_mha
+from truemask.masks.given import from_text
 from truemask.masks.matrices import dense
-from truemask.masks.text import parse
 
 TORCH_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 
@@ -146,10 +146,9 @@ def _power(step: Tensor, layers: int | None) -> Tensor:
 
 
 def _stated(mask: object) -> tuple[Mask, ...]:
+    mask = from_text(mask)
     if isinstance(mask, Mask):
         return (mask,)
-    if isinstance(mask, str):
-        return (parse(mask),)
     if isinstance(mask, Tensor):
         return (dense(mask),)
     if isinstance(mask, Sequence) and mask:

@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from truemask.diagnosis.finding import Finding, Findings
+from truemask.diagnosis.heads import of_heads
 from truemask.diagnosis.outcome import OUTCOME_RULES
+from truemask.diagnosis.placing import PLACING_RULES
 from truemask.diagnosis.subject import Subject
-from truemask.diagnosis.wording import WORDING_RULES
+from truemask.diagnosis.traps import TRAP_RULES
+from truemask.diagnosis.wording import WORDING_RULES, known_by_name
 from truemask.diagnosis.words import quoted
-from truemask.errors import MaskError, describe
 from truemask.masks.core import Mask
 from truemask.masks.data_store import whole
+from truemask.masks.given import expression
 from truemask.masks.labels import documents as documents_of
 from truemask.masks.matrices import Dense, dense
 
 
 def diagnose(
-    mask: Mask | Tensor,
+    mask: Mask | Tensor | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -33,7 +36,7 @@ def diagnose(
     Nothing is evaluated cell by cell where the mask has an exact form. The codes are listed in docs/diagnosis.md.
 
     Args:
-        mask: an expression, or a bool tensor `[q, k]` or `[b, h, q, k]`, True = may attend.
+        mask: an expression, its text, or a bool tensor `[q, k]` or `[b, h, q, k]`, True = may attend.
         q_len: queries; `kv_len` keys (default: as many as positions have passed).
         batch: samples, and `heads`, where the mask varies over them without holding a number of them.
         causal: what it is meant to be: True makes a visible future an error, False leaves it alone; None asks the
@@ -52,10 +55,7 @@ def diagnose(
     >>> print(diagnose(causal | prefix(4), 32, causal=True)[0].message)
     6 pairs see the future, first query 0 and key 1
     """
-    if isinstance(mask, Tensor):
-        mask = dense(mask)
-    if not isinstance(mask, Mask):
-        raise MaskError(f"diagnose takes a mask or a bool tensor, got {describe(mask)}")
+    mask = dense(mask) if isinstance(mask, Tensor) else expression("diagnose: mask", mask)
     q_len = whole(q_len, "q_len", 1)
     stretched = list(_rows_as_squares(mask, q_len))
     if stretched:
@@ -64,8 +64,10 @@ def diagnose(
     mask.check(q_len, kv_len, batch=batch, heads=heads)
     claimed = None if documents is None else documents_of(documents)
     subject = Subject(mask, q_len, kv_len, batch, heads, causal, claimed)
-    rules = (*WORDING_RULES, *OUTCOME_RULES)  # among equally grave ones: how it is written, then what follows from it
-    return Findings(finding for rule in rules for finding in rule(subject))
+    wording = (finding for rule in (*WORDING_RULES, *TRAP_RULES) for finding in rule(subject))
+    names = list(known_by_name(subject)) or of_heads(subject, [known_by_name])
+    # among equally grave ones: how it is written, then what follows from it
+    return Findings([*wording, *names, *of_heads(subject, [*OUTCOME_RULES, *PLACING_RULES])])
 
 
 def _rows_as_squares(mask: Mask, q_len: int) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Findings about what a mask lets through: dead rows, a visible future, documents that mix, alignment."""
+"""Findings about what a mask lets through: dead rows, a visible future, documents that mix."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from truemask.diagnosis.finding import Finding
-from truemask.diagnosis.slips import LOOKING_BACK, top_left
+from truemask.diagnosis.slips import LOOKING_BACK
 from truemask.diagnosis.subject import Subject, at_cell, paddings
 from truemask.diagnosis.words import quoted
 from truemask.errors import counted
 from truemask.masks.matrices import Dense
-from truemask.masks.positional import causal
 
 Rule = Callable[[Subject], Iterator[Finding]]
 
@@ -39,9 +38,10 @@ def dead_queries(x: Subject) -> Iterator[Finding]:
 
 def _is_padding(x: Subject, dead: Tensor) -> bool:
     """Whether dead rows `[b, h, q]` are tokens left out on purpose: the same for all heads, and not all of a sample."""
-    if not x.one_axis or not bool((dead == dead[:, :1]).all()) or bool(dead.all(-1).any()):
-        return False
     sizes = (x.q_len, x.kv_len)
+    everywhere = dead if x.among is None else x.among.dead_queries(*sizes, **x.sizes)
+    if not x.one_axis or not bool((everywhere == dead[:, :1]).all()) or bool(dead.all(-1).any()):
+        return False
     if bool((dead & ~x.mask.dead_keys(*sizes, **x.sizes)).any()):
         return False
     at_an_end = bool((dead.int().diff().abs().sum(-1) <= 1).all())
@@ -92,12 +92,12 @@ def upside_down(x: Subject) -> Iterator[Finding]:
         return
     cells = isinstance(x.mask, Dense)
     if x.in_future == x.total:
-        message = "every query sees later keys only, neither itself nor the past"
-        fix = "from_torch_mha(mask), if True meant masked out" if cells else str(~x.mask)
+        message = "every query sees later keys only, neither itself nor the past: True likely meant masked out"
+        fix = "~mask" if cells else str(~x.mask)
         yield Finding("inverted", "error", quoted(x.mask), message, fix)
     elif not x.on_diagonal and not x.pairs(~x.mask - x.order):
         message = "no query sees itself, and all that is hidden looks back: what it hides is likely what is meant"
-        fix = "from_torch_mha(mask), if True meant masked out" if cells else str(~x.mask)
+        fix = "~mask" if cells else str(~x.mask)
         yield Finding("inverted", "error", quoted(x.mask), message, fix)
     elif x.in_future + x.on_diagonal == x.total:
         message = "queries see themselves and later keys, none of the past (if that is meant, say `causal=False` here)"
@@ -117,21 +117,7 @@ def mixed_documents(x: Subject) -> Iterator[Finding]:
             yield Finding("documents-mixed", "error" if given else "warning", where, found, fix)
 
 
-def alignment(x: Subject) -> Iterator[Finding]:
-    """Fewer queries than keys without `at`; more queries than keys under a right-aligned tensor."""
-    said = top_left(x.mask, x.q_len, x.kv_len)
-    if said:
-        yield Finding("top-left", "warning", quoted(x.mask), said, str(x.mask.at(q_start=x.kv_len - x.q_len)))
-    if isinstance(x.mask, Dense) and x.q_len > x.kv_len:
-        right = causal.at(k_start=x.q_len - x.kv_len)
-        if x.means_the_same(right):
-            message = f"it is causal aligned at the bottom right: the first {x.q_len - x.kv_len} queries see nothing"
-            yield Finding(
-                "right-aligned", "warning", quoted(x.mask), message, "causal, if both count from the same start"
-            )
-
-
-OUTCOME_RULES: tuple[Rule, ...] = (upside_down, future, mixed_documents, dead_queries, dead_keys, alignment)
+OUTCOME_RULES: tuple[Rule, ...] = (upside_down, future, mixed_documents, dead_queries, dead_keys)
 
 
 def places(name: str, flags: Tensor) -> str:

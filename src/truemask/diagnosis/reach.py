@@ -13,8 +13,9 @@ from truemask.diagnosis.outcome import ranges
 from truemask.diagnosis.subject import tokens_held
 from truemask.diagnosis.words import shortened
 from truemask.errors import MaskError, counted, describe
-from truemask.masks.core import Mask, operand
+from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, whole
+from truemask.masks.given import expression, from_text
 from truemask.masks.positional import causal
 from truemask.masks.questions import ANY
 
@@ -44,10 +45,9 @@ class Reach:
         """Which tokens can influence the position, bool `[n]`."""
         return self.layers[0]
 
-    def leaks(self, allowed: Mask = causal) -> list[int]:
+    def leaks(self, allowed: Mask | str = causal) -> list[int]:
         """The tokens that can influence the position although `allowed` hides them; by default later ones."""
-        if not isinstance(allowed, Mask):
-            raise MaskError(f"leaks: `allowed` is a mask, got {describe(allowed)}")
+        allowed = expression("leaks: `allowed`", allowed)
         itself = self.layers[-1]
         _check(allowed, self.query + 1, len(itself), self.sample)
         seen = itself | _seen(allowed, itself, self.sample, self.heads)
@@ -96,7 +96,7 @@ class Reach:
 
 
 def reach(
-    masks: Sequence[Mask] | Mask,
+    masks: Sequence[Mask | str] | Mask | str,
     query: int,
     length: int | None = None,
     *,
@@ -111,7 +111,8 @@ def reach(
     lets it through directly. Heads count together: one that sees a key is enough.
 
     Args:
-        masks: one mask for each layer of self-attention, the first layer first; one mask for `layers` alike ones.
+        masks: one mask, or its text, for each layer of self-attention, the first layer first; one for `layers` alike
+            ones.
         query: the position whose output is asked about.
         length: tokens of the text. Default: as many as the masks hold data for, or twice as many as stand before the
             query, at least 64: enough to see a future leak.
@@ -147,7 +148,8 @@ def reach(
     return Reach(tuple(chain), query, torch.stack(found[::-1]), sample, heads)
 
 
-def _chain(masks: Sequence[Mask] | Mask, layers: int | None) -> list[Mask]:
+def _chain(masks: Sequence[Mask | str] | Mask | str, layers: int | None) -> list[Mask]:
+    masks = from_text(masks)
     if isinstance(masks, Mask):
         return [masks] * whole(1 if layers is None else layers, "layers", 1)
     if not isinstance(masks, (list, tuple)) or not masks:
@@ -156,7 +158,7 @@ def _chain(masks: Sequence[Mask] | Mask, layers: int | None) -> list[Mask]:
         raise MaskError(
             f"reach: {len(masks)} masks were given for layers={layers}: leave `layers` out, or give one mask"
         )
-    return [operand("reach", mask) for mask in masks]
+    return [expression(f"reach: the mask of layer {i}", mask) for i, mask in enumerate(masks)]
 
 
 def _length(chain: list[Mask], query: int) -> int:

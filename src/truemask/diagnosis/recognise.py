@@ -6,7 +6,9 @@ expressions are made of them, and only one that is equal in every cell is an ans
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +20,15 @@ from truemask.masks.combine import everything, nothing
 from truemask.masks.core import Mask
 from truemask.masks.data import global_tokens, keys, padding, prefix, queries
 from truemask.masks.labels import documents
-from truemask.masks.patterned import dilated
+from truemask.masks.patterned import Dilated, dilated, strided
 from truemask.masks.positional import blocks, causal, local, window
 
 Cells = NDArray[np.bool_]
 
 MOST_CELLS = 1 << 24
 MOST_MEMBERS = 8  # different masks of samples or heads that are worth writing out
+REPEATS = 3  # times that flags must repeat to be called periodic
+MOST_STRIDES = 3  # runs of keys in one period
 MOST_GLOBAL = 0.25  # share of the rows beyond which full rows are no global tokens
 
 
@@ -76,7 +80,7 @@ def _flags_apart(table: Cells) -> Mask | None:
     if base is None:
         return None
     for flags in (_key_flags(seen), _key_flags(seen, "both")):
-        found = base & flags
+        found = _both(base, flags)
         if (found.to_dense(*table.shape[2:], batch=len(table)).numpy() == table).all():
             return found
     return None
@@ -88,15 +92,55 @@ def recognised(cells: Cells) -> Mask | None:
         return everything
     if not cells.any():
         return nothing
-    rows, columns = np.asarray(cells.any(1)), np.asarray(cells.any(0))
-    dead_keys = _key_flags(columns[None, :])
-    dead_rows = _key_flags(columns[None, :], "both") if np.array_equal(rows, columns) else dead_keys & queries(rows)
-    flags = (everything, dead_keys, dead_rows)
-    for extra in flags[: 1 if rows.all() and columns.all() else 3]:
+    for extra in _left_out(np.asarray(cells.any(1)), np.asarray(cells.any(0))):
         for mask in _candidates(_Shape.of(cells)):
-            whole = mask if extra == everything else mask & extra
+            whole = _both(mask, extra)
             if _is(whole, cells):
                 return whole
+    return None
+
+
+def _both(mask: Mask, other: Mask) -> Mask:
+    """The AND, without a term that says nothing."""
+    if mask == everything:
+        return other
+    return mask if other == everything else mask & other
+
+
+def _left_out(rows: Cells, columns: Cells) -> Iterator[Mask]:
+    """What may hide the rows and keys that are dead: nothing, a period, and last flags, which hold for them alone."""
+    yield everything
+    if rows.all() and columns.all():
+        return
+    by_key, by_row = (periodic(flags[: flags.nonzero()[0].max() + 1]) for flags in (columns, rows))
+    if by_key is not None:
+        yield by_key
+    if by_key is not None and by_row is not None:
+        yield _both(by_key, by_row.T)
+    dead_keys = everything if columns.all() else _key_flags(columns[None, :])
+    yield dead_keys
+    yield _key_flags(columns[None, :], "both") if np.array_equal(rows, columns) else _both(dead_keys, queries(rows))
+
+
+def periodic(flags: Cells) -> Mask | None:
+    """The keys of the flags, `[k]`, as a rule that goes on for ever; None if they do not repeat often enough to say.
+
+    >>> periodic(np.arange(30) % 3 == 0), periodic(np.arange(30) % 4 != 1)
+    (strided(3).at(k_start=2), strided(4, last=3).at(k_start=3))
+    """
+    if flags.all():
+        return everything
+    for period in range(2, len(flags) // REPEATS + 1):
+        if not (flags[period:] == flags[:-period]).all():
+            continue
+        one = flags[:period]
+        starts = np.flatnonzero(one & ~np.roll(one, 1)).tolist()
+        if not 0 < len(starts) <= MOST_STRIDES:
+            return None
+        turned = [np.roll(one, -start) for start in starts]
+        lengths = [int(run.argmin()) for run in turned]
+        found = [strided(period, n).at(k_start=-(start + n) % period) for start, n in zip(starts, lengths, strict=True)]
+        return reduce(operator.or_, found)
     return None
 
 
@@ -136,10 +180,10 @@ def _candidates(x: _Shape) -> Iterator[Mask]:
     """Few masks that might be it, the plainest first."""
     n, m = x.cells.shape
     yield everything
+    yield from _aligned(x, 0, 0)
     if n != m:
         right = (m - n, 0) if m > n else (0, n - m)
         yield from (mask.at(*right) for mask in _aligned(x, *right) if mask.varies_with_query)
-    yield from _aligned(x, 0, 0)
     rows = np.asarray(x.cells.all(1) & x.cells.all(0)) if n == m else np.zeros(n, bool)
     if 0 < rows.sum() <= MOST_GLOBAL * n:
         rest = x.cells & ~rows[:, None] & ~rows
@@ -153,16 +197,22 @@ def _aligned(x: _Shape, down: int, right: int) -> Iterator[Mask]:
     q, first, last = x.live + down, x.first + right, x.last + right
     back, ahead = int((q - first).max()), int((last - q).max())
     bases: list[Mask] = []
+    steps = [mask for mask in _steps(x, down - right) if isinstance(mask, Dilated) or not (down or right)]
     if ahead <= 0:
         bases += [causal, window(back + 1)]
         tail = _tail_run(x)
         if tail <= back:
             bases += [causal & (window(tail) | prefix(int(_lead(x))))]
-        bases += [causal & dilated(step) for step in _steps(x, down - right)]
-    bases += [prefix(int(_lead(x))), causal | prefix(int(last[0]) + 1), local(max(back, ahead, 0))]
+        bases += [causal & step for step in steps]
+    bases += [prefix(int(_lead(x))), causal | prefix(int(last[0]) + 1)]
+    bases += [local(back)] if back == ahead else []
     bases += _blocks(x, q, first, last)
-    bases += [dilated(step) for step in _steps(x, down - right)]
+    bases += steps
     yield from bases
+    seen_to_move = (x.last < x.cells.shape[1] - 1).sum() > 1
+    if ahead and seen_to_move and not down and not right:
+        yield from (mask.at(max(ahead, 0), max(-ahead, 0)) for mask in (causal, window(back + ahead + 1)))
+    yield local(max(back, ahead, 0))
     lengths = _documents(x)
     if len(lengths) > 1 and not down and not right:
         yield documents(lengths)
@@ -192,11 +242,15 @@ def _blocks(x: _Shape, q: NDArray[np.int64], first: NDArray[np.int64], last: NDA
     return [blocks(size), blocks(size, back, ahead), causal & blocks(size, back, 0)]
 
 
-def _steps(x: _Shape, moved: int) -> list[int]:
-    """A step of which all distances are multiples."""
-    q, k = np.nonzero(x.cells[-min(len(x.cells), 64) :])
-    step = int(np.gcd.reduce(q + len(x.cells) - min(len(x.cells), 64) + moved - k))
-    return [step] if step > 1 else []
+def _steps(x: _Shape, moved: int) -> list[Mask]:
+    """The step between all distances."""
+    rows = min(len(x.cells), 64)
+    q, k = np.nonzero(x.cells[-rows:])
+    distance = q + len(x.cells) - rows + moved - k
+    if not len(distance):
+        return []
+    step = int(np.gcd.reduce(distance - distance[0]))
+    return [dilated(step).at(q_start=int(-distance[0]) % step)] if step > 1 else []
 
 
 def _documents(x: _Shape) -> list[int]:

@@ -38,6 +38,5 @@ def upside_down(mask: Mask, q_len: int, kv_len: int, batch: int, heads: int) -> 
         return ""
     return (
         f"this mask of {q_len} x {kv_len} lets every query see later keys only, neither itself nor the past: it is "
-        "likely upside down. Here True means may attend; if True meant masked out, it is `from_torch_mha(mask)`, or "
-        "`~mask`"
+        "likely upside down. Here True means may attend; if True meant masked out, it is `~mask`"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from truemask.diagnosis.recognise import recognise
 from truemask.masks.combine import Minus, Not, everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Keys, Padding, Queries
@@ -14,6 +15,8 @@ from truemask.masks.packing import Packed, Padded, Prepended
 from truemask.masks.positional import causal, local
 from truemask.masks.reindex import At, Select, Take, Transposed
 from truemask.masks.verdict import Cell
+
+CELLS = ("dense", "predicate")  # masks that are known by their cells alone
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Subject:
     heads: int | None
     causal: bool | None
     documents: Mask | None
+    among: Mask | None = None  # the mask of all heads, if this is the one of a head
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -62,6 +66,13 @@ class Subject:
         """`plain` for the mask's rows and keys; where its parts count them differently, both count from 0."""
         found = reindexed(plain, self.mask)
         return plain if found is None else found
+
+    @cached_property
+    def name(self) -> Mask | None:
+        """The expression that its cells are, where it is a tensor or a function."""
+        if self.mask.kind not in CELLS:
+            return None
+        return recognise(self.mask, self.q_len, self.kv_len, **self.sizes)
 
     @cached_property
     def order(self) -> Mask:

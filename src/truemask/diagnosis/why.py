@@ -13,9 +13,10 @@ from truemask.diagnosis.words import because, shortened
 from truemask.errors import MaskError
 from truemask.masks.choice import PerHead, PerSample
 from truemask.masks.combine import And, Minus, Not, Or, Xor
-from truemask.masks.core import Mask, operand
+from truemask.masks.core import Mask
 from truemask.masks.data import number_for
 from truemask.masks.data_store import whole
+from truemask.masks.given import expression
 from truemask.masks.packing import Packed, Padded, Prepended, Segments
 from truemask.masks.questions import ANY
 from truemask.masks.reindex import At, Select, Take, Transposed
@@ -78,7 +79,7 @@ class Explanation:
         return [line for line in lines if line]
 
 
-def explain(mask: Mask, q: int, k: int, *, sample: int = 0, head: int = 0) -> Explanation:
+def explain(mask: Mask | str, q: int, k: int, *, sample: int = 0, head: int = 0) -> Explanation:
     """Whether query `q` may attend to key `k`, and why: the smallest set of parts of the expression that decides it.
 
     True of a conjunction takes all its terms, false one of them (the one that needs fewest parts), and the other way
@@ -86,7 +87,7 @@ def explain(mask: Mask, q: int, k: int, *, sample: int = 0, head: int = 0) -> Ex
     whatever `a` says is not used. Positions are logical ones, as the mask counts them (law 2 in docs/conventions.md).
 
     Args:
-        mask: any mask.
+        mask: any mask, or its text.
         q: the query's position, and `k` the key's, 0-based.
         sample: which sample, and `head` which query head, where the mask varies over them.
 
@@ -104,7 +105,7 @@ def explain(mask: Mask, q: int, k: int, *, sample: int = 0, head: int = 0) -> Ex
     >>> bool(explain(causal & (window(4) | prefix(2)), 9, 1))
     True
     """
-    mask = operand("explain", mask)
+    mask = expression("explain: mask", mask)
     cell = Cell(whole(sample, "sample"), whole(head, "head"), whole(q, "q"), whole(k, "k"))
     for name, place, own in (("sample", cell.sample, mask.batch_size), ("head", cell.head, mask.head_count)):
         if own not in (1, ANY) and place >= own:

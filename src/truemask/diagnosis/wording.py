@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from truemask.diagnosis.finding import Finding
-from truemask.diagnosis.recognise import recognise
-from truemask.diagnosis.subject import Subject
+from truemask.diagnosis.naming import name_of
+from truemask.diagnosis.subject import CELLS, Subject
 from truemask.diagnosis.words import quoted
 from truemask.errors import MaskError
 from truemask.masks.combine import And, Minus, Not, Or
@@ -18,7 +18,6 @@ from truemask.masks.positional import Local, Window, causal
 
 MOST_PARTS = 16  # of an expression, that are left out one by one
 ABSOLUTE = ("prefix", "blocks", "strided", "global_tokens", "block_pattern", "grid")  # they count from the row's start
-CELLS = ("dense", "predicate")
 
 
 def not_restarted(x: Subject) -> Iterator[Finding]:
@@ -58,7 +57,7 @@ def _restarted(mask: Mask, claimed: Documents) -> Mask | None:
 
 def long_windows(x: Subject) -> Iterator[Finding]:
     """Windows and neighbourhoods that reach beyond the text."""
-    for part, put in _parts(x.mask):
+    for part, put in parts_of(x.mask):
         if _is_long(x, part) and x.means_the_same(put(causal)):
             message = "the window is longer than what there is to see: it means `causal` here"
             yield Finding("long-window", "note", quoted(part), message, str(put(causal)))
@@ -87,17 +86,17 @@ def _backs_a_window(mask: Mask, part: Mask) -> bool:
     return part == causal and isinstance(mask, And) and any(isinstance(term, Window) for term in mask.terms)
 
 
-def _parts(mask: Mask) -> Iterator[tuple[Mask, Callable[[Mask], Mask]]]:
+def parts_of(mask: Mask) -> Iterator[tuple[Mask, Callable[[Mask], Mask]]]:
     """Every part, and how to put another in its place."""
     yield mask, lambda new: new
     for put_child, child in _children(mask):
-        for part, put in _parts(child):
+        for part, put in parts_of(child):
             yield part, lambda new, put=put, put_child=put_child: put_child(put(new))
 
 
 def _shorter(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
     """Every term of `&`, `|` and `-` with the expression without it."""
-    for part, put in _parts(mask):
+    for part, put in parts_of(mask):
         if isinstance(part, (And, Or)):
             for i, term in enumerate(part.terms):
                 yield term, put(_joined(type(part), [*part.terms[:i], *part.terms[i + 1 :]]))
@@ -128,10 +127,9 @@ def known_by_name(x: Subject) -> Iterator[Finding]:
     for part in x.mask.walk():
         if part.kind not in CELLS or (part is not x.mask and x.kinds & {"at", "take", "packed", "padded", "prepended"}):
             continue
-        found = recognise(part, x.q_len, x.kv_len, **x.sizes)
+        found = name_of(part, x.q_len, x.kv_len, **x.sizes)
         if found is not None:
-            message = f"its cells are `{found}`, which is exact at any length and costs nothing to build"
-            yield Finding("has-a-name", "note", quoted(part), message, str(found))
+            yield Finding("has-a-name", "note", quoted(part), found.words(), "" if found.differs else str(found.mask))
 
 
-WORDING_RULES = (not_restarted, long_windows, no_effect, known_by_name)
+WORDING_RULES = (not_restarted, long_windows, no_effect)

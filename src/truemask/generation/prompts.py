@@ -14,6 +14,7 @@ from truemask.errors import MaskError, describe
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import keys
+from truemask.masks.given import from_text, not_a_mask
 from truemask.nn.doors import require_bool
 
 Given = Tensor | Sequence[Tensor] | Sequence[int] | Sequence[Sequence[int]]  # what `generate` takes
@@ -44,12 +45,15 @@ def _is_ids(row: object) -> bool:
 
 
 def read_prompts(
-    prompts: Tensor | Sequence[Tensor], mask: Mask | Tensor | None, *, pad_value: int, answer: int
+    prompts: Tensor | Sequence[Tensor], mask: Mask | Tensor | str | None, *, pad_value: int, answer: int
 ) -> Prompts:
     """Prompts as `generate` takes them, with `mask` an expression or bool flags over the prompt.
 
     Raises ValueError on prompts without tokens or of a wrong shape, MaskError on flags that do not fit.
     """
+    mask = from_text(mask)
+    if not (mask is None or isinstance(mask, (Mask, Tensor))):
+        raise MaskError(not_a_mask("mask= must be a mask expression, its text, or bool flags over the prompt", mask))
     if isinstance(prompts, Tensor):
         rows, flags, single = _read_tensor(prompts, mask)
     else:
@@ -72,8 +76,6 @@ def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tens
     single = prompts.ndim == 1
     tokens = prompts[None] if single else prompts
     if not isinstance(mask, Tensor):
-        if mask is not None and not isinstance(mask, Mask):
-            raise MaskError(f"mask= is {describe(mask)}; expected a mask expression or bool flags over the prompt")
         return list(tokens), None, single
     require_bool("mask", mask, prompts)
     flags = mask[None] if single and mask.ndim == 1 else mask

@@ -393,7 +393,9 @@ def operand(sign: str, value: object) -> Mask:
     if isinstance(value, Mask):
         return value
     way = (
-        "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
+        f"text becomes a mask by `parse({value[:60]!r})`"
+        if isinstance(value, str)
+        else "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
         if isinstance(value, Tensor)
         else ("call it with its arguments first" if callable(value) else "`everything` and `nothing` are the constants")
     )

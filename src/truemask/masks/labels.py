@@ -254,8 +254,21 @@ def same(labels: object, none: int = -1, kv_labels: object = None) -> Mask:
         raise MaskError(
             f"same(none=...) is the label of tokens that belong to nothing, a whole number; got {describe(none)}"
         )
+    if _is_flags(labels):
+        raise MaskError(
+            f"same(labels) takes a label for each token, whole numbers, got {describe(labels)}: as labels, False would "
+            "see False. Flags of real tokens are `keys(flags) & queries(flags)`; the label of what belongs to nothing "
+            "is -1"
+        )
     q = integers(labels, "same(labels)", late=True).tensor
     k = None if kv_labels is None else integers(kv_labels, "same(kv_labels=...)", late=True).tensor
     if not is_known((q, k)):
         return _late_labels(q, k) & keys((q if k is None else k) != none)
     return Same(*as_runs(q), *((None, None) if k is None else as_runs(k)), none)
+
+
+def _is_flags(labels: object) -> bool:
+    """Whether they are booleans, in a tensor, an array or lists."""
+    if isinstance(labels, (list, tuple)):
+        return any(map(_is_flags, labels))
+    return isinstance(labels, bool) or str(getattr(labels, "dtype", "")).endswith("bool")

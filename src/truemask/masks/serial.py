@@ -16,6 +16,7 @@ from truemask.masks.building import KINDS
 from truemask.masks.core import Mask, operand
 from truemask.masks.data import global_tokens, keys, queries
 from truemask.masks.data_store import LONGEST, Data, integers
+from truemask.masks.given import expression
 from truemask.masks.labels import same
 from truemask.masks.predicate import Predicate
 from truemask.masks.text import FUNCTIONS
@@ -140,12 +141,12 @@ def _runs(parts: Json, side: str) -> tuple[Data | None, Data | None]:
     return ends, values
 
 
-def save_mask(mask: Mask, path: str | Path) -> None:
+def save_mask(mask: Mask | str, path: str | Path) -> None:
     """Write a mask to one safetensors file: the expression in its header, the data as tensors. Needs safetensors."""
     from safetensors.torch import save_file
 
-    expression, tensors = to_json(mask)
-    save_file(tensors, str(path), metadata={"format": FORMAT, "mask": json.dumps(expression)})
+    written, tensors = to_json(expression("save_mask: mask", mask))
+    save_file(tensors, str(path), metadata={"format": FORMAT, "mask": json.dumps(written)})
 
 
 def load_mask(path: str | Path) -> Mask:

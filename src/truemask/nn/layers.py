@@ -106,8 +106,8 @@ class AttentionLayers(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Mask | Tensor | None = None,
-        attn_mask: Mask | Tensor | None = None,
+        mask: Mask | Tensor | str | None = None,
+        attn_mask: Mask | Tensor | str | None = None,
         *,
         causal: bool | None = None,
         pos: Tensor | None = None,

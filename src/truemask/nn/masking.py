@@ -25,10 +25,13 @@ from truemask.errors import MaskError, describe
 from truemask.masks.combine import And, Minus, Nothing, Or, everything, nothing
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, Queries
+from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.packing import Packed, Padded
 from truemask.masks.positional import Causal, Window, causal
 from truemask.masks.traced import BUILDERS, recorded
 from truemask.nn.doors import read_matrix, read_padding, warn
+
+ONE_FOR_ALL = "; the layers of a stack share one mask, and layers of your own take theirs in `attend`"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Layout:
         return self.registers + self.past if self.begun else 0
 
 
-def read_masks(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, layout: Layout, x: Tensor) -> Mask:
+def read_masks(
+    mask: Mask | Tensor | str | None, attn_mask: Mask | Tensor | str | None, layout: Layout, x: Tensor
+) -> Mask:
     """The AND of what the caller passed as `mask=` and `attn_mask=`, checked against the call's sizes."""
     if torch.compiler.is_dynamo_compiling() and not (mask is None and attn_mask is None):
         return _read_later(mask, attn_mask, layout.numbers)
@@ -73,16 +78,17 @@ def read_masks(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, layo
 
 
 @recorded
-def _read_later(mask: Mask | Tensor | None, attn_mask: Mask | Tensor | None, numbers: list[Any]) -> Mask:
+def _read_later(mask: Mask | Tensor | str | None, attn_mask: Mask | Tensor | str | None, numbers: list[Any]) -> Mask:
     tensor = next((x for x in (mask, attn_mask) if isinstance(x, Tensor)), torch.empty(0))
     return read_masks(mask, attn_mask, Layout(*numbers), tensor)
 
 
-def _read(name: str, value: Mask | Tensor, layout: Layout, x: Tensor) -> Mask:
+def _read(name: str, value: Mask | Tensor | str, layout: Layout, x: Tensor) -> Mask:
+    value = from_text(value)
     if isinstance(value, Mask):
         return value
     if not isinstance(value, Tensor):
-        raise MaskError(f"{name}= is {describe(value)}; expected a bool tensor or a mask expression, such as tm.causal")
+        raise MaskError(not_a_mask(f"{name}= must be a bool tensor, a mask expression or its text", value, ONE_FOR_ALL))
     if name == "mask":
         return read_padding(value, x, layout.batch, layout.total, layout.registers)
     return read_matrix(value, x, layout.batch, layout.heads, layout.total)

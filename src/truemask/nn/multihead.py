@@ -19,6 +19,7 @@ from truemask.errors import MaskError, describe
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.foreign.importers import from_torch_mha
+from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.positional import causal
 
 
@@ -134,7 +135,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
-        mask: Mask | None = None,
+        mask: Mask | str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -147,7 +148,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 of their dtype's lowest hide, as in `from_additive`.
             average_attn_weights: the mean of the heads, or each head's.
             is_causal: query i may attend to keys 0 to i.
-            mask: an expression, True = may attend.
+            mask: an expression or its text, True = may attend.
 
         Returns:
             The output in the layout of `query`, and None or the weights `[b, q, k + m]`, `[b, h, q, k + m]` for each
@@ -158,15 +159,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError, TypeError, MaskError: sizes that do not fit, and masks that contradict each other.
         """
         check_tensors(query, key, value)
+        expression: Mask | None = from_text(mask)
         if query.is_nested:
-            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, mask)
+            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, expression)
         self._check_inputs(query, key, value)
         batched, axis = query.ndim == 3, 0 if self.batch_first else 1
         q, k, v = self._project(query, key, value)
         if not batched:
             q, k, v = q.unsqueeze(axis), k.unsqueeze(axis), v.unsqueeze(axis)
         q, k, v = (self._heads(x) for x in (q, k, v))  # b h q d
-        seen, bias = self._masks(key_padding_mask, attn_mask, is_causal, mask, q, k, batched)
+        seen, bias = self._masks(key_padding_mask, attn_mask, is_causal, expression, q, k, batched)
         k, v, seen, bias, extra = self._with_extra_keys(k, v, seen, bias)
         drop = self.dropout if self.training else 0.0
         if need_weights:
@@ -330,10 +332,13 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"keys, got {describe(value)}"
                 )
         if mask is not None and not isinstance(mask, Mask):
-            raise TypeError(
-                f"MultiheadAttention: mask= takes an expression, such as `causal & window(64)`, got {describe(mask)}. "
-                "A bool tensor says True = masked out as attn_mask=, and True = may attend as mask=dense(tensor)"
-            )
+            wanted = "MultiheadAttention: mask= takes an expression, such as `causal & window(64)`, or its text"
+            if isinstance(mask, Tensor):
+                raise TypeError(
+                    f"{wanted}, got {describe(mask)}. A bool tensor says True = masked out as attn_mask=, and True = "
+                    "may attend as mask=dense(tensor)"
+                )
+            raise TypeError(not_a_mask(wanted, mask))
 
 
 def attend_and_weigh(

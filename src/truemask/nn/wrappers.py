@@ -85,8 +85,8 @@ class TransformerWrapper(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        mask: Mask | Tensor | None = None,
-        attn_mask: Mask | Tensor | None = None,
+        mask: Mask | Tensor | str | None = None,
+        attn_mask: Mask | Tensor | str | None = None,
         *,
         causal: bool | None = None,
         pos: Tensor | None = None,

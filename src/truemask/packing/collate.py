@@ -9,6 +9,7 @@ from typing import Any
 from truemask._plan import plan
 from truemask.errors import describe
 from truemask.masks.core import Mask
+from truemask.masks.given import from_text, not_a_mask
 from truemask.packing.pack import pack
 
 
@@ -48,7 +49,7 @@ class PackCollator:
 
     length: int | None = None
     _: KW_ONLY
-    mask: Mask | None = None
+    mask: Mask | str | None = None
     block_mask: bool = False
     plan: Mapping[str, Any] | None = None
     long: str = "error"
@@ -56,8 +57,10 @@ class PackCollator:
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        if self.mask is not None and not isinstance(self.mask, Mask):
-            raise TypeError(f"PackCollator: mask is an expression, such as `causal`, got {describe(self.mask)}")
+        mask = from_text(self.mask)
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(not_a_mask("PackCollator: mask is an expression, such as `causal`, or its text", mask))
+        object.__setattr__(self, "mask", mask)
         if self.plan is not None and not isinstance(self.plan, Mapping):
             raise TypeError(f"PackCollator: plan are keywords, such as {{'heads': 8}}, got {describe(self.plan)}")
         if self.mask is None and (self.block_mask or self.plan is not None):
@@ -72,7 +75,7 @@ class PackCollator:
             **rows.extras,
         }
         batch["use_cache"] = False  # with a cache, transformers does not look for documents
-        if self.mask is None:
+        if not isinstance(self.mask, Mask):
             return batch
         count, length = rows.tokens.shape
         mask = self.mask.packed(rows.lengths)

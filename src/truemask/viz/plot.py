@@ -13,6 +13,7 @@ import numpy as np
 from truemask.errors import TruemaskError
 from truemask.geometry.picture import INK, PAPER, Shares, percent
 from truemask.masks.core import Mask
+from truemask.masks.given import expression
 from truemask.viz.panels import panels_of, svg_of, text_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def can_plot() -> bool:
 
 
 def save_picture(
-    mask: Mask,
+    mask: Mask | str,
     path: str | Path,
     q_len: int,
     kv_len: int | None = None,
@@ -59,7 +60,7 @@ def save_picture(
         PictureError: an unknown suffix, or matplotlib is needed and missing.
         MaskError: the mask cannot answer for these sizes.
     """
-    path = Path(path)
+    mask, path = expression("save_picture: mask", mask), Path(path)
     sizes: dict[str, Any] = {"batch": batch, "heads": heads}
     if path.suffix == ".txt":
         path.write_text(text_of(mask, q_len, kv_len, title=title, **sizes) + "\n", encoding="utf-8")
@@ -75,7 +76,7 @@ def save_picture(
 
 
 def plot(
-    mask: Mask,
+    mask: Mask | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -84,6 +85,7 @@ def plot(
     axes: Axes | None = None,
 ) -> Axes:
     """Draw the first sample and head of a mask into matplotlib axes (the current ones by default), and return them."""
+    mask = expression("plot: mask", mask)
     panels = panels_of(mask, q_len, kv_len, batch=batch, heads=heads, rows=PIXELS, columns=PIXELS)
     canvas: Axes = _matplotlib().gca() if axes is None else axes
     _draw(canvas, panels.cuts[0], panels.labels[0] or mask.text)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from truemask.errors import MaskError
 from truemask.masks.core import Mask
+from truemask.masks.given import expression
 
 
 def to_torch_sdpa(
-    mask: Mask,
+    mask: Mask | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -24,11 +25,12 @@ def to_torch_sdpa(
     >>> tm.to_torch_sdpa(tm.causal, 2, 3)[0, 0].int().tolist()
     [[1, 0, 0], [1, 1, 0]]
     """
+    mask = expression("to_torch_sdpa: mask", mask)
     return mask.to_dense(q_len, kv_len, batch=batch, heads=heads, device=device)
 
 
 def to_additive(
-    mask: Mask,
+    mask: Mask | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -46,6 +48,7 @@ def to_additive(
     >>> tm.to_additive(tm.causal, 2)[0, 0].tolist()
     [[0.0, -inf], [0.0, 0.0]]
     """
+    mask = expression("to_additive: mask", mask)
     if not dtype.is_floating_point:
         raise MaskError(f"to_additive: dtype is {dtype}; an additive mask is made of floats, e.g. dtype=torch.float32")
     visible = mask.to_dense(q_len, kv_len, batch=batch, heads=heads, device=device)
@@ -53,7 +56,7 @@ def to_additive(
 
 
 def to_torch_mha(
-    mask: Mask,
+    mask: Mask | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -72,6 +75,7 @@ def to_torch_mha(
     >>> tm.to_torch_mha(tm.padding(lengths=[1, 2], on="keys"), 2, num_heads=3).shape
     torch.Size([6, 2, 2])
     """
+    mask = expression("to_torch_mha: mask", mask)
     visible = mask.to_dense(q_len, kv_len, batch=batch, heads=num_heads, device=device)
     b, h, q, k = visible.shape
     if b == h == 1:
@@ -87,7 +91,7 @@ def to_torch_mha(
 
 
 def to_huggingface_2d(
-    mask: Mask, kv_len: int, *, batch: int | None = None, device: torch.device | str = "cpu"
+    mask: Mask | str, kv_len: int, *, batch: int | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The 2-D `attention_mask` of Hugging Face: int64 (b|1, k), 1 = a key that may be seen.
 
@@ -98,6 +102,7 @@ def to_huggingface_2d(
     >>> tm.to_huggingface_2d(tm.padding(lengths=[2, 3], on="keys"), 3).tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
+    mask = expression("to_huggingface_2d: mask", mask)
     rows = max(1, kv_len) if mask.varies_with_query else 1
     visible = mask.to_dense(rows, kv_len, batch=batch, device=device)
     for name, first in (("head", visible[:, :1]), ("query", visible[:, :, :1])):
@@ -111,7 +116,7 @@ def to_huggingface_2d(
 
 
 def to_x_transformers(
-    mask: Mask,
+    mask: Mask | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -125,12 +130,13 @@ def to_x_transformers(
     >>> tm.to_x_transformers(tm.causal, 2).tolist()
     [[True, False], [True, True]]
     """
+    mask = expression("to_x_transformers: mask", mask)
     visible = mask.to_dense(q_len, kv_len, batch=batch, heads=heads, device=device)
     return visible[0, 0] if visible.shape[:2] == (1, 1) else visible
 
 
 def to_keras(
-    mask: Mask,
+    mask: Mask | str,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -144,5 +150,6 @@ def to_keras(
     >>> tm.to_keras(tm.causal, 2).tolist()
     [[[True, False], [True, True]]]
     """
+    mask = expression("to_keras: mask", mask)
     visible = mask.to_dense(q_len, kv_len, batch=batch, heads=heads, device=device)
     return visible[:, 0] if visible.shape[1] == 1 else visible

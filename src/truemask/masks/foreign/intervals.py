@@ -20,6 +20,7 @@ from truemask.geometry.slabs import FAR, Ints, Slabs, stacked
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data_store import integers
+from truemask.masks.given import expression
 from truemask.masks.labels import documents
 from truemask.masks.positional import causal as causal_mask
 from truemask.masks.positional import local, window
@@ -65,7 +66,7 @@ class _Documents(NamedTuple):
 
 
 def to_varlen(
-    mask: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    mask: Mask | str, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
 ) -> Varlen:
     """The mask as FlashAttention's variable-length documents with one band, if it is exactly that.
 
@@ -79,6 +80,7 @@ def to_varlen(
     >>> found.cu_seqlens_q.tolist(), found.max_seqlen_q, found.causal, found.window_size
     ([0, 2, 7], 5, True, (2, 0))
     """
+    mask = expression("to_varlen: mask", mask)
     kv_len = mask.kv_len_for(q_len) if kv_len is None else kv_len
     known = mask.to_slabs(q_len, kv_len, batch=batch, heads=heads)
     if not bool((known.variant == known.variant[:, :1]).all()):
@@ -267,7 +269,7 @@ def _banded(left: int, right: int, causal: bool) -> Mask:
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
-def to_flashmask(mask: Mask, n: int, *, batch: int | None = None, heads: int | None = None) -> FlashMask:
+def to_flashmask(mask: Mask | str, n: int, *, batch: int | None = None, heads: int | None = None) -> FlashMask:
     """The column form of FlashMask for `n` queries and keys, if it holds the mask: `[b, h, k, 1 | 2 | 4]`.
 
     Each key says from which queries it is hidden: `[LTS, LTE)` on and below the diagonal, `[UTS, UTE)` above it. The
@@ -280,6 +282,7 @@ def to_flashmask(mask: Mask, n: int, *, batch: int | None = None, heads: int | N
     >>> found.startend_row_indices[0, 0, :, 0].tolist(), found.causal  # from which query on each key is forgotten
     ([3, 4, 5, 5, 5], True)
     """
+    mask = expression("to_flashmask: mask", mask)
     known = mask.T.to_slabs(n, n, batch=batch, heads=heads)
     columns = np.zeros((len(known.first) - 1, n, 4), np.int64)
     for v, slabs in enumerate(_variants(known)):

@@ -1,0 +1,158 @@
+"""What may be claimed of the name of some cells: a tensor has it at its own size, a function is asked elsewhere too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from truemask.diagnosis.recognise import recognise
+from truemask.diagnosis.words import shortened
+from truemask.errors import MaskError
+from truemask.masks.core import Mask
+from truemask.masks.data import GlobalTokens, Padding
+from truemask.masks.data_store import Data
+from truemask.masks.predicate import Predicate
+from truemask.masks.questions import ANY
+
+FAR = (1_009, 100_003)  # lengths at which every function is asked too
+ROWS = 64  # that are looked at there
+SQUARE = 520  # the longest text that is looked at cell by cell
+CELLS = 1 << 20  # of each sample and head
+DATA = "that is data of these tokens, and no rule for others"
+
+
+@dataclass(frozen=True)
+class Name:
+    """An expression that is equal to some cells, and how far that was seen to hold.
+
+    Attributes:
+        mask: the expression.
+        lengths: the other lengths at which both were asked and agree; empty for tensors, which have one size.
+        elsewhere: why nothing is claimed of other lengths; empty where the name is a rule without data.
+        differs: whether the cells are known to be others there, so that the name must not take their place.
+    """
+
+    mask: Mask
+    lengths: tuple[int, ...] = ()
+    elsewhere: str = ""
+    differs: bool = False
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether it may be written instead at any length."""
+        return not self.elsewhere
+
+    def words(self) -> str:
+        """The sentence of a finding."""
+        text = shortened(str(self.mask), 200)
+        if not self.is_rule:
+            return f"its cells here are `{text}`; {self.elsewhere}"
+        if self.lengths:
+            asked = ", ".join(f"{n:,}" for n in self.lengths)
+            return f"it is `{text}`, also at the other lengths that were tried ({asked}); that costs nothing to build"
+        return f"its cells are `{text}`, a rule without a size, which costs nothing to build"
+
+
+def name_of(part: Mask, q_len: int, kv_len: int, *, batch: int | None = None, heads: int | None = None) -> Name | None:
+    """The name of a tensor or a function at these sizes, if there is one.
+
+    >>> from truemask.masks.predicate import predicate
+    >>> third = name_of(predicate(lambda b, h, q, k: k % 3 == 0), 30, 30)
+    >>> third.mask, third.is_rule
+    (strided(3).at(k_start=2), True)
+    """
+    if isinstance(part, Predicate):
+        return _of_function(part, q_len, kv_len, batch, heads)
+    found = recognise(part, q_len, kv_len, batch=batch, heads=heads)
+    if found is None:
+        return None
+    return Name(found, elsewhere=DATA if holds_data(found) else "")
+
+
+def holds_data(mask: Mask) -> bool:
+    """Whether an expression speaks of certain tokens or samples: flags, lengths, labels, cells."""
+    leaves = (leaf for leaf in mask.walk() if not isinstance(leaf, GlobalTokens))
+    return mask.batch_size != 1 or any(
+        isinstance(leaf, Padding) or any(isinstance(part, Data) for part in leaf.parts.values()) for leaf in leaves
+    )
+
+
+def _of_function(part: Predicate, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> Name | None:
+    """A name that the function has everywhere, or else the one of its cells here."""
+    lengths = other_lengths(max(q_len, kv_len))
+    sizes = {"batch": batch, "heads": heads}
+    squares = [(n, n) for n in lengths if max(q_len, kv_len) < n <= SQUARE]
+    found = dict.fromkeys(_tried(part, *size, **sizes) for size in (*squares, (q_len, kv_len)))
+    here: Name | None = None
+    for name in found:
+        if name is None or not _same(part, name, q_len, kv_len, sizes):
+            continue
+        said = [_difference(part, name, n, **sizes) for n in lengths]
+        why = next((why for why, _ in said if why), "")
+        here = Name(name, () if why else lengths, why, any(differs for _, differs in said))
+        if here.is_rule:
+            return here
+    return here
+
+
+def _same(part: Mask, name: Mask, q_len: int, kv_len: int, sizes: dict[str, int | None]) -> bool:
+    both = part ^ name
+    own = {"batch": both.batch_size, "heads": both.head_count}
+    asked = {axis: size if own[axis] == ANY else None for axis, size in sizes.items()}
+    return bool(part.equivalent(name, q_len, kv_len, **asked))
+
+
+def _tried(part: Mask, q_len: int, kv_len: int, **sizes: int | None) -> Mask | None:
+    """The name at some lengths; None if there is none, or the function does not answer there."""
+    try:
+        return recognise(part, q_len, kv_len, **sizes)
+    except Exception:  # a user's function may raise anything
+        return None
+
+
+def _difference(part: Predicate, name: Mask, n: int, **sizes: int | None) -> tuple[str, bool]:
+    """Why nothing is claimed at `n` tokens (empty if the rows looked at agree), and whether it is that cells differ."""
+    try:
+        name.check(n, n)
+    except MaskError:
+        return DATA, False
+    cells = _cells(n, part, sizes)
+    try:
+        found = part.truth(*cells)
+    except Exception as error:  # a user's function may raise anything
+        return f"at {n:,} the function does not answer ({type(error).__name__}), as if it read data", False
+    apart = found ^ name.truth(*cells)
+    if not bool(apart.any()):
+        return "", False
+    _, _, row, key = apart.nonzero()[0].tolist()
+    return f"at {n:,} tokens they are not, first query {int(cells[2].flatten()[row])} and key {key}", True
+
+
+def _cells(n: int, part: Mask, sizes: dict[str, int | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Some rows from the first to the last, and all keys."""
+    count = max(2, min(n, ROWS, CELLS // n))
+    rows = torch.linspace(0, n - 1, count, dtype=torch.float64).long()
+    own = zip((part.batch_size, part.head_count), sizes.values(), strict=True)
+    b, h = (torch.arange(asked or 1 if size == ANY else size) for size, asked in own)
+    return b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), rows.view(1, 1, -1, 1), torch.arange(n).view(1, 1, 1, -1)
+
+
+def other_lengths(n: int) -> tuple[int, ...]:
+    """Lengths beside `n`: a shorter one, and longer ones that are prime.
+
+    >>> other_lengths(30)
+    (15, 61, 127, 1009, 100003)
+    """
+    longer = (next_prime(2 * n), next_prime(4 * n))
+    return (*((n // 2,) if n > 1 else ()), *longer, *(far for far in FAR if far > longer[-1]))
+
+
+def next_prime(n: int) -> int:
+    """The first prime after `n`."""
+    n += 1
+    while n < 2 or any(n % d == 0 for d in range(2, isqrt(n) + 1)):
+        n += 1
+    return n
