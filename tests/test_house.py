@@ -169,6 +169,7 @@ STAIRS = """
     interop/in_use.py
 
     auditing/__init__.py
+    auditing/placeholders.py
     auditing/models.py
     auditing/signals.py
     auditing/ruler.py

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from truemask.auditing.kinds import is_hugging_face, is_peer
 from truemask.auditing.models import Subject, per_position, seed_everything
+from truemask.auditing.signals import Signals
 from truemask.generation.cache import KVCache
 from truemask.nn.wrappers import TransformerWrapper
 
@@ -25,7 +26,8 @@ def decoder_of(subject: Subject) -> tuple[Decode | None, str]:
     """How this model is called with a cache, or why the audit does not; neither for models without a known cache."""
     model, given = subject.model, subject.keywords
     if subject.embedded:
-        return None, "decoding with a cache was not tried, because embeddings go in" if is_hugging_face(subject) else ""
+        known = is_hugging_face(subject) and not isinstance(model, Signals)
+        return None, "decoding with a cache was not tried, because embeddings go in" if known else ""
     if str(subject.name).startswith("decoder_"):
         return None, "decoding with a cache was not tried, because this is an encoder-decoder"
     tensors = [(name, value) for name, value in given.items() if isinstance(value, Tensor)]
