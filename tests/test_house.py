@@ -154,6 +154,7 @@ STAIRS = """
     packing/collate.py
 
     interop/__init__.py
+    interop/positions.py
     interop/unreached.py
     interop/layers.py
     interop/lifting.py

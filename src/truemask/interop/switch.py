@@ -15,6 +15,7 @@ from torch import nn
 
 from truemask.errors import MaskError
 from truemask.interop.layers import MARK, Layer, assigned, attention_layers
+from truemask.interop.positions import watch
 
 STACK = "_truemask_uses"  # the attribute of an attention layer with all its uses; the last one counts
 
@@ -63,11 +64,16 @@ def _account(config: Any) -> Account | None:
     return found if found is not None and found.config() is config else None
 
 
-def configs_of(model: nn.Module) -> list[Any]:
-    """Every config that the model or a part of it reads, each once."""
+def models_in(model: nn.Module) -> list[Any]:
+    """A model and the parts of it that are models of transformers themselves."""
     from transformers import PreTrainedModel
 
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Every config that the model or a part of it reads, each once."""
+    waiting = [module.config for module in models_in(model)]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
@@ -115,6 +121,7 @@ class Switch:
             )
         self._configs: list[Any] = []
         self._layers: dict[nn.Module, Layer] = {}
+        self._unwatch: Callable[[], None] | None = None
 
     def _assigned(self) -> dict[nn.Module, Layer]:
         mask, layers, replace = self._masks
@@ -134,6 +141,7 @@ class Switch:
                 _check_switched(self._model, module, layer, self._key)
                 push(module, layer)
                 self._layers[module] = layer
+            self._unwatch = watch(self._model, models_in(self._model))
         except BaseException:
             self.undo()
             raise
@@ -144,7 +152,9 @@ class Switch:
             drop(module, layer)
         for config in self._configs:
             release_config(config, type(self._model).__name__)
-        self._layers, self._configs = {}, []
+        if self._unwatch is not None:
+            self._unwatch()
+        self._layers, self._configs, self._unwatch = {}, [], None
 
 
 def _check_switchable(model: nn.Module) -> None:

@@ -18,10 +18,13 @@ from truemask.masks.data import keys, queries
 from truemask.masks.matrices import dense
 
 
+BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
+
+
 def warn(message: str) -> None:
-    """A ConventionWarning that points at the caller's line: the first frame outside this library and torch."""
+    """A ConventionWarning that points at the caller's line: the first frame outside this library and those around."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("truemask", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ConventionWarning, stacklevel=level)
 
