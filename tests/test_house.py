@@ -168,6 +168,7 @@ STAIRS = """
     interop/x_transformers.py
     interop/use.py
     interop/in_use.py
+    interop/positions.py
 
     auditing/__init__.py
     auditing/placeholders.py
@@ -177,8 +178,10 @@ STAIRS = """
     auditing/probes.py
     auditing/kinds.py
     auditing/claims.py
-    auditing/caches.py
     auditing/contexts.py
+    auditing/caches.py
+    auditing/decoding.py
+    auditing/alone.py
     auditing/report.py
     auditing/steadiness.py
     auditing/judging.py

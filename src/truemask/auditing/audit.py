@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from truemask.auditing import judging
+from truemask.auditing.alone import padded_alone
 from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
 from truemask.auditing.contexts import context_findings
+from truemask.auditing.decoding import decoded
 from truemask.auditing.models import AuditError, Subject, undisturbed
 from truemask.auditing.placeholders import placeholders
 from truemask.auditing.probes import Seen, Step, choose, confirm, look
@@ -193,16 +195,19 @@ class _Facts:
         hidden, visible = ~self.reach & judged, self.seen.visible
         blind = self.reach & ~visible & self.looked & judged
         cache = cache and steady and not bool(self.reach.triu(1).any())
+        by_context = [*context_findings(self.subject, self.ruler, self.reach, self.seeds)]
+        sound = not any(isinstance(one, Finding) and one.severity == "error" for one in by_context)
         return [
             *self._not_finite(),
             *judging.nothing_seen(visible, self.reach & judged & self.looked),
             *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
             *judging.unbounded(self.claim, visible & judged, self.reach, self.shown),
             *judging.neighbours(self.seen),
-            *context_findings(self.subject, self.ruler, self.seeds),
-            *(judging.padded_alone(self.subject, self.claim, self.ruler) if steady else ()),
+            *judging.small_positions(self.subject, self.claim),
+            *by_context,
+            *(padded_alone(self.subject, self.claim, self.ruler, sound) if steady else ()),
             *judging.blind_spots(self.claim, blind, self.reach & judged, self.seen, self.seeds),
-            *(judging.cached(self.subject, self.claim, self.judged, self.ruler) if cache else ()),
+            *(decoded(self.subject, self.claim, self.judged, self.ruler) if cache else ()),
             *(judging.poisoned(self.subject, self.ruler, hidden & ~visible) if not self.seen.neighbours else ()),
         ]
 

@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -91,6 +92,12 @@ class Subject:
         if self.name is not None:
             return self.model(**{self.name: inputs}, **keywords)
         return self.model(inputs, **keywords)
+
+    def changed(self, inputs: Tensor, keywords: dict[str, Any]) -> Subject:
+        """The same model in another call, to be run and compared only."""
+        other = copy(self)
+        other.inputs, other.keywords = inputs, keywords
+        return other
 
     def outputs(self, inputs: Tensor | None = None, **changes: Any) -> Tensor:
         """What comes out at each position, float `[b, n, e]`."""
@@ -195,12 +202,12 @@ class Subject:
 
 
 def replaced(value: Tensor, places: Tensor, tokens: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
-    """`value` `[b, n]` or `[b, n, d]` with another token, or another vector as large, at `places`, bool `[b, n]`."""
+    """`value` `[b, n, ...]` with another token, or other numbers as large, at `places`, bool `[b, n]`."""
     at = places.to(value.device)
     if value.is_floating_point():
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         size = value.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
-        return torch.where(at[..., None], (noise * size).to(value), value)
+        return torch.where(at[(..., *[None] * (value.ndim - at.ndim))], (noise * size).to(value), value)
     allowed = tokens()
     drawn = torch.randint(len(allowed), value.shape, generator=generator)
     other = allowed[drawn]
@@ -284,6 +291,12 @@ def is_of(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, free: Tenso
     return (
         isinstance(first, Tensor) and first.shape == ids.shape and bool(((first == ids) | ~free.to(ids.device)).all())
     )
+
+
+def line_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    said = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {said[0][:160]}"
 
 
 def seed_everything(seed: int) -> None:

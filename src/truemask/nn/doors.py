@@ -17,7 +17,6 @@ from truemask.masks.core import Mask
 from truemask.masks.data import keys, queries
 from truemask.masks.matrices import dense
 
-
 BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
 
 
