@@ -49,7 +49,9 @@ def decoded(subject: Subject, claim: Claim, judged: Tensor, ruler: Ruler) -> Ite
             yield f"decoding with {'a cache' if turn == 0 else trial.what} was not tried, because {error}"
             return
         except Exception as error:  # any model may raise anything here, and that is what is reported
-            yield _failed(error) if turn == 0 else f"decoding with {trial.what} failed: {line_of(error)}"
+            # with pictures only `generate` knows how a step is called, which a bare call need not survive
+            fails = turn == 0 and not bool(subject.held.any())
+            yield _failed(error) if fails else f"decoding with {trial.what or 'a cache'} failed: {line_of(error)}"
             return
         if float(apart.max()) > ruler.tolerance:
             yield _differs(trial, apart, ends)
@@ -78,7 +80,9 @@ def _padded_context(subject: Subject, judged: Tensor, ends: list[int], decode: D
 
 def _beams(subject: Subject, judged: Tensor, ends: list[int], decode: Decode) -> Trial | None:
     """Two beams for each sample, the second with other tokens, which change places half-way."""
-    if not has_beams(decode) or len(ends) < 2 + 1:
+    tensors = [value for value in subject.keywords.values() if isinstance(value, Tensor)]
+    of_samples = all(value.ndim and len(value) in (1, subject.batch) for value in tensors)
+    if not has_beams(decode) or len(ends) <= BEAMS or not of_samples:  # patches of all pictures lie in one row
         return None
 
     def doubled(value: Any) -> Any:

@@ -10,7 +10,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truemask.auditing.models import Subject
 from truemask.interop.in_use import Given, given_to_transformers, given_to_x_transformers
@@ -183,12 +183,20 @@ def _is_causal(subject: Subject, config: Any) -> tuple[bool, tuple[str, ...]]:
         return True, ()
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", None) is False:
         return False, ()
-    said = {module.is_causal for module in subject.model.modules() if hasattr(module, "is_causal")}
+    said = _flags(subject.model, text)
     if said in ({True}, {False}):
         return said == {True}, ()
     name = type(subject.model).__name__
     named = any(word in name for word in CAUSAL_NAMES)
     return named, (f"{name} does not say whether it is causal; by its name it was held to {_NAMED[named]}",)
+
+
+def _flags(model: nn.Module, text: Any) -> set[bool]:
+    """What its attention modules say of `is_causal`: those of the text, where a model sees and hears too."""
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    kinds = [getattr(getattr(module, "config", text), "model_type", None) for module in attentions]
+    of_text = [module for module, kind in zip(attentions, kinds, strict=True) if kind == text.model_type]
+    return {bool(module.is_causal) for module in of_text or attentions}
 
 
 def _layer_types(config: Any, layers: int | None) -> tuple[str, ...]:
