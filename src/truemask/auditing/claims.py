@@ -38,6 +38,7 @@ class Claim:
         real: bool `[b, n]`, False at padding; None where there is none.
         documents: int64 `[b, n]`, which document a token belongs to; None where they are not packed.
         notes: what had to be assumed.
+        own: the text of the first layer's mask before documents and padding were added.
     """
 
     masks: tuple[Mask, ...]
@@ -46,6 +47,7 @@ class Claim:
     real: Tensor | None = None
     documents: Tensor | None = None
     notes: tuple[str, ...] = ()
+    own: str = "causal"
 
     @property
     def text(self) -> str:
@@ -85,7 +87,7 @@ def claim_of(subject: Subject, mask: object = None, layers: int | None = None) -
         raise AuditError(f"{len(masks)} masks were given, one for each layer, and {says}")
     count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers
     notes = (*base.notes, *_assumed(subject, documents))
-    return Claim(masks, base.source, count, real, documents, notes)
+    return Claim(masks, base.source, count, real, documents, notes, base.masks[0].text)
 
 
 def checked(claim: Claim, subject: Subject) -> Claim:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from truemask.auditing.claims import Claim
-from truemask.auditing.kinds import ASSUMED
+from truemask.auditing.kinds import ASSUMED, is_hugging_face
 from truemask.auditing.models import Subject
 from truemask.auditing.probes import Seen, look_with_poison
 from truemask.auditing.ruler import Ruler
@@ -22,11 +22,14 @@ FIXES = {
     "future-leak": "mask the later keys in every layer: attention needs `causal` ANDed with whatever else it gets; "
     "look for a mask of the wrong polarity or axis, and for layers that mix positions without a mask",
     "leak": "look for the layer that mixes these positions: a mask dropped, inverted, or read along another axis",
-    "documents-mix": "keep documents apart with `causal.packed(lengths)`; transformers looks for documents in "
-    "position_ids only without an attention_mask and without a cache: leave the first out and pass use_cache=False",
+    "documents-mix": "keep documents apart with `{own}.packed(lengths)`",
     "padding-matters": "hide padded keys from every real query, in every layer, by padding that reaches the attention "
     "(True = a real token here and in x-transformers, 1 in transformers, False in torch.nn)",
 }
+LOOKS = (
+    "; transformers looks for documents in position_ids only without an attention_mask and without a cache: leave the "
+    "first out and pass use_cache=False"
+)
 
 
 def leaks(subject: Subject, claim: Claim, seen: Seen, leaked: Tensor, reach: Tensor) -> Iterator[Finding]:
@@ -43,11 +46,12 @@ def leaks(subject: Subject, claim: Claim, seen: Seen, leaked: Tensor, reach: Ten
         kinds.append(("future-leak", later))
     for code, cells in [*kinds, ("leak", torch.ones_like(leaked))]:
         if bool((rest & cells).any()):
-            yield _leak(code, rest & cells, seen, claim)
+            looks = is_hugging_face(subject) and not bool((reach & later).any())
+            yield _leak(code, rest & cells, seen, claim, looks)
         rest = rest & ~cells
 
 
-def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim) -> Finding:
+def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim, looks: bool) -> Finding:
     b, q, k = _witness(cells, seen.size)
     what = {
         "padding-matters": "which is padding",
@@ -63,7 +67,8 @@ def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim) -> Finding:
     many = int(cells.sum())
     more = f" ({many} such pairs in {int(cells.flatten(1).any(dim=1).sum())} of {len(cells)} samples)" * (many > 1)
     message = f"output {q} depends on input {k}, {what}{more}: {proof}"
-    return Finding(code, "error", f"sample {b}, output {q}, input {k}", message, FIXES[code])
+    fix = FIXES[code].format(own=claim.own) + LOOKS * (looks and code == "documents-mix")
+    return Finding(code, "error", f"sample {b}, output {q}, input {k}", message, fix)
 
 
 def _witness(cells: Tensor, size: Tensor) -> tuple[int, int, int]:
