@@ -174,6 +174,7 @@ STAIRS = """
     auditing/placeholders.py
     auditing/models.py
     auditing/signals.py
+    auditing/torch_modules.py
     auditing/ruler.py
     auditing/probes.py
     auditing/kinds.py

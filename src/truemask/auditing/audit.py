@@ -21,6 +21,7 @@ from truemask.auditing.report import Finding, Findings, Report
 from truemask.auditing.ruler import Ruler
 from truemask.auditing.signals import Signals, without_signals
 from truemask.auditing.steadiness import unsteady_calls, unsteady_in_training
+from truemask.auditing.torch_modules import without_queries
 from truemask.errors import describe
 
 MOST_POSITIONS = 128
@@ -77,7 +78,7 @@ def audit(
     (True, [1, 1, 0, 0, 0, 0])
     """
     _check(seeds, positions)
-    model, batch = without_signals(model, batch)
+    model, batch = without_queries(*without_signals(model, batch))
     subject = Subject(model, batch)
     given = model.training
     with undisturbed(model, train=train):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from truemask.auditing.kinds import Said, four_axes, heads_of, is_peer, layers_of, said_of, stack_of
 from truemask.auditing.models import AuditError, Subject
+from truemask.auditing.torch_modules import own_mask
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import lies_in_rows
 from truemask.masks.combine import everything
@@ -202,14 +203,15 @@ def _assumed(subject: Subject, documents: Tensor | None) -> Iterator[str]:
     if documents is not None:
         yield "position_ids begin again, so the batch was taken for packed documents that must not mix"
     given = subject.keywords.get("mask")
-    foreign = stack_of(subject) is None and not is_peer(subject)
+    foreign = stack_of(subject) is None and not is_peer(subject) and own_mask(subject) is None
     if foreign and isinstance(given, Tensor) and given.dtype == torch.bool and given.shape == subject.inputs.shape[:2]:
         yield "mask= of the batch was taken for padding with True at real tokens, which the model does not say"
 
 
 def _means_true(subject: Subject) -> bool:
     """Whether this model's `mask=` of `[b, n]` holds True at real tokens, as far as one can know."""
-    return is_peer(subject) or stack_of(subject) is not None or subject.batch != subject.length
+    known = is_peer(subject) or stack_of(subject) is not None
+    return known or (subject.batch != subject.length and own_mask(subject) is None)
 
 
 def _documents(subject: Subject, real: Tensor | None) -> Tensor | None:

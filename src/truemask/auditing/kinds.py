@@ -1,6 +1,6 @@
 """What models say of their own masks: truemask's, Hugging Face's by their configuration, x-transformers' layers.
 
-Any other model is assumed to be causal, and a note says that this was assumed.
+Of any other model something is assumed, and a note says so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from truemask.auditing.models import Subject
+from truemask.auditing.torch_modules import assumed_of, own_mask
 from truemask.interop.in_use import Given, given_to_transformers, given_to_x_transformers
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -53,8 +54,11 @@ def said_of(subject: Subject) -> Said:
     if is_hugging_face(subject):
         part = "decoder" if str(subject.name).startswith("decoder_") else None
         return _with_given(_of_hugging_face(subject), given_to_transformers(subject.model, part))
-    note = "nobody said which mask this model runs: it was held to `causal`. Pass mask= to say what it should be"
-    return Said((causal,), ASSUMED, None, (note,))
+    own = own_mask(subject)
+    if own is not None:
+        return Said((own.mask,), own.source, own.layers)
+    mask, note = assumed_of(subject)
+    return Said((mask,), ASSUMED, None, (note,))
 
 
 def _with_given(said: Said, given: list[Given]) -> Said:

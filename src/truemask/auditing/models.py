@@ -53,6 +53,7 @@ class Subject:
         keywords: everything else that the call gets.
         embedding: the module that turns the ids into vectors, if one was found.
         features: float `[b, n, d]`, what that module gives (or `inputs`, if these are embeddings); None without it.
+        writes_tokens: whether it gives a number for each token that it may be given.
         held: bool `[b, n]`, the places of images, sounds and videos: no other token is ever put there.
         seed: where all random generators stand when a call begins.
     """
@@ -65,6 +66,7 @@ class Subject:
         self.held = places_of(self.inputs, placeholders(model))
         self.embedding: nn.Module | None = None
         self.features: Tensor | None = self.inputs.detach() if self.embedded else None
+        self.writes_tokens = False
         self.seed = SEED
         self._turn = 1  # of the embedding in one call, from which on it embeds the audited input
         self._check_encoder_decoder()
@@ -142,6 +144,8 @@ class Subject:
             self.embedding, self.features = found[-1 if self._has_twin() else 0]
             turns = sum(module is self.embedding for module, _ in found)
             self._turn = turns if self._has_twin() else 1
+        vocabulary = getattr(self.embedding, "num_embeddings", None)
+        self.writes_tokens = vocabulary is not None and outputs.shape[-1] == vocabulary
         return outputs
 
     def _has_twin(self) -> bool:
