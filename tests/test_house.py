@@ -180,16 +180,21 @@ STAIRS = """
     interop/x_transformers.py
     interop/use.py
     interop/in_use.py
+    interop/positions.py
 
     auditing/__init__.py
+    auditing/placeholders.py
     auditing/models.py
     auditing/signals.py
+    auditing/torch_modules.py
     auditing/ruler.py
     auditing/probes.py
     auditing/kinds.py
     auditing/claims.py
-    auditing/caches.py
     auditing/contexts.py
+    auditing/caches.py
+    auditing/decoding.py
+    auditing/alone.py
     auditing/report.py
     auditing/steadiness.py
     auditing/judging.py

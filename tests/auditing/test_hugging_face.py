@@ -262,3 +262,46 @@ def test_a_stated_mask_counts_real_tokens_and_a_tensor_rows() -> None:
     with use(model, TWO_FIRST):
         assert serious(audit(model, batch, TWO_FIRST)) == []
         assert "leak" in serious(audit(model, batch, TWO_FIRST.to_dense(N)[0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keywords", "suggested"),
+    [
+        ("Llama", {}, "`causal.packed(lengths)`; transformers looks for documents in position_ids only without"),
+        ("Mistral", {"sliding_window": 30}, "`window(30).packed(lengths)`; transformers looks"),
+        ("Bert", {}, "`everything.packed(lengths)`"),
+    ],
+)
+def test_documents_are_kept_apart_by_the_mask_of_the_model(kind: str, keywords: dict[str, Any], suggested: str) -> None:
+    report = audit(tiny(kind, **keywords), {"input_ids": ids(2, N), "position_ids": PACKED})
+    mixed = next(one for one in report.findings if one.code == "documents-mix")
+    assert mixed.fix.startswith(f"keep documents apart with {suggested}")
+    assert ("transformers looks" in mixed.fix) == (kind != "Bert")
+
+
+@pytest.mark.parametrize("name", ["Roberta", "MPNet"])
+def test_positions_from_zero_are_told_where_a_model_counts_from_its_padding(name: str) -> None:
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**SIZES, pad_token_id=1)
+    ).eval()
+    places = torch.arange(N).expand(2, N)
+    told = audit(model, {"input_ids": ids(2, N), "position_ids": places})
+    assert serious(told) == ["positions-too-small"], str(told)
+    assert "counts positions from 2" in told.findings[0].message
+    assert told.findings[0].fix == "pass position_ids + 2"
+    for batch in ({}, {"position_ids": places + 2}):
+        assert serious(audit(model, {"input_ids": ids(2, N), **batch})) == []
+    assert serious(audit(tiny("Bert"), {"input_ids": ids(2, N), "position_ids": places})) == []
+
+
+def test_padding_may_have_the_place_before_the_first() -> None:
+    """The advice for left padding counts from where the model counts, and heeding it is clean."""
+    torch.manual_seed(1)
+    model = transformers.RobertaModel(transformers.RobertaConfig(**SIZES, pad_token_id=1)).eval()
+    batch = {"input_ids": ids(2, N), "attention_mask": LEFT.int()}
+    advice = next(one.fix for one in audit(model, batch).findings if one.code == "padded-differs")
+    assert advice.endswith("position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0) + 2")
+    places = (LEFT.int().cumsum(-1) - 1).clamp(min=0) + 2
+    assert serious(audit(model, {**batch, "position_ids": places})) == []
+    assert serious(audit(model, {**batch, "position_ids": torch.where(LEFT, places, 1)})) == []

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from truemask.auditing import judging
+from truemask.auditing.alone import padded_alone
 from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
 from truemask.auditing.contexts import context_findings
+from truemask.auditing.decoding import decoded
 from truemask.auditing.models import AuditError, Subject, undisturbed
+from truemask.auditing.placeholders import placeholders
 from truemask.auditing.probes import Seen, Step, choose, confirm, look
 from truemask.auditing.report import Finding, Findings, Report
 from truemask.auditing.ruler import Ruler
-from truemask.auditing.signals import without_signals
+from truemask.auditing.signals import Signals, without_signals
 from truemask.auditing.steadiness import unsteady_calls, unsteady_in_training
+from truemask.auditing.torch_modules import without_queries
 from truemask.errors import describe
 
 MOST_POSITIONS = 128
@@ -50,7 +54,8 @@ def audit(
         model: any module whose result holds a float tensor `[b, n, ...]`: a tensor, a tuple, or an object with
             `logits` or `last_hidden_state`.
         batch: token ids `[b, n]`, embeddings `[b, n, d]`, or a dict of keywords: `input_ids`, `attention_mask`, ...
-            Of `pixel_values` and sound, the vectors are changed that the model makes of them.
+            Of `pixel_values` and sound, the vectors are changed that the model makes of them; places of images in
+            a text are left as they are.
         mask: what it should run: a mask, its text, a bool tensor for `dense`, or a list with one for each layer. None:
             what the model claims, with what `tm.use` gave it. The padding of the batch is ANDed to all of these, and
             an expression counts real tokens; a tensor counts rows.
@@ -73,7 +78,7 @@ def audit(
     (True, [1, 1, 0, 0, 0, 0])
     """
     _check(seeds, positions)
-    model, batch = without_signals(model, batch)
+    model, batch = without_queries(*without_signals(model, batch))
     subject = Subject(model, batch)
     given = model.training
     with undisturbed(model, train=train):
@@ -130,6 +135,20 @@ def _baseline(subject: Subject) -> Tensor:
         return subject.find_embedding()
 
 
+def _outside(subject: Subject) -> list[str]:
+    """What of this call no audit changes, in words."""
+    notes = list(subject.model.outside) if isinstance(subject.model, Signals) else []
+    if bool(subject.held.any()):
+        named = placeholders(subject.model)
+        held = subject.inputs[subject.held.to(subject.inputs.device)].unique().tolist()
+        tokens = ", ".join(f"{token} ({named[token]})" for token in held)
+        notes.append(
+            f"{int(subject.held.sum())} places hold images, sounds or videos, by the tokens {tokens}: they were never "
+            "replaced, moved or removed, so nothing is known of which outputs depend on each of them"
+        )
+    return notes
+
+
 @dataclass(frozen=True)
 class _Facts:
     """Everything that was measured of one call."""
@@ -151,10 +170,11 @@ class _Facts:
     def looked(self) -> Tensor:
         """Where not seeing anything says something: not where outputs were NaN from the beginning.
 
-        A position's own input is counted only if the mask shows it, since a model need not hand it on.
+        A position's own input is counted only if the mask shows it, since a model need not hand it on. The places of
+        images and sounds are never changed.
         """
         own = torch.eye(self.subject.length, dtype=torch.bool)
-        return self.seen.looked & (self.shown | ~own) & self.finite[:, :, None]
+        return self.seen.looked & (self.shown | ~own) & self.finite[:, :, None] & ~self.subject.held[:, None, :]
 
     @property
     def shown(self) -> Tensor:
@@ -176,16 +196,19 @@ class _Facts:
         hidden, visible = ~self.reach & judged, self.seen.visible
         blind = self.reach & ~visible & self.looked & judged
         cache = cache and steady and not bool(self.reach.triu(1).any())
+        by_context = [*context_findings(self.subject, self.ruler, self.reach, self.seeds)]
+        sound = not any(isinstance(one, Finding) and one.severity == "error" for one in by_context)
         return [
             *self._not_finite(),
             *judging.nothing_seen(visible, self.reach & judged & self.looked),
             *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
             *judging.unbounded(self.claim, visible & judged, self.reach, self.shown),
             *judging.neighbours(self.seen),
-            *context_findings(self.subject, self.ruler, self.seeds),
-            *(judging.padded_alone(self.subject, self.claim, self.ruler) if steady else ()),
+            *judging.small_positions(self.subject, self.claim),
+            *by_context,
+            *(padded_alone(self.subject, self.claim, self.ruler, sound) if steady else ()),
             *judging.blind_spots(self.claim, blind, self.reach & judged, self.seen, self.seeds),
-            *(judging.cached(self.subject, self.claim, self.judged, self.ruler) if cache else ()),
+            *(decoded(self.subject, self.claim, self.judged, self.ruler) if cache else ()),
             *(judging.poisoned(self.subject, self.ruler, hidden & ~visible) if not self.seen.neighbours else ()),
         ]
 
@@ -207,7 +230,7 @@ class _Facts:
             f"audit of {type(self.subject.model).__name__}, {b} sample{'s' * (b != 1)} of {n} positions: held to "
             f"{self.claim.text} ({self.claim.source}){through}"
         )
-        notes = [*self.claim.notes, *(one for one in found if isinstance(one, str))]
+        notes = [*self.claim.notes, *_outside(self.subject), *(one for one in found if isinstance(one, str))]
         more = self.reach & ~self.shown & ~torch.eye(n, dtype=torch.bool)
         if layers is None and bool(more.any()):
             notes.append(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from truemask.auditing.kinds import Said, four_axes, heads_of, is_peer, layers_of, said_of, stack_of
 from truemask.auditing.models import AuditError, Subject
+from truemask.auditing.torch_modules import own_mask
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import lies_in_rows
 from truemask.masks.combine import everything
@@ -38,6 +39,7 @@ class Claim:
         real: bool `[b, n]`, False at padding; None where there is none.
         documents: int64 `[b, n]`, which document a token belongs to; None where they are not packed.
         notes: what had to be assumed.
+        own: the text of the first layer's mask before documents and padding were added.
     """
 
     masks: tuple[Mask, ...]
@@ -46,6 +48,7 @@ class Claim:
     real: Tensor | None = None
     documents: Tensor | None = None
     notes: tuple[str, ...] = ()
+    own: str = "causal"
 
     @property
     def text(self) -> str:
@@ -85,7 +88,7 @@ def claim_of(subject: Subject, mask: object = None, layers: int | None = None) -
         raise AuditError(f"{len(masks)} masks were given, one for each layer, and {says}")
     count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers
     notes = (*base.notes, *_assumed(subject, documents))
-    return Claim(masks, base.source, count, real, documents, notes)
+    return Claim(masks, base.source, count, real, documents, notes, base.masks[0].text)
 
 
 def checked(claim: Claim, subject: Subject) -> Claim:
@@ -199,14 +202,15 @@ def _assumed(subject: Subject, documents: Tensor | None) -> Iterator[str]:
     if documents is not None:
         yield "position_ids begin again, so the batch was taken for packed documents that must not mix"
     given = subject.keywords.get("mask")
-    foreign = stack_of(subject) is None and not is_peer(subject)
+    foreign = stack_of(subject) is None and not is_peer(subject) and own_mask(subject) is None
     if foreign and isinstance(given, Tensor) and given.dtype == torch.bool and given.shape == subject.inputs.shape[:2]:
         yield "mask= of the batch was taken for padding with True at real tokens, which the model does not say"
 
 
 def _means_true(subject: Subject) -> bool:
     """Whether this model's `mask=` of `[b, n]` holds True at real tokens, as far as one can know."""
-    return is_peer(subject) or stack_of(subject) is not None or subject.batch != subject.length
+    known = is_peer(subject) or stack_of(subject) is not None
+    return known or (subject.batch != subject.length and own_mask(subject) is None)
 
 
 def _documents(subject: Subject, real: Tensor | None) -> Tensor | None:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from truemask.auditing.caches import decoder_of, stops
 from truemask.auditing.claims import Claim
-from truemask.auditing.kinds import ASSUMED
+from truemask.auditing.kinds import ASSUMED, is_hugging_face
 from truemask.auditing.models import Subject
 from truemask.auditing.probes import Seen, look_with_poison
 from truemask.auditing.ruler import Ruler
 from truemask.diagnosis.finding import Finding
+from truemask.interop.positions import first_position
 
 LEAKS = ("future-leak", "leak", "documents-mix", "padding-matters", "padded-differs", "batch-neighbours")
 UNSEEN = ("not-finite", "nothing-seen", "unbounded-layers")  # what keeps leaks from being seen
-MOST_ALONE = 4  # padded samples that are run once more without their padding
 
 FIXES = {
     "future-leak": "mask the later keys in every layer: attention needs `causal` ANDed with whatever else it gets; "
     "look for a mask of the wrong polarity or axis, and for layers that mix positions without a mask",
     "leak": "look for the layer that mixes these positions: a mask dropped, inverted, or read along another axis",
-    "documents-mix": "keep documents apart with `causal.packed(lengths)`; transformers looks for documents in "
-    "position_ids only without an attention_mask and without a cache: leave the first out and pass use_cache=False",
+    "documents-mix": "keep documents apart with `{own}.packed(lengths)`",
     "padding-matters": "hide padded keys from every real query, in every layer, by padding that reaches the attention "
     "(True = a real token here and in x-transformers, 1 in transformers, False in torch.nn)",
 }
+LOOKS = (
+    "; transformers looks for documents in position_ids only without an attention_mask and without a cache: leave the "
+    "first out and pass use_cache=False"
+)
 
 
 def leaks(subject: Subject, claim: Claim, seen: Seen, leaked: Tensor, reach: Tensor) -> Iterator[Finding]:
@@ -45,11 +46,12 @@ def leaks(subject: Subject, claim: Claim, seen: Seen, leaked: Tensor, reach: Ten
         kinds.append(("future-leak", later))
     for code, cells in [*kinds, ("leak", torch.ones_like(leaked))]:
         if bool((rest & cells).any()):
-            yield _leak(code, rest & cells, seen, claim)
+            looks = is_hugging_face(subject) and not bool((reach & later).any())
+            yield _leak(code, rest & cells, seen, claim, looks)
         rest = rest & ~cells
 
 
-def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim) -> Finding:
+def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim, looks: bool) -> Finding:
     b, q, k = _witness(cells, seen.size)
     what = {
         "padding-matters": "which is padding",
@@ -65,7 +67,8 @@ def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim) -> Finding:
     many = int(cells.sum())
     more = f" ({many} such pairs in {int(cells.flatten(1).any(dim=1).sum())} of {len(cells)} samples)" * (many > 1)
     message = f"output {q} depends on input {k}, {what}{more}: {proof}"
-    return Finding(code, "error", f"sample {b}, output {q}, input {k}", message, FIXES[code])
+    fix = FIXES[code].format(own=claim.own) + LOOKS * (looks and code == "documents-mix")
+    return Finding(code, "error", f"sample {b}, output {q}, input {k}", message, fix)
 
 
 def _witness(cells: Tensor, size: Tensor) -> tuple[int, int, int]:
@@ -155,111 +158,24 @@ def neighbours(seen: Seen) -> Iterator[Finding]:
     )
 
 
-def padded_alone(subject: Subject, claim: Claim, ruler: Ruler) -> Iterator[Finding | str]:
-    """Each padded sample, run once more alone and without its padding."""
-    if claim.real is None:
+def small_positions(subject: Subject, claim: Claim) -> Iterator[Finding]:
+    """Positions from 0 for a model that keeps the first ones for padding."""
+    first, positions = first_position(subject.model), subject.keywords.get("position_ids")
+    if not first or not isinstance(positions, Tensor) or positions.ndim != 2:
         return
-    strange = [
-        name
-        for name, value in subject.keywords.items()
-        if name != "seq_start_pos" and value is not None and not _cuts(subject, value)
-    ]
-    if strange:
-        yield f"padded samples were not run without their padding, because of {', '.join(strange)} in the batch"
-        return
-    for s in (~claim.real).any(dim=1).nonzero().flatten().tolist()[:MOST_ALONE]:
-        places = claim.real[s].nonzero().flatten()
-        if not len(places):
-            continue
-        try:
-            with torch.no_grad():
-                alone = _alone(subject, s, places)
-        except Exception as error:  # a mask of `tm.use` that holds data for all samples, or anything else
-            yield f"padded samples could not be run without their padding: {_line(error)}"
-            return
-        apart = ruler.between(alone, ruler.baseline[s : s + 1, places])[0]
-        worst = int(apart.argmax())
-        if float(apart[worst]) > ruler.tolerance:
-            yield _padded(s, int(places[worst]), float(apart[worst]), subject)
-            return
-
-
-def _padded(s: int, place: int, apart: float, subject: Subject) -> Finding:
-    fix = "make padding invisible, and let positions begin at each sample's first real token"
-    if "attention_mask" in subject.keywords and "position_ids" not in subject.keywords:
-        fix += ": position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)"
-    return Finding(
-        "padded-differs",
-        "error",
-        f"sample {s}, output {place}",
-        f"the same tokens alone, without padding, give an output that differs by {apart:.2g}: padding matters, which "
-        "this proves",
-        fix,
-    )
-
-
-def _cuts(subject: Subject, value: Any) -> bool:
-    """Whether a keyword can be cut to one sample and some positions."""
-    if isinstance(value, Tensor):
-        return value.ndim >= 2 and value.shape[0] in (1, subject.batch) and value.shape[1] == subject.length
-    return isinstance(value, (bool, int, float, str))
-
-
-def _alone(subject: Subject, s: int, places: Tensor) -> Tensor:
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value[min(s, len(value) - 1)][None][:, places.to(value.device)]
-
-    kept = {name: cut(value) for name, value in subject.keywords.items() if name != "seq_start_pos"}
-    whole, subject.keywords = subject.keywords, kept
-    try:
-        return subject.outputs(cut(subject.inputs))
-    finally:
-        subject.keywords = whole
-
-
-def cached(subject: Subject, claim: Claim, judged: Tensor, ruler: Ruler) -> Iterator[Finding | str]:
-    """The outputs decoded with a cache beside those of one call."""
-    decode, why = decoder_of(subject)
-    if decode is not None and claim.documents is not None:
-        decode, why = None, "decoding with a cache was not tried, because the batch packs documents"
-    if decode is None or subject.length < 2:
-        if why:
-            yield why
-        return
-    ends = stops(subject.length)
-    try:
-        with torch.no_grad():
-            outputs = decode(subject, ends)
-    except Exception as error:  # any model may raise anything here, and that is what is reported
+    small = (positions.cpu() < first).expand(subject.batch, -1)
+    small = small if claim.real is None else small & claim.real
+    if bool(small.any()):
+        b, q = (int(i) for i in small.nonzero()[0])
         yield Finding(
-            "cache-fails",
+            "positions-too-small",
             "warning",
-            "decoding",
-            f"the call works at once and fails with a cache: {_line(error)}",
-            "decode without a cache (use_cache=False), or with a mask that the cache understands",
+            f"sample {b}, input {q}",
+            f"{type(subject.model).__name__} counts positions from {first} (its padding has the one before), and "
+            f"position_ids hold {int(positions.cpu()[small[: len(positions)]].min())}: every token is read at another "
+            "place than alone",
+            f"pass position_ids + {first}",
         )
-        return
-    if outputs is None:
-        yield "decoding with a cache was not tried, because the model returned none"
-        return
-    apart = torch.where(judged, ruler.moved(outputs), 0.0)
-    b, q = (int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
-    if float(apart[b, q]) > ruler.tolerance:
-        yield Finding(
-            "cached-differs",
-            "error",
-            f"sample {b}, output {q}",
-            f"decoded with a cache ({ends[0]} tokens, then step by step) the output differs by "
-            f"{float(apart[b, q]):.2g} from that of one call, which proves that it is not generated as it was trained",
-            "find what does not know which tokens came before: positions, a mask, or a part that sees new ones only",
-        )
-
-
-def _line(error: Exception) -> str:
-    said = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {said[0][:160]}"
 
 
 def poisoned(subject: Subject, ruler: Ruler, hidden: Tensor) -> Iterator[Finding]:

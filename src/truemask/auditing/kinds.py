@@ -1,6 +1,6 @@
 """What models say of their own masks: truemask's, Hugging Face's by their configuration, x-transformers' layers.
 
-Any other model is assumed to be causal, and a note says that this was assumed.
+Of any other model something is assumed, and a note says so.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truemask.auditing.models import Subject
+from truemask.auditing.torch_modules import assumed_of, own_mask
 from truemask.interop.in_use import Given, given_to_transformers, given_to_x_transformers
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
@@ -53,8 +54,11 @@ def said_of(subject: Subject) -> Said:
     if is_hugging_face(subject):
         part = "decoder" if str(subject.name).startswith("decoder_") else None
         return _with_given(_of_hugging_face(subject), given_to_transformers(subject.model, part))
-    note = "nobody said which mask this model runs: it was held to `causal`. Pass mask= to say what it should be"
-    return Said((causal,), ASSUMED, None, (note,))
+    own = own_mask(subject)
+    if own is not None:
+        return Said((own.mask,), own.source, own.layers)
+    mask, note = assumed_of(subject)
+    return Said((mask,), ASSUMED, None, (note,))
 
 
 def _with_given(said: Said, given: list[Given]) -> Said:
@@ -183,12 +187,20 @@ def _is_causal(subject: Subject, config: Any) -> tuple[bool, tuple[str, ...]]:
         return True, ()
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", None) is False:
         return False, ()
-    said = {module.is_causal for module in subject.model.modules() if hasattr(module, "is_causal")}
+    said = _flags(subject.model, text)
     if said in ({True}, {False}):
         return said == {True}, ()
     name = type(subject.model).__name__
     named = any(word in name for word in CAUSAL_NAMES)
     return named, (f"{name} does not say whether it is causal; by its name it was held to {_NAMED[named]}",)
+
+
+def _flags(model: nn.Module, text: Any) -> set[bool]:
+    """What its attention modules say of `is_causal`: those of the text, where a model sees and hears too."""
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    kinds = [getattr(getattr(module, "config", text), "model_type", None) for module in attentions]
+    of_text = [module for module, kind in zip(attentions, kinds, strict=True) if kind == text.model_type]
+    return {bool(module.is_causal) for module in of_text or attentions}
 
 
 def _layer_types(config: Any, layers: int | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from truemask.auditing.placeholders import placeholders, places_of, special_tokens
 from truemask.errors import TruemaskError, describe
 
 INPUTS = (
@@ -33,7 +35,7 @@ INPUTS = (
     "src",
 )
 OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
-SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "decoder_start", "image", "audio", "video")
+LEAST_POSITIONS = 2
 SEED = 20_260_714  # every call of the model begins here, so that dropout drops the same in all of them
 
 
@@ -51,6 +53,8 @@ class Subject:
         keywords: everything else that the call gets.
         embedding: the module that turns the ids into vectors, if one was found.
         features: float `[b, n, d]`, what that module gives (or `inputs`, if these are embeddings); None without it.
+        writes_tokens: whether it gives a number for each token that it may be given.
+        held: bool `[b, n]`, the places of images, sounds and videos: no other token is ever put there.
         seed: where all random generators stand when a call begins.
     """
 
@@ -59,8 +63,10 @@ class Subject:
             raise AuditError(f"model is {describe(model)}; expected a torch.nn.Module, called with ids or embeddings")
         self.model = model
         self.name, self.inputs, self.keywords = read_batch(batch)
+        self.held = places_of(self.inputs, placeholders(model))
         self.embedding: nn.Module | None = None
         self.features: Tensor | None = self.inputs.detach() if self.embedded else None
+        self.writes_tokens = False
         self.seed = SEED
         self._turn = 1  # of the embedding in one call, from which on it embeds the audited input
         self._check_encoder_decoder()
@@ -89,6 +95,12 @@ class Subject:
             return self.model(**{self.name: inputs}, **keywords)
         return self.model(inputs, **keywords)
 
+    def changed(self, inputs: Tensor, keywords: dict[str, Any]) -> Subject:
+        """The same model in another call, to be run and compared only."""
+        other = copy(self)
+        other.inputs, other.keywords = inputs, keywords
+        return other
+
     def outputs(self, inputs: Tensor | None = None, **changes: Any) -> Tensor:
         """What comes out at each position, float `[b, n, e]`."""
         given = self.inputs if inputs is None else inputs
@@ -102,7 +114,8 @@ class Subject:
         ids, turns = self.inputs, count(1)
 
         def replace(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Any) -> Any:
-            return features if is_of(args, named, ids) and next(turns) >= self._turn else None
+            ours = is_of(args, named, ids, ~self.held)
+            return features if ours and next(turns) >= self._turn else None
 
         handle = self.embedding.register_forward_hook(replace, with_kwargs=True)
         try:
@@ -117,7 +130,8 @@ class Subject:
         found: list[tuple[nn.Module, Tensor]] = []
 
         def watch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
-            if is_of(args, named, self.inputs) and _fits(result, self.batch, self.length) and result.ndim == 3:
+            ours = is_of(args, named, self.inputs, ~self.held)
+            if ours and _fits(result, self.batch, self.length) and result.ndim == 3:
                 found.append((module, result.detach()))
 
         handles = [module.register_forward_hook(watch, with_kwargs=True) for module in self._candidates()]
@@ -130,6 +144,8 @@ class Subject:
             self.embedding, self.features = found[-1 if self._has_twin() else 0]
             turns = sum(module is self.embedding for module, _ in found)
             self._turn = turns if self._has_twin() else 1
+        vocabulary = getattr(self.embedding, "num_embeddings", None)
+        self.writes_tokens = vocabulary is not None and outputs.shape[-1] == vocabulary
         return outputs
 
     def _has_twin(self) -> bool:
@@ -151,26 +167,34 @@ class Subject:
         return [first, *modules] if known and isinstance(first, nn.Module) else modules
 
     def other_inputs(self, places: Tensor, generator: torch.Generator) -> Tensor:
-        """The inputs with something else at `places`, bool `[b, n]`: other tokens, or other vectors as large."""
-        return replaced(self.inputs, places, lambda: self._tokens, generator)
+        """The inputs with something else at `places`, bool `[b, n]`: other tokens, or other vectors as large.
+
+        Where images stand (`held`) the token stays.
+        """
+        return replaced(self.inputs, places & ~self.held, lambda: self._tokens, generator)
 
     def other_context(self, context: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """The same for another sequence of the call, `[b, m]` or `[b, m, d]`, from its own range of tokens."""
+        free = places & ~places_of(context, placeholders(self.model)) if context.ndim == 2 else places
         known = int(context.max()) + 1 if not context.is_floating_point() else 0
-        return replaced(context, places, lambda: torch.arange(max(2, known)), generator)
+        return replaced(context, free, lambda: self._ordinary(max(2, known)), generator)
 
     @cached_property
     def _tokens(self) -> Tensor:
         """Tokens that mean nothing special, as far as the model's configuration says."""
         size = getattr(self.embedding, "num_embeddings", None) or int(self.inputs.max()) + 1
-        config = getattr(self.model, "config", None)
-        named = [getattr(config, f"{name}_token_id", None) for name in SPECIAL]
-        special = {token for one in named for token in (one if isinstance(one, (list, tuple)) else [one])}
-        ordinary = [token for token in range(size) if token not in special]
-        ordinary = ordinary if len(ordinary) > 1 else list(range(size))
+        ordinary = self._ordinary(size)
         if len(ordinary) < 2:
             raise AuditError("every token of the batch is 0 and no vocabulary was found: pass ids that differ")
-        return torch.tensor(ordinary)
+        return ordinary
+
+    def _ordinary(self, size: int) -> Tensor:
+        """Of so many tokens those that the configuration gives no name; all but placeholders if too few are left."""
+        for named in (special_tokens(self.model), placeholders(self.model)):
+            ordinary = [token for token in range(size) if token not in named]
+            if len(ordinary) > 1:
+                return torch.tensor(ordinary)
+        return torch.arange(size)
 
     def _check_encoder_decoder(self) -> None:
         takes = inspect.signature(self.model.forward).parameters
@@ -182,12 +206,12 @@ class Subject:
 
 
 def replaced(value: Tensor, places: Tensor, tokens: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
-    """`value` `[b, n]` or `[b, n, d]` with another token, or another vector as large, at `places`, bool `[b, n]`."""
+    """`value` `[b, n, ...]` with another token, or other numbers as large, at `places`, bool `[b, n]`."""
     at = places.to(value.device)
     if value.is_floating_point():
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         size = value.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
-        return torch.where(at[..., None], (noise * size).to(value), value)
+        return torch.where(at[(..., *[None] * (value.ndim - at.ndim))], (noise * size).to(value), value)
     allowed = tokens()
     drawn = torch.randint(len(allowed), value.shape, generator=generator)
     other = allowed[drawn]
@@ -212,6 +236,12 @@ def read_batch(batch: Tensor | Mapping[str, Any]) -> tuple[str | None, Tensor, d
     if inputs.ndim != (3 if inputs.is_floating_point() else 2) or 0 in inputs.shape or inputs.dtype == torch.bool:
         one = "; for one sample pass batch[None]" if inputs.ndim == (2 if inputs.is_floating_point() else 1) else ""
         raise AuditError(f"the input is {describe(inputs)}; expected whole ids [b, n] or embeddings [b, n, d]{one}")
+    if inputs.shape[1] < LEAST_POSITIONS:
+        raise AuditError(
+            f"the input is {describe(inputs)}, a single position: nothing can be seen of who depends on whom. Expected "
+            f"{LEAST_POSITIONS} positions or more, [b, n] or [b, n, d]; of sound [b, 1, samples] audit the part that "
+            "attends, with the vectors [b, n, d] that it is given"
+        )
     return name, inputs, keywords
 
 
@@ -229,7 +259,12 @@ def per_position(result: Any, batch: int, length: int, who: str) -> Tensor:
 
 
 def first_outputs(result: Any) -> Tensor | None:
-    """The first float tensor `[b, n, e]` of a result, if there is one."""
+    """The first float tensor `[b, n, e]` of a result, if there is one; of a dict only what is known to be outputs.
+
+    Anything else of three axes may be sound `[b, 1, samples]`, or channels before positions.
+    """
+    if isinstance(result, Mapping):
+        result = [result[name] for name in OUTPUTS if name in result]
     return next((one for one in _tensors(result) if one.ndim == 3 and one.is_floating_point()), None)
 
 
@@ -254,10 +289,18 @@ def _fits(value: Any, batch: int, length: int) -> bool:
     )
 
 
-def is_of(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor) -> bool:
-    """Whether a module was called with these ids."""
+def is_of(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, free: Tensor) -> bool:
+    """Whether a module was called with these ids; where `free` is False the model may have put others."""
     first = next(iter((*args, *named.values())), None)
-    return isinstance(first, Tensor) and first.shape == ids.shape and torch.equal(first.to(ids), ids)
+    return (
+        isinstance(first, Tensor) and first.shape == ids.shape and bool(((first == ids) | ~free.to(ids.device)).all())
+    )
+
+
+def line_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    said = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {said[0][:160]}"
 
 
 def seed_everything(seed: int) -> None:

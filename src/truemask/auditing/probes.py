@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from truemask.auditing.models import SEED, Subject
+from truemask.auditing.models import SEED, Subject, line_of
 from truemask.auditing.ruler import Ruler
 
 PROPORTION = 0.1  # how far three times a gradient may be from the gradient of three times the sum
@@ -107,7 +107,7 @@ def look_at_neighbours(subject: Subject, ruler: Ruler, seen: Seen, seeds: int) -
     try:
         _look_across_samples(subject, seen, seeds)
     except Exception as error:  # as in look_by_gradients, which says so
-        seen.no_gradient = _line(error)
+        seen.no_gradient = line_of(error)
 
 
 def look_by_changes(
@@ -189,7 +189,7 @@ def look_by_gradients(subject: Subject, seen: Seen, groups: list[list[int]], see
                     seen.by_gradient[group, q] |= (found.nan_to_num(nan=0.0) != 0).any(dim=-1)[group]
                     step("following gradients", seed * len(turns) + done + 1, seeds * len(turns))
     except Exception as error:  # autograd, or a backward of the model's own, cannot go through it
-        seen.no_gradient = _line(error)
+        seen.no_gradient = line_of(error)
 
 
 def _moved(features: Tensor, seed: int) -> Tensor:
@@ -232,10 +232,6 @@ def look_with_poison(subject: Subject, ruler: Ruler, hidden: Tensor) -> Iterator
             with torch.no_grad():
                 apart = ruler.moved(subject.outputs_of_features(features))
             yield what, k, apart.isinf() & hidden[:, :, k]
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -20,6 +20,8 @@ from truemask.masks.remembering import is_late
 
 BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
 
+BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
+
 
 def warn(message: str) -> None:
     """A ConventionWarning that points at the caller's line: the first frame outside this library and those around."""
