@@ -170,6 +170,7 @@ STAIRS = """
     interop/lifting.py
     interop/placing.py
     interop/claims.py
+    interop/watching.py
     interop/switch.py
     interop/without_us.py
     interop/huggingface.py
@@ -180,7 +181,6 @@ STAIRS = """
     interop/x_transformers.py
     interop/use.py
     interop/in_use.py
-    interop/positions.py
 
     auditing/__init__.py
     auditing/placeholders.py

@@ -98,7 +98,8 @@ def assumed_of(subject: Subject) -> tuple[Mask, str]:
     if subject.writes_tokens or any(word in name for word in LANGUAGE):
         return causal, (
             f"{said}it was held to `causal`, since it gives a number for each token of its vocabulary, though its "
-            f"{kind} looks both ways. Pass mask= to say what it should be ('everything', if it is meant to see the whole text)"
+            f"{kind} looks both ways. Pass mask= to say what it should be ('everything', if it is meant to see the "
+            "whole text)"
         )
     return everything, (
         f"{said}it was held to `everything`, since its {kind} looks both ways. Pass mask='causal' if it should look "

@@ -17,7 +17,6 @@ from torch import nn
 from truemask.errors import MaskError
 from truemask.interop.in_force import REPLICATE, Hold, Replicas, Seat, stand, withdraw
 from truemask.interop.layers import MARK, Layer, assigned, attention_layers
-from truemask.interop.positions import watch
 
 # -- configs -----------------------------------------------------------------------------------------------------------
 
@@ -133,6 +132,8 @@ class Switch:
 
     def apply(self, everywhere: bool = False) -> None:
         """Switch the model over, as it is by now, for this context or for all."""
+        from truemask.interop.watching import watch  # brings `torch._dynamo`, as transformers does itself
+
         _check_switchable(self._model)
         self._register()
         found, model = self._assigned(), self._model

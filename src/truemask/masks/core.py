@@ -3,13 +3,12 @@
 True means "may attend" and positions are logical, 0-based and absolute (docs/conventions.md). A kind of mask is a
 frozen dataclass that says
 
-* `_truth(b, h, q, k)`: the meaning, index arithmetic on tensors that broadcast together. It is called on a *bound*
-  copy, in which numbers are 0-d tensors and `self.table(name)` is data on the right device;
+* `_truth(b, h, q, k)`: the meaning, index arithmetic on tensors that broadcast together, called on a *bound* copy, in
+  which numbers are 0-d tensors and `self.table(name)` is data on the right device;
 * `_tile(rectangles)`: EMPTY, MIXED or FULL for whole rectangles, soundly;
 * how large its data is (`_check`, `batch_size`, `head_count`) and how it is written (`_write`).
 
-What the operators and the re-indexing methods build lives in `combine.py` and `reindex.py`; they are found through the
-registry of kinds.
+What operators and re-indexing methods build (`combine.py`, `reindex.py`) is found through the registry of kinds.
 """
 
 from __future__ import annotations
@@ -383,9 +382,6 @@ class Mask(Value, Questions):
         q, k = torch.arange(q_len), torch.arange(kv_len)
         self._check(q_len, kv_len)
         return self._logical(q, k) or (q, k)
-
-
-# -- helpers -----------------------------------------------------------------------------------------------------------
 
 
 def operand(sign: str, value: object) -> Mask:
