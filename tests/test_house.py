@@ -165,11 +165,13 @@ STAIRS = """
     interop/in_force.py
     interop/positions.py
     interop/dropping.py
+    interop/stand_in.py
     interop/unreached.py
     interop/layers.py
     interop/lifting.py
     interop/placing.py
     interop/claims.py
+    interop/tensors.py
     interop/watching.py
     interop/switch.py
     interop/without_us.py

@@ -5,37 +5,28 @@ The mask function makes a `Claim`; transformers carries it to every attention la
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import replace as changed
 from functools import cached_property, reduce
 from operator import and_
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, Packing, alike
 from truemask.interop.placing import Sizes, Standing, says_rows, standing, standing_of_tensor
 from truemask.interop.positions import Told
+from truemask.interop.stand_in import StandIn
 from truemask.masks.combine import And, everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Padding, keys, padding
-from truemask.masks.foreign.importers import from_torch_sdpa
 from truemask.masks.labels import documents
 from truemask.masks.packing import Packed
 from truemask.masks.positional import causal
 from truemask.nn.doors import warn
-
-INSIDE = (
-    "Inside `tm.use` the model's mask is an expression and not a tensor. Call `backward` inside the block if layers "
-    "are recomputed then by others than torch.utils.checkpoint. A model that computes with its mask itself cannot run "
-    "there"
-)
 
 LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
 OF_ROWS = (*LAID_OUT, "same", "keys", "queries", "dense")
@@ -60,7 +51,7 @@ def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
     return packed and any(part.kind in OF_ROWS for part in parts)
 
 
-class Claim:
+class Claim(StandIn):
     """The model's own mask for one forward, over absolute positions.
 
     `rule`: what it says of positions, or a function that finds it out: transformers makes masks for kinds of layers
@@ -107,18 +98,6 @@ class Claim:
     def to(self, *_: object, **__: object) -> Claim:
         """Itself: `attend` brings a mask to the device of its tensors."""
         return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise MaskError(f"torch's `{getattr(func, '__name__', func)}` was given the mask of `tm.use`. {INSIDE}")
-
-    def __getitem__(self, place: object) -> Any:
-        raise MaskError(f"the model takes a part of its mask, `mask[{place}]`. {INSIDE}")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise AttributeError(f"the model asks its mask for `.{name}`. {INSIDE}")
 
     # -- as our attention reads it -----------------------------------------------------------------------------------
 
@@ -365,58 +344,6 @@ class Claim:
         if solid:
             return seen, positions if any(starts) else None, starts if any(starts) else None
         return seen, positions, None
-
-
-class Place(threading.local):
-    """What this thread read last: cross-attention follows a self-attention, and layers share a 4-D tensor."""
-
-    rows: tuple[Any, Claim] | None = None
-    tensor: tuple[Any, int, Claim] | None = None
-
-
-PLACE = Place()
-
-
-def of_tensor(mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> Claim:
-    """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
-
-    Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias. The layers
-    of one forward share it; a layer that reads the tensor again begins another forward, in which it may be changed.
-    """
-    batch, q_len, k_len = sizes
-    shape = tuple(mask.shape)
-    if len(shape) != 4 or any(own not in (1, size) for own, size in zip((shape[0], *shape[2:]), sizes, strict=True)):
-        raise MaskError(
-            f"the attention_mask that reached the attention is {describe(mask)}, but the call has {batch} samples, "
-            f"{q_len} queries and {k_len} keys: a 4-D one is [{batch}, 1, {q_len}, {k_len}]"
-        )
-    if mask.is_inference() or mask.requires_grad:
-        return _read(mask, sizes)
-    if PLACE.tensor is not None:
-        known, version, claim = PLACE.tensor
-        same = known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len)
-        if same and not claim.read_by(reader):
-            return claim
-    claim = _read(mask, sizes)
-    PLACE.tensor = weakref.ref(mask), mask._version, claim
-    return claim
-
-
-def _read(mask: Tensor, sizes: tuple[int, int, int]) -> Claim:
-    placed = sizes[1] == sizes[2]
-    if not mask.is_floating_point():
-        rule = from_torch_sdpa(mask)
-        return Claim(Lifted(rule), sizes, placed=placed, visible=_seen(mask), device=mask.device)
-    visible = mask.detach() > torch.finfo(mask.dtype).min / 2
-    rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
-    added = torch.where(visible, mask, 0)
-    bias = added if mask.requires_grad or bool((added != 0).any()) else None
-    return Claim(Lifted(rule), sizes, bias=bias, placed=placed, visible=_seen(visible), device=mask.device)
-
-
-def _seen(mask: Tensor) -> Tensor:
-    """`[b or 1, k]`: the keys that some row of some head sees."""
-    return mask.detach().bool().any(dim=2).any(dim=1).cpu()
 
 
 def _answers_for(mask: Mask, length: int) -> bool:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from truemask._attend import attend
 from truemask.errors import MaskError, describe
-from truemask.interop.claims import PLACE, Claim, of_tensor
+from truemask.interop.claims import Claim
 from truemask.interop.dropping import warn_of_dropped
 from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, lift
 from truemask.interop.positions import FORWARD
 from truemask.interop.recomputing import checkpoints
 from truemask.interop.switch import Switch, account_of
+from truemask.interop.tensors import PLACE, of_tensor
 from truemask.interop.watching import REASON
 from truemask.interop.without_us import EAGER, named, own_attention, own_mask, refuse_unknown, seat_of
 from truemask.masks.combine import everything

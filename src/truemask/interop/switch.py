@@ -7,7 +7,7 @@ switched it, and of what it named before, which is what runs for those who have 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace as changed
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ def switch_config(config: Any, user: str, key: str, hold: Hold) -> Callable[[], 
     account = account_of(config) or ACCOUNTS.setdefault(id(config), Account(config))
     account.users.append(user)
     hold.sit(account.seat, user, held=False)  # accounts outlive models
+    config._attn_implementation_internal = key
 
     def release() -> None:
         account.users.remove(user)
@@ -70,13 +71,22 @@ def models_in(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-def configs_of(model: nn.Module) -> list[Any]:
-    """Every config that the model or a part of it reads, each once."""
-    waiting = [module.config for module in models_in(model)]
+def parts_meant(model: nn.Module, layers: Mapping[nn.Module, Layer]) -> list[Any]:
+    """The models in a model that own a layer that is meant: one with a mask, or any where there is none."""
+    masked = {module for module, layer in layers.items() if layer.mask is not None}
+    meant = masked or layers.keys()
+    return [part for part in models_in(model) if any(module in meant for module in part.modules())]
+
+
+def configs_of(model: nn.Module, parts: list[Any]) -> list[Any]:
+    """Every config that these parts of a model read, each once; not those that only other parts do."""
+    own = {id(part.config) for part in parts}
+    others = {id(part.config) for part in models_in(model)} - own
+    waiting = [part.config for part in parts]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
-        if config is not None and id(config) not in found:
+        if config is not None and id(config) not in found and id(config) not in others:
             found[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
     return list(found.values())
@@ -134,23 +144,36 @@ class Switch:
         """Switch the model over, as it is by now, for this context or for all."""
         from truemask.interop.watching import watch  # brings `torch._dynamo`, as transformers does itself
 
-        _check_switchable(self._model)
         self._register()
-        found, model = self._assigned(), self._model
+        model, found = self._model, self._assigned()
+        parts = parts_meant(model, found)
+        for part in parts:
+            _check_switchable(part)
         hold = self._hold = Hold(everywhere)
         try:
-            for config in configs_of(model):
+            for config in configs_of(model, parts):
                 hold.change(partial(switch_config, config, type(model).__name__, self._key, hold))
-            model.set_attn_implementation(self._key)
+            owners = {module: part for part in models_in(model) for module in part.modules()}  # the innermost
             for module, layer in found.items():
-                _check_switched(model, module, layer, self._key)
-                hold.change(partial(_seat, model, module, layer, hold))
+                if self._runs_ours(module, layer, owners[module]):
+                    hold.change(partial(_seat, model, module, layer, hold))
             hold.change(partial(_replicate, model))
             hold.change(partial(watch, model, models_in(model)))
         except BaseException:
             del hold  # the error remembers what stands here
             self.undo()
             raise
+
+    def _runs_ours(self, module: nn.Module, layer: Layer, owner: Any) -> bool:
+        """Whether a layer's config is switched. Raises MaskError if one with a mask goes on with another attention."""
+        config: Any = getattr(module, "config", None) or owner.config
+        ours = config._attn_implementation == self._key
+        if layer.mask is not None and not ours:
+            raise MaskError(
+                f"{type(self._model).__name__}: `{layer.path}` keeps its attention '{config._attn_implementation}', "
+                "because its config is none that the model, or a part of it, is made from"
+            )
+        return ours
 
     def undo(self) -> None:
         """End the use; uses of a model may end in any order."""
@@ -172,23 +195,10 @@ def _replicate(model: nn.Module) -> Callable[[], None]:
     return partial(withdraw, model, REPLICATE, stand(model, REPLICATE, Replicas, lambda: Replicas(model)))
 
 
-def _check_switchable(model: nn.Module) -> None:
-    from transformers import PreTrainedModel
-
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
-            raise MaskError(
-                f"{type(part).__name__} cannot switch its attention: transformers looks for its AttentionInterface in "
-                "the file of the class, and does not find it (classes of a notebook have no file). A mask can reach "
-                "such a model only as the tensor that it takes: `tm.to_additive(mask, ...)` or `tm.to_torch_sdpa`"
-            )
-
-
-def _check_switched(model: nn.Module, module: nn.Module, layer: Layer, key: str) -> None:
-    """Raise if a layer goes on with another attention: its config is not one that transformers switches."""
-    config: Any = getattr(module, "config", None)
-    if config is not None and config._attn_implementation != key:
+def _check_switchable(part: Any) -> None:
+    if not part._can_set_attn_implementation():
         raise MaskError(
-            f"{type(model).__name__}: `{layer.path}` keeps its attention '{config._attn_implementation}', because "
-            "transformers does not switch its config with the model's"
+            f"{type(part).__name__} cannot switch its attention: transformers looks for its AttentionInterface in "
+            "the file of the class, and does not find it (classes of a notebook have no file). A mask can reach "
+            "such a model only as the tensor that it takes: `tm.to_additive(mask, ...)` or `tm.to_torch_sdpa`"
         )
