@@ -32,6 +32,7 @@ NAMES = """
     assert_no_leak
     attend
     audit
+    attention_backend
     backends
     block_pattern
     blocks

@@ -101,6 +101,7 @@ STAIRS = """
     backends/native_call.py
     backends/native.py
     backends/registry.py
+    backends/chosen.py
 
     diagnosis/__init__.py
     diagnosis/finding.py
@@ -164,6 +165,7 @@ STAIRS = """
     interop/recomputing.py
     interop/in_force.py
     interop/positions.py
+    interop/watching.py
     interop/dropping.py
     interop/stand_in.py
     interop/unreached.py

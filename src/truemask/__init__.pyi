@@ -5,6 +5,7 @@ from truemask._choose import Plan as Plan
 from truemask._plan import plan as plan
 from truemask.auditing.audit import assert_no_leak as assert_no_leak
 from truemask.auditing.audit import audit as audit
+from truemask.backends.chosen import attention_backend as attention_backend
 from truemask.backends.registry import backends as backends
 from truemask.diagnosis.diagnose import diagnose as diagnose
 from truemask.diagnosis.reach import reach as reach

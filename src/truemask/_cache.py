@@ -23,8 +23,7 @@ from torch import Tensor
 
 from truemask._choose import SHORT, Choice, Plan, checked_job, choose, planned
 from truemask.backends.base import Backend, Job, Lowered, Request
-from truemask.backends.registry import backends
-from truemask.errors import describe
+from truemask.backends.chosen import check_backend, named_here
 from truemask.masks.core import Mask
 from truemask.masks.data_store import Data
 from truemask.masks.reindex import At, Take
@@ -196,8 +195,8 @@ class PlanCache:
 
     def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
         """The plan for such a call, made now if there is none."""
-        if wanted is not None and not isinstance(wanted, str):
-            raise TypeError(f"backend must be None or one of {', '.join(backends())}, got {describe(wanted)}")
+        check_backend(wanted)
+        wanted = named_here(wanted)
         key = mask, request, wanted
         with self._lock:
             found = self._entries.get(key)

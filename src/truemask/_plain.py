@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from truemask._call import Call, cast, read_call
-from truemask._choose import check_backend
 from truemask._door import checked_length
 from truemask._run import new_seed
 from truemask.backends.base import Inputs, Result
+from truemask.backends.chosen import check_backend
 from truemask.backends.dropping import kept
 from truemask.backends.eager import beside_sink, bias_values, weights_of
 from truemask.masks.biases import Bias

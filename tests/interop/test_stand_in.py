@@ -1,4 +1,4 @@
-"""Parts that compute with their mask: those left out keep the attention that they had, the others are told what to do."""
+"""Parts that compute with their mask: those left out keep their attention, the others are told what to do."""
 
 from __future__ import annotations
 

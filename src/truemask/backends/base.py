@@ -244,7 +244,7 @@ def batched_refusal(backend: str) -> PlanError:
     return PlanError(
         f"the backend {backend!r} differentiates one gradient at a time, not a batch of them (as `is_grads_batched`, "
         "`vectorize=True` or `vmap` make): loop over them, or use `torch.func.jacrev`, `jacfwd` or `vjp` with `vmap` "
-        'on a function that calls attend(..., backend="reference")'
+        'on a function that calls attend(..., backend="reference") or runs under `tm.attention_backend("reference")`'
     )
 
 

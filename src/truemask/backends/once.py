@@ -99,5 +99,6 @@ class _OnlyOnce(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
         raise PlanError(
             f"the backend {ctx.name!r} has no second derivative: "
-            'call attend(..., backend="reference"), whose derivatives of every order exist'
+            'call attend(..., backend="reference"), whose derivatives of every order exist, or run what calls it under '
+            '`with tm.attention_backend("reference"):`'
         )

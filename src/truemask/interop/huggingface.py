@@ -153,6 +153,7 @@ def attention(
         softcap=softcap,
         sink_logits=s_aux,
         dropout=dropout,
+        backend=layer.backend,
         return_weights=weights,
     )
     out, shares = found if isinstance(found, tuple) else (found, None)
@@ -237,6 +238,6 @@ def _refuse(options: dict[str, Any], own: Claim) -> None:
 # -- the switch --------------------------------------------------------------------------------------------------------
 
 
-def switch(model: Any, mask: object, layers: object, replace: bool) -> Switch:
+def switch(model: Any, mask: object, layers: object, replace: bool, backend: str | None) -> Switch:
     """A model on our attention with these masks, between `apply` and `undo`."""
-    return Switch(KEY, register, model, mask, layers, replace)
+    return Switch(KEY, register, model, mask, layers, replace, backend)

@@ -37,6 +37,7 @@ class Layer:
     replace: bool = False
     own_way: str = ""  # how it computes without transformers' attention function, so that it would not see a mask
     used: int = 0  # the number of the use that gave the mask
+    backend: str | None = None  # that its use names
 
     def __deepcopy__(self, _: object) -> Layer:
         return self

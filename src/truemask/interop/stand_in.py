@@ -1,4 +1,4 @@
-"""What stands where a transformers model has its mask: it passes from hand to hand, and says so when it is computed with.
+"""What stands where a transformers model has its mask: it is handed on, and says so when it is computed with.
 
 No operator answers silently: whoever reads the mask hears what it is and what to do. Identity, hashing and `repr` work,
 so that it can be kept and looked for.

@@ -125,10 +125,17 @@ class Switch:
     """A model on the attention called `key` with these masks, between `apply` and `undo`."""
 
     def __init__(
-        self, key: str, register: Callable[[], None], model: Any, mask: object, layers: object, replace: bool
+        self,
+        key: str,
+        register: Callable[[], None],
+        model: Any,
+        mask: object,
+        layers: object,
+        replace: bool,
+        backend: str | None,
     ) -> None:
         self._key, self._register, self._model = key, register, model
-        self._masks = mask, layers, replace
+        self._masks, self._backend = (mask, layers, replace), backend
         self._assigned()
         if replace and mask is None and not layers:
             raise MaskError(
@@ -138,11 +145,12 @@ class Switch:
 
     def _assigned(self) -> dict[nn.Module, Layer]:
         mask, layers, replace = self._masks
-        return assigned(self._model, attention_layers(self._model), mask, layers, replace)
+        found = assigned(self._model, attention_layers(self._model), mask, layers, replace)
+        return {module: changed(layer, backend=self._backend) for module, layer in found.items()}
 
     def apply(self, everywhere: bool = False) -> None:
         """Switch the model over, as it is by now, for this context or for all."""
-        from truemask.interop.watching import watch  # brings `torch._dynamo`, as transformers does itself
+        from truemask.interop.watching import watch  # brings `torch._dynamo`
 
         self._register()
         model, found = self._model, self._assigned()

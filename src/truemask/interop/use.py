@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from truemask.backends.chosen import check_backend
 from truemask.errors import MaskError, describe
 from truemask.interop.layers import kept
 from truemask.masks.core import Mask
@@ -39,7 +40,9 @@ class Use:
         return f"<tm.use of {type(self._model).__name__}: {'in use' if self._depth else 'not in use'}>"
 
 
-def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False) -> Use:
+def use(
+    model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
+) -> Use:
     """Run a Hugging Face transformers or x-transformers model under a mask, on our attention, inside a `with` block.
 
     The mask is ANDed with what the model claims itself: causality, window, chunks, padding, packed documents. It counts
@@ -58,6 +61,8 @@ def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bo
             or with layers that mix tokens without attention (state spaces, convolutions), asks for a name.
         replace: the mask takes the place of the model's own rule (causal, window, chunks) where it applies. Padding,
             documents and what a cache has not written yet stay hidden.
+        backend: a name from `backends()` for the layers in use; by default that of `attention_backend` around the
+            forward, or else the plan's choice.
 
     Returns:
         A context manager; `as` gives the model. Inside another `use` of the model the inner one counts alone, and uses
@@ -76,19 +81,22 @@ def use(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bo
     Traceback (most recent call last):
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got object <object object at ...
     """
-    return _use(model, mask, layers, replace, everywhere=False)
+    return _use(model, mask, layers, replace, backend, everywhere=False)
 
 
-def _use(model: Any, mask: Mask | None, layers: Any, replace: bool, everywhere: bool) -> Use:
+def _use(model: Any, mask: Mask | None, layers: Any, replace: bool, backend: str | None, everywhere: bool) -> Use:
     if not isinstance(model, nn.Module):
         raise MaskError(f"use takes a model of transformers or x-transformers, got {describe(model)}")
     if not isinstance(replace, bool):
         raise MaskError(f"use: replace is True or False, got {describe(replace)}")
+    check_backend(backend)
     inner, switch = _switch(model)
-    return Use(model, switch(inner, mask, layers, replace), everywhere)
+    return Use(model, switch(inner, mask, layers, replace, backend), everywhere)
 
 
-def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False) -> Use:
+def enable(
+    model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
+) -> Use:
     """`use` for good: the model runs on our attention until `undo()` of what this returns.
 
     Again on the same model it takes the place of the earlier one, whose `undo` then does nothing; the last one's gives
@@ -99,7 +107,7 @@ def enable(model: Any, mask: Mask | None = None, layers: Any = None, *, replace:
     Traceback (most recent call last):
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got NoneType None
     """
-    new = _use(model, mask, layers, replace, everywhere=True)
+    new = _use(model, mask, layers, replace, backend, everywhere=True)
     enabled = kept(_switch(model)[0], "_truemask_enabled")
     new.__enter__()
     earlier, enabled.value = enabled.value, new

@@ -1,4 +1,4 @@
-"""Hooks on a model in use and on its parts that are models: what each forward is told of positions is noted."""
+"""Hooks on the models in use, which note what a forward is told of positions; they bring `torch._dynamo`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from truemask.interop.positions import FORWARD, Told, first_position
+from truemask.interop.positions import FORWARD, REASON, Told, first_position
 from truemask.nn.doors import warn
-
-REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
 
 
 class BeforeForward:
-    """A hook before a model's forward."""
+    """A hook before a model's forward; one for all uses of the model, which `users` counts. A copy keeps its own."""
 
     def __init__(self, first: int) -> None:
-        self.first, self.warned = first, False
+        self.first, self.users, self.warned = first, 1, False
+        self.handles: list[RemovableHandle] = []
+
+    def __deepcopy__(self, _: object) -> BeforeForward:
+        return BeforeForward(self.first)
+
+    def __reduce__(self) -> tuple[type[BeforeForward], tuple[int]]:
+        return BeforeForward, (self.first,)
 
     @torch.compiler.disable(recursive=True, reason=REASON)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -63,18 +69,29 @@ def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def watch(model: nn.Module, parts: list[nn.Module]) -> Callable[[], None]:
     """Hooks on a model and its parts that are models, which note what a forward is told; what is returned ends them."""
-    before: Any = BeforeForward(first_position(model))
-    after: Any = AfterForward()
-    handles = []
-    for part in parts:
-        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(part.register_forward_hook(after, always_call=True))
+    first = first_position(model)
+    hooks = [_hooked(part, first) for part in parts]
 
     def end() -> None:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.users -= 1
+            while hook.handles and not hook.users:
+                hook.handles.pop().remove()
 
     return end
+
+
+def _hooked(part: nn.Module, first: int) -> BeforeForward:
+    """The hook that stands before a model, as one use more wants it."""
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, BeforeForward):
+            hook.users, hook.warned = hook.users + 1, False
+            return hook
+    before: Any = BeforeForward(first)
+    after: Any = AfterForward()
+    before.handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+    before.handles.append(part.register_forward_hook(after, always_call=True))
+    return before
 
 
 def _two_axes(positions: object) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from truemask._attend import attend
-from truemask.errors import MaskError
+from truemask.errors import MaskError, PlanError
 from truemask.interop.dropping import warn_of_dropped
 from truemask.interop.x_frame import Frame, Input, PerThread, arguments, known_positions
 from truemask.interop.x_masks import Place, both, claimed, expression, from_flags, from_matrix
@@ -30,6 +30,7 @@ class Use:
     active: bool = True
     number: int = 0  # of the use of the model
     path: str = ""  # of the layer
+    backend: str | None = None  # that the use names
 
     def __deepcopy__(self, memo: dict[int, object]) -> Use:
         return self
@@ -82,7 +83,7 @@ class AttentionForward(StandIn):
             self.give_back()
             return self.original(**given)
         self._take()
-        if objections and use.mask is None and self.past is None:
+        if objections and use.mask is None and use.backend is None and self.past is None:
             return self.original(**given)
         return self._read(given, use, objections)
 
@@ -145,8 +146,13 @@ class AttendForward(StandIn):
         call = Call(self.module, q, k, v, mask, named, note, place)
         own = partial(self._own_path, call)
         if note.own_path:
+            if note.use.backend is not None:
+                raise PlanError(
+                    f"backend={note.use.backend!r}: this layer computes what `attend` cannot, on x-transformers' own "
+                    "path; use the model without backend="
+                )
             return own()
-        out = on_backends(self.module, q, k, v, call.expression, named.get("attn_bias"))
+        out = on_backends(self.module, q, k, v, call.expression, named.get("attn_bias"), note.use.backend)
         if self.module.flash:
             return out, intermediates_of(self.module)
         return out, Maps(own)
@@ -271,7 +277,9 @@ def dropout_of(core: Any) -> float:
     return core.dropout if core.flash else core.attn_dropout.p
 
 
-def on_backends(core: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
+def on_backends(
+    core: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, backend: str | None = None
+) -> Tensor:
     """`Attend` by `attend`: `[b, h, q, dv]`. Query head h reads key head h % kv_heads there, h // group here."""
     heads, groups = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if core.scale is None else float(core.scale)
@@ -295,6 +303,7 @@ def on_backends(core: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Te
         softcap=core.logit_softclamp_value if core.softclamp_logits else None,
         sink_logits=sinks,
         dropout=dropout_of(core) if core.training else 0.0,
+        backend=backend,
     )
     return out.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2) if interleaved else out
 

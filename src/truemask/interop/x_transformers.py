@@ -26,15 +26,22 @@ def is_x_transformers(model: nn.Module) -> bool:
 
 
 class Switch:
-    """An x-transformers model with masks, between `apply` and `undo`; the arguments of `used`."""
+    """An x-transformers model with masks, between `apply` and `undo`; the arguments of `tm.use`."""
 
-    def __init__(self, model: nn.Module, mask: Mask | None = None, layers: Any = None, replace: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mask | None = None,
+        layers: Any = None,
+        replace: bool = False,
+        backend: str | None = None,
+    ) -> None:
         self._model, self._found = model, find(model)
         known = {found.module: found.layer for found in self._found if found.layer is not None}
         chosen = assigned(model, known, mask, layers, replace) if known or mask is not None else {}
         self._masks = {module: layer.mask for module, layer in chosen.items()}
         self._layers = chosen
-        self._replace = replace
+        self._replace, self._backend = replace, backend
         if replace and all(own is None for own in self._masks.values()):
             raise MaskError("use: replace=True says that a mask takes the place of the model's own, but there is none")
         for found in self._found:
@@ -49,7 +56,8 @@ class Switch:
             own = self._masks.get(found.module)
             layer = self._layers.get(found.module)
             told = {} if layer is None else {"number": layer.used, "path": layer.path}
-            self._ends.append(begin(found, Use(own, self._replace and own is not None, **told), frames))
+            use = Use(own, self._replace and own is not None, backend=self._backend, **told)
+            self._ends.append(begin(found, use, frames))
         stacks = {found.stack: None for found in self._found if found.stack is not None}
         self._ends += [watch(self._model, stack, frames[stack]) for stack in stacks]
 

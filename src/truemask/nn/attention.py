@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from truemask._attend import attend
+from truemask.backends.chosen import unless_chosen
 from truemask.masks.core import Mask
 from truemask.nn.config import LayersConfig
 from truemask.nn.norms import HeadRMSNorm
 from truemask.nn.positions import Rotation, rotate
+
+REFERENCE, SDPA = unless_chosen("reference"), unless_chosen("sdpa")
 
 
 class LayerCache(Protocol):
@@ -83,7 +86,7 @@ class Attention(nn.Module):
             mask,
             scale=self.scale,
             dropout=drop,
-            backend=None if self.flash else "reference" if drop else "sdpa",  # sdpa cannot drop the same cells
+            backend=None if self.flash else REFERENCE if drop else SDPA,  # sdpa cannot drop the same cells
         )  # b h n e
         return self.to_out(out.transpose(1, 2).flatten(2))
 
