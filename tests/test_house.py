@@ -174,7 +174,6 @@ STAIRS = """
     interop/placing.py
     interop/claims.py
     interop/tensors.py
-    interop/watching.py
     interop/switch.py
     interop/without_us.py
     interop/huggingface.py

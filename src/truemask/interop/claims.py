@@ -37,13 +37,11 @@ APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds t
 def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
     """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
 
-        Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
+    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
 
-        >>> from truemask.masks.labels import documents
-    from truemask.masks.positional import causal
-    from truemask.nn.doors import warn
-        >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
-        (True, False)
+    >>> from truemask.masks.positional import causal
+    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
+    (True, False)
     """
     parts = list(mask.walk())
     if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
@@ -284,6 +282,8 @@ class Claim(StandIn):
         A mask that says itself how the rows are packed or padded is about the rows as they lie.
         """
         stand = self.standing
+        if stand.behind and any(part.kind in LAID_OUT for part in users.walk()):
+            return users
         if refusal := stand.refusal(users, Sizes(self.q_len, self.k_len)):
             raise MaskError(refusal)
         if stand.problem and says_rows(users, stand.keys_known):

@@ -38,7 +38,8 @@ class Standing(NamedTuple):
 
     `real [b or 1, n]`: which of the first n keys are tokens. `taken [b or 1, n]`: where position_ids restart, they
     alone are the positions, of rows and keys alike. `restarts`: they do. `problem`: why positions are not known.
-    `keys_known`: the problem is the rows'. `shift`: it is that all tokens are so many positions further on.
+    `keys_known`: the problem is the rows'. `shift`: it is that all tokens are so many positions further on. `behind`: it
+    is that they are fewer than the keys before them, as in a later document of a packed row.
     """
 
     q_start: int
@@ -49,6 +50,7 @@ class Standing(NamedTuple):
     problem: str = ""
     keys_known: bool = False
     shift: int = 0
+    behind: bool = False
 
     def refusal(self, users: Mask, sizes: Sizes) -> str:
         """Why a mask that asks for positions cannot run in this call, and what can; or nothing."""
@@ -151,6 +153,7 @@ def _compared(found: Standing, places: Tensor, counted: Tensor, first: int, flag
         problem=f"position_ids put the last row at {last[0]}, and its {counted.shape[1] - found.k_start} keys{flags} "
         f"at {last[1]}",
         shift=int(away[0]) if alike and len(away) else 0,
+        behind=bool(found.q_start) and bool((away <= 0).all()),
     )
 
 
