@@ -134,9 +134,10 @@ class Entry:
     used: int = 0  # when last
     counted: Mask | None = None  # what its family holds, and has been counted there
 
-    def weighed(self) -> Parts:
-        """The memory that it holds now."""
-        own = {} if self.lowered is None else {(-id(self), 0): self.lowered.nbytes}
+    def weighed(self, made: Lowered | None = None) -> Parts:
+        """The memory that it holds now, or with what has been lowered just now."""
+        lowered = self.lowered if made is None else made
+        own = {} if lowered is None else {(-id(self), 0): lowered.nbytes}
         return {**arrays_in(self.plan.job, self.counted), **own}
 
     @property
@@ -255,7 +256,9 @@ class PlanCache:
         one.used = next(self._clock)
 
     def _weigh(self, one: Entry | Family) -> None:
-        parts = one.weighed()
+        self._count(one, one.weighed())
+
+    def _count(self, one: Entry | Family, parts: Parts) -> None:
         self._tally.swap(one.parts, parts)
         one.parts = parts
 
@@ -267,12 +270,13 @@ class PlanCache:
             if entry.lowered is None:
                 with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
                     made = entry.backend.lower(entry.plan.job)
-                with self._lock:  # kept and counted in one step, so that nobody gives up bytes that were not counted
+                with self._lock:  # weighed, kept and counted in one step: nobody gets, or gives up, what was not counted
+                    parts = entry.weighed(made)
                     entry.lowered = made
                     self._lowered += 1
                     if self._entries.get(entry.key) is entry:
                         self._touch(self._entries, entry)
-                        self._weigh(entry)
+                        self._count(entry, parts)
                         self._shrink()
             return entry.lowered
 

@@ -19,11 +19,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from truemask._call import Call, cast, read_call
+from truemask._call import Call, cast, read_call, transform
 from truemask._door import check_mask_tensor
 from truemask._plain import attend_plain
 from truemask._run import new_seed, run
 from truemask.backends.base import Result
+from truemask.backends.once import differentiable_once
 from truemask.errors import PlanError
 from truemask.masks.biases import Alibi, Bias, Relative, alibi, relative
 from truemask.masks.traced import BUILDERS, Note, Traced, read
@@ -61,8 +62,10 @@ SCHEMA = (
 
 def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, **options: Any) -> Result:
     """The call, while `torch.compile` traces it."""
+    exporting = torch.compiler.is_exporting()
+    torch._dynamo.comptime.comptime(let_dynamo_pass if exporting else refuse_transforms)
     q, k, v = cast(q, k, v)
-    note = Note(by_number=torch.compiler.is_exporting())
+    note = Note(by_number=exporting)
     text = note.write(mask)
     added, form = _as_tensor(bias)
     seed = new_seed() if options["dropout"] else None
@@ -70,8 +73,7 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: 
     wanted = [name for name, x in given if x is not None and x.requires_grad and torch.is_grad_enabled()]
     grads = " ".join(wanted)
     asked = Asked(q, k, v, text, note.tensors, note.ints, note.floats, added, form, sinks, seed, grads=grads, **options)
-    if torch.compiler.is_exporting():
-        torch._dynamo.comptime.comptime(let_dynamo_pass)
+    if exporting:
         out, *more = attend_exported(*asked)
         lse = more[0] if options["return_lse"] else None
         return Result(out, lse, more[-1] if options["return_weights"] else None)
@@ -156,6 +158,7 @@ def let_dynamo_pass(_: Any) -> None:
 @torch.library.custom_op("truemask::attend", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse and weights, what was not asked for empty; and what the backward needs."""
+    refuse_transforms()
     asked = Asked(*args)
     record = Record() if asked.grads else None
     found = _eagerly(asked) if record is None else record.run(asked)
@@ -167,6 +170,7 @@ def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @attend_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes; it passes the door, so that mistakes are told when the function is compiled."""
+    refuse_transforms()
     asked = Asked(*args)
     r, new = _read(asked, None).request, asked.q.new_empty
     if asked.mask == "T0":
@@ -176,6 +180,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = new((*rows, r.kv_len)) if r.return_weights else new(0)
     state = torch.empty(int(bool(asked.grads)), dtype=torch.uint8)
     return new((r.batch, r.q_len, r.heads, r.value_dim)).transpose(1, 2), lse, weights, state
+
+
+def refuse_transforms(_: Any = None) -> None:
+    """Raise inside of forward mode and `torch.func`: torch would take an operator without a rule for a constant."""
+    if around := transform():
+        raise PlanError(
+            f"{around}: {COMPILED} has no rule for it; leave the function uncompiled, where backend=\"reference\" has one"
+        )
 
 
 def _bias(asked: Asked) -> Tensor | Bias | None:
@@ -308,9 +320,12 @@ def _recording() -> Iterator[None]:
         yield
 
 
+COMPILED = "attend inside of a function that torch.compile compiles"
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     asked = Asked(*inputs)
-    ctx.save_for_backward(output[-1])
+    ctx.save_for_backward(output[-1], *[getattr(asked, name) for name in asked.grads.split()])
     ctx.returned = asked.return_lse, asked.return_weights
     ctx.shapes = {name: getattr(asked, name).shape for name in asked.grads.split()}
     ctx.dtypes = [None if x is None else x.dtype for x in (asked.sinks, asked.bias)]
@@ -318,11 +333,12 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor) -> tuple[Any, ...]:
-    (state,) = ctx.saved_tensors
+    state, *leaves = ctx.saved_tensors
     names = [name for name in ctx.shapes if ctx.needs_input_grad[Asked._fields.index(name)]]
     arriving = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
     sizes = [size for name in names for size in ctx.shapes[name]]
-    found = torch.ops.truemask.attend_backward(state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
+    asked = (state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
+    found = differentiable_once(COMPILED, [*leaves, dout, *arriving], lambda: torch.ops.truemask.attend_backward(*asked))
     grads = dict(zip(names, found, strict=True))
     lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule
     return tuple((grads | lists).get(name) for name in Asked._fields)

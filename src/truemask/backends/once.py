@@ -74,31 +74,32 @@ class _Attention(Function):
         saved = ctx.saved_tensors
         tensors, made, needed = saved[:count], saved[given:], ctx.needs_input_grad[2 : 2 + count]
         found = partial(way.gradients, tensors, made, arriving, needed)
-        return None, None, *_once(way.name, [*tensors, *arriving], found), *(None,) * (given - count)
+        who = f"the backend {way.name!r}"
+        return None, None, *differentiable_once(who, [*tensors, *arriving], found), *(None,) * (given - count)
 
 
-def _once(name: str, links: Sequence[Tensor | None], found: Callable[[], Gradients]) -> Gradients:
-    """The gradients that `found` works out; if they are to be differentiated again, that is refused by name."""
+def differentiable_once(who: str, links: Sequence[Tensor | None], found: Callable[[], Gradients]) -> Gradients:
+    """The gradients that `found` works out; to differentiate them by what they are made of, `links`, is refused."""
     if not torch.is_grad_enabled():
         return found()
     with torch.no_grad():  # the caller asked for a graph of the gradients
         made = found()
     some = [x for x in links if x is not None]
-    return _OnlyOnce.apply(name, len(some), *some, *made)  # pyright: ignore[reportReturnType]
+    return _OnlyOnce.apply(who, len(some), *some, *made)  # pyright: ignore[reportReturnType]
 
 
 class _OnlyOnce(Function):
     """Gradients that may be used but not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, links: int, *tensors: Tensor | None) -> Gradients:
-        ctx.name = name
+    def forward(ctx: Any, who: str, links: int, *tensors: Tensor | None) -> Gradients:
+        ctx.who = who
         return tuple(None if x is None else x.view_as(x) for x in tensors[links:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
         raise PlanError(
-            f"the backend {ctx.name!r} has no second derivative: "
+            f"{ctx.who} has no second derivative: "
             'call attend(..., backend="reference"), whose derivatives of every order exist, or run what calls it under '
             '`with tm.attention_backend("reference"):`'
         )
