@@ -66,6 +66,11 @@ STAIRS = """
     masks/predicate.py
     masks/labels.py
     masks/matrices.py
+<<<<<<< HEAD
+=======
+    masks/captured.py
+    masks/predicate.py
+>>>>>>> d9d5796 (A predicate is asked anew when what it reads has changed, and says its signature when it is made)
     masks/biases.py
     masks/text.py
     masks/given.py
