@@ -63,14 +63,10 @@ STAIRS = """
     masks/positional.py
     masks/patterned.py
     masks/data.py
+    masks/captured.py
     masks/predicate.py
     masks/labels.py
     masks/matrices.py
-<<<<<<< HEAD
-=======
-    masks/captured.py
-    masks/predicate.py
->>>>>>> d9d5796 (A predicate is asked anew when what it reads has changed, and says its signature when it is made)
     masks/biases.py
     masks/text.py
     masks/given.py

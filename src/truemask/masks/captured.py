@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from truemask.masks.core import Mask
+from truemask.masks.remembering import is_real
 
 MOST_THINGS = 10_000  # that are looked through
 MOST_BYTES = 1 << 20  # of an array without versions, whose numbers are compared
@@ -40,7 +41,7 @@ class State:
                 yield type(one), one
             elif id(one) not in seen and not isinstance(one, OPAQUE):
                 seen.add(id(one))
-                self.things.append(one)
+                self.things += () if isinstance(one, Tensor) and not is_real(one) else (one,)
                 yield id(one), _version(one)
                 left.extend(_inside(one))
 

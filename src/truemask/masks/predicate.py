@@ -18,6 +18,7 @@ from truemask.geometry.tiles import Rectangles
 from truemask.masks.captured import State
 from truemask.masks.core import Mask
 from truemask.masks.questions import ANY
+from truemask.masks.remembering import is_recorded, remembered
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import ATOM
@@ -33,12 +34,12 @@ class Predicate(Mask):
     kind: ClassVar[str] = "predicate"
     has_text: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    @cached_property
+    @remembered
     def _state(self) -> State:
         """What the function read when this mask was first looked at."""
         return State(self.fn)
 
-    @cached_property
+    @remembered
     def _key(self) -> tuple[object, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return (self.kind, self.fn, self._state.key)
 
@@ -107,8 +108,8 @@ def current(mask: Mask) -> Mask:
     >>> current(mask) is mask, current(mask) == mask, current(mask) is current(mask)
     (False, False, True)
     """
-    if not any(one.changed for one in mask.functions):
-        return mask
+    if is_recorded() or not any(one.changed for one in mask.functions):
+        return mask  # a graph that is being recorded asks the function itself, of tensors that stand in for others
     known = vars(mask).get("_current")
     if known is None or current(known) is not known:
         known = vars(mask)["_current"] = _renewed(mask)

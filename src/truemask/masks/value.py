@@ -46,16 +46,12 @@ class Value(ABC):
         values = (getattr(self, name) for name in self._child_fields)
         return tuple(m for value in values for m in ((value,) if isinstance(value, Value) else value))
 
-<<<<<<< HEAD
     @remembered
-=======
-    @cached_property
     def functions(self) -> tuple[Any, ...]:
         """The functions of the caller among its parts: what `predicate` made."""
         return tuple(fn for child in self.children for fn in child.functions)
 
-    @cached_property
->>>>>>> d9d5796 (A predicate is asked anew when what it reads has changed, and says its signature when it is made)
+    @remembered
     def depth(self) -> int:
         """How deeply the expression is nested; a leaf has depth 1."""
         return 1 + max((child.depth for child in self.children), default=0)
