@@ -10,9 +10,9 @@ from truemask._advice import advice
 from truemask._door import checked_length
 from truemask._explain import explain_plan, refusal
 from truemask.backends.base import Backend, Job, Request
-from truemask.backends.registry import BACKENDS, backends
+from truemask.backends.registry import BACKENDS, backends, unknown_backend
 from truemask.diagnosis.slips import top_left, upside_down
-from truemask.errors import PlanError, suggest
+from truemask.errors import PlanError
 from truemask.masks.core import Mask
 
 SHORT = 64  # queries up to which a choice is kept for other lengths: making it takes longer than such a call
@@ -98,9 +98,7 @@ class Plan:
 def check_backend(wanted: str | None) -> None:
     """Raise unless it is the name of a backend, or nothing."""
     if wanted is not None and wanted not in backends():
-        raise PlanError(
-            f"there is no backend {wanted!r}{suggest(str(wanted), backends())} (known: {', '.join(backends())})"
-        )
+        raise PlanError(unknown_backend(wanted))
 
 
 def choose(job: Job, wanted: str | None) -> Choice:
