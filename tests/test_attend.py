@@ -361,8 +361,8 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         (Q, K, V),
         {"backend": "flash"},
         tm.PlanError,
-        "there is no backend 'flash': FlashAttention's way to compute is `native` on the CPU, and one of the kernels of "
-        f"`sdpa` on CUDA (known: {', '.join(tm.backends())})",
+        "there is no backend 'flash': FlashAttention's way to compute is `native` on the CPU, and one of the kernels "
+        f"of `sdpa` on CUDA (known: {', '.join(tm.backends())})",
     ),
     "backend math": ((Q, K, V), {"backend": "math"}, tm.PlanError, "in chunks of rows, are `reference`"),
     "backend of torch": ((Q, K, V), {"backend": "flex_attention"}, tm.PlanError, "FlexAttention is `flex`"),

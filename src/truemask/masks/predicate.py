@@ -101,7 +101,7 @@ def current(mask: Mask) -> Mask:
 
     >>> import torch
     >>> flags = torch.tensor([True, False])
-    >>> mask = predicate(lambda b, h, q, k: flags[k])
+    >>> mask = predicate(lambda b, h, q, k, flags=flags: flags[k])
     >>> current(mask) is mask, hash(mask) == hash(mask)
     (True, True)
     >>> _ = flags.logical_not_()
