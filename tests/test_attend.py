@@ -357,6 +357,16 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         tm.PlanError,
         f"there is no backend 'sdap', did you mean 'sdpa'? (known: {', '.join(tm.backends())})",
     ),
+    "backend flash": (
+        (Q, K, V),
+        {"backend": "flash"},
+        tm.PlanError,
+        "there is no backend 'flash': FlashAttention's way to compute is `native` on the CPU, and one of the kernels "
+        f"of `sdpa` on CUDA (known: {', '.join(tm.backends())})",
+    ),
+    "backend math": ((Q, K, V), {"backend": "math"}, tm.PlanError, "in chunks of rows, are `reference`"),
+    "backend of torch": ((Q, K, V), {"backend": "flex_attention"}, tm.PlanError, "FlexAttention is `flex`"),
+    "backend auto": ((Q, K, V), {"backend": "auto"}, tm.PlanError, "leave `backend` out, and the plan chooses"),
     "backend lacks": (
         (Q, K, V),
         {"backend": "sdpa", "return_weights": True},

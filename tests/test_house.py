@@ -63,6 +63,7 @@ STAIRS = """
     masks/positional.py
     masks/patterned.py
     masks/data.py
+    masks/captured.py
     masks/predicate.py
     masks/labels.py
     masks/matrices.py

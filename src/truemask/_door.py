@@ -15,6 +15,7 @@ from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.matrices import dense
+from truemask.masks.predicate import current
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALLEST = torch.finfo(torch.float32).tiny  # below it, dividing by a number gives NaN
@@ -102,7 +103,7 @@ def as_mask(mask: object, batch: int, heads: int, q_len: int, kv_len: int) -> Ma
     if mask is None:
         return everything
     if isinstance(mask, Mask):
-        return mask
+        return current(mask) if mask.functions else mask
     if isinstance(mask, str):
         return from_text(mask)
     if not isinstance(mask, Tensor):

@@ -110,6 +110,8 @@ def test_one_row_serves_all_heads(dtype: torch.dtype) -> None:
     [
         (lambda: tm.alibi(torch.ones(2, 2)), "slopes must be a float tensor [heads] that is not empty"),
         (lambda: tm.alibi(torch.ones(3, dtype=torch.int64)), "got int64 [3] on cpu"),
+        (lambda: tm.alibi([0.5, 0.25]), "or a number of heads for the usual ones, as `alibi(8)`; got list [0.5, 0.25]"),  # pyright: ignore
+        (lambda: tm.alibi(0), "alibi(heads) must be at least 1"),
         (lambda: tm.relative(torch.ones(3)), "table must be a float tensor [heads, buckets]"),
         (lambda: tm.relative(torch.ones(1, 8)), "has an odd number of columns"),
         (lambda: tm.relative(torch.ones(1, 33), max_distance=128), "has an even number of columns"),
@@ -123,6 +125,16 @@ def test_mistakes_are_named(make: object, words: str) -> None:
     with pytest.raises(tm.MaskError) as caught:
         make()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 40])
+def test_a_number_of_heads_has_the_usual_slopes(heads: int) -> None:
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    theirs = bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64), heads, torch.float32)[:, 0, 1]
+    bias = tm.alibi(heads)
+    torch.testing.assert_close(bias.parameters[0], theirs)
+    if heads & (heads - 1) == 0:
+        torch.testing.assert_close(theirs, torch.tensor([2.0 ** (-8 * i / heads) for i in range(1, heads + 1)]))
 
 
 BACKENDS = ["native", "sdpa", "block_sparse", "reference"]

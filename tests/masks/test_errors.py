@@ -334,6 +334,27 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: lang.predicate(3),
         "predicate(fn) takes a function of (b, h, q, k), got int 3",
     ),
+    "predicate of two": (
+        lambda: lang.predicate(lambda q, k: q >= k),  # pyright: ignore
+        "predicate(fn) calls fn(b, h, q, k): index tensors of the sample, the query head, the query and the key, in "
+        "this order; `<lambda>(q, k)` takes 2: write `lambda b, h, q, k: ...`",
+    ),
+    "predicate score_mod": (
+        lambda: lang.predicate(lambda score, b, h, q, k: score),  # pyright: ignore
+        "predicate(fn) calls fn(b, h, q, k): index tensors of the sample, the query head, the query and the key, in "
+        "this order; `<lambda>(score, b, h, q, k)` takes 5: a score_mod changes scores, which is a bias: "
+        "`attend(..., bias=...)`",
+    ),
+    "predicate order": (
+        lambda: lang.predicate(lambda q, k, b, h: q >= k),
+        "predicate(fn) calls fn(b, h, q, k): index tensors of the sample, the query head, the query and the key, in "
+        "this order; `<lambda>(q, k, b, h)` names them in another",
+    ),
+    "predicate with and": (
+        lambda: lang.predicate(lambda b, h, q, k: q >= k and k > 3).to_dense(5),
+        "`predicate(<lambda>.<locals>.<lambda>)` asks whether a tensor is true: its indices are whole tensors, so "
+        "combine comparisons with `&`, `|` and `~` instead of `and`, `or`, `not` and `if`",
+    ),
     "predicate mask": (
         lambda: lang.predicate(lang.causal),
         "predicate(fn) takes a function of (b, h, q, k), got Causal causal",

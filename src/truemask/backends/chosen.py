@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextvars import ContextVar, Token
 
-from truemask.backends.registry import backends
-from truemask.errors import PlanError, describe, suggest
+from truemask.backends.registry import backends, unknown_backend
+from truemask.errors import PlanError, describe
 
 CHOSEN: ContextVar[str | None] = ContextVar("truemask_backend", default=None)
 UNLESS_CHOSEN = " unless chosen"
@@ -57,7 +57,7 @@ def check_backend(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"backend must be None or one of {', '.join(backends())}, got {describe(name)}")
     if name.removesuffix(UNLESS_CHOSEN) not in backends():
-        raise PlanError(f"there is no backend {name!r}{suggest(name, backends())} (known: {', '.join(backends())})")
+        raise PlanError(unknown_backend(name))
 
 
 def unless_chosen(name: str) -> str:

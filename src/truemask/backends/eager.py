@@ -22,6 +22,7 @@ from truemask.backends.trilinear import gather, no_autocast, outer
 from truemask.errors import describe
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
+from truemask.masks.predicate import check_unchanged
 from truemask.masks.questions import indices
 
 CHUNK_BYTES = 1 << 23  # of the scores of one chunk; about eight tensors of this size live at once
@@ -152,6 +153,7 @@ def _allowed(call: _Call, first: int, rows: int) -> Tensor:
         call.k.shape[2],
         call.k.device,
     )
+    check_unchanged(mask)
     return _grouped(mask.truth(b, h, q + first, k), call.heads)
 
 

@@ -19,6 +19,7 @@ from truemask.backends.groups import Group, Plane, Steps
 from truemask.backends.places import add, gathered, put, strided, taken
 from truemask.masks.biases import Bias
 from truemask.masks.core import Mask
+from truemask.masks.predicate import check_unchanged
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +137,7 @@ class Cells(NamedTuple):
         group = self.group
         if group.asked:
             b, h = self.piece.place
+            check_unchanged(mask)
             own = mask.truth(b, h[:, :1], self.rows, self.keys)
             if group.widths is not None:
                 own = own & (torch.arange(group.width) < group.widths[self.part, None])[:, None, None]

@@ -126,11 +126,11 @@ class Relative(Bias):
         return f"relative({describe(self.table)}{log}, bidirectional={self.bidirectional})"
 
 
-def alibi(slopes: Tensor) -> Bias:
+def alibi(slopes: Tensor | int) -> Bias:
     """A penalty that grows with distance: `bias[h, q, k] = -slopes[h] * |q - k|` (ALiBi, arXiv 2108.12409).
 
-    `slopes` is float `[heads]`, positive as a rule (the paper takes 2**(-8/heads), 2**(-16/heads), ...); it may be a
-    parameter. Raises `MaskError` for anything else.
+    `slopes` is float `[heads]`, positive as a rule, and may be a parameter; or a number of heads, which have the usual
+    slopes then (`usual_slopes`). Raises `MaskError` for anything else.
 
     >>> import torch
     >>> bias = alibi(torch.tensor([0.5, 0.25]))
@@ -138,7 +138,28 @@ def alibi(slopes: Tensor) -> Bias:
     >>> bias.value(torch.tensor(0), torch.tensor(0), q, k).tolist()
     [[-0.0, -0.5, -1.0], [-0.5, -0.0, -0.5], [-1.0, -0.5, -0.0]]
     """
+    if isinstance(slopes, int) and not isinstance(slopes, bool):
+        return Alibi(usual_slopes(slopes))
+    if not isinstance(slopes, Tensor):
+        raise MaskError(
+            f"alibi takes slopes, a float tensor [heads], or a number of heads for the usual ones, as `alibi(8)`; got "
+            f"{describe(slopes)}"
+        )
     return Alibi(slopes)
+
+
+def usual_slopes(heads: int) -> Tensor:
+    """The slopes of the paper, float32 `[heads]`: 2**(-8/heads), 2**(-16/heads), ..., 2**-8.
+
+    That is for a power of two. Other numbers of heads have the slopes of the power of two below, followed by every
+    other one of the power above, as in the authors' code and in BLOOM.
+
+    >>> usual_slopes(4).tolist(), usual_slopes(3).tolist()
+    ([0.25, 0.0625, 0.015625, 0.00390625], [0.0625, 0.00390625, 0.25])
+    """
+    below = 1 << (whole(heads, "alibi(heads)", 1).bit_length() - 1)
+    own, between = (torch.arange(1, n + 1) * (-8 / n) for n in (below, 2 * below))
+    return 2 ** torch.cat((own, between[::2]))[:heads]
 
 
 def relative(table: Tensor, *, max_distance: int | None = None, bidirectional: bool = True) -> Bias:

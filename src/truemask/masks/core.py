@@ -388,11 +388,11 @@ def operand(sign: str, value: object) -> Mask:
     """`value` if it is a mask, or an error that says how to make one of it."""
     if isinstance(value, Mask):
         return value
-    way = (
-        f"text becomes a mask by `parse({value[:60]!r})`"
-        if isinstance(value, str)
-        else "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
-        if isinstance(value, Tensor)
-        else ("call it with its arguments first" if callable(value) else "`everything` and `nothing` are the constants")
-    )
+    way = "`everything` and `nothing` are the constants"
+    if isinstance(value, str):
+        way = f"text becomes a mask by `parse({value[:60]!r})`"
+    elif isinstance(value, Tensor):
+        way = "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
+    elif callable(value):
+        way = "call it with its arguments first"
     raise MaskError(f"`{sign}` combines masks with masks, got {describe(value)}: {way}")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from truemask.errors import MaskError, describe
 from truemask.masks.core import Mask
-from truemask.masks.data_store import LARGEST, ordinary_tensors
+from truemask.masks.data_store import LARGEST
+from truemask.masks.remembering import ordinary_tensors
 from truemask.masks.text import parse
 
 REMEMBERED = 128  # texts whose masks are kept
@@ -29,7 +30,7 @@ def from_text(given: Any) -> Any:
     """
     if not isinstance(given, str):
         return given
-    return parse(given) if torch.compiler.is_compiling() else _remembered(given)
+    return parse(given) if torch.compiler.is_dynamo_compiling() else _remembered(given)
 
 
 @lru_cache(maxsize=REMEMBERED)

@@ -47,6 +47,11 @@ class Value(ABC):
         return tuple(m for value in values for m in ((value,) if isinstance(value, Value) else value))
 
     @remembered
+    def functions(self) -> tuple[Any, ...]:
+        """The functions of the caller among its parts: what `predicate` made."""
+        return tuple(fn for child in self.children for fn in child.functions)
+
+    @remembered
     def depth(self) -> int:
         """How deeply the expression is nested; a leaf has depth 1."""
         return 1 + max((child.depth for child in self.children), default=0)
