@@ -193,6 +193,7 @@ STAIRS = """
     auditing/torch_modules.py
     auditing/ruler.py
     auditing/probes.py
+    auditing/larger.py
     auditing/kinds.py
     auditing/claims.py
     auditing/contexts.py

@@ -14,6 +14,7 @@ from truemask.auditing.alone import padded_alone
 from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
 from truemask.auditing.contexts import context_findings
 from truemask.auditing.decoding import decoded
+from truemask.auditing.larger import look_by_larger_changes
 from truemask.auditing.models import AuditError, Subject, undisturbed
 from truemask.auditing.placeholders import placeholders
 from truemask.auditing.probes import Seen, Step, choose, confirm, look
@@ -89,6 +90,9 @@ def audit(
         reach = reach_of(claim, subject)
         seen = look(subject, ruler, seeds=seeds, positions=positions, step=progress or _silent)
         confirm(subject, seen, ~reach)
+        real = torch.ones(reach.shape[:2], dtype=torch.bool) if claim.real is None else claim.real
+        hidden = ~reach & real[:, :, None] & ~subject.held[:, None, :]
+        look_by_larger_changes(subject, ruler, seen, hidden, progress or _silent)
         ruler.listen(subject, times=1)  # a model that drifts from call to call is heard now
         facts = _Facts(subject, claim, ruler, reach, seen, seeds)
         unsteady = unsteady_calls(subject, ruler, train)

@@ -62,6 +62,11 @@ def _leak(code: str, cells: Tensor, seen: Seen, claim: Claim, looks: bool) -> Fi
     if bool(seen.by_change[b, q, k]):
         more_so = " and its gradient is not 0" if bool(seen.by_gradient[b, q, k]) else ""
         proof = f"changing it moved the output by {float(seen.size[b, q, k]):.2g}{more_so}, which proves it"
+    elif bool(seen.by_larger[b, q, k]):
+        proof = (
+            f"a change of it moves the output by about {float(seen.size[b, q, k]):.2g}, less than sums may round, but "
+            "in the same direction again and again, and more so for larger changes, which rounding does not"
+        )
     else:
         proof = "its gradient is not 0 and grows in proportion, though no change of it was seen to move the output"
     many = int(cells.sum())

@@ -27,7 +27,8 @@ class Seen:
     """What was seen to matter, and where anybody looked.
 
     Attributes:
-        by_gradient, by_change: bool `[b, n, n]`, output q (rows) depends on input k (columns).
+        by_gradient, by_change, by_larger: bool `[b, n, n]`, output q (rows) depends on input k (columns); the last is
+            asked by larger changes, where one change alone says nothing.
         size: float64 `[b, n, n]`, the largest difference that a change made.
         rows, columns: outputs asked for gradients, and inputs that were changed.
         blind_rows: bool `[b, n]`, outputs whose gradients were NaN.
@@ -44,10 +45,13 @@ class Seen:
     neighbours: dict[tuple[int, int], float] = field(default_factory=dict)
     no_gradient: str = ""
 
+    def __post_init__(self) -> None:
+        self.by_larger = torch.zeros_like(self.by_change)
+
     @property
     def visible(self) -> Tensor:
-        """What was seen in either way, bool `[b, n, n]`."""
-        return self.by_gradient | self.by_change
+        """What was seen in any way, bool `[b, n, n]`."""
+        return self.by_gradient | self.by_change | self.by_larger
 
     @property
     def looked(self) -> Tensor:

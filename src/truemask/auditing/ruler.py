@@ -22,6 +22,7 @@ class Ruler:
         floor: the distance above which a change counts.
         tolerance: the distance up to which results of other shapes may differ: the square root of eps.
         rounding: distances up to which nobody wonders: sums in another order.
+        unit: eps of a typical output.
     """
 
     def __init__(self, baseline: Tensor) -> None:
@@ -32,6 +33,7 @@ class Ruler:
         self._weights = weights.to(baseline.device)
         self._plain = bool((self._weights > 0.5).all())
         eps = torch.finfo(baseline.dtype).eps
+        self.unit = eps * typical
         self.rounding = min(ROUNDING * eps, eps**0.5 / 8) * typical
         self.tolerance = eps**0.5 * max(typical, 1e-30)
         self.noise, self.floor = 0.0, self.rounding
@@ -46,6 +48,11 @@ class Ruler:
     def moved(self, outputs: Tensor) -> Tensor:
         """How far outputs are from the baseline at each position, float64 `[b, n]`."""
         return self.between(self.baseline, outputs)
+
+    def weighed(self, difference: Tensor) -> Tensor:
+        """A difference of outputs `[b, n, e]` in units of a typical feature, float64."""
+        wide = _wide(difference.detach())
+        return (wide if self._plain else wide * self._weights.to(wide)).double().cpu()
 
     def between(self, one: Tensor, other: Tensor) -> Tensor:
         """The largest difference at each position, float64 `[b, n]`; infinite where only one of them is a number."""
