@@ -186,7 +186,7 @@ def refuse_transforms(_: Any = None) -> None:
     """Raise inside of forward mode and `torch.func`: torch would take an operator without a rule for a constant."""
     if around := transform():
         raise PlanError(
-            f"{around}: {COMPILED} has no rule for it; leave the function uncompiled, where backend=\"reference\" has one"
+            f'{around}: {COMPILED} has no rule for it; leave the function uncompiled, where backend="reference" has one'
         )
 
 
@@ -338,7 +338,8 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor)
     arriving = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
     sizes = [size for name in names for size in ctx.shapes[name]]
     asked = (state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
-    found = differentiable_once(COMPILED, [*leaves, dout, *arriving], lambda: torch.ops.truemask.attend_backward(*asked))
+    call = torch.ops.truemask.attend_backward
+    found = differentiable_once(COMPILED, [*leaves, dout, *arriving], lambda: call(*asked))
     grads = dict(zip(names, found, strict=True))
     lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule
     return tuple((grads | lists).get(name) for name in Asked._fields)
