@@ -18,7 +18,7 @@ import truemask as tm
 from tests.interop.models import SMALL, TOKENS, assert_same, model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.layers import MARK
-from truemask.interop.recomputing import KINDS
+from truemask.interop.recomputing import TOLD
 from truemask.interop.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
@@ -360,4 +360,4 @@ def test_the_model_is_given_back_with_the_last_graph() -> None:
 
 
 def test_torch_calls_its_checkpoints_by_the_names_that_are_read() -> None:
-    assert {code.co_name for code in KINDS} == {"forward", "backward", "checkpoint", "unpack_hook"}
+    assert {code.co_name for code in TOLD} == {"forward", "backward", "checkpoint", "unpack_hook"}

@@ -67,7 +67,7 @@ def checkpoints() -> Checkpoints:
     """Those around the call that runs now, in this thread."""
     forwards = [] if (innermost := _hooked()) is None else [innermost]
     for frame in _frames():
-        kind = KINDS.get(frame.f_code)
+        kind = KINDS.get(id(frame.f_code))
         if kind is None:
             continue
         checkpoint, recomputed = kind(frame.f_locals)
@@ -112,9 +112,10 @@ def _generated(names: dict[str, Any]) -> tuple[Any, bool]:
 SAVES = _inside(torchs._checkpoint_hook.__init__.__code__, "pack_hook")
 
 # what a function of torch.utils.checkpoint says of the checkpoint by its variables, and whether it is recomputed there
-KINDS = {
+TOLD: dict[CodeType, Callable[[dict[str, Any]], tuple[Any, bool]]] = {
     torchs.CheckpointFunction.forward.__code__: lambda names: (names["ctx"], False),
     torchs.CheckpointFunction.backward.__code__: lambda names: (names["ctx"], True),
     inspect.unwrap(torchs.checkpoint).__code__: _generated,
     _inside(torchs._checkpoint_hook.__init__.__code__, "unpack_hook"): lambda names: (names["frame"], True),
 }
+KINDS = {id(code): kind for code, kind in TOLD.items()}  # dynamo's code has no hash

@@ -162,14 +162,16 @@ class Switch:
 def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], None]:
     """The use's say in a layer; what is returned ends that."""
     account = account_of(getattr(module, "config", None) or model.config)
-    seat = stand(module, MARK, LayerSeat, lambda: LayerSeat(layer, None if account is None else account.before))
+    before = None if account is None else account.before
+    seat = stand(module, MARK, lambda known: known is not None, lambda: LayerSeat(layer, before))
     hold.sit(seat, layer)
     return partial(withdraw, module, MARK, seat)
 
 
 def _replicate(model: nn.Module) -> Callable[[], None]:
     """DataParallel's replicas of the model have the uses of the thread that makes them; what is returned ends that."""
-    return partial(withdraw, model, REPLICATE, stand(model, REPLICATE, Replicas, lambda: Replicas(model)))
+    replicas = stand(model, REPLICATE, lambda known: isinstance(known, Replicas), lambda: Replicas(model))
+    return partial(withdraw, model, REPLICATE, replicas)
 
 
 def _check_switchable(model: nn.Module) -> None:
