@@ -1,4 +1,4 @@
-"""x-transformers under `tm.use`: layers that `backward` recomputes run under the mask and on the input of their forward."""
+"""x-transformers in use: layers that `backward` recomputes run under the mask and on the input of their forward."""
 
 from __future__ import annotations
 
@@ -97,9 +97,8 @@ def of_layers(model: Any, reentrant: bool) -> None:
 
 
 def of_stacks(model: Any, reentrant: bool) -> None:
-    for part in model.modules():
-        if isinstance(part, X.x_transformers.AttentionLayers):
-            part.forward = partial(in_a_checkpoint, part.forward, reentrant)
+    for stack in stacks(model):
+        stack.forward = partial(in_a_checkpoint, stack.forward, reentrant)
 
 
 def gradients(model: Any) -> Tensor:
@@ -226,6 +225,7 @@ def test_the_model_is_given_back_with_the_last_graph() -> None:
     make, run, _ = CASES["past"]
     model = make()
     before, names = run(model), [set(vars(part)) for part in model.modules()]
+    loss = loss_of(before)
     for _ in range(3):
         with use(model, MASK):
             loss = loss_of(checkpoint(lambda _: run(model), before, use_reentrant=False))
