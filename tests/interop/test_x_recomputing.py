@@ -19,7 +19,7 @@ from truemask.interop.use import enable, use
 
 X: Any = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")
 
-MASK, OTHER = tm.window(3), tm.window(6) | tm.prefix(2)
+MASK, OTHER = tm.window(3), tm.window(2)
 WORDS, LENGTH = 29, 13
 
 
@@ -81,13 +81,12 @@ def in_a_checkpoint(
     return checkpoint(run, x, context, use_reentrant=reentrant, early_stop=False)
 
 
+def stacks(model: Any) -> list[Any]:
+    return [part for part in model.modules() if isinstance(part, X.x_transformers.AttentionLayers)]
+
+
 def blocks(model: Any) -> list[Any]:
-    return [
-        layer[1]
-        for part in model.modules()
-        if isinstance(part, X.x_transformers.AttentionLayers)
-        for layer in part.layers
-    ]
+    return [layer[1] for stack in stacks(model) for layer in stack.layers]
 
 
 def of_layers(model: Any, reentrant: bool) -> None:

@@ -42,7 +42,7 @@ class Hold:
     def __init__(self, everywhere: bool) -> None:
         self.number, self.everywhere = next(NUMBERS), everywhere
         self._seats: list[Seat[Any]] = []
-        self._ends: list[Callable[[], None]] = []
+        self._ends: list[Callable[[], object]] = []
         LASTING[self.number] = self
         if not everywhere:
             USES.set((*_lasting(), self.number))
@@ -51,7 +51,7 @@ class Hold:
         WAITING.extend(reversed(self._ends))
         _settle()
 
-    def change(self, do: Callable[[], Callable[[], None]]) -> None:
+    def change(self, do: Callable[[], Callable[[], object]]) -> None:
         """Change something that uses share; what `do` returns takes it back."""
         with guarded():
             self._ends.append(do())
@@ -77,7 +77,7 @@ def _lasting() -> tuple[int, ...]:
 # -- what several uses share -------------------------------------------------------------------------------------------
 
 LOCK = Lock()
-WAITING: deque[Callable[[], None]] = deque()  # ends of uses, which may come to pass while garbage is collected
+WAITING: deque[Callable[[], object]] = deque()  # ends of uses, which may come to pass while garbage is collected
 
 
 @contextmanager
@@ -182,15 +182,13 @@ def stand(module: nn.Module, name: str, fits: Callable[[Any], bool], make: Calla
     return standing
 
 
-def withdraw(module: nn.Module, name: str, standing: Standing) -> None:
-    """The end of what `stand` began; with the last one, what was there before comes back."""
+def withdraw(module: nn.Module, name: str, standing: Standing) -> bool:
+    """The end of what `stand` began; whether that was the last, so that nothing stands there any more."""
     standing.standing -= 1
-    if standing.standing or vars(module).get(name) is not standing:
-        return
-    del vars(module)[name]
-    before = getattr(standing, "previous", None)
-    if before is not None:
-        vars(module)[name] = before
+    last = not standing.standing and vars(module).get(name) is standing
+    if last:
+        del vars(module)[name]
+    return last
 
 
 def under(uses: tuple[int, ...], function: Callable[..., Any], *args: Any, **named: Any) -> Any:

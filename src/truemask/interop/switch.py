@@ -63,6 +63,12 @@ def account_of(config: Any) -> Account | None:
     return found if found is not None and found.config() is config else None
 
 
+def in_use_here(model: nn.Module) -> bool:
+    """Whether a model is in use in this context; a copy of one in use is."""
+    account = account_of(getattr(model, "config", None))
+    return account is None or account.seat.here() is not None
+
+
 def models_in(model: nn.Module) -> list[Any]:
     """A model and the parts of it that are models of transformers themselves."""
     from transformers import PreTrainedModel
@@ -146,7 +152,8 @@ class Switch:
                 _check_switched(model, module, layer, self._key)
                 hold.change(partial(_seat, model, module, layer, hold))
             hold.change(partial(_replicate, model))
-            hold.change(partial(watch, model, models_in(model)))
+            for part in models_in(model):
+                hold.change(partial(watch, model, part, in_use_here))
         except BaseException:
             del hold  # the error remembers what stands here
             self.undo()
@@ -159,7 +166,7 @@ class Switch:
             self._hold = None
 
 
-def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], None]:
+def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], object]:
     """The use's say in a layer; what is returned ends that."""
     account = account_of(getattr(module, "config", None) or model.config)
     before = None if account is None else account.before
@@ -168,7 +175,7 @@ def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[
     return partial(withdraw, module, MARK, seat)
 
 
-def _replicate(model: nn.Module) -> Callable[[], None]:
+def _replicate(model: nn.Module) -> Callable[[], object]:
     """DataParallel's replicas of the model have the uses of the thread that makes them; what is returned ends that."""
     replicas = stand(model, REPLICATE, lambda known: isinstance(known, Replicas), lambda: Replicas(model))
     return partial(withdraw, model, REPLICATE, replicas)

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from truemask.interop.in_force import stand, withdraw
+from truemask.interop.layers import Kept
 from truemask.interop.positions import FORWARD, Told, first_position
 from truemask.nn.doors import warn
 
+WATCH = "_truemask_watch"  # the attribute of a model that is watched
 REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
 
 
 class BeforeForward:
-    """A hook before a model's forward."""
+    """A hook before a model's forward. `in_use` says whether the model is, in the context of a call."""
 
-    def __init__(self, first: int) -> None:
-        self.first, self.warned = first, False
+    def __init__(self, first: int, in_use: Callable[[nn.Module], bool]) -> None:
+        self.first, self.in_use, self.warned = first, in_use, False
 
     @torch.compiler.disable(recursive=True, reason=REASON)
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+        if named is None or not self.in_use(module):  # None: another thread has just taken the hook away
+            return
         given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
         positions = given.get("position_ids")
         told = Told(_two_axes(positions), _length(given.get("past_key_values")), self.first)
@@ -61,20 +66,30 @@ def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def watch(model: nn.Module, parts: list[nn.Module]) -> Callable[[], None]:
-    """Hooks on a model and its parts that are models, which note what a forward is told; what is returned ends them."""
-    before: Any = BeforeForward(first_position(model))
-    after: Any = AfterForward()
-    handles = []
-    for part in parts:
-        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(part.register_forward_hook(after, always_call=True))
+class Watch:
+    """Hooks on a model, or a part that is one, which note what a forward is told, as long as somebody wants them."""
 
-    def end() -> None:
-        for handle in handles:
-            handle.remove()
+    def __init__(self, model: nn.Module, first: int, in_use: Callable[[nn.Module], bool]) -> None:
+        before: Any = BeforeForward(first, in_use)
+        after: Any = AfterForward()
+        handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+        self.standing, self._handles = 0, Kept(handles)
 
-    return end
+    def end(self, model: nn.Module) -> None:
+        """One of those who want them does no more; with the last one they go."""
+        if withdraw(model, WATCH, self):
+            for handle in self._handles.value or ():
+                handle.remove()
+
+
+def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]) -> Callable[[], None]:
+    """Watch a part of a model, or the model; what is returned ends that."""
+    first = first_position(model)
+    watching = stand(part, WATCH, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use))
+    return partial(watching.end, part)
 
 
 def _two_axes(positions: object) -> Tensor | None:

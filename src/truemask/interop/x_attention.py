@@ -149,12 +149,9 @@ class AttendForward(StandIn):
 
     def _note(self) -> Note | None:
         """What `Attention` says of this call, or said in the forward that is recomputed without it."""
-        around, call = checkpoints(), CALL.get()
-        note = call[1] if call is not None and call[0] is self.owner.seat else None
-        if note is None and around.recomputed is not None:
-            note = around.noted(self)
-        around.note(self, note)
-        return note
+        call = CALL.get()
+        own = call[1] if call is not None and call[0] is self.owner.seat else None
+        return checkpoints().as_in_forward(self, lambda: own)
 
     def _own_path(self, call: Call) -> tuple[Tensor, Any]:
         named = {**call.named, "causal": call.causal and not call.note.use.replace}

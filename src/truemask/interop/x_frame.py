@@ -54,12 +54,7 @@ class Frame:
 
     def here(self, around: Checkpoints) -> Input:
         """The same, or what it was in the forward that is recomputed without the stack."""
-        found = self.running
-        if found is None and around.recomputed is not None:
-            found = around.noted(self)
-        found = found or Input()
-        around.note(self, found)
-        return found
+        return around.as_in_forward(self, lambda: self.running) or Input()
 
     @torch.compiler.disable(recursive=True)
     def _begin(self, given: Input) -> tuple[tuple[Frame, Input], ...]:

@@ -108,6 +108,7 @@ def stood_in(module: nn.Module, kind: type[F]) -> F:
 def end(standing: dict[nn.Module, StandIn]) -> None:
     """Withdraw what stands in for the forwards of some modules."""
     for module, forward in standing.items():
-        withdraw(module, "forward", forward)
+        if withdraw(module, "forward", forward) and forward.previous is not None:
+            vars(module)["forward"] = forward.previous
         if not forward.standing:
             vars(module).pop(REPLICATE, None)
