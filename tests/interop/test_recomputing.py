@@ -18,7 +18,7 @@ import truemask as tm
 from tests.interop.models import SMALL, TOKENS, assert_same, model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.layers import MARK
-from truemask.interop.recomputing import KINDS
+from truemask.interop.recomputing import TOLD
 from truemask.interop.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
@@ -296,17 +296,40 @@ def test_a_block_inside_a_checkpoint_is_entered_again(reentrant: bool) -> None:
     assert_same(gradients(model), expected(CASES["no mask passed"]))
 
 
-def test_several_uses_of_a_layer_in_one_checkpoint_are_refused() -> None:
-    model, bias = made(clip, None), torch.zeros((), requires_grad=True)
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["no mask passed", "flags", "cross-attention"])
+def test_several_uses_of_a_layer_in_one_checkpoint_are_recomputed_in_their_order(name: str, reentrant: bool) -> None:
+    make, run, where = CASES[name]
+    model, bias = made(make, None), torch.zeros((), requires_grad=True)
 
-    def run(bias: Tensor) -> Tensor:
-        with use(model, MASK):
-            first = pixels(model)
-        with use(model, OTHER):
-            return pixels(model) + first + bias
+    def several(bias: Tensor) -> Tensor:
+        with use(model, MASK, **where):
+            first = run(model)
+        with use(model, OTHER, **where):
+            second = run(model)
+        return first + second + run(model) + bias
 
-    loss = loss_of(checkpoint(run, bias, use_reentrant=False))
-    with pytest.raises(MaskError, match=r"under different `tm.use`s.*inside each block"):
+    with use(model):
+        loss = loss_of(checkpoint(several, bias, use_reentrant=reentrant))
+    case = CASES[name]
+    loss.backward()
+    assert_same(gradients(model), expected(case) + expected(case, OTHER) + expected(case, None))
+
+
+def test_a_function_that_runs_otherwise_when_recomputed_is_refused() -> None:
+    model, bias, runs = made(clip, None), torch.zeros((), requires_grad=True), [2, 3]
+
+    def unsteady(bias: Tensor) -> Tensor:
+        masks = iter([MASK, OTHER, MASK][: runs.pop(0)])
+        with use(model, next(masks)):
+            out = pixels(model)
+        for mask in masks:
+            with use(model, mask):
+                out = out + pixels(model)
+        return out + bias
+
+    loss = loss_of(checkpoint(unsteady, bias, use_reentrant=True))
+    with pytest.raises(MaskError, match="ran a layer 2 times, and more often"):
         loss.backward()
 
 
@@ -360,4 +383,4 @@ def test_the_model_is_given_back_with_the_last_graph() -> None:
 
 
 def test_torch_calls_its_checkpoints_by_the_names_that_are_read() -> None:
-    assert {code.co_name for code in KINDS} == {"forward", "backward", "checkpoint", "unpack_hook"}
+    assert {code.co_name for code in TOLD} == {"forward", "backward", "checkpoint", "unpack_hook"}

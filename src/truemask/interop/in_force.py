@@ -42,7 +42,7 @@ class Hold:
     def __init__(self, everywhere: bool) -> None:
         self.number, self.everywhere = next(NUMBERS), everywhere
         self._seats: list[Seat[Any]] = []
-        self._ends: list[Callable[[], None]] = []
+        self._ends: list[Callable[[], object]] = []
         LASTING[self.number] = self
         if not everywhere:
             USES.set((*_lasting(), self.number))
@@ -51,7 +51,7 @@ class Hold:
         WAITING.extend(reversed(self._ends))
         _settle()
 
-    def change(self, do: Callable[[], Callable[[], None]]) -> None:
+    def change(self, do: Callable[[], Callable[[], object]]) -> None:
         """Change something that uses share; what `do` returns takes it back."""
         with guarded():
             self._ends.append(do())
@@ -77,7 +77,7 @@ def _lasting() -> tuple[int, ...]:
 # -- what several uses share -------------------------------------------------------------------------------------------
 
 LOCK = Lock()
-WAITING: deque[Callable[[], None]] = deque()  # ends of uses, which may come to pass while garbage is collected
+WAITING: deque[Callable[[], object]] = deque()  # ends of uses, which may come to pass while garbage is collected
 
 
 @contextmanager
@@ -125,8 +125,13 @@ class Seat(Generic[T]):
         self._said.pop(number, None)
         self._everywhere = tuple(other for other in self._everywhere if other != number)
 
-    def here(self, around: Checkpoints | None = None) -> T | None:
+    def here(self) -> T | None:
         """The value that counts in this context, or did in the forward that is recomputed; None if no use holds."""
+        found = self.said()
+        return None if found is None else found.value
+
+    def said(self, around: Checkpoints | None = None) -> Said[T] | None:
+        """The same, with the use that says it."""
         around = checkpoints() if around is None else around
         found = around.as_in_forward(self, self.now)
         if found is None and around.recomputed is None and self._said and in_backward():
@@ -135,12 +140,12 @@ class Seat(Generic[T]):
                 "torch.utils.checkpoint, so under which mask its forward ran cannot be told: call `backward` inside "
                 "the block, or checkpoint by torch.utils.checkpoint"
             )
-        return None if found is None else found.value
+        return found
 
     def now(self) -> Said[T] | None:
         """The value that counts in this context, with the use that says it."""
         for number in (*reversed(USES.get()), *reversed(self._everywhere)):
-            if (said := self._said.get(number)) is not None:
+            if number in LASTING and (said := self._said.get(number)) is not None:
                 return said
         return self._for_good
 
@@ -164,28 +169,26 @@ class Standing(Protocol):
     standing: int
 
 
-def stand(module: nn.Module, name: str, kind: type[S], make: Callable[[], S]) -> S:
+def stand(module: nn.Module, name: str, fits: Callable[[Any], bool], make: Callable[[], S]) -> S:
     """Something in an attribute of a module, made by the first of the uses that want it there; `standing` counts them.
 
-    One that a copy or a pickle came with stays.
+    One that a copy or a pickle came with stays, if it fits.
     """
-    standing = vars(module).get(name)
-    if not isinstance(standing, kind):
+    standing: Any = vars(module).get(name)
+    if not fits(standing):
         standing = vars(module)[name] = make()
         standing.standing = 0
     standing.standing += 1
     return standing
 
 
-def withdraw(module: nn.Module, name: str, standing: Standing) -> None:
-    """The end of what `stand` began; with the last one, what was there before comes back."""
+def withdraw(module: nn.Module, name: str, standing: Standing) -> bool:
+    """The end of what `stand` began; whether that was the last, so that nothing stands there any more."""
     standing.standing -= 1
-    if standing.standing or vars(module).get(name) is not standing:
-        return
-    del vars(module)[name]
-    before = getattr(standing, "previous", None)
-    if before is not None:
-        vars(module)[name] = before
+    last = not standing.standing and vars(module).get(name) is standing
+    if last:
+        del vars(module)[name]
+    return last
 
 
 def under(uses: tuple[int, ...], function: Callable[..., Any], *args: Any, **named: Any) -> Any:

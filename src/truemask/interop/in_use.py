@@ -46,5 +46,5 @@ def given_to_x_transformers(attentions: list[nn.Module]) -> list[Given]:
     from truemask.interop.x_attention import AttentionForward  # brings `torch._dynamo`, as x-transformers does itself
 
     forwards = [vars(module).get("forward") for module in attentions]
-    found = [forward.use if isinstance(forward, AttentionForward) else None for forward in forwards]
+    found = [forward.seat.here() if isinstance(forward, AttentionForward) else None for forward in forwards]
     return [Given(None, False) if use is None else Given(use.mask, use.replace) for use in found] if any(found) else []

@@ -46,7 +46,9 @@ class Forward(threading.local):
 
     def end(self, module: nn.Module) -> None:
         """The end of that call: the layers that come next are those of the model around it."""
-        while self.running and self.running.pop()[0]() is not module:
+        if all(running() is not module for running, _ in self.running):
+            return  # which began before it was watched
+        while self.running.pop()[0]() is not module:
             continue
         if self.running:
             self.last = self.running[-1][1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -24,56 +24,62 @@ T = TypeVar("T")
 NOTES = "_truemask_notes"  # the attribute of a checkpoint with what its forward ran under
 
 
-@dataclass(frozen=True)
-class Several:
-    """Noted where a checkpointed function ran the same thing under different uses, which it goes on to hold."""
+@dataclass
+class Notes:
+    """What the calls of one thing ran under in a checkpointed function, in their order, and how many were run again."""
 
-    values: tuple[object, ...]
+    values: list[Any] = field(default_factory=list)
+    turn: object = None  # the backward that runs them again
+    again: int = 0
+
+    def next(self, turn: object) -> Any:
+        """What the next call of this backward ran under."""
+        if all(value is self.values[0] for value in self.values):
+            return self.values[0]
+        if turn != self.turn:
+            self.turn, self.again = turn, 0
+        self.again += 1
+        if self.again > len(self.values):
+            raise MaskError(
+                f"a checkpointed function ran a layer {len(self.values)} times, and more often when `backward` "
+                "recomputes it, so under which mask it runs now cannot be told"
+            )
+        return self.values[self.again - 1]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints that a call is a forward of, and the one that it recomputes, if any."""
+    """The checkpoints that a call is a forward of, and the one that it recomputes, if any, with the backward's name."""
 
     forwards: tuple[Any, ...] = ()
     recomputed: Any = None
-
-    def note(self, key: Hashable, value: object) -> None:
-        """Write down what the forward runs under, by whom it concerns."""
-        for checkpoint in self.forwards:
-            notes = vars(checkpoint).setdefault(NOTES, {})
-            before = notes.setdefault(key, value)
-            if before is not value:
-                notes[key] = Several((before, value))
+    turn: object = None
 
     def as_in_forward(self, key: Hashable, now: Callable[[], T]) -> T:
-        """What counts now, which is written down; in a recomputation what counted in its forward."""
-        found = now() if self.recomputed is None else self.noted(key)
-        self.note(key, found)
+        """What counts now, which is written down; in a recomputation what counted in its forward, None if unknown."""
+        found: Any = now() if self.recomputed is None else self._noted(key)
+        for checkpoint in self.forwards:
+            vars(checkpoint).setdefault(NOTES, {}).setdefault(key, Notes()).values.append(found)
         return found
 
-    def noted(self, key: Hashable) -> Any:
-        """What was written down in the forward that is recomputed; None if nothing was."""
-        found = vars(self.recomputed).get(NOTES, {}).get(key)
-        if isinstance(found, Several):
-            raise MaskError(
-                "a checkpointed function ran the same layer under different `tm.use`s, so which one holds when "
-                "`backward` recomputes it cannot be told: checkpoint a function inside each block instead"
-            )
-        return found
+    def _noted(self, key: Hashable) -> Any:
+        notes = vars(self.recomputed).get(NOTES, {}).get(key)
+        return None if notes is None else notes.next(self.turn)
 
 
 def checkpoints() -> Checkpoints:
     """Those around the call that runs now, in this thread."""
     forwards = [] if (innermost := _hooked()) is None else [innermost]
     for frame in _frames():
-        kind = KINDS.get(frame.f_code)
+        kind = KINDS.get(id(frame.f_code))
         if kind is None:
             continue
-        checkpoint, recomputed = kind(frame.f_locals)
+        names = frame.f_locals
+        checkpoint, recomputed = kind(names)
         if recomputed:
-            return Checkpoints(tuple(forwards), checkpoint)
-        if checkpoint is not None:
+            turn = names.get("gid", torch._C._current_graph_task_id())
+            return Checkpoints(tuple(forwards), checkpoint, turn)
+        if checkpoint is not None and checkpoint not in forwards:
             forwards.append(checkpoint)
     return Checkpoints(tuple(forwards))
 
@@ -112,9 +118,10 @@ def _generated(names: dict[str, Any]) -> tuple[Any, bool]:
 SAVES = _inside(torchs._checkpoint_hook.__init__.__code__, "pack_hook")
 
 # what a function of torch.utils.checkpoint says of the checkpoint by its variables, and whether it is recomputed there
-KINDS = {
+TOLD: dict[CodeType, Callable[[dict[str, Any]], tuple[Any, bool]]] = {
     torchs.CheckpointFunction.forward.__code__: lambda names: (names["ctx"], False),
     torchs.CheckpointFunction.backward.__code__: lambda names: (names["ctx"], True),
     inspect.unwrap(torchs.checkpoint).__code__: _generated,
     _inside(torchs._checkpoint_hook.__init__.__code__, "unpack_hook"): lambda names: (names["frame"], True),
 }
+KINDS = {id(code): kind for code, kind in TOLD.items()}  # dynamo's code has no hash

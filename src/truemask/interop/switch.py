@@ -64,6 +64,12 @@ def account_of(config: Any) -> Account | None:
     return found if found is not None and found.config() is config else None
 
 
+def in_use_here(model: nn.Module) -> bool:
+    """Whether a model is in use in this context; a copy of one in use is."""
+    account = account_of(getattr(model, "config", None))
+    return account is None or account.seat.here() is not None
+
+
 def models_in(model: nn.Module) -> list[Any]:
     """A model and the parts of it that are models of transformers themselves."""
     from transformers import PreTrainedModel
@@ -166,7 +172,8 @@ class Switch:
                 if self._runs_ours(module, layer, owners[module]):
                     hold.change(partial(_seat, model, module, layer, hold))
             hold.change(partial(_replicate, model))
-            hold.change(partial(watch, model, models_in(model)))
+            for part in models_in(model):
+                hold.change(partial(watch, model, part, in_use_here))
         except BaseException:
             del hold  # the error remembers what stands here
             self.undo()
@@ -190,17 +197,19 @@ class Switch:
             self._hold = None
 
 
-def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], None]:
+def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], object]:
     """The use's say in a layer; what is returned ends that."""
     account = account_of(getattr(module, "config", None) or model.config)
-    seat = stand(module, MARK, LayerSeat, lambda: LayerSeat(layer, None if account is None else account.before))
+    before = None if account is None else account.before
+    seat = stand(module, MARK, lambda known: known is not None, lambda: LayerSeat(layer, before))
     hold.sit(seat, layer)
     return partial(withdraw, module, MARK, seat)
 
 
-def _replicate(model: nn.Module) -> Callable[[], None]:
+def _replicate(model: nn.Module) -> Callable[[], object]:
     """DataParallel's replicas of the model have the uses of the thread that makes them; what is returned ends that."""
-    return partial(withdraw, model, REPLICATE, stand(model, REPLICATE, Replicas, lambda: Replicas(model)))
+    replicas = stand(model, REPLICATE, lambda known: isinstance(known, Replicas), lambda: Replicas(model))
+    return partial(withdraw, model, REPLICATE, replicas)
 
 
 def _check_switchable(part: Any) -> None:

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from truemask.interop.positions import FORWARD, REASON, Told, first_position
+from truemask.interop.in_force import stand, withdraw
+from truemask.interop.layers import Kept
+from truemask.interop.positions import FORWARD, Told, first_position
 from truemask.nn.doors import warn
+
+WATCH = "_truemask_watch"  # the attribute of a model that is watched
+REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
 
 
 class BeforeForward:
-    """A hook before a model's forward; one for all uses of the model, which `users` counts. A copy keeps its own."""
+    """A hook before a model's forward. `in_use` says whether the model is, in the context of a call."""
 
-    def __init__(self, first: int) -> None:
-        self.first, self.users, self.warned = first, 1, False
-        self.handles: list[RemovableHandle] = []
-
-    def __deepcopy__(self, _: object) -> BeforeForward:
-        return BeforeForward(self.first)
-
-    def __reduce__(self) -> tuple[type[BeforeForward], tuple[int]]:
-        return BeforeForward, (self.first,)
+    def __init__(self, first: int, in_use: Callable[[nn.Module], bool]) -> None:
+        self.first, self.in_use, self.warned = first, in_use, False
 
     @torch.compiler.disable(recursive=True, reason=REASON)
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+        if named is None or not self.in_use(module):  # None: another thread has just taken the hook away
+            return
         given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
         positions = given.get("position_ids")
         told = Told(_two_axes(positions), _length(given.get("past_key_values")), self.first)
@@ -67,18 +66,30 @@ def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def watch(model: nn.Module, parts: list[nn.Module]) -> Callable[[], None]:
-    """Hooks on a model and its parts that are models, which note what a forward is told; what is returned ends them."""
+class Watch:
+    """Hooks on a model, or a part that is one, which note what a forward is told, as long as somebody wants them."""
+
+    def __init__(self, model: nn.Module, first: int, in_use: Callable[[nn.Module], bool]) -> None:
+        before: Any = BeforeForward(first, in_use)
+        after: Any = AfterForward()
+        handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+        self.standing, self._handles = 0, Kept(handles)
+
+    def end(self, model: nn.Module) -> None:
+        """One of those who want them does no more; with the last one they go."""
+        if withdraw(model, WATCH, self):
+            for handle in self._handles.value or ():
+                handle.remove()
+
+
+def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]) -> Callable[[], None]:
+    """Watch a part of a model, or the model; what is returned ends that."""
     first = first_position(model)
-    hooks = [_hooked(part, first) for part in parts]
-
-    def end() -> None:
-        for hook in hooks:
-            hook.users -= 1
-            while hook.handles and not hook.users:
-                hook.handles.pop().remove()
-
-    return end
+    watching = stand(part, WATCH, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use))
+    return partial(watching.end, part)
 
 
 def _hooked(part: nn.Module, first: int) -> BeforeForward:

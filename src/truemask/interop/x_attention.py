@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,106 +16,102 @@ from torch import Tensor, nn
 from truemask._attend import attend
 from truemask.errors import MaskError, PlanError
 from truemask.interop.dropping import warn_of_dropped
-from truemask.interop.x_frame import Frame, Input, PerThread, arguments, known_positions
+from truemask.interop.in_force import Said, Seat
+from truemask.interop.recomputing import checkpoints
+from truemask.interop.x_frame import Frame, Input, StandIn, arguments, known_positions, put
 from truemask.interop.x_masks import Place, both, claimed, expression, from_flags, from_matrix
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
+from truemask.masks.matrices import dense
 
 
 @dataclass(eq=False)
 class Use:
-    """One layer's part in one use of a model; copies of the model share it, and end with it."""
+    """One layer's part in one use of a model."""
 
     mask: Mask | None
     replace: bool
-    active: bool = True
     number: int = 0  # of the use of the model
     path: str = ""  # of the layer
     backend: str | None = None  # that the use names
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Use:
-        return self
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Note:
     """What `Attention` knows of a call and `Attend` is not given."""
 
-    use: Use
+    said: Said[Use]
     place: Place
     max_attend_past: int | None
     attn_mask: Tensor | None
     own_path: bool  # whether `attend` cannot compute it
 
+    @property
+    def use(self) -> Use:
+        return self.said.value
 
-class StandIn:
-    """Takes the place of a module's forward, and keeps the one that was there."""
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.previous = module, vars(module).get("forward")
-
-    def original(self, *args: Any, **named: Any) -> Any:
-        if self.previous is not None:
-            return self.previous(*args, **named)
-        return type(self.module).forward(self.module, *args, **named)
+CALL: ContextVar[tuple[Seat[Use], Note] | None] = ContextVar("truemask_call", default=None)  # that attention is in
 
 
 class AttentionForward(StandIn):
     """Stands in for `Attention.forward`: takes masks out of its arguments; `AttendForward` says them as expressions."""
 
-    def __init__(self, module: Any, frame: Frame) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self.frame = frame
-        self.uses: list[Use] = []
-        self.notes = PerThread()  # the `Note` of the call that a thread is in
-        self.past: int | None = None  # `max_attend_past`, which the module does not have while in use
-
-    @property
-    def use(self) -> Use | None:
-        """The innermost use that lasts."""
-        return next((use for use in reversed(self.uses) if use.active), None)
+        self.frame = Frame()
+        self.seat: Seat[Use] = Seat()
+        self._bare: Any = None  # the module without `max_attend_past`, which the expression says
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
-        use = self.use
-        given = arguments(self.module, args, named)
+        said, frame = self._here()
+        if said is None:
+            return self.original(*args, **named)
+        use, given = said.value, arguments(self.module, args, named)
         objections = objections_to(self.module, given)
-        if use is None:
-            self.give_back()
+        plain = use.mask is None and use.backend is None and self.module.max_attend_past is None
+        if objections and plain:
             return self.original(**given)
-        self._take()
-        if objections and use.mask is None and use.backend is None and self.past is None:
-            return self.original(**given)
-        return self._read(given, use, objections)
+        return self._read(given, said, frame, objections)
 
-    def _take(self) -> None:
-        """Take `max_attend_past` off the module, once and for all threads: the expression says it."""
-        past = self.module.max_attend_past
-        if past is not None:
-            self.past, self.module.max_attend_past = past, None
-
-    def give_back(self) -> None:
-        """The module as it was."""
-        past = self.past
-        if past is not None:
-            self.module.max_attend_past, self.past = past, None
+    @torch.compiler.disable(recursive=True)
+    def _here(self) -> tuple[Said[Use] | None, Input]:
+        """The use that holds in this context, and what the stack runs on; or in the forward that is recomputed."""
+        around = checkpoints()
+        return self.seat.said(around), self.frame.here(around)
 
     @torch.compiler.disable(recursive=False)
-    def _read(self, given: dict[str, Any], use: Use, objections: list[str]) -> Any:
+    def _read(self, given: dict[str, Any], said: Said[Use], frame: Input, objections: list[str]) -> Any:
         """The call without its masks, which the note holds meanwhile."""
-        frame, masked = self.frame.now, use.mask is not None
+        masked = said.value.mask is not None
         place = self._place(given, frame, masked)
-        note = Note(use, place, self.past, given.pop("attn_mask", None), bool(objections))
+        note = Note(said, place, self.module.max_attend_past, given.pop("attn_mask", None), bool(objections))
         if masked and frame.only_starts and not place.cross:
             given.pop("context_mask", None)  # left padding, which the expression says
-        self.notes.value = note
+        before = put(CALL, (self.seat, note))
         try:
-            out = self.original(**given)
+            out = self._run(given, said.value)
         finally:
-            self.notes.value = None
+            put(CALL, before)
         if given.get("return_intermediates"):
             out[1].truemask_front = registers_of(given.get("cache"), frame)
         return out
+
+    def _run(self, given: dict[str, Any], use: Use) -> Any:
+        """The forward as it was, on a module without `max_attend_past`: other threads may want it."""
+        if self.module.max_attend_past is None:
+            return self.original(**given)
+        if self.previous is not None:
+            if use.replace:
+                raise MaskError(
+                    "replace=True cannot take the place of attn_max_attend_past in an `Attention` whose forward "
+                    "somebody else has replaced: put the model to use before"
+                )
+            return self.original(**given)
+        bare = self._bare = self._bare or self.module.__new__(type(self.module))
+        vars(bare).update({**vars(self.module), "max_attend_past": None})
+        return type(self.module).forward(bare, **given)
 
     @torch.compiler.disable(recursive=True)
     def _place(self, given: dict[str, Any], frame: Input, masked: bool) -> Place:
@@ -139,7 +136,7 @@ class AttendForward(StandIn):
 
     @torch.compiler.disable(recursive=True)
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **named: Any) -> tuple[Tensor, Any]:
-        note: Note | None = self.owner.notes.value
+        note = self._note()
         if note is None:
             return self.original(q, k, v, mask=mask, **named)
         place = replace(note.place, rows=q.shape[-2], keys=k.shape[-2])
@@ -156,6 +153,12 @@ class AttendForward(StandIn):
         if self.module.flash:
             return out, intermediates_of(self.module)
         return out, Maps(own)
+
+    def _note(self) -> Note | None:
+        """What `Attention` says of this call, or said in the forward that is recomputed without it."""
+        call = CALL.get()
+        own = call[1] if call is not None and call[0] is self.owner.seat else None
+        return checkpoints().as_in_forward(self, lambda: own)
 
     def _own_path(self, call: Call) -> tuple[Tensor, Any]:
         named = {**call.named, "causal": call.causal and not call.note.use.replace}
@@ -189,8 +192,11 @@ class Call:
         if not place.cross and own != everything:
             use, length = note.use, place.keys - place.extra - place.front - place.back
             warn_of_dropped(use.number, use.path, use.mask, own, length, self.q.shape[0], self.q.shape[1])
-        given = from_flags(self.mask, place), from_matrix(note.attn_mask, self.q.shape[1], place)
-        return both(expression(own, note.use.mask, place), *given)
+        flags = self.mask
+        whole = flags is not None and flags.ndim == 4 and flags.shape[-2] > 1  # where `max_attend_past` is in it
+        given = dense(flags) if whole else from_flags(flags, place)
+        matrix = from_matrix(note.attn_mask, self.q.shape[1], place)
+        return both(expression(own, note.use.mask, place), given, matrix)
 
     @property
     def matrix(self) -> Tensor:

@@ -1,32 +1,29 @@
 """What a stack of x-transformers' layers knows about its input and its attention does not: registers and left padding.
 
-Hooks on the stack (`AttentionLayers`) and on the wrappers around it write it down before the layers run.
+The forwards of the stack (`AttentionLayers`) and of the wrappers around it say it, as long as they run.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-import threading
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
+from truemask.interop.in_force import REPLICATE, USES, under
+from truemask.interop.recomputing import Checkpoints
+
+T = TypeVar("T")
 
 
-class PerThread(threading.local):
-    """A value that each thread has of its own; a copy, and a pickle, begins without any."""
-
-    value: Any = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PerThread, ()
-
-
-@dataclass
+@dataclass(frozen=True)
 class Input:
     """How many rows of one input of a stack are registers, and where its samples begin."""
 
@@ -36,78 +33,117 @@ class Input:
     only_starts: bool = False  # whether the key mask of self-attention says nothing but `starts`
     cached: int = 0  # rows whose keys are cached, registers included
     dropped: int = 0  # and those before them, whose keys a full cache has dropped
-    inside: bool = False  # whether a wrapper is running, which has written down its registers
     problem: str = ""  # why the positions of tokens are not known
 
 
+@torch.compiler.disable(recursive=True)
+def put(variable: ContextVar[T], value: T) -> T:
+    """Set a variable of the context; the value that it had."""
+    before = variable.get()
+    variable.set(value)
+    return before
+
+
 class Frame:
-    """The input that each thread runs through one stack.
-
-    A thread that has run none reads the latest of any: a backward recomputes checkpointed layers in a thread of its
-    own.
-    """
-
-    def __init__(self) -> None:
-        self._own, self._latest = PerThread(), Input()
+    """One stack, by which its attention finds the input that it is given."""
 
     @property
-    def now(self) -> Input:
-        """What this thread's call of the stack was given."""
-        return self._own.value or self._latest
+    def running(self) -> Input | None:
+        """What the stack, or a wrapper around it, runs on in this context; None if none does."""
+        return next((given for frame, given in reversed(INPUTS.get()) if frame is self), None)
 
-    def written(self) -> Input:
-        """The same, to be written down by this thread."""
-        if self._own.value is None:
-            self._own.value = Input()
-        self._latest = self._own.value
-        return self._latest
-
-
-class BeforeWrapper:
-    """A hook before `TransformerWrapper.forward` and the like: what is put before, and after, the tokens."""
-
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
+    def here(self, around: Checkpoints) -> Input:
+        """The same, or what it was in the forward that is recomputed without the stack."""
+        return around.as_in_forward(self, lambda: self.running) or Input()
 
     @torch.compiler.disable(recursive=True)
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given, frame = arguments(module, args, named), self.frame.written()
-        frame.front, frame.back, frame.problem = counted(module, given), size(module, "register_tokens"), ""
-        frame.inside, frame.starts = True, starts_of(given.get("seq_start_pos"))
+    def _begin(self, given: Input) -> tuple[tuple[Frame, Input], ...]:
+        return put(INPUTS, (*INPUTS.get(), (self, given)))
+
+    @torch.compiler.disable(recursive=False)
+    def run(self, given: Input, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """A forward of the stack, or of a wrapper, on such an input."""
+        before = self._begin(given)
+        try:
+            return forward(*args, **named)
+        finally:
+            put(INPUTS, before)
+
+
+INPUTS: ContextVar[tuple[tuple[Frame, Input], ...]] = ContextVar("truemask_inputs", default=())  # the innermost last
+
+
+class StandIn:
+    """Takes the place of a module's forward, and keeps the one that was there."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.previous = module, vars(module).get("forward")
+        self.standing = 0
+        vars(module)[REPLICATE] = self.replicate
+
+    def original(self, *args: Any, **named: Any) -> Any:
+        if self.previous is not None:
+            return self.previous(*args, **named)
+        return type(self.module).forward(self.module, *args, **named)
+
+    def replicate(self) -> nn.Module:
+        """For DataParallel: a replica with a stand-in of its own, which has the uses of the thread that makes it."""
+        replica: Any = getattr(type(self.module), REPLICATE)(self.module)
+        twin: Any = copy.copy(self)
+        twin.module = replica
+        del vars(replica)[REPLICATE]
+        vars(replica)["forward"] = partial(under, USES.get(), twin)
+        return replica
+
+
+class WrapperForward(StandIn):
+    """Stands in for `TransformerWrapper.forward` and the like: what is put before, and after, the tokens."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.frame = Frame()
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.frame.run(self._input(args, named), self.original, *args, **named)
+
+    @torch.compiler.disable(recursive=True)
+    def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> Input:
+        module, given = self.module, arguments(self.module, args, named)
+        problem = ""
         if size(module, "memory_tokens") and getattr(module, "memory_tokens_interspersed_every", None):
-            frame.problem = (
+            problem = (
                 "its memory tokens stand between the tokens (memory_tokens_interspersed_every), so a mask's "
                 "positions would count them; build the wrapper without that option"
             )
+        front, back = counted(module, given), size(module, "register_tokens")
+        return Input(front, back, starts_of(given.get("seq_start_pos")), problem=problem)
 
 
-class AfterWrapper:
-    """A hook after it: the next call of the stack may come without a wrapper."""
+class StackForward(StandIn):
+    """Stands in for `AttentionLayers.forward`: left padding, and where a cached call goes on."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.frame = Frame()
 
-    @torch.compiler.disable(recursive=True)
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
-        self.frame.written().inside = False
-
-
-class BeforeStack:
-    """A hook before `AttentionLayers.forward`: left padding, and where a cached call goes on."""
-
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.frame.run(self._input(args, named), self.original, *args, **named)
 
     @torch.compiler.disable(recursive=True)
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given, frame = arguments(module, args, named), self.frame.written()
-        if not frame.inside:
-            frame.front, frame.back, frame.starts, frame.problem = 0, 0, None, ""
-        frame.only_starts = given.get("seq_start_pos") is not None and given.get("self_attn_kv_mask") is None
-        frame.starts = starts_of(given.get("seq_start_pos")) or frame.starts
+    def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> Input:
+        given, outer = arguments(self.module, args, named), self.frame.running or Input()
+        only_starts = given.get("seq_start_pos") is not None and given.get("self_attn_kv_mask") is None
         cache = given.get("cache")
-        frame.cached = cached_length(cache)
-        frame.dropped = 0 if cache is None else max(0, cache.cache_length - frame.cached)
+        cached = cached_length(cache)
+        return replace(
+            outer,
+            only_starts=only_starts,
+            starts=starts_of(given.get("seq_start_pos")) or outer.starts,
+            cached=cached,
+            dropped=0 if cache is None else max(0, cache.cache_length - cached),
+        )
 
 
 @torch.compiler.disable(recursive=True)

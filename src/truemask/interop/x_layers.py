@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 
 from truemask.errors import MaskError
+from truemask.interop.in_force import REPLICATE, Hold, stand, withdraw
 from truemask.interop.layers import Layer
 from truemask.interop.x_attention import AttendForward, AttentionForward, Use
-from truemask.interop.x_frame import AfterWrapper, BeforeStack, BeforeWrapper, Frame
+from truemask.interop.x_frame import StackForward, StandIn, WrapperForward
 
+F = TypeVar("F", bound=StandIn)
 KINDS = {"a": "self", "c": "cross"}  # x-transformers' letters
 
 
@@ -69,48 +72,43 @@ def named(path: str, letter: str, index: int) -> Layer:
     return Layer(path, index, part, ("cross_attention",) if cross else (part,), cross)
 
 
-def begin(found: Found, use: Use, frames: dict[nn.Module, Frame]) -> Callable[[], None]:
-    """Put one `Attention` to use; what is returned ends that."""
+def begin(found: Found, use: Use, hold: Hold) -> Callable[[], None]:
+    """Put one `Attention` to use; what is returned takes back what that changed."""
     module, core = found.module, found.module.attend
-    forward = vars(module).get("forward")
-    known = isinstance(forward, AttentionForward)
-    frame = frames.setdefault(found.stack or module, forward.frame if known else Frame())
-    if not known:
-        forward = AttentionForward(module, frame)
-        module.forward, core.forward = forward, AttendForward(core, forward)
-    forward.uses.append(use)
-
-    def end() -> None:
-        use.active = False
-        forward.uses.remove(use)
-        if not forward.uses:
-            forward.give_back()
-            restore(module)
-            restore(core)
-
-    return end
+    outer = stood_in(module, AttentionForward)
+    hold.sit(outer.seat, use)
+    inner = stand(
+        core,
+        "forward",
+        lambda known: isinstance(known, AttendForward) and known.owner is outer,
+        lambda: AttendForward(core, outer),
+    )
+    standing: dict[nn.Module, StandIn] = {module: outer, core: inner}
+    if found.stack is not None:
+        stack = standing[found.stack] = stood_in(found.stack, StackForward)
+        outer.frame = stack.frame
+    return partial(end, standing)
 
 
-def restore(module: nn.Module) -> None:
-    """The module's forward as it was."""
-    ours = vars(module).pop("forward")
-    if ours.previous is not None:
-        vars(module)["forward"] = ours.previous
-
-
-def watch(model: nn.Module, stack: nn.Module, frame: Frame) -> Callable[[], None]:
-    """Hooks on a stack and on the wrappers around it, which keep its frame; what is returned removes them."""
-    inner: Any = BeforeStack(frame)
-    outer: Any = BeforeWrapper(frame)
-    after: Any = AfterWrapper(frame)
-    handles = [stack.register_forward_pre_hook(inner, with_kwargs=True)]
+def watch(model: nn.Module, stack: nn.Module) -> Callable[[], None]:
+    """Let the wrappers around a stack say what they put beside its tokens; what is returned takes that back."""
+    standing: dict[nn.Module, StandIn] = {}
     for module in model.modules():
         if getattr(module, "attn_layers", None) is stack:
-            handles.append(module.register_forward_pre_hook(outer, with_kwargs=True))
-            handles.append(module.register_forward_hook(after, always_call=True))
+            wrapper = standing[module] = stood_in(module, WrapperForward)
+            wrapper.frame = vars(stack)["forward"].frame
+    return partial(end, standing)
 
-    def end() -> None:
-        for handle in handles:
-            handle.remove()
 
-    return end
+def stood_in(module: nn.Module, kind: type[F]) -> F:
+    """What stands in for a module's forward."""
+    return stand(module, "forward", lambda known: isinstance(known, kind), lambda: kind(module))
+
+
+def end(standing: dict[nn.Module, StandIn]) -> None:
+    """Withdraw what stands in for the forwards of some modules."""
+    for module, forward in standing.items():
+        if withdraw(module, "forward", forward) and forward.previous is not None:
+            vars(module)["forward"] = forward.previous
+        if not forward.standing:
+            vars(module).pop(REPLICATE, None)

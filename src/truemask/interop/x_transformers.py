@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from truemask.errors import MaskError
+from truemask.interop.in_force import Hold
 from truemask.interop.layers import assigned
 from truemask.interop.x_attention import Use, check_maskable
-from truemask.interop.x_frame import Frame
 from truemask.interop.x_layers import begin, find, is_a, watch
 from truemask.masks.core import Mask
 
@@ -47,24 +48,25 @@ class Switch:
         for found in self._found:
             if self._masks.get(found.module) is not None:
                 check_maskable(found.module, found.stack, replace)
-        self._ends: list[Callable[[], None]] = []
+        self._hold: Hold | None = None
 
     def apply(self, everywhere: bool = False) -> None:
-        """Put the model to use."""
-        frames: dict[nn.Module, Frame] = {}
+        """Put the model to use, for this context or for all."""
+        hold = self._hold = Hold(everywhere)
         for found in self._found:
             own = self._masks.get(found.module)
             layer = self._layers.get(found.module)
             told = {} if layer is None else {"number": layer.used, "path": layer.path}
             use = Use(own, self._replace and own is not None, backend=self._backend, **told)
-            self._ends.append(begin(found, use, frames))
-        stacks = {found.stack: None for found in self._found if found.stack is not None}
-        self._ends += [watch(self._model, stack, frames[stack]) for stack in stacks]
+            hold.change(partial(begin, found, use, hold))
+        for stack in {found.stack: None for found in self._found if found.stack is not None}:
+            hold.change(partial(watch, self._model, stack))
 
     def undo(self) -> None:
         """End the use; nothing if that is done. Uses of a model may end in any order."""
-        while self._ends:
-            self._ends.pop()()
+        if self._hold is not None:
+            self._hold.stop()
+            self._hold = None
 
 
 def install(
@@ -110,7 +112,7 @@ def used(model: nn.Module, mask: Mask | None = None, layers: Any = None, replace
     Yields:
         The model. Inside another `used` of the model the inner one counts alone. A copy (`copy.deepcopy`) made inside
         is in use as long as the original; a pickle stays in use. State dicts are as always. Threads may share the
-        model; each runs its own input.
+        model; each runs its own input under its own uses.
 
     Raises:
         MaskError: the model has no such attention; a mask cannot hold in it (`shift_tokens`, `attn_hybrid_module`,
