@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
-
 
 class Told(NamedTuple):
     """What the caller of a forward said, and what the model adds to every position."""
