@@ -179,6 +179,20 @@ def evicted_under(model: Any, ids: Tensor, mask: tm.Mask) -> Any:
         return evicted(model, ids[:, :-1], 11)
 
 
+def test_documents_may_be_told_by_the_mask_where_a_cache_goes_on() -> None:
+    model, ids = model_of("llama"), tokens(1, 9)
+    places = torch.tensor([[*range(4), *range(5)]])
+    with torch.no_grad(), use(model, MASK):
+        alone = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], 1)
+    with torch.no_grad(), use(model, MASK.packed([4, 5])):
+        cache = model(ids[:, :6], position_ids=places[:, :6], use_cache=True).past_key_values
+        rest = [
+            model(ids[:, place : place + 1], position_ids=places[:, place : place + 1], past_key_values=cache).logits
+            for place in range(6, 9)
+        ]
+    assert_same(torch.cat(rest, 1), alone[:, 6:])
+
+
 def test_a_cache_that_evicts_runs_as_always_without_a_mask_of_positions() -> None:
     model, ids = model_of("llama"), tokens(1, 61)
     given = {"attention_mask": torch.ones(1, 61).long(), "position_ids": torch.tensor([[60]])}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from truemask.errors import MaskError
 from truemask.interop.layers import Layer
 from truemask.interop.lifting import Lifted, Packing, alike
-from truemask.interop.placing import Sizes, Standing, says_rows, standing, standing_of_tensor
+from truemask.interop.placing import Sizes, Standing, standing, standing_of_tensor
 from truemask.interop.positions import Told
 from truemask.interop.stand_in import StandIn
 from truemask.masks.combine import And, everything
@@ -175,7 +175,7 @@ class Claim(StandIn):
         """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
         starts = self.q_start, self.k_start
         stand = starts if users is None else self.standing[:2]
-        if users is not None and self.standing.problem and says_rows(users, self.standing.keys_known):
+        if users is not None and self.standing.as_they_lie(users):
             terms = [_at(_all([*own, self._padding[0]]), starts), *asked]
         elif stand == starts:
             terms = [_at(_all([*own, *asked, self._padding[0]]), starts)]
@@ -286,7 +286,7 @@ class Claim(StandIn):
             return users
         if refusal := stand.refusal(users, Sizes(self.q_len, self.k_len)):
             raise MaskError(refusal)
-        if stand.problem and says_rows(users, stand.keys_known):
+        if stand.as_they_lie(users):
             return users
         if self.packing is not None:
             return users if lies_in_rows(users, packed=True) else self.packing.of(users)

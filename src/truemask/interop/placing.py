@@ -39,7 +39,8 @@ class Standing(NamedTuple):
     `real [b or 1, n]`: which of the first n keys are tokens. `taken [b or 1, n]`: where position_ids restart, they
     alone are the positions, of rows and keys alike. `restarts`: they do. `problem`: why positions are not known.
     `keys_known`: the problem is the rows'. `shift`: it is that all tokens are so many positions further on. `behind`:
-    it is that they are fewer than the keys before them, as in a later document of a packed row.
+    it is that they are fewer than the keys before them, as in a later document of a packed row. `moved`: the rows are the last ones
+    because the cache says so; transformers gives them no number.
     """
 
     q_start: int
@@ -51,6 +52,12 @@ class Standing(NamedTuple):
     keys_known: bool = False
     shift: int = 0
     behind: bool = False
+    moved: bool = False
+
+    def as_they_lie(self, users: Mask) -> bool:
+        """Whether a mask is about the rows and keys of this call, from 0 on: it says so, and nobody else does."""
+        explicit = any(part.kind in SAYS_ROWS for part in users.walk())
+        return bool(self.problem or self.moved) and explicit and says_rows(users, self.keys_known or self.moved)
 
     def refusal(self, users: Mask, sizes: Sizes) -> str:
         """Why a mask that asks for positions cannot run in this call, and what can; or nothing."""
@@ -103,7 +110,7 @@ def standing(sizes: Sizes, real: Tensor | None, told: Told) -> Standing:
         if told.cached is None or told.cached != sizes.k_len - sizes.q_len:
             return unknown._replace(problem=_not_placed(sizes), keys_known=True)
         q_start = sizes.k_start + told.cached  # the keys that were there before come first
-    found = unknown._replace(q_start=q_start)
+    found = unknown._replace(q_start=q_start, moved=not sizes.placed)
     flags = 0 if real is None else real.shape[1]
     places, beyond = _told_for(sizes, told), sizes.k_start + sizes.k_len
     if places is None:
