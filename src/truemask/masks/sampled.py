@@ -17,7 +17,8 @@ from truemask.masks.hashing import WORD, hash32
 TILES, SIDE = 64, 64  # how many are drawn, and their rows and columns
 SAMPLED_FROM = 2 * TILES * SIDE**2  # cells from which on a tensor is not looked at whole at once
 ALIKE = 16  # one tile of so many must be all alike, or the others are not looked for
-LINED, ENDED = 32, 16  # cells for each end of a run that starts a line, and for each end; an end takes twenty bytes
+LINED, ENDED = 32, 16  # cells for each end of a run that starts a line, and for each end: every one is gone through
+FEW_ENDS = 1 << 19  # that take no time worth saving
 
 
 class Sample(NamedTuple):
@@ -68,4 +69,4 @@ def runs_are_few(cells: NDArray[np.bool_]) -> bool:
     (True, False)
     """
     edges = Edges.of(cells)
-    return edges.lines <= cells.size // LINED and edges.count <= cells.size // ENDED
+    return edges.lines <= cells.size // LINED and edges.count <= max(FEW_ENDS, cells.size // ENDED)
