@@ -176,11 +176,11 @@ def test_samples_heads_and_combinations_of_sampled_masks() -> None:
         tm.per_head([dense.select(heads=[0]), tm.causal]): torch.stack([cells[:, 0], low.expand(2, n, n)], 1),
     }
     for mask, wanted in expected.items():
-        asked = {"batch": wanted.shape[0], "heads": wanted.shape[1]}
+        batch, heads = wanted.shape[:2]
         assert mask.holds_cells
-        assert torch.equal(mask.to_dense(n, **asked).expand(wanted.shape), wanted)
-        assert torch.equal(mask.count(n, **asked).expand(wanted.shape[:2]), wanted.sum((2, 3)))
-        tiles = mask.tiles(n, block=(64, 40), **asked)
+        assert torch.equal(mask.to_dense(n, batch=batch, heads=heads).expand(wanted.shape), wanted)
+        assert torch.equal(mask.count(n, batch=batch, heads=heads).expand(batch, heads), wanted.sum((2, 3)))
+        tiles = mask.tiles(n, block=(64, 40), batch=batch, heads=heads)
         assert torch.equal(torch.from_numpy(tiles.dense()).expand(wanted.shape), wanted)
     later = dense.at(q_start=50, k_start=20)
     assert torch.equal(later.to_dense(n - 50, n - 20), cells[:, :, 50:, 20:])
