@@ -27,6 +27,7 @@ STAIRS = """
     geometry/__init__.py
     geometry/logic.py
     geometry/ranges.py
+    geometry/edges.py
     geometry/lines.py
     geometry/slabs.py
     geometry/overlay.py
@@ -66,6 +67,7 @@ STAIRS = """
     masks/captured.py
     masks/predicate.py
     masks/labels.py
+    masks/sampled.py
     masks/matrices.py
     masks/biases.py
     masks/text.py

@@ -114,7 +114,7 @@ def choose(job: Job, wanted: str | None) -> Choice:
 def planned(job: Job, choice: Choice) -> Plan:
     """The choice as the plan of one job, with what should be said of it."""
     mask, r = job.mask, job.request
-    slip = top_left(mask, r.q_len, r.kv_len) or upside_down(mask, r.q_len, r.kv_len, r.batch, r.heads)
+    slip = top_left(mask, r.q_len, r.kv_len) or upside_down(mask, r.q_len, r.kv_len)
     return Plan(job, choice, slip)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from truemask.backends.base import Job, Request
 from truemask.backends.costs import source
+from truemask.masks.matrices import Dense
 
 EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
 
@@ -48,7 +49,10 @@ def sizes_text(r: Request) -> str:
 
 
 def tiles_text(job: Job) -> str:
-    """How many tiles are EMPTY, MIXED and FULL, and the share of pairs let through (a range if it is dear to know)."""
+    """How many tiles are EMPTY, MIXED and FULL, and the share of pairs let through (a range if it is dear to know).
+
+    Another line says of a tensor that only a sample of it was looked at to know that.
+    """
     r, tiles = job.request, job.tiles
     empty, mixed, full = tiles.counts
     total = max(1, empty + mixed + full)
@@ -57,7 +61,9 @@ def tiles_text(job: Job) -> str:
         share = f"{job.mask.density(r.q_len, r.kv_len, batch=r.batch, heads=r.heads):.2%} of the pairs"
     else:
         share = f"{full / total:.1%} to {(full + mixed) / total:.1%} of the pairs"
-    return f"tiles of {tiles.block[0]} x {tiles.block[1]}: {empty} empty, {mixed} mixed, {full} full; {share}"
+    counted = f"tiles of {tiles.block[0]} x {tiles.block[1]}: {empty} empty, {mixed} mixed, {full} full; {share}"
+    samples = {leaf.sample.text for leaf in job.mask.walk() if isinstance(leaf, Dense) and leaf.sample is not None}
+    return "\n".join([counted, *sorted(samples - {""})])
 
 
 def duration(seconds: float) -> str:

@@ -156,12 +156,19 @@ def _few(job: Job) -> Tensor:
 
 
 def _least(job: Job) -> Choice:
-    """Strips of several heights are cut if the mask has an exact form and they are few; or else tiles are counted."""
+    """Strips of several heights are cut if the mask has an exact form and they are few; or else tiles are counted.
+
+    Where no tile of the lowest strips is EMPTY, none of higher ones is, and the highest cost least.
+    """
     r = job.request
-    heights = [height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0])]
-    exact = job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None
-    cut = [_made(job, height, drawn=False) if exact else rough(_tiles(job, height)) for height in heights]
-    return min((_choice(job, *pair) for pair in zip(heights, cut, strict=True)), key=lambda one: one.cost)
+    lowest, *others = (height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0]))
+    if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
+        cut = {height: _made(job, height, drawn=False) for height in (lowest, *others)}
+    else:
+        tiles = _tiles(job, lowest)
+        cut = {lowest: rough(tiles)}
+        cut.update((height, rough(_tiles(job, height))) for height in (others if tiles.counts.empty else others[-1:]))
+    return min((_choice(job, *pair) for pair in cut.items()), key=lambda one: one.cost)
 
 
 def _choice(job: Job, height: int, strips: Strips) -> Choice:

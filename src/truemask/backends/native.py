@@ -19,6 +19,7 @@ from truemask.backends.native_library import missing
 from truemask.backends.once import attention, tensors_of
 from truemask.geometry.tiles import TileCounts, TileMap
 from truemask.masks.biases import Bias
+from truemask.masks.matrices import Dense
 
 FEW = 8  # rows up to which keys are read as they lie; for more they are packed before
 SIZE = "native size"  # in a job's notes
@@ -91,8 +92,12 @@ def _size(job: Job) -> Size:
 
 
 def _too_many_words(job: Job) -> list[str]:
-    """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k."""
+    """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k.
+
+    An eighth of the tensors that a mask holds is not too much to ask, whatever their size.
+    """
     r = job.request
-    if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS or _size(job).words <= MOST_WORDS:
+    most = MOST_WORDS + sum(leaf.tensor.tensor.nbytes // 8 for leaf in job.mask.walk() if isinstance(leaf, Dense))
+    if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS or _size(job).words <= most:
         return []
-    return [f"{memory(_size(job).words)} of cells in tiles that differ: the limit is {memory(MOST_WORDS)}"]
+    return [f"{memory(_size(job).words)} of cells in tiles that differ: the limit is {memory(most)}"]

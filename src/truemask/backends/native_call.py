@@ -97,8 +97,10 @@ def _stored(map_: TileMap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
     known = 1
     for part in map_.patterns():
         count, height, width = part.cells.shape
-        cells = np.zeros((count, TILE, TILE), bool)
-        cells[:, :height, :width] = part.cells
+        cells = part.cells
+        if (height, width) != (TILE, TILE):
+            cells = np.zeros((count, TILE, TILE), bool)
+            cells[:, :height, :width] = part.cells
         words.append(np.packbits(cells, axis=2, bitorder="little").view(np.uint64)[..., 0])
         runs[places[part.tiles], 2] = known + part.which
         known += count

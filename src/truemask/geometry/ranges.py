@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -93,6 +95,21 @@ class Counts:
         return self.sums[row, np.minimum(hi, self.size)] - self.sums[row, np.minimum(lo, self.size)]
 
 
+def added(numbers: NDArray[Any], grain: int) -> NDArray[Any]:
+    """The sums of every `grain` rows of booleans or of such sums, the last ones of fewer.
+
+    Byte by byte as far as that goes: numpy's own sums of booleans make 64-bit integers of each first.
+
+    >>> added(np.ones((5, 2), bool), 2).tolist()
+    [[2, 2], [2, 2], [1, 1]]
+    """
+    sums = np.zeros((-(-len(numbers) // grain), *numbers.shape[1:]), np.uint8 if grain < 16 else np.int64)
+    for step in range(grain):
+        part = numbers[step::grain]
+        sums[: len(part)] += part
+    return sums
+
+
 class Areas:
     """How many cells are set in rectangles of `cells [samples, heads, rows, columns]`: a summed-area table.
 
@@ -105,13 +122,13 @@ class Areas:
         self.grain = 1
         while cells.size // self.grain**2 > most:
             self.grain *= 2
-        rows, columns = (np.arange(0, max(n, 1), self.grain) for n in (self.height, self.width))
-        shape = (self.samples, self.heads, len(rows) + 1, len(columns) + 1)
-        self.sums = np.zeros(shape, np.int64)
-        if cells.size:
-            for sample in range(self.samples):  # one sample at a time: the blocks' sums are wide integers
-                blocks = np.add.reduceat(np.add.reduceat(cells[sample], rows, -2, dtype=np.int64), columns, -1)
-                self.sums[sample, :, 1:, 1:] = blocks.cumsum(-2).cumsum(-1)
+        rows, columns = (-(-n // self.grain) for n in (self.height, self.width))
+        self.sums = np.zeros((self.samples, self.heads, rows + 1, columns + 1), np.int64)
+        for place in np.ndindex(self.samples, self.heads):  # one plane at a time: sums are wide integers
+            inside = self.sums[place][1:, 1:]
+            inside += added(added(cells[place], self.grain).T, self.grain).T
+            np.cumsum(inside, 0, out=inside)
+            np.cumsum(inside, 1, out=inside)
 
     def covering(self, b: Ints, h: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints) -> tuple[Ints, Ints]:
         """Cells set in, and size of, the whole blocks that cover `[q0, q1) x [k0, k1)`."""

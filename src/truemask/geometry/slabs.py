@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from truemask.geometry.edges import Edges
 from truemask.geometry.lines import Flags, Ints, after, joined, places, tidied, union
 from truemask.geometry.ranges import spans
 
@@ -225,12 +226,11 @@ def flag_runs(flags: Flags, first: int = 0) -> tuple[Ints, Ints]:
 
 def from_cells(rows: Ints, edges: Ints, cells: Flags) -> Slabs:
     """Blocks: rows `[rows[i], rows[i + 1])` see the keys `[edges[j], edges[j + 1])` where `cells[i, j]`."""
-    steps = np.diff(np.pad(cells, ((0, 0), (1, 1))).view(np.int8), axis=1)
-    row, opens = np.nonzero(steps == 1)
-    _, closes = np.nonzero(steps == -1)
-    affordable(len(row))
-    lines = 2 * np.stack([edges[opens], edges[closes]])
-    return _tidy(rows, np.bincount(row, minlength=len(cells)), lines)
+    changes = Edges.of(cells)
+    affordable(changes.count // 2)
+    row, column = changes.places()
+    lines = 2 * edges[column.reshape(-1, 2).T]
+    return _tidy(rows, np.bincount(row[::2], minlength=len(cells)), lines)
 
 
 def affordable(ends: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States, three
+from truemask.geometry.slabs import Region
 
 Ints = NDArray[np.int64]
 BATCH_CELLS = 1 << 22  # cells evaluated at once: a few tens of megabytes of 64-bit indices
@@ -45,6 +46,7 @@ class Rectangles:
 
 Phase = Callable[[Rectangles], Sequence[Ints]]
 Evaluate = Callable[[Ints, Ints, Ints, Ints], NDArray[np.bool_]]
+Plane = Callable[[Region], NDArray[np.bool_]]
 
 
 class TileCounts(NamedTuple):
@@ -130,6 +132,7 @@ class TileMap:
     evaluate: Evaluate
     exact: bool = False
     phase: Phase | None = None  # numbers that tell tiles of different cells apart; None: all may differ
+    plane: Plane | None = None  # the cells of whole regions, of masks that hold them
 
     @property
     def rows(self) -> TileRows:
@@ -231,12 +234,33 @@ class TileMap:
     def _cells(self, b: Ints, h: Ints, i: Ints, j: Ints) -> NDArray[np.bool_]:
         """The cells of tiles, False beyond the true lengths."""
         bq, bk = min(self.block[0], self.q_len), min(self.block[1], self.kv_len)
+        if self.plane is not None:
+            return self._cut(self.plane, bq, bk, b, h, i, j)
         q0, _, k0, _ = self.extents(i, j)
         q = q0[:, None, None] + np.arange(bq)[None, :, None]
         k = k0[:, None, None] + np.arange(bk)[None, None, :]
         inside = (q < self.q_len) & (k < self.kv_len)
         q, k = np.minimum(q, self.q_len - 1), np.minimum(k, self.kv_len - 1)
         return self.evaluate(b[:, None, None], h[:, None, None], q, k) & inside
+
+    def _cut(self, plane: Plane, bq: int, bk: int, *places: Ints) -> NDArray[np.bool_]:
+        """The same from what the mask holds: neighbours in a row of tiles are read at once."""
+        cells = np.zeros((len(places[0]), bq, bk), bool)
+        order = np.lexsort(places[::-1])
+        b, h, i, j = (x[order] for x in places)
+        goes_on = (j[1:] == j[:-1] + 1) & (i[1:] == i[:-1]) & (h[1:] == h[:-1]) & (b[1:] == b[:-1])
+        starts = np.flatnonzero(np.append(True, ~goes_on)) if len(b) else order
+        q0, q1, k0, k1 = self.extents(i, j)
+        for lo, hi in zip(starts.tolist(), [*starts[1:].tolist(), len(b)], strict=False):
+            left, right = int(k0[lo]), int(k1[hi - 1])
+            region = Region(int(b[lo]), int(h[lo]), int(q0[lo]), int(q1[lo]), left, right)
+            found = plane(region)
+            height, entire = len(found), lo + (right - left) // bk  # the last one may be cut
+            parts = found[:, : (entire - lo) * bk].reshape(height, entire - lo, bk)
+            cells[order[lo:entire], :height] = parts.swapaxes(0, 1)
+            if entire < hi:
+                cells[order[entire], :height, : (right - left) % bk] = found[:, (entire - lo) * bk :]
+        return cells
 
     def dense(self) -> NDArray[np.bool_]:
         """Every cell, bool `[b, h, q, k]`: FULL runs are filled, MIXED tiles evaluated."""
@@ -267,7 +291,7 @@ class TileMap:
         return replace(self, row_starts=starts, runs=runs, exact=True)
 
 
-def shared(parts: list[TileMap], which: Ints, evaluate: Evaluate, phase: Phase | None) -> TileMap:
+def shared(parts: list[TileMap], which: Ints, evaluate: Evaluate, phase: Phase | None, plane: Plane | None) -> TileMap:
     """One map of samples and heads that share maps: `which [samples, heads]` of the parts each has."""
     first = parts[0]
     sizes = [np.diff(part.row_starts) for part in parts]
@@ -276,7 +300,7 @@ def shared(parts: list[TileMap], which: Ints, evaluate: Evaluate, phase: Phase |
     runs = np.concatenate([parts[n].runs for n in order])
     shape = (*which.shape, *first.shape[2:])
     exact = all(part.exact for part in parts)
-    return TileMap(first.q_len, first.kv_len, first.block, shape, starts, runs, evaluate, exact, phase)  # pyright: ignore[reportArgumentType]
+    return TileMap(first.q_len, first.kv_len, first.block, shape, starts, runs, evaluate, exact, phase, plane)  # pyright: ignore[reportArgumentType]
 
 
 def runs_of(state: States) -> tuple[Ints, Ints]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.forms import Form
 from truemask.geometry.logic import MIXED, States
-from truemask.geometry.slabs import Region
+from truemask.geometry.slabs import Flags, Region
 from truemask.geometry.tiles import Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.reindex import look_up
@@ -65,6 +65,9 @@ class _Choice(Mask):
 
     def _form(self, r: Region) -> Form:
         return self._entry(r.b, r.h)[1].form_in(r)
+
+    def _plane(self, r: Region) -> Flags:
+        return self._entry(r.b, r.h)[1]._plane(r)
 
     def _variant(self, b: int, h: int) -> Hashable:
         which, mask = self._entry(b, h)

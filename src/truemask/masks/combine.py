@@ -13,7 +13,7 @@ from torch import Tensor
 
 from truemask.geometry.forms import Form, conjunction, parity
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
-from truemask.geometry.slabs import FAR, Region, Slabs, bands, blank
+from truemask.geometry.slabs import FAR, Flags, Region, Slabs, bands, blank
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask, operand
 from truemask.masks.value import Written
@@ -106,6 +106,9 @@ class And(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_and, [term._truth(b, h, q, k) for term in self.terms])
 
+    def _plane(self, r: Region) -> Flags:
+        return reduce(np.logical_and, [term._plane(r) for term in self.terms])
+
     def _form(self, r: Region) -> Form:
         return all_forms(self, r)
 
@@ -119,6 +122,9 @@ class Or(_Combination):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_or, [term._truth(b, h, q, k) for term in self.terms])
 
+    def _plane(self, r: Region) -> Flags:
+        return reduce(np.logical_or, [term._plane(r) for term in self.terms])
+
     def _form(self, r: Region) -> Form:
         return ~all_forms(Not(self), r)
 
@@ -131,6 +137,9 @@ class Xor(_Combination):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return reduce(torch.logical_xor, [term._truth(b, h, q, k) for term in self.terms])
+
+    def _plane(self, r: Region) -> Flags:
+        return reduce(np.logical_xor, [term._plane(r) for term in self.terms])
 
     def _form(self, r: Region) -> Form:
         return parity([_literal(*term, r) for term in _addends(self)], {} if r.known is None else r.known)
@@ -152,6 +161,9 @@ class Minus(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left._truth(b, h, q, k) & ~self.right._truth(b, h, q, k)
+
+    def _plane(self, r: Region) -> Flags:
+        return self.left._plane(r) & ~self.right._plane(r)
 
     def _tile(self, r: Rectangles) -> States:
         return kleene_and(self.left._tile(r), kleene_not(self.right._tile(r)))
@@ -185,6 +197,9 @@ class Not(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ~self.base._truth(b, h, q, k)
+
+    def _plane(self, r: Region) -> Flags:
+        return ~self.base._plane(r)
 
     def _tile(self, r: Rectangles) -> States:
         return kleene_not(self.base._tile(r))

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.errors import MaskError
@@ -19,8 +18,8 @@ from truemask.geometry.forms import Form
 from truemask.geometry.logic import States
 from truemask.geometry.measure import tile_runs
 from truemask.geometry.quadtree import TooManyTilesError, classify_tiles
-from truemask.geometry.slabs import NoExactFormError, Region, Slabs, blank
-from truemask.geometry.tiles import Ints, Rectangles, TileMap
+from truemask.geometry.slabs import Flags, NoExactFormError, Region, Slabs, blank
+from truemask.geometry.tiles import Evaluate, Ints, Phase, Plane, Rectangles, TileMap
 
 MOST_ROWS = 1 << 24  # of tiles, that a map may have
 MOST_EVALUATED, MOST_MIXED = 1 << 30, 1 << 23  # cells that a question may evaluate (a minute or a few), and tiles
@@ -33,6 +32,8 @@ class Exact(ABC):
     """What the questions stand on."""
 
     _tiles_exact: ClassVar[bool] = False  # whether `_tile` answers MIXED only where both values occur
+
+    holds_cells: Any  # bool: whether some cells are read from a tensor, so that regions are read faster than places
 
     @abstractmethod
     def truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -114,9 +115,9 @@ class Exact(ABC):
                 starts, runs = classify_tiles(self._tile, q_len, kv_len, block, b, h, most_mixed)
             except TooManyTilesError as error:
                 raise self._beyond(f"{error} of {block[0]} x {block[1]} are too many", q_len, kv_len) from None
-        evaluate, phase = self._looked_at(b, h)
+        evaluate, phase, plane = self._looked_at(b, h)
         known = slabs is not None or self._tiles_exact
-        return TileMap(q_len, kv_len, block, shape, starts, runs, evaluate, known, phase)
+        return TileMap(q_len, kv_len, block, shape, starts, runs, evaluate, known, phase, plane)
 
     def _beyond(self, why: str, q_len: int, kv_len: int) -> MaskError:
         """What to say where tiles or cells are more than can be looked at."""
@@ -125,16 +126,19 @@ class Exact(ABC):
             "time (`mask.at(q_start=...)`), or about larger tiles (`tiles(..., block=1024)`)"
         )
 
-    def _looked_at(self, b: int, h: int) -> tuple[Callable[..., NDArray[np.bool_]], Callable[..., Sequence[Ints]]]:
+    def _looked_at(self, b: int, h: int) -> tuple[Evaluate, Phase, Plane | None]:
         """What cells and tiles answer in sample b and head h, which a map of one calls 0."""
 
-        def evaluate(b_: Ints, h_: Ints, q: Ints, k: Ints) -> NDArray[np.bool_]:
+        def evaluate(b_: Ints, h_: Ints, q: Ints, k: Ints) -> Flags:
             return self._cells(b_ + b, h_ + h, q, k)
 
         def phase(r: Rectangles) -> Sequence[Ints]:
             return self._phase(r.moved(b=r.b + b, h=r.h + h))
 
-        return evaluate, phase
+        def plane(r: Region) -> Flags:
+            return self._plane(r._replace(b=r.b + b, h=r.h + h))
+
+        return evaluate, phase, plane if self.holds_cells else None
 
     def _searched(self, b: int, h: int, q_len: int, kv_len: int) -> TileMap:
         """The tiles of a mask without exact form, if looking at their cells is affordable."""
@@ -144,6 +148,11 @@ class Exact(ABC):
             raise self._beyond(f"{cells} cells to evaluate are too many", q_len, kv_len)
         return tiles
 
-    def _cells(self, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:
+    def _plane(self, r: Region) -> Flags:
+        """The cells of a region; a view, where the mask is a tensor."""
+        q, k = np.arange(r.q0, r.q1)[:, None], np.arange(r.k0, r.k1)
+        return self._cells(np.asarray(r.b), np.asarray(r.h), q, k)
+
+    def _cells(self, b: Any, h: Any, q: Any, k: Any) -> Flags:
         """`truth` on numpy arrays."""
         return self.truth(*map(torch.from_numpy, (b, h, q, k))).numpy()

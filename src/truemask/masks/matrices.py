@@ -7,25 +7,25 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
-from truemask.geometry.logic import States, three
+from truemask.geometry.logic import MIXED, States, three
 from truemask.geometry.overlay import pieces
 from truemask.geometry.ranges import Areas, RangeTable
-from truemask.geometry.slabs import NoExactFormError, Region, Slabs, affordable, from_cells
+from truemask.geometry.slabs import Flags, NoExactFormError, Region, Slabs, affordable, from_cells
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
 from truemask.masks.reindex import look_up, pick, rows_of, within
 from truemask.masks.remembering import remembered
+from truemask.masks.sampled import SAMPLED_FROM, Sample, runs_are_few, sample_of
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call
 
-LARGEST_READ = 1 << 26  # cells of a dense tensor that are looked through for its runs
+LARGEST_READ = 1 << 28  # cells of a dense tensor that are looked through for its runs
 FEW_CELLS = 1 << 16  # up to which every exact form is worth having
 GRAINS = 16  # cells of a larger tensor for each of its sums, which are eight bytes
 
@@ -49,23 +49,42 @@ class Dense(Mask):
     def _areas(self) -> Areas:
         return Areas(self.tensor.array, max(FEW_CELLS, self.tensor.array.size // GRAINS))
 
+    @remembered
+    def sample(self) -> Sample | None:
+        """What a few tiles of a large tensor show; None of a small one, which is looked at whole."""
+        cells = self.tensor.array
+        return None if cells.size < SAMPLED_FROM else sample_of(cells)
+
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = self.table("tensor")
         b, h, q, k = (within(i, n) if n > 1 else i * 0 for i, n in zip((b, h, q, k), table.shape, strict=True))
         return pick(table, b, h, q, k)
 
     def _tile(self, r: Rectangles) -> States:
+        if self.sample is not None and not self.sample.shows_tiles:
+            return np.full(np.broadcast_shapes(*(side.shape for side in (r.b, r.h, r.q0, r.k0))), MIXED)
         seen, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
         return three(seen == 0, seen == area)
 
     def _slabs(self, r: Region) -> Slabs:
-        b, h = self._variant(r.b, r.h)
-        cells = self.tensor.array[b, h, r.q0 : r.q1, r.k0 : r.k1]
+        cells = self._plane(r)
         if cells.size > LARGEST_READ:
             raise NoExactFormError(f"{cells.size} cells are more than are read for this")
-        if cells.size > FEW_CELLS and lines_in(cells) > cells.size // 32:
+        if cells.size > FEW_CELLS and not self._has_runs(cells):
             raise NoExactFormError(f"{cells.size} cells without a pattern take less room than their runs")
         return from_cells(np.arange(r.q0, r.q1 + 1), np.arange(r.k0, r.k1 + 1), cells)
+
+    def _has_runs(self, cells: Flags) -> bool:
+        """Whether the runs of a part of the tensor take less room than its cells, the sample asked first."""
+        return (self.sample is None or self.sample.shows_runs) and runs_are_few(cells)
+
+    @property
+    def holds_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return True
+
+    def _plane(self, r: Region) -> Flags:
+        b, h = self._variant(r.b, r.h)
+        return self.tensor.array[b, h, r.q0 : r.q1, r.k0 : r.k1]
 
     def _variant(self, b: int, h: int) -> tuple[int, int]:
         return min(b, self.batch_size - 1), min(h, self.head_count - 1)
@@ -82,18 +101,6 @@ class Dense(Mask):
         return call("dense", self.tensor)
 
 
-def lines_in(cells: NDArray[np.bool_]) -> int:
-    """About how many ends of runs go on in no line from the row above, straight or by one to the right.
-
-    A run has two, and each takes some forty bytes and is sorted for every question; a tile has its cells as they are.
-
-    >>> lines_in(np.tri(64, dtype=bool)), lines_in(np.tile(np.arange(64) % 2 == 0, (64, 1)))
-    (0, 0)
-    """
-    ends = cells[:, 1:] != cells[:, :-1]
-    return int(np.count_nonzero(ends[1:, 1:] & ~ends[:-1, 1:] & ~ends[:-1, :-1]))
-
-
 AXES = {"qk": 2, "bqk": 3, "hqk": 3, "bhqk": 4}
 
 
@@ -107,7 +114,8 @@ def dense(tensor: object, axes: str | None = None) -> Mask:
     >>> dense([[True, False], [True, True]])[1, 0]
     True
     """
-    data = flags(tensor, "dense(tensor)", (2, 3, 4), "[q, k] or [b, h, q, k]").tensor
+    held = flags(tensor, "dense(tensor)", (2, 3, 4), "[q, k] or [b, h, q, k]")
+    data = held.tensor
     if axes is not None and axes not in AXES:
         raise MaskError(f"dense(axes=...) is one of {', '.join(map(repr, AXES))}, got {describe(axes)}")
     if axes is not None and AXES[axes] != data.ndim:
@@ -121,7 +129,7 @@ def dense(tensor: object, axes: str | None = None) -> Mask:
     shape = {2: (1, 1), 3: (1, data.shape[0]) if axes == "hqk" else (data.shape[0], 1)}.get(data.ndim, data.shape[:2])
     if 0 in shape:
         raise MaskError(f"dense(tensor) needs at least one sample and one head, got {describe(data)}")
-    return Dense(Data(data.reshape(*shape, *data.shape[-2:])))
+    return Dense(held.reshaped(*shape, *data.shape[-2:]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

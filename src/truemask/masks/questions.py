@@ -17,7 +17,8 @@ from torch import Tensor
 from truemask.errors import MaskError, describe
 from truemask.geometry.measure import first_cell, live_rows, pairs, seen_keys
 from truemask.geometry.search import first_cell_in, lives_in, pairs_in
-from truemask.geometry.tiles import TileMap, shared
+from truemask.geometry.slabs import Region
+from truemask.geometry.tiles import BATCH_CELLS, TileMap, shared
 from truemask.masks.data_store import LARGEST, whole
 from truemask.masks.exact import Exact
 from truemask.masks.pictures import Pictures
@@ -87,7 +88,9 @@ class Questions(Exact, Pictures):
         sizes = (whole(pair[0], "block", 1), whole(pair[1], "block", 1))
         members, which = self._variants(samples, head_count)
         parts = [self._map(b, h, q_len, kv_len, sizes) for b, h in members] or [self._map(0, 0, q_len, kv_len, sizes)]
-        return parts[0] if which.size == 1 else shared(parts, which, self._cells, self._phase)
+        if which.size == 1:
+            return parts[0]
+        return shared(parts, which, self._cells, self._phase, self._plane if self.holds_cells else None)
 
     def to_dense(
         self,
@@ -101,9 +104,21 @@ class Questions(Exact, Pictures):
         """The mask as a bool tensor `[b, h, q, k]`, True = may attend; size 1 where it does not vary."""
         samples, head_count, q_len, kv_len = self._sizes(q_len, kv_len, batch, heads)
         if torch.device(device).type == "cpu" and q_len * kv_len > TILED_FROM:
+            if self.holds_cells:
+                return torch.from_numpy(self._planes(samples, head_count, q_len, kv_len))
             return torch.from_numpy(self.tiles(q_len, kv_len, batch=samples, heads=head_count).dense())
         b, h, q, k = indices(samples, head_count, q_len, kv_len, device)
         return self.truth(b, h, q, k).contiguous()
+
+    def _planes(self, samples: int, heads: int, q_len: int, kv_len: int) -> NDArray[np.bool_]:
+        """Every cell `[b, h, q, k]`, some rows at a time: what is combined with the mask's tensors takes memory too."""
+        cells = np.zeros((samples, heads, q_len, kv_len), bool)
+        step = max(1, BATCH_CELLS // max(1, kv_len))
+        for b, h in np.ndindex(samples, heads):
+            for row in range(0, q_len, step):
+                last = min(row + step, q_len)
+                cells[b, h, row:last] = self._plane(Region(b, h, row, last, 0, kv_len))
+        return cells
 
     def to_block_mask(
         self,

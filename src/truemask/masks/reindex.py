@@ -15,7 +15,7 @@ from truemask.geometry.forms import Form
 from truemask.geometry.logic import States
 from truemask.geometry.overlay import all_of, any_of, transposed
 from truemask.geometry.ranges import RangeTable
-from truemask.geometry.slabs import NoExactFormError, Region, Slabs, bands, from_cells, stacked
+from truemask.geometry.slabs import Flags, NoExactFormError, Region, Slabs, bands, from_cells, stacked
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, Data, integers, whole
@@ -87,6 +87,9 @@ class At(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.base._truth(b, h, q + self.q_start, k + self.k_start)
+
+    def _plane(self, r: Region) -> Flags:
+        return self.base._plane(r.moved(self.q_start, self.k_start))
 
     def _tile(self, r: Rectangles) -> States:
         q, k = np.int64(self.q_start), np.int64(self.k_start)
@@ -267,6 +270,10 @@ class Select(Mask):
         h = h if self.heads is None else look_up(self.table("heads"), h, h)
         return self.base._truth(b, h, q, k)
 
+    def _plane(self, r: Region) -> Flags:
+        b, h = self._places(r.b, r.h)
+        return self.base._plane(r._replace(b=b, h=h))
+
     def _tile(self, r: Rectangles) -> States:
         return self.base._tile(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
 
@@ -317,6 +324,9 @@ class Transposed(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.base._truth(b, h, k, q)
+
+    def _plane(self, r: Region) -> Flags:
+        return self.base._plane(Region(r.b, r.h, r.k0, r.k1, r.q0, r.q1)).T
 
     def _tile(self, r: Rectangles) -> States:
         return self.base._tile(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))

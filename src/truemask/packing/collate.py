@@ -9,6 +9,7 @@ from typing import Any
 from truemask._plan import plan
 from truemask.errors import describe
 from truemask.masks.core import Mask
+from truemask.masks.data_store import whole
 from truemask.masks.given import from_text, not_a_mask
 from truemask.packing.pack import pack
 
@@ -35,7 +36,8 @@ class PackCollator:
         plan: keywords for `truemask.plan`, which knows rows and length from the batch, and neither heads, head size,
             dtype nor device: `plan={"heads": 8, "head_dim": 64, "grad": True}`. The batch has the `plan`; run by it
             with `attend(..., mask, backend=batch["plan"].backend)`.
-        long, pad, ignore_index: as `pack` has them.
+        long, pad, ignore_index, first_position: as `pack` has them. RoBERTa, XLM-R, ESM and MPNet count positions
+            from `padding_idx + 1`, usually `first_position=2`.
 
     >>> batch = PackCollator(8)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}])
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
@@ -55,6 +57,7 @@ class PackCollator:
     long: str = "error"
     pad: int = 0
     ignore_index: int = -100
+    first_position: int = 0
 
     def __post_init__(self) -> None:
         mask = from_text(self.mask)
@@ -65,9 +68,17 @@ class PackCollator:
             raise TypeError(f"PackCollator: plan are keywords, such as {{'heads': 8}}, got {describe(self.plan)}")
         if self.mask is None and (self.block_mask or self.plan is not None):
             raise ValueError("PackCollator: block_mask and plan are made of a mask: pass mask=, such as mask=causal")
+        whole(self.first_position, "PackCollator: first_position")
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        rows = pack(samples, self.length, long=self.long, pad=self.pad, ignore_index=self.ignore_index)
+        rows = pack(
+            samples,
+            self.length,
+            long=self.long,
+            pad=self.pad,
+            ignore_index=self.ignore_index,
+            first_position=self.first_position,
+        )
         batch: dict[str, Any] = {
             "input_ids": rows.tokens,
             "labels": rows.labels,

@@ -37,7 +37,7 @@ class PackedRows:
     labels      int64 `[r, n]`: the token to predict at each place, `ignore_index` where there is none
     lengths     tokens of each document, a list for each row, for `mask.packed(lengths)`. They add up to n: the free
                 tail, if there is one, is the last document of its row, so no sequence reads it and it reads none
-    positions   int64 `[r, n]`, counted from the start of each document
+    positions   int64 `[r, n]`, counted from the start of each document, from `first_position` on
     extras      the other fields of the samples, `[r, n]`, 0 in the tail
     sizes       how many tokens of each sequence were packed, in the order of the sequences
     pieces      int64 `[m, 4]`: sequence, row, start and tokens of each piece, ordered by sequence
@@ -94,7 +94,13 @@ class PackedRows:
 
 
 def pack(
-    sequences: Iterable[Any], length: int | None, *, long: str = "error", pad: int = 0, ignore_index: int = -100
+    sequences: Iterable[Any],
+    length: int | None,
+    *,
+    long: str = "error",
+    pad: int = 0,
+    ignore_index: int = -100,
+    first_position: int = 0,
 ) -> PackedRows:
     """Sequences in as few rows of `length` tokens as best fit finds, in time n log n.
 
@@ -114,6 +120,8 @@ def pack(
             of its own that starts anew at position 0; or "truncate" it to its first `length` tokens.
         pad: the token in the free tail of a row; nobody reads it.
         ignore_index: the label that losses leave out.
+        first_position: what `positions` count from: 0, or where a model's position embeddings begin, which is
+            `padding_idx + 1` (usually 2) for RoBERTa, XLM-R, ESM and MPNet. Masks count from 0 whatever this is.
 
     Raises:
         ValueError, TypeError: what cannot be packed, and why.
@@ -136,18 +144,19 @@ def pack(
         raise ValueError(f"pack: long is one of {', '.join(map(repr, LONG))}, got {describe(long)}{_near(long)}")
     length = None if length is None else whole(length, "length", 1)
     pad, ignore_index = token("pad", pad), token("ignore_index", ignore_index)
+    first = whole(first_position, "first_position")
     samples = read_samples("pack", sequences)
     total = int(samples.sizes.sum())
     if not total:
         raise ValueError(f"pack: none of the {len(samples.sizes)} sequences has a token, so there is nothing to pack")
-    return _lay_out(samples, total if length is None else length, long, pad, ignore_index)
+    return _lay_out(samples, total if length is None else length, long, pad, ignore_index, first)
 
 
 def _near(long: object) -> str:
     return suggest(long, LONG) if isinstance(long, str) else ""
 
 
-def _lay_out(samples: Samples, length: int, long: str, pad: int, ignore_index: int) -> PackedRows:
+def _lay_out(samples: Samples, length: int, long: str, pad: int, ignore_index: int, first: int) -> PackedRows:
     sequence, offset, size = _pieces(samples.sizes, length, long)
     row, start = best_fit(size, length)
     documents = _with_tails(np.stack((sequence, row, start, size, offset)), length)
@@ -157,7 +166,7 @@ def _lay_out(samples: Samples, length: int, long: str, pad: int, ignore_index: i
         tokens=torch.from_numpy(_joined(samples.tokens, documents, length, pad, np.int64)),
         labels=torch.from_numpy(labels),
         lengths=_lengths(documents),
-        positions=torch.from_numpy(ramp(documents[3]).reshape(-1, length)),
+        positions=torch.from_numpy(first + ramp(documents[3]).reshape(-1, length)),
         sizes=np.bincount(sequence, size, len(samples.sizes)).astype(np.int64).tolist(),
         pieces=torch.from_numpy(np.stack((sequence, row, start, size), axis=1)),
         ignore_index=ignore_index,

@@ -6,7 +6,7 @@ Shapes: r rows, n tokens of a row, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from truemask.errors import counted, describe
 from truemask.masks.core import Mask
 from truemask.masks.data_store import whole
+from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.matrices import tree
 from truemask.packing.fit import best_fit
 from truemask.packing.pack import check_rows, ramp, token
@@ -29,9 +30,11 @@ class PackedTrees:
     tokens      int64 `[r, n]`; a row's free tail holds `pad`
     labels      int64 `[r, n]`: the tokens of completions, `ignore_index` elsewhere. Not shifted, and what predicts a
                 token is not always the place before it: compare them with `predictions(logits)`
-    positions   int64 `[r, n]`, counted along each path: a completion goes on where its prompt ends
+    positions   int64 `[r, n]`, counted along each path from `first_position` on: a completion goes on where its prompt
+                ends
     previous    int64 `[r, n]`: the place in the row whose logits predict this token; -1 where a path begins
-    mask        `tree(parents, lengths=...)`: a token reads its own path, and the free tail nothing else
+    mask        `tree(parents, lengths=...)`: a token reads its own path, and the free tail nothing else. With a mask of
+                yours, `& mask.take(q=p, k=p)`, where p are the positions on the paths, from 0
     pieces      int64 `[m, 6]`: prompt, completion (-1: the prompt itself), parent piece, row, start and tokens, in
                 their order
     """
@@ -117,8 +120,10 @@ def pack_tree(
     completions: Iterable[Iterable[Any]],
     length: int | None = None,
     *,
+    mask: Mask | str | None = None,
     pad: int = 0,
     ignore_index: int = -100,
+    first_position: int = 0,
 ) -> PackedTrees:
     """Each prompt once, followed by its completions, which read the prompt and themselves but not each other.
 
@@ -132,8 +137,12 @@ def pack_tree(
             `{"tokens": [...], "completions": [...]}`, to any depth; results list them depth first.
         length: tokens of a row, into which prompts with all their completions are put by best fit. None: one row
             that holds everything.
+        mask: what a token reads of its own path, such as `window(512)`, at positions counted along the path. None: all
+            of it so far. Nobody reads ahead, whatever the mask says.
         pad: the token in the free tail of a row.
         ignore_index: the label of what is no completion.
+        first_position: what `positions` count from: 0, or where a model's position embeddings begin, which is
+            `padding_idx + 1` (usually 2) for RoBERTa, XLM-R, ESM and MPNet. The mask counts from 0 whatever this is.
 
     Raises:
         ValueError, TypeError: what cannot be packed, and why.
@@ -147,8 +156,16 @@ def pack_tree(
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     >>> trees.unpack(trees.tokens)
     [[tensor([3, 4]), tensor([5])]]
+    >>> from truemask.masks.positional import window
+    >>> near = pack_tree([[1, 2]], [[[3, 4], [5]]], mask=window(2), first_position=2)
+    >>> near.positions.tolist(), near.mask.to_dense(5)[0, 0].int().tolist()[-1]
+    ([[2, 3, 4, 5, 4]], [0, 1, 0, 0, 1])
     """
     pad, ignore_index = token("pad", pad), token("ignore_index", ignore_index)
+    first_place = whole(first_position, "first_position")
+    mask = from_text(mask)
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(not_a_mask("pack_tree: mask is an expression, such as `window(512)`, or its text", mask))
     nodes, arrays = _read(prompts, completions)
     totals = np.bincount(nodes[0], nodes[3]).astype(np.int64)
     length = int(totals.sum()) if length is None else whole(length, "length", 1)
@@ -163,7 +180,12 @@ def pack_tree(
     prompt, completion, parent, size = nodes
     before = np.cumsum(size) - size
     start = first[prompt] + before - before[completion < 0][prompt]
-    return _lay_out(arrays, np.stack((prompt, completion, parent, row[prompt], start, size)), length, pad, ignore_index)
+    trees = _lay_out(
+        arrays, np.stack((prompt, completion, parent, row[prompt], start, size)), length, pad, ignore_index
+    )
+    path = trees.positions
+    seen = trees.mask if mask is None else trees.mask & mask.take(q=path, k=path)
+    return replace(trees, mask=seen, positions=path + first_place)
 
 
 def _read(prompts: Iterable[Any], completions: Iterable[Any]) -> tuple[np.ndarray, Arrays]:
