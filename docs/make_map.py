@@ -29,7 +29,7 @@ OTHERS = {
     "benchmarks/README.md": "one run of the benchmarks, written by `make bench`",
     "docs/attend.md": "every option of attend, run",
     "docs/diagnosis.md": "what is likely wrong with a mask, why a pair is as it is, what gets through all layers",
-    "docs/recipes.md": "short recipes, run: encoder-decoders, threads, checkpointing, adapters, compiling, pictures, extras",
+    "docs/recipes.md": "short recipes, run: encoder-decoders, threads, checkpointing, adapters, pictures, extras",
     "docs/your_model.md": "your model under any mask, audited, and packed texts",
     "docs/problems/": "twenty problems with attention masks, each with its answer, run",
     "docs/exact.md": "what a mask knows of itself without looking at cells, and intervals for other kernels",

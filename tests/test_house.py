@@ -44,6 +44,7 @@ STAIRS = """
 
     masks/remembering.py
     masks/data_store.py
+    masks/tables.py
     masks/hashing.py
     masks/block_mask.py
     masks/verdict.py
@@ -168,11 +169,11 @@ STAIRS = """
     interop/recomputing.py
     interop/in_force.py
     interop/positions.py
-    interop/watching.py
     interop/dropping.py
     interop/stand_in.py
     interop/unreached.py
     interop/layers.py
+    interop/watching.py
     interop/lifting.py
     interop/placing.py
     interop/claims.py

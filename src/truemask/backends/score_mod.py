@@ -19,7 +19,7 @@ from truemask.backends.flash import wide
 from truemask.masks.biases import Alibi, Bias, Relative
 from truemask.masks.block_mask import MaskMod
 from truemask.masks.core import Mask
-from truemask.masks.reindex import look_up, pick
+from truemask.masks.tables import look_up, pick
 
 LEAST_SIZE = 1 << 16  # positions that data is padded to at least; beyond, to a power of four
 

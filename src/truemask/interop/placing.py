@@ -39,8 +39,8 @@ class Standing(NamedTuple):
     `real [b or 1, n]`: which of the first n keys are tokens. `taken [b or 1, n]`: where position_ids restart, they
     alone are the positions, of rows and keys alike. `restarts`: they do. `problem`: why positions are not known.
     `keys_known`: the problem is the rows'. `shift`: it is that all tokens are so many positions further on. `behind`:
-    it is that they are fewer than the keys before them, as in a later document of a packed row. `moved`: the rows are the last ones
-    because the cache says so; transformers gives them no number.
+    it is that they are fewer than the keys before them, as in a later document of a packed row. `moved`: the rows are
+    the last ones because the cache says so; transformers gives them no number.
     """
 
     q_start: int

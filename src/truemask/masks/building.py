@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
+from truemask.errors import MaskError, describe
 from truemask.masks.remembering import is_diverted, is_late, is_real, ordinary_tensors, trusted
 from truemask.masks.value import Value
 
@@ -104,3 +105,17 @@ def twin(mask: Value) -> Value:
     new = object.__new__(type(mask))
     vars(new).update({name: part for name, part in vars(mask).items() if name not in ("ticket", "number")})
     return new
+
+
+def operand(sign: str, value: object) -> Any:
+    """`value` if it is a mask, or an error that says how to make one of it."""
+    if isinstance(value, Value):
+        return value
+    way = "`everything` and `nothing` are the constants"
+    if isinstance(value, str):
+        way = f"text becomes a mask by `parse({value[:60]!r})`"
+    elif isinstance(value, Tensor):
+        way = "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
+    elif callable(value):
+        way = "call it with its arguments first"
+    raise MaskError(f"`{sign}` combines masks with masks, got {describe(value)}: {way}")

@@ -16,9 +16,10 @@ from truemask.geometry.forms import Form
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.slabs import Flags, Region
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, operand
-from truemask.masks.reindex import look_up
+from truemask.masks.building import operand
+from truemask.masks.core import Mask
 from truemask.masks.remembering import remembered
+from truemask.masks.tables import look_up
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import ATOM

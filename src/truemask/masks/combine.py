@@ -15,7 +15,8 @@ from truemask.geometry.forms import Form, conjunction, parity
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
 from truemask.geometry.slabs import FAR, Flags, Region, Slabs, bands, blank
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.core import Mask, operand
+from truemask.masks.building import operand
+from truemask.masks.core import Mask
 from truemask.masks.value import Written
 from truemask.masks.writing import AND, ATOM, MINUS, NOT, OR, XOR, within
 

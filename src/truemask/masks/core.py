@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.forms import Form
 from truemask.geometry.logic import States
 from truemask.geometry.overlay import cropped
 from truemask.geometry.slabs import NoExactFormError, Region, Slabs
 from truemask.geometry.tiles import Ints, Rectangles
-from truemask.masks.building import KINDS, build, names_of
+from truemask.masks.building import KINDS, build, names_of, operand
 from truemask.masks.data_store import Data, whole
 from truemask.masks.questions import ANY, Questions
 from truemask.masks.remembering import is_late, ordinary_tensors, remembered
@@ -150,7 +150,7 @@ class Mask(Value, Questions):
         """False only if every query provably sees the same keys."""
         return self._reads_query or any(child.varies_with_query for child in self.children)
 
-    @cached_property
+    @remembered
     def holds_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether some part is a tensor of cells."""
         return any(child.holds_cells for child in self.children)
@@ -387,17 +387,3 @@ class Mask(Value, Questions):
         q, k = torch.arange(q_len), torch.arange(kv_len)
         self._check(q_len, kv_len)
         return self._logical(q, k) or (q, k)
-
-
-def operand(sign: str, value: object) -> Mask:
-    """`value` if it is a mask, or an error that says how to make one of it."""
-    if isinstance(value, Mask):
-        return value
-    way = "`everything` and `nothing` are the constants"
-    if isinstance(value, str):
-        way = f"text becomes a mask by `parse({value[:60]!r})`"
-    elif isinstance(value, Tensor):
-        way = "wrap a boolean tensor in `dense(tensor)`, key padding in `keys(flags)`"
-    elif callable(value):
-        way = "call it with its arguments first"
-    raise MaskError(f"`{sign}` combines masks with masks, got {describe(value)}: {way}")

@@ -23,8 +23,8 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LONGEST, Data, as_tensor, integers, whole
 from truemask.masks.data_store import flags as as_flags
-from truemask.masks.reindex import look_up, low_high, rows_of
 from truemask.masks.remembering import remembered, surely
+from truemask.masks.tables import look_up, low_high, rows_of
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call

@@ -20,8 +20,8 @@ from truemask.masks.data import beyond, keys, queries
 from truemask.masks.data_store import Data, integers
 from truemask.masks.packing import document_lengths
 from truemask.masks.predicate import predicate
-from truemask.masks.reindex import look_up, rows_of
 from truemask.masks.remembering import remembered
+from truemask.masks.tables import look_up, rows_of
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call

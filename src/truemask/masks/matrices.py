@@ -18,9 +18,9 @@ from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data import beyond
 from truemask.masks.data_store import LONGEST, Data, flags, integers, whole
-from truemask.masks.reindex import look_up, pick, rows_of, within
 from truemask.masks.remembering import remembered
 from truemask.masks.sampled import SAMPLED_FROM, Sample, runs_are_few, sample_of
+from truemask.masks.tables import look_up, pick, rows_of, within
 from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call

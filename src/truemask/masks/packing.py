@@ -17,10 +17,11 @@ from truemask.geometry.overlay import all_of, any_of, cropped
 from truemask.geometry.ranges import spans
 from truemask.geometry.slabs import FAR, Region, Slabs, affordable, bands, blank, stacked
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.core import Mask, operand
+from truemask.masks.building import operand
+from truemask.masks.core import Mask
 from truemask.masks.data_store import LONGEST, Data, integers, whole
-from truemask.masks.reindex import look_up, low_high, row_by_row, rows_of
 from truemask.masks.remembering import remembered, surely
+from truemask.masks.tables import look_up, low_high, row_by_row, rows_of
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 

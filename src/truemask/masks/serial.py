@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError, describe, suggest
-from truemask.masks.building import KINDS
-from truemask.masks.core import Mask, operand
+from truemask.masks.building import KINDS, operand
+from truemask.masks.core import Mask
 from truemask.masks.data import global_tokens, keys, queries
 from truemask.masks.data_store import LONGEST, Data, integers
 from truemask.masks.given import expression
