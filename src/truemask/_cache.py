@@ -270,7 +270,7 @@ class PlanCache:
             if entry.lowered is None:
                 with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
                     made = entry.backend.lower(entry.plan.job)
-                with self._lock:  # weighed, kept and counted in one step: nobody gets or gives up what was not
+                with self._lock:  # weighed, kept and counted in one step: nobody gives up what was not counted
                     parts = entry.weighed(made)
                     entry.lowered = made
                     self._lowered += 1

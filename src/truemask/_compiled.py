@@ -283,6 +283,11 @@ def backward_op(*args: Any) -> list[Tensor]:
     """The gradients that are wanted."""
     asked = Arrived(*args)
     record = RECORDS.get(asked.state.data_ptr())
+    if not asked.state.numel():
+        raise PlanError(
+            "attend: this graph was traced where nothing wanted gradients, so its forward kept nothing for a backward: "
+            "trace it again with inputs or parameters that want them"
+        )
     if record is None:
         raise PlanError(
             "attend: the backward of a compiled function was given a copy of what its forward left behind: hooks that "
@@ -338,8 +343,9 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor)
     arriving = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
     sizes = [size for name in names for size in ctx.shapes[name]]
     asked = (state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
-    call = torch.ops.truemask.attend_backward
-    found = differentiable_once(COMPILED, [*leaves, dout, *arriving], lambda: call(*asked))
+    found = differentiable_once(
+        COMPILED, [*leaves, dout, *arriving], lambda: torch.ops.truemask.attend_backward(*asked)
+    )
     grads = dict(zip(names, found, strict=True))
     lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule
     return tuple((grads | lists).get(name) for name in Asked._fields)

@@ -2,8 +2,8 @@
 
 Such a graph is written down once and runs without this library, perhaps without Python. So it holds no operator of
 ours and no plan: the mask is its own `truth`, index arithmetic on the sizes of each call, and attention is torch's. All
-cells are computed. Lengths, and data that comes in with the call (`keys(flags)`), stay what they are in each call; and
-as nothing but torch is in it, it trains, differentiates twice and goes through `vmap` wherever torch does.
+cells are computed. Lengths, and data that comes in with the call (`keys(flags)`), are those of each call, and
+gradients are torch's.
 
 Shapes: b samples, h query heads = y key heads x g, q rows, k keys, d head size.
 """
@@ -77,7 +77,7 @@ def _spelled_out(call: Call, inputs: Inputs, allowed: Tensor | None, seed: Tenso
     """Scores, softmax and mixture as three steps, in fp32 or better."""
     r, dtype = call.request, inputs.q.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    s = inputs.q.to(wide) @ inputs.k.to(wide).mT * inputs.scale  # b h q k
+    s = inputs.q.to(wide) @ inputs.k.to(wide).transpose(2, 3) * inputs.scale  # b h q k
     if inputs.softcap is not None:
         s = inputs.softcap * torch.tanh(s / inputs.softcap)
     if inputs.bias is not None:

@@ -262,7 +262,8 @@ class Prepended(Mask):
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         row, key = (q - self.q).clamp(min=0), (k - self.k).clamp(min=0)
-        own = torch.where(q < self.q, self.seen._truth(b, h, row, key), self.base._truth(b, h, row, key))
+        extra = q < self.q
+        own = (extra & self.seen._truth(b, h, row, key)) | (~extra & self.base._truth(b, h, row, key))
         return (k < self.k) | own
 
     def _tile(self, r: Rectangles) -> States:

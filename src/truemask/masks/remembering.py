@@ -13,10 +13,10 @@ one. Three names keep it, and a test walks everything that the package remembers
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cached_property, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import SymInt, Tensor
@@ -27,7 +27,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import has_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
-T = TypeVar("T")
+P, T = ParamSpec("P"), TypeVar("T")
 TRACERS = (Key.FAKE, Key.FUNCTIONAL, Key.PROXY)
 
 
@@ -36,12 +36,17 @@ def is_recorded() -> bool:
 
     `torch.compile` is not meant: what it traces is told by `torch.compiler.is_dynamo_compiling()`.
     """
-    if torch._C._is_tracing() or torch.compiler.is_exporting():
+    if torch._C._is_tracing():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(key) is not None  # pyright: ignore[reportAttributeAccessIssue]
         for key in TRACERS
     )
+
+
+def cannot_look() -> bool:
+    """Whether the values of tensors are not to be had, because a graph is made for many calls."""
+    return torch.compiler.is_compiling() or is_recorded()
 
 
 def is_diverted() -> bool:
@@ -71,12 +76,35 @@ def surely(condition: Any) -> bool:
     return bool(condition) if not isinstance(condition, Tensor) or torch._C._is_tracing() else False
 
 
+def for_now(number: Any) -> Any:
+    """What a late number is while the graph is recorded."""
+    if isinstance(number, SymInt):
+        return number.node.hint
+    return int(number) if isinstance(number, Tensor) else number
+
+
 @contextmanager
 def trusted() -> Iterator[None]:
     """A decision by a size or a number, which `torch.jit.trace` warns of, is a check in here, no part of the graph."""
+    if not torch._C._is_tracing():
+        yield
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
+
+
+def traceable(forward: Callable[P, T]) -> Callable[P, T]:
+    """A module's forward whose decisions by sizes are checks, so that `torch.jit.trace` need not warn of them."""
+
+    @wraps(forward)
+    def called(*args: P.args, **keywords: P.kwargs) -> T:
+        if not torch.jit.is_tracing():
+            return forward(*args, **keywords)
+        with trusted():
+            return forward(*args, **keywords)
+
+    return called
 
 
 def _is_written_down(tensor: Tensor) -> bool:

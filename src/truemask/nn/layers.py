@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from truemask.errors import describe
 from truemask.masks.core import Mask
+from truemask.masks.remembering import traceable
 from truemask.nn.attention import Attention, LayerCache
 from truemask.nn.config import LayersConfig, reject_keywords
 from truemask.nn.feedforward import FeedForward
@@ -103,6 +104,7 @@ class AttentionLayers(nn.Module):
             begun=stored > 0,
         )
 
+    @traceable
     def forward(
         self,
         x: Tensor,

@@ -28,6 +28,7 @@ from truemask.masks.data import Padding, Queries
 from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.packing import Packed, Padded
 from truemask.masks.positional import Causal, Window, causal
+from truemask.masks.remembering import for_now, is_recorded, ordinary_tensors, trusted
 from truemask.masks.traced import BUILDERS, recorded
 from truemask.nn.doors import read_matrix, read_padding, warn
 
@@ -167,13 +168,14 @@ def _combine_later(user: Mask, numbers: list[Any], causal_too: bool) -> Mask:
 
 
 def _warn_if_ahead(user: Mask, layout: Layout) -> None:
-    if not any(isinstance(node, Causal) for node in user.walk()) or looks_back(user):
+    if user.is_late or not any(isinstance(node, Causal) for node in user.walk()) or looks_back(user):
         return
-    pairs = pairs_ahead(user, layout.total, layout.batch, layout.heads)
+    total, batch, heads = map(for_now, (layout.total, layout.batch, layout.heads))
+    pairs = pairs_ahead(user, total, batch, heads)
     if pairs:
         warn(
             f"the mask `{user}` lets queries see later keys, but this module is causal, which removed {pairs:,} of its "
-            f"pairs at length {layout.total}. To run the mask as it is written pass causal=False in the call"
+            f"pairs at length {total}. To run the mask as it is written pass causal=False in the call"
         )
 
 
@@ -228,6 +230,11 @@ def _own_positions(user: Mask, layout: Layout) -> Tensor:
         q, k = rows.positions(layout.new, layout.total)
     except MaskError as error:
         raise MaskError(f"{error}. To say which positions the tokens have, {way_out}") from error
+    if is_recorded():
+        if not user.is_late:
+            with trusted(), ordinary_tensors():  # the sizes are those of any call, and the check is of this one
+                _own_positions(user, Layout(*map(for_now, layout.numbers)))
+        return q
     if bool((q != k[..., layout.past :]).any()):
         raise MaskError(
             f"the mask `{user}` gives tokens another position as queries than as keys, and a token has one: {way_out}"

@@ -21,6 +21,7 @@ from truemask.masks.core import Mask
 from truemask.masks.foreign.importers import from_torch_mha
 from truemask.masks.given import from_text, not_a_mask
 from truemask.masks.positional import causal
+from truemask.masks.remembering import cannot_look, traceable
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -124,6 +125,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = same
 
+    @traceable
     def forward(
         self,
         query: Tensor,
@@ -349,7 +351,7 @@ def attend_and_weigh(
     The output then takes the fast way, and weights that nobody differentiates (most callers throw them away) cost no
     backward.
     """
-    if torch.compiler.is_compiling() or backend == "reference":
+    if backend == "reference" or cannot_look():
         return attend(q, k, v, seen, bias=bias, dropout=dropout, backend="reference", return_weights=True)
     weigh = read_call(q, k, v[..., :1], seen, bias=bias, dropout=dropout, return_weights=True)
     seed = new_seed() if dropout else None
@@ -378,7 +380,7 @@ def hidden_and_bias(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]
     if value is None or not value.is_floating_point():
         return value, None
     hidden = value.detach() <= torch.finfo(value.dtype).min / 2
-    if torch.compiler.is_compiling():  # which cannot look: -inf hides too
+    if cannot_look():  # -inf hides too
         return None, value.masked_fill(hidden, -torch.inf)
     rest = value.masked_fill(hidden, 0.0)
     return hidden if hidden.any() else None, rest if value.requires_grad or rest.any() else None
@@ -386,7 +388,7 @@ def hidden_and_bias(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]
 
 def says_causal(attn_mask: Tensor, hidden: Tensor | None, q: int, k: int) -> bool:
     """Whether an `attn_mask` hides exactly the later keys; MaskError if it shows one, which contradicts `is_causal`."""
-    if torch.compiler.is_compiling():
+    if cannot_look():
         return False
     later = torch.ones(q, k, dtype=torch.bool, device=attn_mask.device).triu(1)
     shown = later if hidden is None else (later & hidden) != later

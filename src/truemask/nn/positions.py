@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from truemask.masks.remembering import cannot_look
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of the angles of rows, [b|1, 1, n, r/2], in fp32 (fp64 for doubles)."""
@@ -52,7 +54,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     width = 2 * rotation.cos.shape[-1]
     turning, rest = x.split((width, x.shape[-1] - width), dim=-1)
     pairs = turning.to(rotation.cos.dtype).unflatten(-1, (-1, 2))  # b h n r/2 2
-    turned = _turned_by_parts(pairs, *rotation) if torch.compiler.is_compiling() else _turned(pairs, *rotation)
+    turned = _turned_by_parts(pairs, *rotation) if cannot_look() else _turned(pairs, *rotation)
     turned = turned.flatten(-2).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat((turned, rest), dim=-1)
 
@@ -81,7 +83,7 @@ class AbsolutePositionalEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """[n] or [b, n] -> [(b,) n, d]. Positions before 0 are padding, whose vector nobody reads: they take 0's."""
-        looks = positions.numel() and not torch.compiler.is_compiling()  # a compiled graph cannot; indexing fails there
+        looks = positions.numel() and not cannot_look()  # a compiled graph cannot; indexing fails there
         if looks and (last := int(positions.max())) >= self.max_seq_len:
             raise ValueError(
                 f"position {last} has no embedding: max_seq_len={self.max_seq_len} positions were learned, "

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from truemask.errors import describe
 from truemask.masks.core import Mask
+from truemask.masks.remembering import cannot_look, traceable
 from truemask.nn.config import LayersConfig, check_needs, check_rate, check_type, reject_keywords
 from truemask.nn.foreign_names import WRAPPER, WRAPPER_CALL
 from truemask.nn.layers import AttentionLayers, Cache, layers_from_config
@@ -82,6 +83,7 @@ class TransformerWrapper(nn.Module):
         if not tie_embedding:
             self.project_out = nn.Linear(dim, num_tokens, bias=False)
 
+    @traceable
     def forward(
         self,
         ids: Tensor,
@@ -147,7 +149,7 @@ class TransformerWrapper(nn.Module):
             raise ValueError(
                 f"ids are {describe(ids)} and the model is on {self.token_emb.weight.device}: move one with .to()"
             )
-        readable = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, looking makes it wait
+        readable = ids.device.type == "cpu" and not cannot_look()  # elsewhere, looking makes it wait
         if readable and ids.numel():
             low, high = (int(end) for end in ids.aminmax())
             if low < 0 or high >= self.num_tokens:
