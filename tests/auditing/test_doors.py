@@ -55,6 +55,18 @@ def number():
 
 def leaves():
     raise SystemExit(0)
+
+class Reads(Sums):
+    def forward(self, input_ids, decoder_input_ids):
+        named = (input_ids == 7) | (decoder_input_ids == 7)
+        assert not named.any(), "an image where there is none"
+        return super().forward(decoder_input_ids) + self.embedding(input_ids).mean(1, keepdim=True)
+
+def reads():
+    model = Reads()
+    model.config = type("Config", (), {})()
+    model.config.vocab_size, model.config.image_token_id = 11, 7
+    return model
 """
 
 
@@ -136,6 +148,23 @@ def test_json(run: Any) -> None:
     code, said = run("audited_models:leaky", "--json")
     found = json.loads(said)
     assert (code, found["ok"], found["findings"][0]["code"], found["leaks"]) == (1, False, "future-leak", 4)
+
+
+def test_json_tells_what_the_report_tells(run: Any) -> None:
+    for name in ("clean", "leaky", "reads"):
+        code, said = run(f"audited_models:{name}", "--json")
+        found = json.loads(said)
+        text = " ".join(run(f"audited_models:{name}")[1].split())
+        assert set(found) == {"title", "ok", "findings", "notes", "leaks", "blind"}
+        assert code == int(not found["ok"]) == int(any(one["severity"] != "note" for one in found["findings"]))
+        assert all(" ".join(note.split()) in text for note in (found["title"], *found["notes"]))
+        assert all(" ".join(one["message"].split()) in text for one in found["findings"])
+        assert bool(found["leaks"]) == any("leak" in one["code"] for one in found["findings"])
+
+
+def test_a_batch_made_here_has_no_special_tokens_and_feeds_both_sides(run: Any) -> None:
+    code, said = run("audited_models:reads", "--length", "40")
+    assert (code, "audit of Reads, 2 samples of 40 positions" in said) == (0, True), said
 
 
 def test_a_file_is_that_file_whatever_else_has_its_name(run: Any, tmp_path: Path) -> None:

@@ -226,6 +226,24 @@ def test_pictures_are_audited_at_their_patches() -> None:
         assert serious(audit(model, batch)) == []
 
 
+@pytest.mark.filterwarnings("ignore:.* keys that the model's own rule")
+@pytest.mark.parametrize(
+    ("mask", "pairs"),
+    [(window(8) | prefix(4), 64), (causal | prefix(6), 151), (window(12), 58), (window(4), 0)],
+    ids=str,
+)
+def test_what_was_asked_for_and_dropped_is_noted(mask: Any, pairs: int) -> None:
+    """The pairs are those of a mask without the model's own window of 8, and with `replace=True` nothing is dropped."""
+    model, n = tiny("Mistral", sliding_window=8), 24
+    with use(model, mask):
+        notes = [note for note in audit(model, ids(1, n), cache=False).notes if "own rule `window(8)` hides" in note]
+    assert len(notes) == bool(pairs)
+    assert int((mask - window(8)).count(n, n).sum()) == pairs
+    assert all(f"removed {pairs} of its pairs at length {n}" in note and "replace=True" in note for note in notes)
+    with use(model, mask, replace=True):
+        assert not any("own rule" in note for note in audit(model, ids(1, n), cache=False).notes)
+
+
 def test_embeddings_in_and_hidden_states_out() -> None:
     model = tiny("Llama")
     assert audit(model.model, ids(2, N), causal).ok

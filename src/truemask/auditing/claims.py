@@ -18,6 +18,7 @@ from truemask.auditing.models import AuditError, Subject
 from truemask.auditing.torch_modules import own_mask
 from truemask.errors import MaskError, describe
 from truemask.interop.claims import lies_in_rows
+from truemask.interop.dropping import dropped
 from truemask.masks.combine import everything
 from truemask.masks.core import Mask
 from truemask.masks.data import padding
@@ -87,7 +88,7 @@ def claim_of(subject: Subject, mask: object = None, layers: int | None = None) -
         says = f"layers={count}" if layers is not None else f"the model has {count} layers"
         raise AuditError(f"{len(masks)} masks were given, one for each layer, and {says}")
     count = layers if layers is not None else len(masks) if len(masks) > 1 else base.layers
-    notes = (*base.notes, *_assumed(subject, documents))
+    notes = (*base.notes, *_assumed(subject, documents), *_dropped(base, subject))
     return Claim(masks, base.source, count, real, documents, notes, base.masks[0].text)
 
 
@@ -195,6 +196,15 @@ def _begun(mask: Mask, real: Tensor, subject: Subject) -> Mask:
     moved = mask.padded(first.tolist())
     same = matrix_of(moved, subject) == matrix_of(mask, subject)
     return mask if bool(same[real[:, :, None] & real[:, None, :]].all()) else moved
+
+
+def _dropped(base: Said, subject: Subject) -> Iterator[str]:
+    """What the model's own rule takes away of a mask that `tm.use` gave it."""
+    sizes = subject.length, subject.batch, heads_of(subject) or 1
+    pairs = zip(base.masks, base.given, strict=False)
+    found = [dropped(given.mask, own, *sizes) for own, given in pairs if not given.replace]
+    for one in dict.fromkeys(map(str, filter(None, found))):
+        yield f"{one}. To run the mask as it is written: `tm.use(model, mask, replace=True)`"
 
 
 def _assumed(subject: Subject, documents: Tensor | None) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 import traceback
@@ -16,11 +17,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from truemask.auditing.audit import MOST_POSITIONS
 from truemask.auditing.audit import audit as run_audit
 from truemask.auditing.models import SEED, AuditError
+from truemask.auditing.placeholders import special_tokens
 from truemask.auditing.probes import Step
 from truemask.cli.console import make_console, needs_ascii, plain, show_error
 from truemask.errors import TruemaskError, describe, suggest
@@ -155,8 +157,21 @@ def made(factory: Callable[[], Any], length: int, vocab: int | None) -> tuple[nn
         )
     model, batch, mask = parts[0], *(*parts[1:], None, None)[:2]
     if batch is None:
-        size = vocab or getattr(getattr(model, "config", None), "vocab_size", None)
-        if not isinstance(size, int):
-            raise AuditError("the factory returned no batch: return (model, batch), or pass --vocab and --length")
-        batch = torch.randint(size, (SAMPLES, length), generator=torch.Generator().manual_seed(SEED))
+        batch = _drawn(model, length, vocab)
     return model, batch, mask
+
+
+def _drawn(model: nn.Module, length: int, vocab: int | None) -> Tensor | dict[str, Tensor]:
+    """Random tokens `[b, length]` that mean nothing special, for both sides of an encoder-decoder."""
+    config = getattr(model, "config", None)
+    inner = getattr(config, "get_text_config", None)
+    text = inner() if callable(inner) else config
+    size = vocab or getattr(text, "vocab_size", None)
+    if not isinstance(size, int):
+        raise AuditError("the factory returned no batch: return (model, batch), or pass --vocab and --length")
+    named, generator = special_tokens(model), torch.Generator().manual_seed(SEED)
+    ordinary = torch.tensor([token for token in range(size) if token not in named] or list(range(size)))
+    drawn = [ordinary[torch.randint(len(ordinary), (SAMPLES, length), generator=generator)] for _ in range(2)]
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return drawn[0]
+    return {"input_ids": drawn[0], "decoder_input_ids": drawn[1]}
