@@ -224,9 +224,10 @@ STAIRS = """
     cli/timing.py
     cli/races.py
     cli/calibrate.py
+    cli/mask_tables.py
+    cli/mask_files.py
     cli/show.py
     cli/explain.py
-    cli/mask_files.py
     cli/check.py
     cli/audit.py
     cli/bench.py

@@ -61,10 +61,16 @@ def test_show_saves_instead(tmp_path: Path) -> None:
     [
         (("show", "causal & windw(8)"), "did you mean 'window'?\n  causal & windw(8)\n           ^^^^^\n"),
         (("explain", "causal &"), "^"),
-        (("show", "random(0.5, per_head=True)"), "pass `heads=`"),
+        (("show", "random(0.5, per_head=True)"), "pass `--heads`"),
         (("show", "keys([True, False])", "-n", "5"), "5"),
         (("show", "causal", "--save", "a.bmp"), "'.bmp'"),
-        (("explain", "random(0.5, per_head=True)"), "pass `heads=`"),
+        (("show", "causal", "--save", "nowhere/a.svg"), "nowhere/a.svg cannot be written: there is no folder nowhere"),
+        (
+            ("show", "mask.pt"),
+            "'mask.pt' is a file's name, and here an expression is read: `truemask check` reads files",
+        ),
+        (("explain", "mask.csv"), "`truemask check` reads files"),
+        (("explain", "random(0.5, per_head=True)"), "pass `--heads`"),
     ],
 )
 def test_mistakes_are_messages_on_standard_error(arguments: tuple[str, ...], says: str) -> None:

@@ -150,6 +150,12 @@ MISTAKES = {
     "ünknown | causal": ("ünknown", "unknown name"),
     "keys(['ü']) & windw(1)": ("keys(['ü'])", "keys"),
     "causal if causal else nothing": ("causal if causal else nothing", "not a mask"),
+    "causal && window(3)": ("&&", "masks combine with a single `&`"),
+    "causal || window(3)": ("||", "masks combine with a single `|`"),
+    "causal & keys([True] * 5)": ("[True] * 5", "arguments are read, not worked out"),
+    "window(2**8)": ("2**8", "arguments are read, not worked out"),
+    "causal.at & window(3)": ("causal.at", "`at` is a method and needs its arguments: `.at(q_start=0, k_start=0)`"),
+    "causal.packed": ("causal.packed", "`.packed(lengths, kv_lengths=None)`"),
     "predicate(print)": ("predicate(", "cannot carry"),
 }
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from truemask.cli.console import make_console, needs_ascii, plain
-from truemask.cli.mask_files import is_file, read_mask
+from truemask.cli.mask_files import Reading, is_file, perhaps_a_file, read_mask
 from truemask.cli.options import Batch, Heads, KvLength
 from truemask.diagnosis.diagnose import diagnose
 from truemask.diagnosis.finding import Finding, Findings
@@ -44,14 +44,17 @@ def check(
     ] = None,
     documents: Annotated[str | None, typer.Option(help="Lengths of packed documents that must not mix: 5,7,4.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Which tensor of a file that holds several.")] = None,
+    axes: Annotated[
+        str | None, typer.Option(help="What a file's tensor of three axes has first: bqk (samples) or hqk (heads).")
+    ] = None,
     padding: Annotated[
         bool, typer.Option("--padding", help="Rows of a file's \\[b, n] are samples, 1 = a real token: attention_mask.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Find what is likely wrong with a mask. Exit code: 0 nothing worse than a note, 1 findings, 2 a mistake."""
-    mask, source = read_mask(Path(what), tensor) if is_file(what) else (parse(what), "an expression")
-    mask, notes = (_as_padding(mask), []) if padding else (mask, list(_perhaps_padding(mask)))
+    mask, source, read = _read(what, tensor, axes)
+    mask, notes = (_as_padding(mask), ()) if padding else (mask, (*read, *_perhaps_padding(mask)))
     q_len, kv_len = sizes(mask, length, kv_length)
     claims = {"causal": causal, "documents": _lengths(documents)}
     found = Findings([*diagnose(mask, q_len, kv_len, batch=batch, heads=heads, **claims), *notes])
@@ -66,6 +69,19 @@ def check(
         plain(console, str(found))
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _read(what: str, tensor: str | None, axes: str | None) -> Reading:
+    """The mask in a file, or the one that the text says."""
+    if is_file(what):
+        return read_mask(Path(what), tensor, axes)
+    for option, value in (("--tensor", tensor), ("--axes", axes)):
+        if value is not None:
+            raise MaskError(f"{option} {value} speaks of a file's tensor, and {what[:60]!r} is an expression")
+    try:
+        return Reading(parse(what), "an expression")
+    except MaskError as error:
+        raise MaskError(f"{error}{perhaps_a_file(what)}") from None
 
 
 def sizes(mask: Mask, length: int | None, kv_length: int | None) -> tuple[int, int]:

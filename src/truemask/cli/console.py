@@ -45,7 +45,12 @@ def never_fail_to_print() -> None:
             stream.reconfigure(errors="replace")
 
 
+OPTIONS = {"pass `heads=`": "pass `--heads`", "pass `batch=`": "pass `--batch`"}  # what Python's words are called here
+
+
 def show_error(error: Exception) -> None:
     """Write a caller's mistake to standard error, with the caret below the place if the message draws one."""
-    console = make_console(stderr=True)
-    console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    console, text = make_console(stderr=True), str(error)
+    for word, option in OPTIONS.items():
+        text = text.replace(word, option)
+    console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)

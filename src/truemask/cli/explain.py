@@ -13,12 +13,12 @@ from torch import Tensor
 
 from truemask._plan import plan
 from truemask.cli.console import make_console, needs_ascii, plain
+from truemask.cli.mask_files import read_expression
 from truemask.cli.options import Batch, Expression, Heads, KvLength, Length
 from truemask.diagnosis.outcome import ranges
 from truemask.diagnosis.why import explain as why
 from truemask.geometry.picture import percent
 from truemask.masks.core import Mask
-from truemask.masks.text import parse
 from truemask.viz.panels import text_of
 
 PICTURE_COLUMNS = 32
@@ -48,7 +48,7 @@ def explain(
     ] = None,
 ) -> None:
     """Say how many pairs a mask lets through, which rows are dead, and which kernel would run it, and why."""
-    mask, console = parse(expression), make_console()
+    mask, console = read_expression(expression), make_console()
     if pair is not None:
         plain(console, str(why(mask, *pair)))
         return

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from truemask.cli.console import make_console, needs_ascii, plain
+from truemask.cli.mask_files import read_expression
 from truemask.cli.options import Batch, Expression, Heads, KvLength, Length
-from truemask.masks.text import parse
 from truemask.viz.panels import text_of
 from truemask.viz.plot import save_picture
 
@@ -26,7 +26,7 @@ def show(
     ascii: Annotated[bool, typer.Option("--ascii", help="Use signs that every terminal has.")] = False,
 ) -> None:
     """Draw which query may attend to which key."""
-    mask, console = parse(expression), make_console()
+    mask, console = read_expression(expression), make_console()
     if save is not None:
         written = save_picture(mask, save, length, kv_length, batch=batch, heads=heads)
         plain(console, f"{written}: {mask} at length {length}")

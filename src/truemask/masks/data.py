@@ -29,12 +29,15 @@ from truemask.masks.traced import recorded
 from truemask.masks.value import Written
 from truemask.masks.writing import call
 
+SHOWN = 160  # characters of a mask in an error about its data
+
 
 def beyond(mask: Mask, data: Data | int, stop: int, what: str) -> None:
     """The door of data of a certain length."""
     size = data.tensor.shape[-1] if isinstance(data, Data) else data
     if surely(stop > size):
-        raise MaskError(f"`{mask}` holds data for {size} {what}, but was asked about {stop}")
+        text = mask.text if len(mask.text) <= SHOWN else f"{mask.text[: SHOWN - 3]}..."
+        raise MaskError(f"`{text}` holds data for {size} {what}, but was asked about {stop}")
 
 
 # -- prefix and padding ------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def parse(text: str) -> Mask:
     try:
         tree_ = ast.parse(line, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        if doubled := re.search(r"&&|\|\|", line):
+            raise _error(line, f"masks combine with a single `{doubled[0][0]}`", *doubled.span()) from None
         place = (getattr(error, "offset", None) or 1) - 1
         raise _error(line, f"this is not an expression of masks ({_reason(error)})", place, place + 1) from None
     try:
@@ -142,6 +144,9 @@ class _Walk:
                 return self.call(node)
             case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
                 raise self.error(node, "masks combine with `&`, `|` and `~`, not with `and`, `or` and `not`")
+            case ast.Attribute(attr=name) if name in METHODS:
+                told = _parameters(getattr(Mask, name)).replace("(self, ", "(")
+                raise self.error(node, f"`{name}` is a method and needs its arguments: `.{name}{told}`")
             case ast.Attribute():
                 near = suggest(node.attr, [*METHODS, "T"])
                 raise self.error(node, f"a mask has no attribute {node.attr[:60]!r} in text{near}")
@@ -230,6 +235,8 @@ class _Walk:
                 return -number
             case ast.List() | ast.Tuple():
                 return [self.value(item) for item in node.elts]
+            case ast.BinOp() if type(node.op) not in OPERATORS:
+                raise self.error(node, "arguments are read, not worked out: write the number, or the whole list")
             case ast.Constant():
                 raise self.error(node, "numbers, True, False, None, strings, lists and masks are the only arguments")
             case _:

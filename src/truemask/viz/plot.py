@@ -57,11 +57,13 @@ def save_picture(
         title: instead of the mask's text.
 
     Raises:
-        PictureError: an unknown suffix, or matplotlib is needed and missing.
+        PictureError: an unknown suffix, no such folder, or matplotlib is needed and missing.
         MaskError: the mask cannot answer for these sizes.
     """
     mask, path = expression("save_picture: mask", mask), Path(path)
     sizes: dict[str, Any] = {"batch": batch, "heads": heads}
+    if not path.parent.is_dir():
+        raise PictureError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.suffix == ".txt":
         path.write_text(text_of(mask, q_len, kv_len, title=title, **sizes) + "\n", encoding="utf-8")
     elif path.suffix == ".svg":
