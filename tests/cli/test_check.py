@@ -161,7 +161,7 @@ def test_an_upside_down_tensor(tmp_path: Path) -> None:
         ("ids.npy", np.array([[0, 1], [2, 3]]), "a mask holds 0 and 1"),
     ],
 )
-def test_mistakes_are_told(tmp_path: Path, name: str, content: object, message: str) -> None:
+def test_mistakes_are_told(tmp_path: Path, name: str, content: Any, message: str) -> None:
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)

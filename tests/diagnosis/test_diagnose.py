@@ -151,6 +151,24 @@ def test_the_fix_is_what_was_meant() -> None:
             assert tm.parse(one.fix).equivalent(mask, N), one
 
 
+@pytest.mark.parametrize(
+    ("mask", "where"),
+    [
+        (window(4) & local(9), ""),
+        (causal & prefix(100), ", at 24 queries and 24 keys"),
+        (local(3) & local(2000), ""),
+        (causal & (tm.blocks(64) | local(0)), ", at 24 queries and 24 keys"),
+        (causal & keys([True] * N), ""),
+        (causal & tm.predicate(lambda b, h, q, k: (q - k) < 40), ", at 24 queries and 24 keys"),
+    ],
+    ids=str,
+)
+def test_a_part_without_effect_here_may_have_one_in_longer_texts(mask: Mask, where: str) -> None:
+    found = diagnose(mask, N)
+    message = found[found.codes.index("no-effect")].message
+    assert message == f"the expression means the same without it{where}"
+
+
 def test_padding_is_no_mistake() -> None:
     for mask in (causal & padding(lengths=[20, 24]), causal.padded([3, 0]), causal & keys([False] * 3 + [True] * 21)):
         found = diagnose(mask, N)

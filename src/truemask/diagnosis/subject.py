@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from truemask.diagnosis.recognise import recognise
+from truemask.errors import MaskError
 from truemask.masks.combine import Minus, Not, everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Keys, Padding, Queries
@@ -16,6 +17,8 @@ from truemask.masks.positional import causal, local
 from truemask.masks.reindex import At, Select, Take, Transposed
 from truemask.masks.verdict import Cell
 
+LONGER = (2, 50)  # times as long texts that are asked about
+MOST_CELLS = 1 << 22  # of them, where cells have to be looked at
 CELLS = ("dense", "predicate")  # masks that are known by their cells alone
 
 
@@ -52,6 +55,19 @@ class Subject:
 
     def means_the_same(self, other: Mask) -> bool:
         return bool(self.mask.equivalent(other, self.q_len, self.kv_len, **self._of(self.mask ^ other)))
+
+    def means_the_same_longer(self, other: Mask) -> bool:
+        """Whether that is so of longer texts too, as far as it can be seen; True if there is none to ask about."""
+        for times in LONGER:
+            q_len, kv_len = times * self.q_len + 1, times * self.kv_len + 1
+            try:
+                if q_len * kv_len > MOST_CELLS and self.mask._exact(0, 0, q_len, kv_len) is None:  # pyright: ignore
+                    return True
+                if not self.mask.equivalent(other, q_len, kv_len, **self._of(self.mask ^ other)):
+                    return False
+            except MaskError:  # it holds data for no more
+                return True
+        return True
 
     @cached_property
     def kinds(self) -> set[str]:

@@ -78,7 +78,9 @@ def no_effect(x: Subject) -> Iterator[Finding]:
         if _backs_a_window(x.mask, part) or _is_long(x, part):
             continue
         if x.means_the_same(without):
-            yield Finding("no-effect", "note", quoted(part), "the expression means the same without it", str(without))
+            here = "" if x.means_the_same_longer(without) else f", at {x.q_len:,} queries and {x.kv_len:,} keys"
+            message = f"the expression means the same without it{here}"
+            yield Finding("no-effect", "note", quoted(part), message, str(without))
 
 
 def _backs_a_window(mask: Mask, part: Mask) -> bool:
