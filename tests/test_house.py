@@ -60,8 +60,8 @@ STAIRS = """
     masks/combine.py
     masks/reindex.py
     masks/packing.py
-    masks/__init__.py
     masks/choice.py
+    masks/__init__.py
     masks/positional.py
     masks/patterned.py
     masks/data.py

@@ -8,13 +8,14 @@ from functools import cached_property
 
 from truemask.diagnosis.recognise import recognise
 from truemask.errors import MaskError
+from truemask.masks.choice import Select
 from truemask.masks.combine import Minus, Not, everything
 from truemask.masks.core import Mask
 from truemask.masks.data import Keys, Padding, Queries
 from truemask.masks.labels import Documents, Same
 from truemask.masks.packing import Packed, Padded, Prepended
 from truemask.masks.positional import causal, local
-from truemask.masks.reindex import At, Select, Take, Transposed
+from truemask.masks.reindex import At, Take, Transposed
 from truemask.masks.verdict import Cell
 
 LONGER = (2, 50)  # times as long texts that are asked about

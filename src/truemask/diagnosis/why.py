@@ -11,7 +11,7 @@ import numpy as np
 
 from truemask.diagnosis.words import because, shortened
 from truemask.errors import MaskError
-from truemask.masks.choice import PerHead, PerSample
+from truemask.masks.choice import PerHead, PerSample, Select
 from truemask.masks.combine import And, Minus, Not, Or, Xor
 from truemask.masks.core import Mask
 from truemask.masks.data import number_for
@@ -19,7 +19,7 @@ from truemask.masks.data_store import whole
 from truemask.masks.given import expression
 from truemask.masks.packing import Packed, Padded, Prepended, Segments
 from truemask.masks.questions import ANY
-from truemask.masks.reindex import At, Select, Take, Transposed
+from truemask.masks.reindex import At, Take, Transposed
 from truemask.masks.verdict import Cell
 
 WIDEST = 100  # characters of an expression that stand in one line

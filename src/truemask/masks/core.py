@@ -150,11 +150,6 @@ class Mask(Value, Questions):
         """False only if every query provably sees the same keys."""
         return self._reads_query or any(child.varies_with_query for child in self.children)
 
-    @remembered
-    def holds_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether some part is a tensor of cells."""
-        return any(child.holds_cells for child in self.children)
-
     def kv_len_for(self, q_len: int) -> int:
         """What `kv_len=None` means for `q_len` queries: as many keys as positions have passed."""
         return q_len

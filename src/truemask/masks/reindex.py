@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,9 +18,8 @@ from truemask.geometry.slabs import Flags, NoExactFormError, Region, Slabs, band
 from truemask.geometry.tiles import Ints, Rectangles
 from truemask.masks.core import Mask
 from truemask.masks.data_store import LARGEST, Data, integers, whole
-from truemask.masks.questions import ANY
 from truemask.masks.remembering import is_late, remembered, surely
-from truemask.masks.tables import look_up, low_high, row_by_row, rows_of, within
+from truemask.masks.tables import look_up, low_high, row_by_row, rows_of
 from truemask.masks.value import Written, joined
 from truemask.masks.writing import call, method
 
@@ -195,87 +194,6 @@ class Take(Mask):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Select(Mask):
-    """`base` for chosen samples and heads."""
-
-    base: Mask
-    samples: Data | None
-    heads: Data | None
-    kind: ClassVar[str] = "select"
-    _reads_query: ClassVar[bool] = False
-
-    @classmethod
-    def make(cls, *args: Any) -> Mask:
-        base, samples, heads = args
-        sides = [
-            None if x is None else integers(x, name, (1,), "[n]", late=True)
-            for x, name in ((samples, "samples"), (heads, "heads"))
-        ]
-        return cls(base, *sides)
-
-    def __post_init__(self) -> None:
-        if self.samples is None and self.heads is None:
-            raise MaskError("select needs indices: `select(samples=[...])`, `select(heads=[...])` or both")
-        for name, side, own in (
-            ("samples", self.samples, self.base.batch_size),
-            ("heads", self.heads, self.base.head_count),
-        ):
-            low, high = low_high(side)
-            if low < 0 or (own > 1 and high >= own):
-                size = f"holds {own}" if own > 1 else "numbers them from 0"
-                raise MaskError(f"select: {name} {side.text if side else ''} are out of range, the mask {size}")
-        super().__post_init__()
-
-    @remembered
-    def batch_size(self) -> int:
-        return _chosen(self.base.batch_size, self.samples)
-
-    @remembered
-    def head_count(self) -> int:
-        return _chosen(self.base.head_count, self.heads)
-
-    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        b = b if self.samples is None else look_up(self.table("samples"), b, b)
-        h = h if self.heads is None else look_up(self.table("heads"), h, h)
-        return self.base._truth(b, h, q, k)
-
-    def _plane(self, r: Region) -> Flags:
-        b, h = self._places(r.b, r.h)
-        return self.base._plane(r._replace(b=b, h=h))
-
-    def _tile(self, r: Rectangles) -> States:
-        return self.base._tile(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
-
-    def _places(self, b: int, h: int) -> tuple[int, int]:
-        """The base's sample and head."""
-        return int(_pick(self.samples, np.array(b))), int(_pick(self.heads, np.array(h)))
-
-    def _form(self, r: Region) -> Form:
-        b, h = self._places(r.b, r.h)
-        return self.base.form_in(r._replace(b=b, h=h))
-
-    def _variant(self, b: int, h: int) -> Hashable:
-        return self.base._variant(*self._places(b, h))
-
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        return self.base._phase(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
-
-    def kv_len_for(self, q_len: int) -> int:
-        return self.base.kv_len_for(q_len)
-
-    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = self.base._logical(q, k)
-        if found is None or self.samples is None:
-            return found
-        chosen = self.samples.tensor
-        first, second = (x if x.ndim == 1 else x[within(chosen, x.shape[0])] for x in found)
-        return first, second
-
-    def _write(self) -> Written:
-        return method(self.base, call("select", samples=self.samples, heads=self.heads)[0])
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Transposed(Mask):
     """Queries and keys change places."""
 
@@ -357,11 +275,3 @@ def _positions(value: object, name: str) -> Data | None:
 
 def _stop(data: Data) -> int:
     return low_high(data)[1] + 1 if not data.late and data.tensor.numel() else 0
-
-
-def _chosen(own: int, chosen: Data | None) -> int:
-    return own if chosen is None or own == 1 else (chosen.tensor.shape[0] or ANY)
-
-
-def _pick(chosen: Data | None, index: np.ndarray) -> np.ndarray:
-    return index if chosen is None else chosen.array[np.minimum(index, len(chosen.array) - 1)]

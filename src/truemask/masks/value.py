@@ -52,6 +52,11 @@ class Value(ABC):
         return tuple(fn for child in self.children for fn in child.functions)
 
     @remembered
+    def holds_cells(self) -> bool:
+        """Whether some part is a tensor of cells."""
+        return any(child.holds_cells for child in self.children)
+
+    @remembered
     def depth(self) -> int:
         """How deeply the expression is nested; a leaf has depth 1."""
         return 1 + max((child.depth for child in self.children), default=0)
