@@ -403,6 +403,14 @@ def test_a_window_in_a_tree_counts_rows_and_the_fix_counts_depth(mask: Mask, n: 
     assert "rows-not-depth" not in diagnose(fixed, n).codes
 
 
+def test_later_rows_of_a_tree_count_rows_too() -> None:
+    mask = tm.tree([-1, 0, 0, 1, 1, 2]) & window(2)
+    found = diagnose(mask.at(q_start=4), 2, 6)
+    fixed = tm.parse(found[found.codes.index("rows-not-depth")].fix)
+    whole = diagnose(mask, 6)
+    assert fixed == tm.parse(whole[whole.codes.index("rows-not-depth")].fix).at(q_start=4)
+
+
 def test_a_tree_without_branches_counts_as_its_rows() -> None:
     assert "rows-not-depth" not in diagnose(tm.tree([-1, 0, 1, 2]) & window(2), 4).codes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +13,10 @@ from truemask.diagnosis.finding import Finding
 from truemask.diagnosis.subject import Subject
 from truemask.diagnosis.wording import ABSOLUTE, parts_of
 from truemask.diagnosis.words import quoted
+from truemask.masks.core import Mask
 from truemask.masks.labels import Same
 from truemask.masks.matrices import Tree
+from truemask.masks.reindex import At
 
 DISTANCES = ("window", "local", "dilated")
 LONGEST_FIX = 160  # characters of a fix that is written out
@@ -26,7 +28,7 @@ def rows_not_depth(x: Subject) -> Iterator[Finding]:
     if len(trees) != 1:
         return
     depth = depths(trees[0])
-    for part, put in parts_of(x.mask):
+    for part, put in _parts(x.mask):
         if part.kind not in (*DISTANCES, *ABSOLUTE):
             continue
         deep = part.take(q=depth, k=depth)
@@ -36,6 +38,15 @@ def rows_not_depth(x: Subject) -> Iterator[Finding]:
         short = f"{part}.take(q=depths, k=depths), with depths = tree.to_dense(n)[:, 0].sum(-1) - 1"
         fix = str(put(deep))
         yield Finding("rows-not-depth", "warning", quoted(part), message, fix if len(fix) <= LONGEST_FIX else short)
+
+
+def _parts(mask: Mask) -> Iterator[tuple[Mask, Callable[[Mask], Mask]]]:
+    """`parts_of`, of later rows too."""
+    if not isinstance(mask, At):
+        yield from parts_of(mask)
+        return
+    for part, put in parts_of(mask.base):
+        yield part, lambda new, put=put: replace(mask, base=put(new))
 
 
 def depths(tree: Tree) -> Tensor:
@@ -59,7 +70,7 @@ def depths(tree: Tree) -> Tensor:
 
 def padding_is_a_group(x: Subject) -> Iterator[Finding]:
     """`same` of flags: what is flagged 0 is a group too, whose tokens see each other."""
-    for part, put in parts_of(x.mask):
+    for part, put in _parts(x.mask):
         if not isinstance(part, Same) or part.none in (0, 1):
             continue
         labels = torch.cat([side.tensor.flatten() for side in (part.values, part.kv_values) if side is not None])
