@@ -419,7 +419,7 @@ def test_mistakes_leave_no_plan_behind() -> None:
 def test_a_tensor_that_sees_the_future_only_is_called_upside_down() -> None:
     q = torch.randn(2, 3, 5, 7)
     late = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    with pytest.warns(tm.ConventionWarning, match=r"5 x 5 lets every query see later keys only.*from_torch_mha"):
+    with pytest.warns(tm.ConventionWarning, match=r"5 x 5 lets every query see later keys only.*`~mask`"):
         out = tm.attend(q, q, q, late)
     assert not out[:, :, -1].any()  # it does what it was told: the last row sees nothing
     with warnings.catch_warnings():
@@ -427,3 +427,16 @@ def test_a_tensor_that_sees_the_future_only_is_called_upside_down() -> None:
         tm.attend(q, q, q, ~late)
         tm.attend(q, q, q, torch.zeros(5, 5, dtype=torch.bool))
         tm.attend(q, q, q, tm.from_torch_mha(late))
+
+
+def test_right_padding_of_queries_and_keys_alike_is_told_where_they_are_two_sequences() -> None:
+    q, k = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 20, 8)
+    both = tm.padding(lengths=[5, 3])
+    with pytest.warns(tm.ConventionWarning, match=r'hides keys 5 to 19 from every query.*on="keys"'):
+        tm.attend(q, k, k, both)
+    with pytest.warns(tm.ConventionWarning, match=r"lets queries 5 to 19 see nothing"):
+        tm.attend(k, q, q, both)
+    assert "hides keys 5 to 19" in tm.plan(both & tm.everything, 5, 20).warning
+    for mask in (tm.padding(lengths=[5, 3], on="keys"), tm.padding(lengths=[20, 12]), both.at(q_start=15)):
+        tm.attend(q, k, k, mask)
+    tm.attend(q, q, q, both)

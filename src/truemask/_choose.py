@@ -12,7 +12,7 @@ from truemask._explain import explain_plan, refusal
 from truemask.backends.base import Backend, Job, Request
 from truemask.backends.chosen import check_backend
 from truemask.backends.registry import BACKENDS
-from truemask.diagnosis.slips import top_left, upside_down
+from truemask.diagnosis.slips import one_axis, top_left, upside_down
 from truemask.errors import PlanError
 from truemask.masks.core import Mask
 
@@ -114,7 +114,8 @@ def choose(job: Job, wanted: str | None) -> Choice:
 def planned(job: Job, choice: Choice) -> Plan:
     """The choice as the plan of one job, with what should be said of it."""
     mask, r = job.mask, job.request
-    slip = top_left(mask, r.q_len, r.kv_len) or upside_down(mask, r.q_len, r.kv_len)
+    slip = top_left(mask, r.q_len, r.kv_len) or one_axis(mask, r.q_len, r.kv_len)
+    slip = slip or upside_down(mask, r.q_len, r.kv_len)
     return Plan(job, choice, slip)
 
 

@@ -30,6 +30,7 @@ FOUND = {
         "`dense(...)`",
     ),
     "top-left": (causal, {"q_len": 4, "kv_len": 9}, "warning", "`causal`"),
+    "one-axis": (tm.padding(lengths=[5, 3]), {"q_len": 5, "kv_len": 20}, "warning", "`padding(lengths=[5, 3])`"),
     "has-a-name": (TRIANGLE, {}, "note", "`dense(...)`"),
     "diagonal-off": (torch.ones(N, N, dtype=torch.bool).tril(1), {}, "warning", "`dense(...)`"),
     "rows-not-depth": (tm.tree([-1] + [0] * 23) & window(2), {}, "warning", "`window(2)`"),

@@ -294,10 +294,16 @@ def other(name: str, **arguments: Any) -> Any:
 BLOOM = {"config": "BloomConfig", "hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 61}
 LONG_T5 = {"config": "LongT5Config", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
 MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "text": (lambda m: use(m, "causal"), r"got str 'causal': text becomes a mask by `tm.parse\(text\)`"),
+    "text": (lambda m: use(m, "causal & windw(3)"), r"did you mean 'window'"),
+    "text of a layer": (lambda m: use(m, layers={0: "causal &"}), r"causal &\n +\^"),
+    "list": (
+        lambda m: use(m, [MASK, MASK]),
+        r"one mask for each head is `per_head\(\[...\]\)`, .* for each layer `layers=\{0: ..., 1: ...\}`",
+    ),
+    "list for a layer": (lambda m: use(m, layers={0: [MASK]}), r"use: layers\[0\] must be a mask .* `per_head"),
     "tensor": (
         lambda m: use(m, torch.ones(3, 3)),
-        r"got float32 \[3, 3\] on cpu: a bool tensor .* `tm.dense\(tensor\)`",
+        r"got float32 \[3, 3\] on cpu: a bool tensor, True = may attend, is `dense\(tensor\)`",
     ),
     "typo": (lambda m: use(m, MASK, layers="full_attentoin"), "did you mean 'full_attention'"),
     "index": (lambda m: use(m, MASK, layers=[2]), "layers=2: no layer of .* the indices 0 to 1"),
@@ -338,3 +344,33 @@ def test_a_class_without_a_file_cannot_switch(model: Any, monkeypatch: pytest.Mo
     with pytest.raises(MaskError, match="LlamaForCausalLM cannot switch its attention"), use(model, MASK):
         raise AssertionError
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_text_is_read_where_a_mask_is_taken(model: Any) -> None:
+    with use(model, MASK):
+        expected = model(tokens()).logits
+    for given in ({"mask": str(MASK)}, {"layers": {"full_attention": str(MASK)}}, {"layers": {0: MASK, 1: str(MASK)}}):
+        with use(model, **given):
+            assert torch.equal(model(tokens()).logits, expected)
+
+
+META = {
+    "nothing": {},
+    "flags": {"attention_mask": torch.ones(2, TOKENS).long().to("meta")},
+    "flags and positions": {
+        "attention_mask": torch.ones(2, TOKENS).long().to("meta"),
+        "position_ids": torch.arange(TOKENS)[None].to("meta"),
+    },
+    "a tensor": {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")},
+    "floats": {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS, device="meta")},
+}
+
+
+@pytest.mark.parametrize("given", META)
+@pytest.mark.parametrize("mask", [None, MASK], ids=str)
+def test_a_model_on_the_meta_device_has_shapes(mask: tm.Mask | None, given: str) -> None:
+    model = model_of("llama", "sdpa").to("meta")
+    with use(model, mask):
+        found = model(tokens().to("meta"), **META[given]).logits
+    assert found.is_meta
+    assert found.shape == (2, TOKENS, 61)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from truemask.diagnosis.finding import Finding
-from truemask.diagnosis.slips import LOOKING_BACK, top_left
+from truemask.diagnosis.slips import LOOKING_BACK, one_axis, top_left
 from truemask.diagnosis.subject import Subject
 from truemask.diagnosis.words import quoted
 from truemask.errors import counted
@@ -20,6 +20,8 @@ def alignment(x: Subject) -> Iterator[Finding]:
     said = top_left(x.mask, x.q_len, x.kv_len)
     if said:
         yield Finding("top-left", "warning", quoted(x.mask), said, str(x.mask.at(q_start=x.kv_len - x.q_len)))
+    if said := one_axis(x.mask, x.q_len, x.kv_len):
+        yield Finding("one-axis", "warning", quoted(x.mask), said, 'padding(lengths=..., on="keys")')
     rule, diagonal = _diagonal(x)
     start = x.kv_len - x.q_len
     if rule is None:

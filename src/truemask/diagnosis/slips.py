@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from truemask.errors import counted
 from truemask.masks.core import Mask
+from truemask.masks.data import Padding
+from truemask.masks.data_store import Data
 from truemask.masks.matrices import Dense
 
 REINDEXING = ("at", "take", "packed", "padded", "prepended", "transposed")
@@ -28,6 +30,28 @@ def top_left(mask: Mask, q_len: int, kv_len: int) -> str:
         f"{counted(q_len, 'query')} and {counted(kv_len, 'key')} under `{mask}`, whose first query is position 0: "
         f"it does not see {unseen}. If {this}, as in decoding, "
         f"the mask is `.at(q_start={start})`"
+    )
+
+
+def one_axis(mask: Mask, q_len: int, kv_len: int) -> str:
+    """What to say of right padding that counts queries and keys alike, where there are not as many; or nothing."""
+    if q_len == kv_len or min(q_len, kv_len) < 2 or mask.kind in REINDEXING:  # decoding has one query
+        return ""
+    parts = list(mask.walk())
+    paddings = [part for part in parts if isinstance(part, Padding) and part.on == "both" and part.lengths is not None]
+    if not paddings or any(part.kind in REINDEXING for part in parts):
+        return ""
+    lengths = paddings[0].lengths
+    longest = int(lengths.tensor.max()) if isinstance(lengths, Data) else int(lengths or 0)
+    if longest > min(q_len, kv_len):
+        return ""
+    hidden = f"hides keys {longest} to {kv_len - 1} from every query"
+    if q_len > kv_len:
+        hidden = f"lets queries {longest} to {q_len - 1} see nothing"
+    return (
+        f"`{paddings[0]}` is about queries and keys alike, and with {counted(q_len, 'query')} and "
+        f"{counted(kv_len, 'key')} it {hidden}. Where they are two sequences, as in cross-attention, say whose lengths "
+        'they are: `padding(lengths=..., on="keys")`, or on="queries"'
     )
 
 

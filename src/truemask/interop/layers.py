@@ -9,11 +9,12 @@ from dataclasses import replace as changed
 from itertools import count
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from truemask.errors import MaskError, describe, suggest
 from truemask.interop.unreached import MIXES, asks_for_attention, check_selection, own_ways, partitions
 from truemask.masks.core import Mask
+from truemask.masks.given import from_text, not_a_mask
 
 MARK = "_truemask"  # the attribute of an attention layer in use that says what it runs, and where
 USES = count(1)
@@ -198,16 +199,11 @@ def _name(name: object) -> str | int:
 
 
 def _mask(mask: object, name: str) -> Mask:
-    if isinstance(mask, Mask):
-        return mask
-    way = ""
-    if isinstance(mask, Tensor):
-        way = (
-            ": a bool tensor with True = attend is `tm.dense(tensor)`, others go through `tm.from_additive` and its kin"
-        )
-    if isinstance(mask, str):
-        way = ": text becomes a mask by `tm.parse(text)`"
-    raise MaskError(f"use: {name} must be a mask expression such as `causal & window(256)`, got {describe(mask)}{way}")
+    found = from_text(mask)
+    if not isinstance(found, Mask):
+        wanted = f"use: {name} must be a mask expression, such as `causal & window(256)`, or its text"
+        raise MaskError(not_a_mask(wanted, mask, ", and one for each layer `layers={0: ..., 1: ...}`"))
+    return found
 
 
 def _check_clear(model: nn.Module, layers: Mapping[nn.Module, Layer], wanted: str | int | None) -> None:

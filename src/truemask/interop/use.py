@@ -41,7 +41,7 @@ class Use:
 
 
 def use(
-    model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
+    model: Any, mask: Mask | str | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
 ) -> Use:
     """Run a Hugging Face transformers or x-transformers model under a mask, on our attention, inside a `with` block.
 
@@ -50,11 +50,16 @@ def use(
     beams change nothing of what the mask means. `generate` works as always. Absolute position embeddings are the
     model's own: where padding or packing moves tokens, pass `position_ids`, as without us.
 
+    What a forward says of positions in several ways (`position_ids`, 2-D flags, a 4-D mask, the length of the cache) is
+    compared. A 4-D mask says padding together with `position_ids` that skip it; `position_ids` that only number the
+    rows say nothing of pads. Where they contradict each other, as with a cache that has evicted keys, a mask that asks
+    for positions is refused, unless it says itself which rows and keys it is about: by `at`, `take` or as a tensor.
+
     Args:
         model: a transformers (v5) model, or one of x-transformers, whatever wraps it (`torch.compile`, `DataParallel`,
             adapters); any part of it that is a model itself will do.
-        mask: an expression. None: the model's own masks, on our backends. Samples are rows of the batch: with beams
-            choose them, `mask.select(samples=[0, 0, 1, 1])`. Cross-attention is reached by name only.
+        mask: an expression, or its text. None: the model's own masks, on our backends. Samples are rows of the batch:
+            with beams choose them, `mask.select(samples=[0, 0, 1, 1])`. Cross-attention is reached by name only.
         layers: where the mask applies: names, indices, or a dict of them to masks, in which case `mask` is for the
             others. Names are kinds ("full_attention", "sliding_attention", "chunked_attention"), parts ("encoder",
             "decoder"), kinds of a part ("encoder.full_attention") and "cross_attention". A model with several parts,
@@ -71,7 +76,9 @@ def use(
 
     Raises:
         MaskError: the model cannot switch, selects keys itself, or computes with its mask; `layers` names nothing that
-            it has; information would go around the mask.
+            it has; information would go around the mask; positions are not known. PlanError: there is no such backend.
+        A `ConventionWarning` says, once, how many pairs the model's own rule removes of a mask that asks for them, and
+            that `position_ids` are smaller than the model's first position (RoBERTa's is `padding_idx + 1`).
 
     Under `torch.compile` the graph breaks at masks and attention, so `fullgraph=True` is refused by torch. Layers that
     are recomputed (gradient checkpointing) need `backward` inside the block.
@@ -84,7 +91,7 @@ def use(
     return _use(model, mask, layers, replace, backend, everywhere=False)
 
 
-def _use(model: Any, mask: Mask | None, layers: Any, replace: bool, backend: str | None, everywhere: bool) -> Use:
+def _use(model: Any, mask: Mask | str | None, layers: Any, replace: bool, backend: str | None, everywhere: bool) -> Use:
     if not isinstance(model, nn.Module):
         raise MaskError(f"use takes a model of transformers or x-transformers, got {describe(model)}")
     if not isinstance(replace, bool):
@@ -95,7 +102,7 @@ def _use(model: Any, mask: Mask | None, layers: Any, replace: bool, backend: str
 
 
 def enable(
-    model: Any, mask: Mask | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
+    model: Any, mask: Mask | str | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
 ) -> Use:
     """`use` for good: the model runs on our attention until `undo()` of what this returns.
 
