@@ -149,6 +149,7 @@ STAIRS = """
     nn/attention.py
     nn/layers.py
     nn/wrappers.py
+    nn/torch_masks.py
     nn/multihead.py
     nn/__init__.py
 
