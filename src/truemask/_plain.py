@@ -27,7 +27,7 @@ from truemask.masks.biases import Bias
 from truemask.masks.combine import Everything
 from truemask.masks.core import Mask
 from truemask.masks.questions import indices
-from truemask.masks.remembering import trusted
+from truemask.masks.remembering import beside_real, trusted
 
 
 def attend_plain(
@@ -35,7 +35,7 @@ def attend_plain(
 ) -> Result:
     """The call, in operations that any tracer can write down; a backend's kernel is none of them, whoever is named."""
     check_backend(backend)
-    with trusted():
+    with trusted(), beside_real():
         return _attended(read_call(*cast(q, k, v), mask, **options), seed)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from truemask.geometry.measure import tile_runs
 from truemask.geometry.quadtree import TooManyTilesError, classify_tiles
 from truemask.geometry.slabs import Flags, NoExactFormError, Region, Slabs, blank
 from truemask.geometry.tiles import Evaluate, Ints, Phase, Plane, Rectangles, TileMap
+from truemask.masks.remembering import is_diverted, ordinary_tensors
 
 MOST_ROWS = 1 << 24  # of tiles, that a map may have
 MOST_EVALUATED, MOST_MIXED = 1 << 30, 1 << 23  # cells that a question may evaluate (a minute or a few), and tiles
@@ -155,4 +157,5 @@ class Exact(ABC):
 
     def _cells(self, b: Any, h: Any, q: Any, k: Any) -> Flags:
         """`truth` on numpy arrays."""
-        return self.truth(*map(torch.from_numpy, (b, h, q, k))).numpy()
+        with ordinary_tensors() if is_diverted() else nullcontext():
+            return self.truth(*map(torch.from_numpy, (b, h, q, k))).numpy()

@@ -61,8 +61,8 @@ class Questions(Exact, Pictures):
 
     def _sizes(self, q_len: int, kv_len: int | None, batch: int | None, heads: int | None) -> tuple[int, int, int, int]:
         """Checked (samples, heads, q_len, kv_len), with 1 where the mask does not vary."""
-        q_len = whole(q_len, "q_len")
-        kv_len = self.kv_len_for(q_len) if kv_len is None else whole(kv_len, "kv_len")
+        q_len = int(whole(q_len, "q_len"))  # an answer is of one size, also while a graph for many is recorded
+        kv_len = int(self.kv_len_for(q_len) if kv_len is None else whole(kv_len, "kv_len"))
         self.check(q_len, kv_len, batch=batch, heads=heads)
         return _axis(self, "batch", self.batch_size, batch), _axis(self, "heads", self.head_count, heads), q_len, kv_len
 

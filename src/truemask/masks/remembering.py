@@ -22,7 +22,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._C import _functorch
 from torch._C import _TorchDispatchModeKey as Key
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import fake_tensor_tls, is_fake
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import has_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
@@ -92,6 +92,17 @@ def trusted() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
+
+
+@contextmanager
+def beside_real() -> Iterator[None]:
+    """Under `FakeTensorMode`, real tensors (the numbers and tables of masks) may stand beside stand-ins."""
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
 def traceable(forward: Callable[P, T]) -> Callable[P, T]:
