@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import truemask as tm
 from tests.cases import CASES, Case
@@ -332,6 +333,81 @@ def test_the_operator_keeps_torchs_rules(grad: bool) -> None:
     table = torch.randn(4, 13, requires_grad=grad)
     asked = (q, k, v, "T0", [torch.ones(7, 7).bool()], [], [], table, "relative(T0, {})", None, None, *tail, names[1])
     torch.library.opcheck(_compiled.attend_op, asked)
+
+
+# -- what a compiled function cannot do --------------------------------------------------------------------------------
+
+
+def penalty(compiler: str | None, backend: str | None) -> Tensor:
+    """The gradient of a gradient penalty."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 2, 6, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        return tm.attend(x @ weight, x @ weight, x @ weight, tm.window(3), backend=backend).sum()
+
+    fn = call if compiler is None else torch.compile(call, backend=compiler, fullgraph=True)
+    (grad,) = torch.autograd.grad(fn(x), x, create_graph=True)
+    ((grad.norm() - 1) ** 2).backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_second_derivatives_are_refused(compiler: str, backend: str | None) -> None:
+    """As in eager code, where `reference` alone has them; what goes through aot_autograd is refused by torch itself."""
+    words = {"eager": r'no second derivative: call attend\(..., backend="reference"\)', "aot_eager": "double backward"}
+    with pytest.raises((tm.PlanError, RuntimeError), match=words[compiler]):
+        penalty(compiler, backend)
+    assert penalty(None, "reference").abs().max() > 1
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "jvp": lambda fn, x: torch.func.jvp(fn, (x,), (x,))[1],
+    "grad": lambda fn, x: torch.func.grad(fn)(x),
+    "vmap": lambda fn, x: torch.vmap(fn)(torch.stack([x, x])),
+    "hessian": lambda fn, x: torch.func.hessian(fn)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_refused(name: str) -> None:
+    """A forward mode would take the operator for a constant, without a word."""
+
+    def call(x: Tensor) -> Tensor:
+        return tm.attend(x, x, x, tm.window(3), backend="reference").sin().sum()
+
+    with pytest.raises(Exception, match=r"torch\.compile compiles has no rule for it; leave the function uncompiled"):
+        compiled(lambda x: TRANSFORMS[name](call, x), "eager")[0](torch.randn(1, 2, 6, 8))
+
+
+def test_forward_mode_around_is_refused() -> None:
+    fn, _ = compiled(lambda x: tm.attend(x, x, x, tm.window(3)), "eager")
+    x = torch.randn(1, 2, 6, 8)
+    with forward_ad.dual_level(), pytest.raises(Exception, match=r"forward mode: .* has no rule"):
+        fn(forward_ad.make_dual(x, x))
+    assert_same(fn(x), tm.attend(x, x, x, tm.window(3)))
+
+
+def test_a_graph_without_gradients_says_so() -> None:
+    """The operator called as a graph has it that was traced where nothing wanted gradients."""
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    asked = (q, q, q, "M0", [MASK.ticket], [], [], None, "None", None, None, None, None, 0.0, None, False, False, "")
+    with pytest.raises(tm.PlanError, match="was traced where nothing wanted gradients"):
+        torch.ops.truemask.attend(*asked)[0].sum().backward()
+
+
+def test_a_higher_limit_takes_more_classes_of_masks() -> None:
+    """A class of masks is compiled for the first length, for all others, for 0 and for 1; torch's limit is eight."""
+    fn, counter = compiled(attend, "eager", recompile_limit=32)
+    masks = tm.causal, tm.window(3) & tm.causal, tm.keys(torch.ones(9).bool())
+    for length in (5, 7, 0, 1, 9):
+        for mask in masks:
+            assert_same(fn(*qkv(length), mask), attend(*qkv(length), mask))
+    assert counter.frame_count <= 4 * len(masks)
 
 
 def test_a_constant_bias_is_not_trained() -> None:

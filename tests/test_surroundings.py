@@ -179,3 +179,63 @@ def test_a_step_of_decoding_does_not_convert_the_cache(dtype: torch.dtype) -> No
     assert sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages()) < 1 << 20
     close = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(out, tm.attend(q, k, v, mask, backend="reference"), atol=close, rtol=close)
+
+
+# -- data that is not there --------------------------------------------------------------------------------------------
+
+FLAGS = torch.arange(6).view(2, 3) % 4 != 1
+MAPPED: dict[str, Callable[[Tensor], tm.Mask]] = {
+    "keys": tm.keys,
+    "dense": lambda x: tm.dense(x.expand(3, 3)),
+    "documents": lambda x: tm.documents(ids=x.long()),
+    "padding": lambda x: tm.padding(lengths=x.long()),
+    "packed": lambda x: tm.causal.packed(x.long()),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_vmap_over_the_data_of_a_mask_is_refused(name: str) -> None:
+    q = torch.randn(2, 3, 1, 3, 8)
+    with pytest.raises(tm.PlanError, match=r"vmap maps over the data of a mask.*as the samples of one call"):
+        torch.vmap(lambda q, x: tm.attend(q, q, q, MAPPED[name](x)))(q, FLAGS)
+
+
+NOBODY: dict[str, Callable[[], tm.Mask]] = {
+    "keys": lambda: tm.keys(torch.ones(0, 3).bool()),
+    "queries": lambda: tm.queries(torch.ones(0, 3).bool()),
+    "documents": lambda: tm.documents(ids=torch.ones(0, 3).long()),
+    "same": lambda: tm.same(torch.ones(0, 3).long()),
+    "packed": lambda: tm.causal.packed(torch.ones(0, 3).long()),
+    "take": lambda: tm.causal.take(q=torch.ones(0, 3).long()),
+    "tree": lambda: tm.tree(torch.ones(0, 3).long()),
+    "dense": lambda: tm.dense(torch.ones(0, 1, 3, 3).bool()),
+    "padding": lambda: tm.padding(lengths=[]),
+    "select": lambda: tm.keys(FLAGS).select(samples=[]),
+    "hugging face's": lambda: tm.from_huggingface_2d(torch.ones(0, 3).long()),
+}
+
+
+@pytest.mark.parametrize("name", NOBODY)
+def test_data_of_no_sample_is_refused_and_an_empty_batch_runs_without(name: str) -> None:
+    with pytest.raises(tm.MaskError, match=r"no sample|at least one sample"):
+        NOBODY[name]()
+    q = torch.randn(0, 2, 3, 8)
+    assert tm.attend(q, q, q, tm.causal).shape == tm.attend(q, q, q, torch.ones(0, 1, 3, 3).bool()).shape == q.shape
+
+
+def test_a_block_mask_on_meta_has_shapes_and_leaves_nothing_behind() -> None:
+    mask = tm.causal & tm.keys(torch.arange(256) % 3 != 1)
+    blocks, real = (mask.to_block_mask(256, device=device) for device in ("meta", "cpu"))
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks"):
+        assert getattr(blocks, name).is_meta
+        assert getattr(blocks, name).shape == getattr(real, name).shape
+    index = torch.zeros(1, dtype=torch.int64, device="meta")
+    assert blocks.mask_mod(index, index, index, index).is_meta
+    q = torch.randn(1, 1, 256, 8)
+    assert tm.attend(q, q, q, mask).isfinite().all()
+    assert set(vars(mask)["_bound"]) == {"cpu"}
+
+
+def test_a_mask_of_meta_tensors_is_refused() -> None:
+    with pytest.raises(tm.MaskError, match="a meta tensor has none"):
+        tm.keys(torch.ones(3, device="meta").bool())
