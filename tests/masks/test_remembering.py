@@ -146,7 +146,12 @@ def test_the_walk_sees_what_is_hidden_in_caches() -> None:
     assert all(map(is_real, reachable([])))
 
 
-REMEMBERS_NO_TENSOR = {"predicate.py", "remembering.py", "traced.py"}  # numbers; the tool itself; texts and real values
+REMEMBERS_NO_TENSOR = {
+    "predicate.py",
+    "remembering.py",
+    "traced.py",
+    "given.py",
+}  # numbers; the tool; texts, read by it
 
 
 def test_masks_and_jobs_remember_by_the_one_way() -> None:
