@@ -2,7 +2,7 @@
 
     python benchmarks/attend.py [--quick] [--json FILE] [--rows TEXT ...] [--flex] [--x-transformers] [--isa NAME]
                                 [--lengths 4096 8192] [--head-dims 64 128] [--dtypes fp32 bf16] [--sweep]
-                                [--parts masks short decode overhead memory]
+                                [--parts masks short decode overhead memory dense]
 
 b 1, h 8. Contestants take turns; medians. *Ideal* is SDPA's time with the same dense mask times the share of pairs that
 the mask lets through; where SDPA needs no mask, `attend` is held to the bare call. `attend` stands for the backend that
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from attend_dense import dense_table
 from attend_peers import BARE, DTYPES, FLEX, MASKED, PLANNED, X_TRANSFORMERS, Peak, Row, bars, measured, peak
 from attend_small import DIRECTIONS, decode_table, memory_of, memory_table, overhead_table, short_table
 from bench_masks import attend_masks
@@ -44,7 +45,13 @@ class Size(NamedTuple):
 DEFAULT = (Size(1024), Size(4096), Size(4096, 128), Size(4096, 64, "bf16"))  # a quarter of an hour with two cores
 SWEEP = {"lengths": (1024, 2048, 4096, 8192, 16384), "head_dims": (64, 128), "dtypes": tuple(DTYPES)}
 USUAL = {"lengths": (8192,), "head_dims": (64,), "dtypes": ("fp32",)}  # of what is not given where something is
-SMALL = {"short": short_table, "decode": decode_table, "overhead": overhead_table, "memory": memory_table}
+SMALL = {
+    "short": short_table,
+    "decode": decode_table,
+    "overhead": overhead_table,
+    "memory": memory_table,
+    "dense": dense_table,
+}
 CAPABILITY, MKL, ONEDNN = "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"
 HELD = {  # what holds torch and its libraries to a variant of the kernel; the widest needs nothing
     "avx512": {ONEDNN: "AVX512_CORE"},
