@@ -38,12 +38,12 @@ kernel = pytest.mark.skipif(bool(missing()), reason=f"the move is whoever instal
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "attend", "costs", pytest.param("soak", marks=kernel), "train", "huggingface"]
+    "name", ["plan", "attend", "costs", pytest.param("soak", marks=kernel), "train", "huggingface", "soak_use"]
 )
 def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp_path: Path) -> None:
-    if name == "train":
+    if name in ("train", "soak_use"):
         pytest.importorskip("x_transformers", reason=PEERS)
-    if name == "huggingface":
+    if name in ("huggingface", "soak_use"):
         pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
     file = tmp_path / "numbers.json"
     text = script(name).main(["--quick", "--json", str(file)])

@@ -201,8 +201,9 @@ def test_enable_holds_everywhere_and_a_block_counts_inside(case: tuple[Any, Run]
     assert torch.equal(run(model), own)
 
 
-def test_many_threads_with_masks_of_their_own(case: tuple[Any, Run]) -> None:
+def test_many_threads_with_masks_of_their_own_leave_nothing_behind(case: tuple[Any, Run]) -> None:
     model, run = case
+    names, known = [set(vars(part)) for part in model.modules()], len(ACCOUNTS)
     masks = [None, MASK, OTHER, tm.window(2), OTHER & tm.dilated(2), OTHER - tm.window(2), tm.window(5)]
     alone = [run(model), *(under(model, run, mask) for mask in masks)]
 
@@ -213,6 +214,12 @@ def test_many_threads_with_masks_of_their_own(case: tuple[Any, Run]) -> None:
         found = list(pool.map(request, [*range(8)] * 3))
     for place, each in enumerate(found):
         assert torch.equal(each, alone[place % 8])
+    gc.collect()
+    assert len(ACCOUNTS) == known
+    assert [set(vars(part)) for part in model.modules()] == names
+    assert not [
+        part for part in model.modules() if MARK in vars(part) or part._forward_pre_hooks or part._forward_hooks
+    ]
 
 
 # -- other contexts ----------------------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def test_tasks_have_uses_of_their_own(case: tuple[Any, Run]) -> None:
         await asyncio.sleep(0)
         return run(model)
 
-    async def all_of_them() -> list[Tensor]:
+    async def all_of_them() -> tuple[Tensor, ...]:
         return await asyncio.gather(request(MASK), request(OTHER), asking_for_nothing())
 
     for found, want in zip(asyncio.run(all_of_them()), (first, second, own), strict=True):
@@ -349,18 +356,3 @@ def test_a_copy_made_elsewhere_runs_as_the_model_does_there(case: tuple[Any, Run
         twin = elsewhere(lambda: copy.deepcopy(model))
         assert_same(elsewhere(lambda: run(twin)), own)
     assert_same(run(twin), own)
-
-
-# -- what is kept ------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_left_of_overlapping_uses(case: tuple[Any, Run]) -> None:
-    model, _ = case
-    names, known = [set(vars(part)) for part in model.modules()], len(ACCOUNTS)
-    test_many_threads_with_masks_of_their_own(case)
-    gc.collect()
-    assert len(ACCOUNTS) == known
-    assert [set(vars(part)) for part in model.modules()] == names
-    assert not [
-        part for part in model.modules() if MARK in vars(part) or part._forward_pre_hooks or part._forward_hooks
-    ]
