@@ -100,8 +100,9 @@ def claim(
         raise MaskError(f"attention_mask is [samples, tokens] or 4-D, got {describe(attention_mask)}")
     if mask_function is None:
         from transformers.masking_utils import causal_mask_function as mask_function
-    unknown = attention_mask is None or attention_mask.is_meta  # on the meta device shapes are all there is to compute
-    real = None if unknown else attention_mask.bool()
+    if attention_mask is not None and attention_mask.is_meta:
+        attention_mask = None  # shapes are all there is to compute
+    real = None if attention_mask is None else attention_mask.bool()
     return Claim(partial(lift, mask_function, cell_by_cell=use_vmap), sizes, starts, real=real, device=device)
 
 

@@ -92,19 +92,6 @@ def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]
     return partial(watching.end, part)
 
 
-def _hooked(part: nn.Module, first: int) -> BeforeForward:
-    """The hook that stands before a model, as one use more wants it."""
-    for hook in part._forward_pre_hooks.values():
-        if isinstance(hook, BeforeForward):
-            hook.users, hook.warned = hook.users + 1, False
-            return hook
-    before: Any = BeforeForward(first)
-    after: Any = AfterForward()
-    before.handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-    before.handles.append(part.register_forward_hook(after, always_call=True))
-    return before
-
-
 def _two_axes(positions: object) -> Tensor | None:
     """position_ids `[b or 1, q]`; of those that have several rows for a token, the one of text, if it is there."""
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.is_meta:
