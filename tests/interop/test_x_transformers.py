@@ -792,8 +792,8 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         ({"layers": "modle", "mask": causal}, "did you mean 'model'"),
         ({"layers": [0]}, "there is no mask"),
         ({"layers": {0: None}}, "got NoneType"),
-        ({"mask": torch.ones(3, 3).bool()}, "tm.dense"),
-        ({"mask": "causal"}, "tm.parse"),
+        ({"mask": torch.ones(3, 3).bool()}, r"is `dense\(tensor\)`"),
+        ({"mask": "causl"}, "did you mean .causal."),
         ({"layers": "cross_attention", "mask": causal}, "no layer"),
         ({"replace": True}, "there is no"),
     ]
