@@ -27,7 +27,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import has_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 TRACERS = (Key.FAKE, Key.FUNCTIONAL, Key.PROXY)
 
 
