@@ -11,7 +11,7 @@ record: so the run works on copies, and what it returns are copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -63,7 +63,7 @@ SCHEMA = (
 def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, **options: Any) -> Result:
     """The call, while `torch.compile` traces it."""
     exporting = torch.compiler.is_exporting()
-    torch._dynamo.comptime.comptime(let_dynamo_pass if exporting else refuse_transforms)
+    at_once(let_dynamo_pass if exporting else refuse_transforms)
     q, k, v = cast(q, k, v)
     note = Note(by_number=exporting)
     text = note.write(mask)
@@ -78,6 +78,12 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: 
         lse = more[0] if options["return_lse"] else None
         return Result(out, lse, more[-1] if options["return_weights"] else None)
     return Result(*torch.ops.truemask.attend(*asked)[:3])
+
+
+def at_once(call: Callable[[Any], None]) -> None:
+    """Make the call while dynamo traces, rather than write it down."""
+    dynamo: Any = torch._dynamo
+    dynamo.comptime.comptime(call)
 
 
 def _as_tensor(bias: Any) -> tuple[Tensor | None, str]:
@@ -101,7 +107,7 @@ def positions_traced(builder: str, mask: Any, numbers: list[int]) -> Tensor:
     note = Note(by_number=torch.compiler.is_exporting())
     text = note.write(Traced(builder, (mask, numbers, {})))
     if torch.compiler.is_exporting():
-        torch._dynamo.comptime.comptime(let_dynamo_pass)
+        at_once(let_dynamo_pass)
         return read(text, note.tensors, note.ints, note.floats)
     return torch.ops.truemask.positions(text, note.tensors, note.ints, note.floats, numbers[0], numbers[2])
 

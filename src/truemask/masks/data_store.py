@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C import _functorch
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from truemask.errors import MaskError, PlanError, describe
 from truemask.masks.remembering import is_late, is_real, is_recorded, ordinary_tensors, remembered
@@ -148,7 +148,7 @@ def _refuse_without_numbers(tensor: Tensor) -> None:
     """Raise for tensors that no copy can be made of."""
     if tensor.is_meta:
         raise MaskError(f"the data of a mask must have numbers, and a meta tensor has none: got {describe(tensor)}")
-    if _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
+    if is_batchedtensor(tensor) or is_legacy_batchedtensor(tensor):
         raise PlanError(
             "vmap maps over the data of a mask, which must be known before anything runs, whatever the backend: give "
             "all of it as the samples of one call (`keys` `[b, n]`, `dense` `[b, h, q, k]`) outside of vmap, or loop"
@@ -178,7 +178,8 @@ def as_tensor(number: Any) -> Tensor:
     """A number as a 0-d tensor, also one that comes in with each call of a graph."""
     if isinstance(number, Tensor):
         return number
-    return torch.scalar_tensor(number, dtype=torch.int64) if isinstance(number, torch.SymInt) else torch.tensor(number)
+    late = isinstance(number, torch.SymInt)
+    return torch.scalar_tensor(cast(Any, number), dtype=torch.int64) if late else torch.tensor(number)
 
 
 def _tensor(value: object, name: str, meaning: str) -> Tensor:

@@ -20,8 +20,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import SymInt, Tensor
-from torch._C import _functorch
-from torch._C import _TorchDispatchModeKey as Key
 from torch._subclasses.fake_tensor import fake_tensor_tls, is_fake
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import has_proxy_slot
@@ -29,7 +27,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 T = TypeVar("T")
-TRACERS = (Key.FAKE, Key.FUNCTIONAL, Key.PROXY)
+TORCH: Any = torch  # whose declared face leaves out what tracers use
+C = TORCH._C
+TRACERS = (C._TorchDispatchModeKey.FAKE, C._TorchDispatchModeKey.FUNCTIONAL, C._TorchDispatchModeKey.PROXY)
 
 
 def is_recorded() -> bool:
@@ -37,12 +37,9 @@ def is_recorded() -> bool:
 
     `torch.compile` is not meant: what it traces is told by `torch.compiler.is_dynamo_compiling()`.
     """
-    if torch._C._is_tracing():
+    if C._is_tracing():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None  # pyright: ignore[reportAttributeAccessIssue]
-        for key in TRACERS
-    )
+    return C._len_torch_dispatch_stack() > 0 and any(C._get_dispatch_mode(key) is not None for key in TRACERS)
 
 
 def cannot_look() -> bool:
@@ -52,7 +49,7 @@ def cannot_look() -> bool:
 
 def is_diverted() -> bool:
     """Whether something stands between this call and ordinary tensors: a tracer, `torch.func`, a default device."""
-    functions = torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack() > 0
+    functions = C._are_functorch_transforms_active() or C._len_torch_function_stack() > 0
     return functions or is_recorded()
 
 
@@ -62,9 +59,9 @@ def is_real(tensor: Tensor) -> bool:
     >>> is_real(torch.ones(2)), is_real(torch.ones(2, device="meta"))
     (True, False)
     """
-    if tensor.is_meta or isinstance(tensor, FunctionalTensor) or _functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor.is_meta or isinstance(tensor, FunctionalTensor) or C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    return not (is_fake(tensor) or torch._is_functional_tensor(tensor) or _is_written_down(tensor))
+    return not (is_fake(tensor) or TORCH._is_functional_tensor(tensor) or _is_written_down(tensor))
 
 
 def is_late(value: object) -> bool:
@@ -74,7 +71,7 @@ def is_late(value: object) -> bool:
 
 def surely(condition: Any) -> bool:
     """Whether a comparison of numbers holds, as far as it is known now: late ones are not."""
-    return bool(condition) if not isinstance(condition, Tensor) or torch._C._is_tracing() else False
+    return bool(condition) if not isinstance(condition, Tensor) or C._is_tracing() else False
 
 
 def for_now(number: Any) -> Any:
@@ -87,11 +84,11 @@ def for_now(number: Any) -> Any:
 @contextmanager
 def trusted() -> Iterator[None]:
     """A decision by a size or a number, which `torch.jit.trace` warns of, is a check in here, no part of the graph."""
-    if not torch._C._is_tracing():
+    if not C._is_tracing():
         yield
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TORCH.jit.TracerWarning)
         yield
 
 
@@ -111,7 +108,7 @@ def traceable(forward: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(forward)
     def called(*args: P.args, **keywords: P.kwargs) -> T:
-        if not torch.jit.is_tracing():
+        if not TORCH.jit.is_tracing():
             return forward(*args, **keywords)
         with trusted():
             return forward(*args, **keywords)
@@ -121,21 +118,21 @@ def traceable(forward: Callable[P, T]) -> Callable[P, T]:
 
 def _is_written_down(tensor: Tensor) -> bool:
     """Whether `torch.jit.trace` or `make_fx` follows the tensor: an input, or made in the course of the trace."""
-    proxies: Any = torch._C._get_dispatch_mode(Key.PROXY)
+    proxies: Any = C._get_dispatch_mode(C._TorchDispatchModeKey.PROXY)
     if proxies is not None and has_proxy_slot(tensor, proxies.tracer):
         return True
-    return torch._C._is_tracing() and torch._C._get_value_trace(tensor).node().kind() != "prim::Constant"
+    return C._is_tracing() and C._get_value_trace(tensor).node().kind() != "prim::Constant"
 
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """What is made inside outlives the call: under a tracer it would be a fake, under `torch.func` a wrapper."""
     with ExitStack() as stack:
-        if torch._C._are_functorch_transforms_active():
-            stack.enter_context(torch._C._DisableFuncTorch())
-        if torch._C._len_torch_function_stack():
-            stack.enter_context(torch._C.DisableTorchFunction())
-        if torch._C._is_tracing():
+        if C._are_functorch_transforms_active():
+            stack.enter_context(C._DisableFuncTorch())
+        if C._len_torch_function_stack():
+            stack.enter_context(C.DisableTorchFunction())
+        if C._is_tracing():
             stack.enter_context(_untraced())
         if not torch.compiler.is_dynamo_compiling():
             stack.enter_context(_disable_current_modes())
@@ -145,12 +142,12 @@ def ordinary_tensors() -> Iterator[None]:
 @contextmanager
 def _untraced() -> Iterator[None]:
     """Nothing inside is written down by `torch.jit.trace`, and sizes are ints."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # pyright: ignore[reportArgumentType]
+    state = C._get_tracing_state()
+    C._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        C._set_tracing_state(state)
 
 
 class remembered(cached_property[T]):
