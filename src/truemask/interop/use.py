@@ -74,14 +74,21 @@ def use(
         end in any order. A deep copy made inside stays in use; `copy.set_attn_implementation("sdpa")` is its way back.
         `save_pretrained` writes nothing of it.
 
+        A use holds in its own context: the thread that entered it, or the task of asyncio, and what they start in a
+        copy of theirs (`asyncio.to_thread`, `contextvars.copy_context().run`), replicas of `DataParallel` included.
+        Everywhere else the model gives what it gives without us, though its config names our attention for all.
+
     Raises:
         MaskError: the model cannot switch, selects keys itself, or computes with its mask; `layers` names nothing that
             it has; information would go around the mask; positions are not known. PlanError: there is no such backend.
         A `ConventionWarning` says, once, how many pairs the model's own rule removes of a mask that asks for them, and
             that `position_ids` are smaller than the model's first position (RoBERTa's is `padding_idx + 1`).
 
-    Under `torch.compile` the graph breaks at masks and attention, so `fullgraph=True` is refused by torch. Layers that
-    are recomputed (gradient checkpointing) need `backward` inside the block.
+    Under `torch.compile` the graph breaks at masks and attention, so `fullgraph=True` is refused by torch.
+
+    Layers that `torch.utils.checkpoint` recomputes (gradient checkpointing) run under the mask of their forward,
+    wherever `backward` stands; the config goes back to what it named when the last such graph is gone. Layers that
+    others recompute need `backward` inside the block.
 
     >>> from truemask.masks.positional import causal
     >>> use(object(), causal)
@@ -104,10 +111,11 @@ def _use(model: Any, mask: Mask | str | None, layers: Any, replace: bool, backen
 def enable(
     model: Any, mask: Mask | str | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
 ) -> Use:
-    """`use` for good: the model runs on our attention until `undo()` of what this returns.
+    """`use` for good and for all threads: the model runs on our attention until `undo()` of what this returns.
 
-    Again on the same model it takes the place of the earlier one, whose `undo` then does nothing; the last one's gives
-    the model back what it ran at first. Models that share a config object are switched together: enable each of them.
+    A block of `use` counts inside of it all the same. Again on the same model `enable` takes the place of the earlier
+    one, whose `undo` then does nothing; the last one's gives the model back what it ran at first. Models that share a
+    config object are switched together: enable each of them.
     Arguments and errors are those of `use`.
 
     >>> enable(None)

@@ -71,6 +71,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, first: int, in_use: Callable[[nn.Module], bool]) -> None:
         before: Any = BeforeForward(first, in_use)
+        self.before = before
         after: Any = AfterForward()
         handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
@@ -89,6 +90,7 @@ def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]
     """Watch a part of a model, or the model; what is returned ends that."""
     first = first_position(model)
     watching = stand(part, WATCH, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use))
+    watching.before.warned = False  # each use may say it once
     return partial(watching.end, part)
 
 
