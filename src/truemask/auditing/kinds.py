@@ -89,7 +89,9 @@ def heads_of(subject: Subject) -> int | None:
     if stack is not None:
         return stack.config.heads
     if is_peer(subject):
-        return next((part.heads for part in _own_attentions(subject)), None)
+        return next(
+            (own.heads for part in _own_attentions(subject) for own in part.modules() if hasattr(own, "heads")), None
+        )
     return getattr(getattr(model, "config", None), "num_attention_heads", None)
 
 
