@@ -210,7 +210,6 @@ NOBODY: dict[str, Callable[[], tm.Mask]] = {
     "tree": lambda: tm.tree(torch.ones(0, 3).long()),
     "dense": lambda: tm.dense(torch.ones(0, 1, 3, 3).bool()),
     "padding": lambda: tm.padding(lengths=[]),
-    "select": lambda: tm.keys(FLAGS).select(samples=[]),
     "hugging face's": lambda: tm.from_huggingface_2d(torch.ones(0, 3).long()),
 }
 
@@ -220,7 +219,10 @@ def test_data_of_no_sample_is_refused_and_an_empty_batch_runs_without(name: str)
     with pytest.raises(tm.MaskError, match=r"no sample|at least one sample"):
         NOBODY[name]()
     q = torch.randn(0, 2, 3, 8)
-    assert tm.attend(q, q, q, tm.causal).shape == tm.attend(q, q, q, torch.ones(0, 1, 3, 3).bool()).shape == q.shape
+    for mask in (tm.causal, torch.ones(0, 1, 3, 3).bool(), tm.keys(FLAGS).select(samples=[])):
+        assert tm.attend(q, q, q, mask).shape == q.shape
+    with pytest.raises(tm.MaskError, match="holds data for 3"):
+        tm.attend(*[torch.randn(0, 2, 4, 8)] * 3, tm.keys(FLAGS).select(samples=[]))
 
 
 def test_a_block_mask_on_meta_has_shapes_and_leaves_nothing_behind() -> None:

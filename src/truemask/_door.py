@@ -102,6 +102,9 @@ def as_mask(mask: object, batch: int, heads: int, q_len: int, kv_len: int) -> Ma
     """What the caller gave as a mask, as one: None is `everything`, text is parsed, a bool tensor is `dense`."""
     if mask is None:
         return everything
+    if isinstance(mask, Mask) and mask.batch_size != 1 and batch == 0:
+        mask._check(q_len, kv_len)
+        return everything  # there is no sample whose rows it could hide
     if isinstance(mask, Mask):
         return current(mask) if mask.functions else mask
     if isinstance(mask, str):

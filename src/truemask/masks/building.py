@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
@@ -31,18 +30,14 @@ def build(kind: str, *args: Any) -> Any:
     """What an operator or a re-indexing method makes."""
     if torch.compiler.is_dynamo_compiling():
         return NOTES[0](f"_{kind}", args)
-    with known_apart(args):
-        return KINDS[kind].make(*args)
+    return made_apart(KINDS[kind].make, args) if is_diverted() else KINDS[kind].make(*args)
 
 
-@contextmanager
-def known_apart(args: Any) -> Iterator[None]:
+def made_apart(make: Callable[..., Any], args: Any, keywords: dict[str, Any] | None = None) -> Any:
     """What is made of arguments that are all known is made of ordinary tensors, and no part of a recorded graph."""
-    if not is_diverted():
-        yield
-        return
-    with ordinary_tensors() if is_known(args) else trusted():
-        yield
+    named = keywords or {}
+    with ordinary_tensors() if is_known((args, named)) else trusted():
+        return make(*args, **named)
 
 
 def is_known(thing: Any) -> bool:

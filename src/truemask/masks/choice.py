@@ -186,7 +186,7 @@ class Select(Mask):
     def make(cls, *args: Any) -> Mask:
         base, samples, heads = args
         sides = [
-            None if x is None else _some(integers(x, name, (1,), "[n]", late=True), name)
+            None if x is None else integers(x, name, (1,), "[n]", late=True)
             for x, name in ((samples, "samples"), (heads, "heads"))
         ]
         return cls(base, *sides)
@@ -255,12 +255,6 @@ class Select(Mask):
 
 def _chosen(own: int, chosen: Data | None) -> int:
     return own if chosen is None or own == 1 else (chosen.tensor.shape[0] or ANY)
-
-
-def _some(chosen: Data, name: str) -> Data:
-    if chosen.tensor.shape[0] == 0:
-        raise MaskError(f"select({name}=...) chooses no {name[:-1]}: a batch of none needs no mask, `mask=None`")
-    return chosen
 
 
 def _pick(chosen: Data | None, index: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import SymInt, Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses.fake_tensor import fake_tensor_tls, is_fake
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import has_proxy_slot
@@ -49,8 +50,7 @@ def cannot_look() -> bool:
 
 def is_diverted() -> bool:
     """Whether something stands between this call and ordinary tensors: a tracer, `torch.func`, a default device."""
-    functions = C._are_functorch_transforms_active() or C._len_torch_function_stack() > 0
-    return functions or is_recorded()
+    return C._are_functorch_transforms_active() or C._len_torch_function_stack() > 0 or is_recorded()
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -127,6 +127,9 @@ def _is_written_down(tensor: Tensor) -> bool:
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """What is made inside outlives the call: under a tracer it would be a fake, under `torch.func` a wrapper."""
+    if not (is_diverted() or C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()):
+        yield
+        return
     with ExitStack() as stack:
         if C._are_functorch_transforms_active():
             stack.enter_context(C._DisableFuncTorch())

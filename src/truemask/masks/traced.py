@@ -22,9 +22,9 @@ from torch import Tensor
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.tiles import Rectangles
-from truemask.masks.building import KINDS, NOTES, known_apart, mask_of
+from truemask.masks.building import KINDS, NOTES, made_apart, mask_of
 from truemask.masks.core import Mask
-from truemask.masks.remembering import is_recorded
+from truemask.masks.remembering import is_diverted, is_recorded
 from truemask.masks.value import Written
 
 P = ParamSpec("P")
@@ -60,13 +60,12 @@ BUILDERS["numbered"] = mask_of
 def recorded(fn: Callable[P, Mask]) -> Callable[P, Mask]:
     """A public function that makes a mask, able to stand in a compiled function."""
     BUILDERS[fn.__name__] = fn
-    is_tracing, note, apart = torch.compiler.is_dynamo_compiling, Traced, known_apart
+    is_tracing, note, apart, diverted = torch.compiler.is_dynamo_compiling, Traced, made_apart, is_diverted
 
     def made(*args: P.args, **keywords: P.kwargs) -> Mask:
         if is_tracing():
             return note(fn.__name__, (*args, keywords))
-        with apart((args, keywords)):
-            return fn(*args, **keywords)
+        return apart(fn, args, keywords) if diverted() else fn(*args, **keywords)
 
     # of the module of `fn`, where doctest looks for its example
     return update_wrapper(FunctionType(made.__code__, fn.__globals__, closure=made.__closure__), fn)
