@@ -384,6 +384,7 @@ def test_transforms_are_refused(name: str) -> None:
         compiled(lambda x: TRANSFORMS[name](call, x), "eager")[0](torch.randn(1, 2, 6, 8))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, when forward mode is first used
 def test_forward_mode_around_is_refused() -> None:
     fn, _ = compiled(lambda x: tm.attend(x, x, x, tm.window(3)), "eager")
     x = torch.randn(1, 2, 6, 8)
