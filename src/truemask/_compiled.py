@@ -350,7 +350,10 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor)
     sizes = [size for name in names for size in ctx.shapes[name]]
     asked = (state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
     found = differentiable_once(
-        COMPILED, [*leaves, dout, *arriving], lambda: torch.ops.truemask.attend_backward(*asked)
+        COMPILED,
+        [*leaves, dout, *arriving],
+        lambda: torch.ops.truemask.attend_backward(*asked),
+        first="leave the function uncompiled, and ",
     )
     grads = dict(zip(names, found, strict=True))
     lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule

@@ -78,28 +78,33 @@ class _Attention(Function):
         return None, None, *differentiable_once(who, [*tensors, *arriving], found), *(None,) * (given - count)
 
 
-def differentiable_once(who: str, links: Sequence[Tensor | None], found: Callable[[], Gradients]) -> Gradients:
-    """The gradients that `found` works out; to differentiate them by what they are made of, `links`, is refused."""
+def differentiable_once(
+    who: str, links: Sequence[Tensor | None], found: Callable[[], Gradients], first: str = ""
+) -> Gradients:
+    """The gradients that `found` works out; to differentiate them by what they are made of, `links`, is refused.
+
+    `first`: what to do before the way out that all have, naming `reference`.
+    """
     if not torch.is_grad_enabled():
         return found()
     with torch.no_grad():  # the caller asked for a graph of the gradients
         made = found()
     some = [x for x in links if x is not None]
-    return _OnlyOnce.apply(who, len(some), *some, *made)  # pyright: ignore[reportReturnType]
+    return _OnlyOnce.apply(who, first, len(some), *some, *made)  # pyright: ignore[reportReturnType]
 
 
 class _OnlyOnce(Function):
     """Gradients that may be used but not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, who: str, links: int, *tensors: Tensor | None) -> Gradients:
-        ctx.who = who
+    def forward(ctx: Any, who: str, first: str, links: int, *tensors: Tensor | None) -> Gradients:
+        ctx.who, ctx.first = who, first
         return tuple(None if x is None else x.view_as(x) for x in tensors[links:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
         raise PlanError(
-            f"{ctx.who} has no second derivative: "
+            f"{ctx.who} has no second derivative: {ctx.first}"
             'call attend(..., backend="reference"), whose derivatives of every order exist, or run what calls it under '
             '`with tm.attention_backend("reference"):`'
         )
