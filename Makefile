@@ -47,7 +47,7 @@ $(VENV)/.torch-stamp: $(VENV)/.venv-stamp constraints.txt
 	echo "torch ready after $$(( $$(date +%s) - start )) s"
 	@touch $@
 
-$(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml tools/native_build.py $(wildcard csrc/*)
+$(VENV)/.run-stamp: $(VENV)/.torch-stamp pyproject.toml tools/native_build.py $(wildcard csrc/*.* csrc/*/*)
 	@start=$$(date +%s); echo 'installing truemask, matplotlib, x-transformers and transformers into $(VENV) ...'; \
 	$(PIP) hatchling && $(PIP) --no-build-isolation --editable '.[plot,peers,models]' && \
 	$(BIN)/python -m compileall -q src && \
@@ -85,9 +85,9 @@ bench: $(VENV)/.run-stamp
 format: $(VENV)/.test-stamp
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/python docs/make_pictures.py
-	@$(BIN)/python docs/make_map.py
-	@$(BIN)/python docs/pages.py
+	@$(BIN)/python tools/docs/make_pictures.py
+	@$(BIN)/python tools/docs/make_map.py
+	@$(BIN)/python tools/docs/pages.py
 
 clean:
 	rm -rf $(VENV) build dist report.html .pytest_cache .ruff_cache .hypothesis

@@ -27,9 +27,9 @@ from attend_small import DIRECTIONS, decode_table, memory_of, memory_table, over
 from bench_masks import attend_masks
 from harness import Table, finish, ms, options
 
-from truemask.backends.costs import source
-from truemask.backends.native_library import ISAS, VARIABLE, isa
-from truemask.cli.races import Course
+from truemask.backends.costs.model import source
+from truemask.backends.native.library import ISAS, VARIABLE, isa
+from truemask.benchmarking.workloads import Course
 
 HEADS, QUICK_LENGTH = 8, 300
 

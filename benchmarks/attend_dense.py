@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
-from truemask.backends.native_library import isa
-from truemask.cli.races import Attention, Course
+from truemask.backends.native.library import isa
+from truemask.benchmarking.workloads import Attention, Course
 
 BAR_FRESH = 1.3  # times SDPA's time with the same tensor, where it has no structure
 TURNS = 7

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
-from truemask._cache import CACHE
-from truemask.backends.native_library import isa, library, missing
-from truemask.cli.races import Attention, Course, by_truemask, masked_sdpa
+from truemask.attention.planning.cache import CACHE
+from truemask.backends.native.library import isa, library, missing
+from truemask.benchmarking.workloads import Attention, Course, by_truemask, masked_sdpa
 
 BARE, MASKED, FLEX, X_TRANSFORMERS = "SDPA, bare", "SDPA, mask", "flex", "x-transformers"
 PLANNED, PORTABLE, NATIVE = "attend", "portable", "native"

@@ -13,8 +13,8 @@ from harness import MEGABYTE, Table, fresh_threads, megabytes, ms, peak_beyond, 
 from torch import Tensor
 
 import truemask as tm
-from truemask.cli.races import Course, by_truemask, masked_sdpa
-from truemask.cli.timing import Run
+from truemask.benchmarking.timing import Run
+from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa
 
 DIRECTIONS = {False: "forward", True: "forward and backward"}
 SECONDS, MOST = 1.0, 300  # for each contestant

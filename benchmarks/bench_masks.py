@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 import truemask as tm
-from truemask.cli.races import race_masks
+from truemask.benchmarking.workloads import race_masks
 
 Make = Callable[[], tm.Mask]
 Spelled = tuple[Make, Make]  # one meaning by two expressions

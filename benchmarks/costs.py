@@ -3,7 +3,7 @@
     python benchmarks/costs.py [--quick] [--json FILE]
 
 `truemask bench --calibrate` measures the same and keeps it for this machine. Who changes a backend's speed runs this on
-a quiet machine and writes the numbers into `src/truemask/backends/costs.py`.
+a quiet machine and writes the numbers into `src/truemask/backends/costs/model.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from harness import Table, finish, options
 
-from truemask.cli.bench import beside_shipped
-from truemask.cli.calibrate import LARGE, SMALL, measured_costs
+from truemask.benchmarking.calibrate import LARGE, SMALL, measured_costs
+from truemask.cli.commands.bench import beside_shipped
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

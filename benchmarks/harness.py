@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 import truemask as tm
-from truemask.backends.calibration import this_machine
-from truemask.cli.timing import Timing as Timing
-from truemask.cli.timing import clock as clock
-from truemask.cli.timing import race as race
-from truemask.cli.timing import timing as timing
+from truemask.backends.costs.calibration_file import this_machine
+from truemask.benchmarking.timing import Timing as Timing
+from truemask.benchmarking.timing import clock as clock
+from truemask.benchmarking.timing import race as race
+from truemask.benchmarking.timing import timing as timing
 
 MEGABYTE = 1e6
 STATUS = Path("/proc/self/status")

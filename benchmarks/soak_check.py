@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
-from truemask.masks.biases import Bias
+from truemask.biases import Bias
 
 TIMES, ROOM, U = 2.0, 8.0, 2.0**-24
 Results = dict[str, Tensor]  # out, lse, dq, dk, dv, dsinks: those that were asked for; the reference's weights

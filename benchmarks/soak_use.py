@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import truemask as tm
-from truemask._cache import CACHE
-from truemask.interop import in_force, switch
-from truemask.interop.claims import Claim
-from truemask.interop.recomputing import Notes
+from truemask.attention.planning.cache import CACHE
+from truemask.interop import scopes as in_force
+from truemask.interop.checkpointing import Notes
+from truemask.interop.huggingface.attention import switch
+from truemask.interop.huggingface.masks import Claim
 
 CLOSE, QUICK, WORDS, LONGEST, MEMORY = 1e-4, 40, 61, 40, 2
 REMEMBERED = (in_force.Hold, in_force.Seat, switch.Account, Claim, Notes)

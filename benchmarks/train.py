@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import truemask as tm
-from truemask.cli.timing import Run
-from truemask.geometry.picture import INK
+from truemask.benchmarking.timing import Run
+from truemask.viz.picture import INK
 
 LENGTHS, QUICK_LENGTH = (1024, 2048, 4096, 8192, 16384, 32768), 300
 TOKENS, PAST = 256, 256

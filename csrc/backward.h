@@ -1,6 +1,6 @@
 // The backward: scores once more, tile by tile; dq of a row of tiles stays, dk and dv of a key head are added to.
 #pragma once
-#include "strip.h"
+#include "rows.h"
 
 namespace {
 

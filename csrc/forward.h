@@ -1,6 +1,6 @@
 // The forward: rows of tiles by online softmax, some key tiles at a time, whose scores stay in the first cache.
 #pragma once
-#include "strip.h"
+#include "rows.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Keys and values as products take them, packed once a call: tiles transposed, and rows.
 #pragma once
-#include "few.h"
-#include "numbers.h"
+#include "products/matvec.h"
+#include "convert.h"
 
 namespace {
 

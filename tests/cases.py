@@ -42,7 +42,7 @@ from truemask import (
     tree,
     window,
 )
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 
 @dataclass(frozen=True)

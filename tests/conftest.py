@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from truemask.backends.native_library import missing
+from truemask.backends.native.library import missing
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 os.environ["TRUEMASK_COSTS"] = "avx2"  # plans are the same on every machine

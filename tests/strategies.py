@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import truemask as tm
 from tests.descriptions import Description, formula
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 DEEPEST = 5

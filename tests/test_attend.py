@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
 from tests.oracle import Three, three
-from truemask._plan import CACHE
+from truemask.attention.planning.plan import CACHE
 
 
 def qkv(b: int = 2, h: int = 4, y: int = 2, q: int = 5, k: int = 5, d: int = 8, **keywords: Any) -> Three:

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import truemask as tm
-from truemask.backends.native_library import missing
-from truemask.cli.races import document_lengths, race_masks
-from truemask.cli.timing import race, timing, turns
+from truemask.backends.native.library import missing
+from truemask.benchmarking.timing import race, timing, turns
+from truemask.benchmarking.workloads import document_lengths, race_masks
 
 Script = Callable[[str], ModuleType]
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -207,7 +207,7 @@ def test_contestants_take_turns() -> None:
 
 def test_the_hopeless_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"fast": 0.1, "slow": 5.0}
-    monkeypatch.setattr("truemask.cli.timing.clock", lambda run: seconds[run()])
+    monkeypatch.setattr("truemask.benchmarking.timing.clock", lambda run: seconds[run()])
     runs = {name: lambda name=name: name for name in seconds}
     assert list(turns(runs, 0.0, least=2, outsiders=["slow"])) == [("slow", 5.0), ("fast", 0.1), ("fast", 0.1)]
     told = list(turns(runs, 0.0, least=2))

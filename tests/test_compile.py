@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 import truemask as tm
 from tests.cases import CASES, Case
 from tests.oracle import Three, three
-from truemask import _compiled
-from truemask._cache import CACHE
-from truemask.masks.building import OWNERS, mask_of
+from truemask.attention import compiled as _compiled
+from truemask.attention.planning.cache import CACHE
+from truemask.masks.core.registry import OWNERS, mask_of
 
 MASK = tm.causal & (tm.window(3) | tm.prefix(1))
 

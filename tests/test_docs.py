@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(ROOT / "tools" / "docs"))
 
 import make_pictures  # noqa: E402
 import pages  # noqa: E402
@@ -37,7 +37,9 @@ def read(path: Path) -> str:
 def test_python_blocks_print_what_the_page_shows(path: Path) -> None:
     for ran in pages.run_python(read(path), str(path)):
         shown = pages.tidy(ran.shown.text) if ran.shown else ""
-        assert ran.printed == shown, f"{path.name} shows something else; `python docs/pages.py` writes what is printed"
+        assert ran.printed == shown, (
+            f"{path.name} shows something else; `python tools/docs/pages.py` writes what is printed"
+        )
 
 
 @pytest.mark.slow
@@ -76,7 +78,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_language_page_has_every_mask() -> None:
-    from truemask.masks.building import KINDS
+    from truemask.masks.core.registry import KINDS
 
     missing = {kind for kind in KINDS if kind not in NAMES.findall(read(ROOT / "docs" / "language.md"))}
     assert missing <= NOT_IN_THE_LANGUAGE, f"docs/language.md does not show {sorted(missing)}"
@@ -98,4 +100,4 @@ def test_both_readmes_begin_with_the_promise() -> None:
 @pytest.mark.parametrize("name", sorted(make_pictures.PICTURES))
 def test_pictures_are_up_to_date(name: str) -> None:
     committed = read(make_pictures.FOLDER / name)
-    assert committed == make_pictures.drawn(name), "`python docs/make_pictures.py` (or `make format`) redraws it"
+    assert committed == make_pictures.drawn(name), "`python tools/docs/make_pictures.py` (or `make format`) redraws it"

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import truemask as tm
 from tests.cases import CASES
-from truemask._plain import attend_plain
+from truemask.attention.decomposition import attend_plain
 
 MASK = tm.causal & (tm.window(4) | tm.prefix(2))
 ANY: Any = Dim.AUTO

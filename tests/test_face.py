@@ -127,7 +127,7 @@ def test_names_come_with_the_first_that_is_asked_for() -> None:
 
 
 def test_masks_have_their_operators_whichever_file_is_imported_first() -> None:
-    program = "from truemask.masks.positional import causal, window; print((causal & window(3)).at(2).packed([4]))"
+    program = "from truemask.masks.leaves.bands import causal, window; print((causal & window(3)).at(2).packed([4]))"
     assert run(program).strip() == "(causal & window(3)).at(q_start=2).packed([4])"
 
 

@@ -28,104 +28,104 @@ STAIRS = """
     geometry/logic.py
     geometry/ranges.py
     geometry/edges.py
-    geometry/lines.py
-    geometry/slabs.py
-    geometry/overlay.py
-    geometry/forms.py
-    geometry/measure.py
-    geometry/tiles.py
-    geometry/strips.py
-    geometry/slab_strips.py
-    geometry/tile_strips.py
-    geometry/quadtree.py
-    geometry/search.py
-    geometry/block_lists.py
-    geometry/picture.py
+    geometry/slabs/lines.py
+    geometry/slabs/slabs.py
+    geometry/slabs/algebra.py
+    geometry/slabs/normal_form.py
+    geometry/slabs/measure.py
+    geometry/tiles/tile_map.py
+    backends/block_sparse/strips.py
+    backends/block_sparse/from_slabs.py
+    backends/block_sparse/from_tiles.py
+    geometry/tiles/quadtree.py
+    geometry/tiles/measure.py
+    geometry/tiles/block_lists.py
+    viz/picture.py
 
-    masks/remembering.py
-    masks/data_store.py
-    masks/tables.py
-    masks/hashing.py
-    masks/block_mask.py
-    masks/verdict.py
-    masks/exact.py
-    masks/slab_tensors.py
-    masks/pictures.py
-    masks/questions.py
-    masks/value.py
-    masks/building.py
-    masks/core.py
-    masks/traced.py
-    masks/writing.py
-    masks/combine.py
-    masks/reindex.py
-    masks/packing.py
-    masks/choice.py
+    common/real_tensors.py
+    masks/core/data.py
+    masks/core/lookup.py
+    common/hashing.py
+    masks/core/block_mask.py
+    masks/core/verdict.py
+    masks/core/exact_form.py
+    masks/core/slab_tensors.py
+    masks/core/pictures.py
+    masks/core/queries.py
+    masks/core/value.py
+    masks/core/registry.py
+    masks/core/mask.py
+    masks/core/deferred.py
+    masks/core/unparse.py
+    masks/compose/boolean.py
+    masks/compose/reindex.py
+    masks/compose/packed.py
+    masks/compose/per_axis.py
     masks/__init__.py
-    masks/positional.py
-    masks/patterned.py
-    masks/data.py
-    masks/captured.py
-    masks/predicate.py
-    masks/labels.py
-    masks/sampled.py
-    masks/matrices.py
-    masks/biases.py
-    masks/text.py
-    masks/given.py
-    masks/serial.py
-    masks/foreign/reading.py
+    masks/leaves/bands.py
+    masks/leaves/patterns.py
+    masks/leaves/per_token.py
+    masks/leaves/captured.py
+    masks/leaves/predicate.py
+    masks/leaves/documents.py
+    masks/leaves/tile_sample.py
+    masks/leaves/matrices.py
+    biases.py
+    masks/formats/parse.py
+    masks/formats/as_mask.py
+    masks/formats/serialization.py
+    masks/foreign/tensors.py
     masks/foreign/importers.py
     masks/foreign/exporters.py
-    masks/foreign/intervals.py
+    masks/foreign/varlen.py
     masks/foreign/__init__.py
 
     backends/__init__.py
     backends/base.py
-    backends/calibration.py
-    backends/native_library.py
-    backends/costs.py
-    backends/dropping.py
-    backends/trilinear.py
-    backends/eager.py
-    backends/flash.py
-    backends/once.py
-    backends/contain.py
+    backends/costs/calibration_file.py
+    backends/native/library.py
+    backends/costs/model.py
+    backends/shared/dropout.py
+    backends/shared/masked_matmul.py
+    backends/shared/eager.py
+    backends/shared/cpu_flash.py
+    backends/shared/autograd.py
+    backends/shared/containment.py
     backends/reference.py
     backends/sdpa.py
-    backends/weave.py
-    backends/groups.py
-    backends/places.py
-    backends/strip_cells.py
-    backends/strip_kernel.py
-    backends/strip_math.py
-    backends/block_sparse.py
-    backends/score_mod.py
-    backends/flex.py
-    backends/native_call.py
-    backends/native.py
+    backends/block_sparse/interleave.py
+    backends/block_sparse/batching.py
+    backends/block_sparse/gather_scatter.py
+    backends/block_sparse/cells.py
+    backends/block_sparse/flash_path.py
+    backends/block_sparse/math_path.py
+    backends/block_sparse/backend.py
+    backends/flex/score_mod.py
+    backends/flex/backend.py
+    backends/native/call.py
+    backends/native/backend.py
     backends/registry.py
-    backends/chosen.py
+    backends/context.py
 
     diagnosis/__init__.py
-    diagnosis/finding.py
-    diagnosis/words.py
-    diagnosis/why.py
-    diagnosis/slips.py
+    common/finding.py
+    diagnosis/leaf_reasons.py
+    diagnosis/explain.py
+    diagnosis/convention_warnings.py
     diagnosis/recognise.py
     diagnosis/naming.py
-    diagnosis/subject.py
-    diagnosis/placing.py
-    diagnosis/outcome.py
-    diagnosis/heads.py
-    diagnosis/wording.py
-    diagnosis/traps.py
+    diagnosis/rules/context.py
+    diagnosis/rules/alignment.py
+    diagnosis/rules/visibility.py
+    diagnosis/rules/heads.py
+    diagnosis/rules/expression.py
+    diagnosis/rules/misreadings.py
     diagnosis/diagnose.py
     diagnosis/reach.py
 
     viz/__init__.py
     viz/panels.py
-    viz/plot.py
+    masks/formats/figures.py
 
     _door.py
     _call.py
@@ -139,10 +139,10 @@ STAIRS = """
     _compiled.py
     _attend.py
 
-    nn/foreign_names.py
+    nn/x_transformers_names.py
     nn/config.py
-    nn/doors.py
-    nn/masking.py
+    nn/validation.py
+    nn/forward_mask.py
     nn/norms.py
     nn/positions.py
     nn/feedforward.py
@@ -154,59 +154,59 @@ STAIRS = """
     nn/__init__.py
 
     generation/__init__.py
-    generation/cache.py
+    generation/kv_cache.py
     generation/prompts.py
     generation/sampling.py
     generation/autoregressive.py
 
     packing/__init__.py
     packing/samples.py
-    packing/fit.py
+    packing/best_fit.py
     packing/pack.py
     packing/tree.py
     packing/collate.py
 
     interop/__init__.py
-    interop/recomputing.py
-    interop/in_force.py
+    interop/checkpointing.py
+    interop/scopes.py
     interop/positions.py
-    interop/dropping.py
-    interop/stand_in.py
-    interop/unreached.py
-    interop/layers.py
-    interop/watching.py
-    interop/lifting.py
-    interop/placing.py
-    interop/claims.py
-    interop/tensors.py
-    interop/switch.py
-    interop/without_us.py
-    interop/huggingface.py
-    interop/x_masks.py
-    interop/x_frame.py
-    interop/x_attention.py
-    interop/x_layers.py
-    interop/x_transformers.py
+    interop/removed_pairs.py
+    interop/huggingface/mask_placeholder.py
+    interop/huggingface/coverage.py
+    interop/huggingface/layers.py
+    interop/huggingface/inputs.py
+    interop/huggingface/mask_functions.py
+    interop/huggingface/placement.py
+    interop/huggingface/masks.py
+    interop/huggingface/tensor_masks.py
+    interop/huggingface/switch.py
+    interop/huggingface/fallback.py
+    interop/huggingface/attention.py
+    interop/x_transformers/masks.py
+    interop/x_transformers/inputs.py
+    interop/x_transformers/attention.py
+    interop/x_transformers/layers.py
+    interop/x_transformers/switch.py
     interop/use.py
-    interop/in_use.py
+    interop/active_masks.py
 
     auditing/__init__.py
     auditing/placeholders.py
-    auditing/models.py
-    auditing/signals.py
+    auditing/subject.py
+    auditing/multimodal.py
     auditing/torch_modules.py
-    auditing/ruler.py
+    auditing/distances.py
     auditing/probes.py
-    auditing/larger.py
-    auditing/kinds.py
-    auditing/claims.py
-    auditing/contexts.py
-    auditing/caches.py
-    auditing/decoding.py
-    auditing/alone.py
+    auditing/amplified_probes.py
+    auditing/declared_masks.py
+    auditing/expected_masks.py
+    auditing/cross_attention.py
+    auditing/cached_calls.py
+    auditing/cached_decoding.py
+    auditing/batch_invariance.py
     auditing/report.py
-    auditing/steadiness.py
-    auditing/judging.py
+    auditing/determinism.py
+    auditing/checks.py
     auditing/audit.py
 
     train/__init__.py
@@ -222,21 +222,21 @@ STAIRS = """
     cli/console.py
     cli/machine.py
     cli/options.py
-    cli/timing.py
-    cli/races.py
-    cli/calibrate.py
-    cli/mask_tables.py
-    cli/mask_files.py
-    cli/show.py
-    cli/explain.py
-    cli/check.py
-    cli/audit.py
-    cli/bench.py
-    cli/gpu_report.py
-    cli/self_test.py
-    cli/doctor.py
-    cli/generate.py
-    cli/train.py
+    benchmarking/timing.py
+    benchmarking/workloads.py
+    benchmarking/calibrate.py
+    masks/foreign/tables.py
+    masks/foreign/files.py
+    cli/commands/show.py
+    cli/commands/explain.py
+    cli/commands/check.py
+    cli/commands/audit.py
+    cli/commands/bench.py
+    cli/doctor/gpu_report.py
+    cli/doctor/backend_check.py
+    cli/doctor/doctor.py
+    cli/commands/generate.py
+    cli/commands/train.py
     cli/tour/__init__.py
     cli/tour/stage.py
     cli/tour/peers.py
@@ -352,21 +352,21 @@ print(tm.plan(mask, q_len=7).backend, tm.Decoder(dim=16, depth=1, heads=2)(torch
 
 
 def test_the_map_shows_the_house() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
+    sys.path.insert(0, str(ROOT / "tools" / "docs"))
     try:
         from make_map import OTHERS, PAGE, drawn, in_page
     finally:
         sys.path.pop(0)
     for name in OTHERS:
-        assert (ROOT / name).exists(), f"docs/make_map.py describes {name}, which is not there"
+        assert (ROOT / name).exists(), f"tools/docs/make_map.py describes {name}, which is not there"
     unseen = {
         path.relative_to(ROOT).as_posix() for folder in ("docs", "tools") for path in (ROOT / folder).glob("*.[!p]*")
     }
     assert unseen <= set(OTHERS), (
-        f"give these files a line in OTHERS of docs/make_map.py: {sorted(unseen - set(OTHERS))}"
+        f"give these files a line in OTHERS of tools/docs/make_map.py: {sorted(unseen - set(OTHERS))}"
     )
     assert in_page(PAGE.read_text(encoding="utf-8")) == drawn(STAIRS), (
-        "the map in CONTRIBUTING.md is out of date: `python docs/make_map.py` (or `make format`) redraws it"
+        "the map in CONTRIBUTING.md is out of date: `python tools/docs/make_map.py` (or `make format`) redraws it"
     )
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from truemask.backends.native_library import missing
+from truemask.backends.native.library import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "src", "csrc", "tools")
 SCRIPT = """
 import torch, truemask
-from truemask.backends.native_library import isa, missing
+from truemask.backends.native.library import isa, missing
 q = torch.ones(1, 1, 5, 8)
 out = truemask.attend(q, q, q, truemask.causal, backend=None if missing() else "native")
 print(truemask.__file__, isa() or missing(), tuple(out.shape), sep="|")

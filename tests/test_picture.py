@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truemask.geometry.picture import html_picture, percent, shares, text_grid, text_picture
+from truemask.viz.picture import html_picture, percent, shares, text_grid, text_picture
 
 DOTS = """\
 causal

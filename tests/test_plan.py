@@ -12,9 +12,9 @@ import torch
 
 import truemask as tm
 from tests.oracle import Three, three
-from truemask import _cache
-from truemask._cache import CACHE, PlanCache
-from truemask._plan import plan
+from truemask.attention.planning import cache as _cache
+from truemask.attention.planning.cache import CACHE, PlanCache
+from truemask.attention.planning.plan import plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import truemask as tm
-from truemask._cache import CACHE
+from truemask.attention.planning.cache import CACHE
 
 N = 300
 DOCUMENTS = tm.causal & tm.documents([100, 57, 143])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from truemask.masks.given import from_text
+from truemask.masks.formats.as_mask import from_text
+from truemask.masks.formats.figures import save_picture
 from truemask.nn.multihead import MultiheadAttention
-from truemask.viz.plot import save_picture
 
 N = 7
 TEXT, MASK = "causal & (window(3) | prefix(1))", tm.causal & (tm.window(3) | tm.prefix(1))

@@ -80,14 +80,15 @@ def _reason() -> str:
 def _compiled(place: Path, name: str, flags: list[str], more: tuple[str, ...]) -> str:
     """Compile one variant, unless it is there already; what went wrong, or nothing."""
     target, stamp = place / f"truemask_{name}.so", place / f"truemask_{name}.stamp"
-    sources = sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))
+    sources = sorted(SOURCES.rglob("*.h")) + sorted(SOURCES.glob("*.cpp"))
     command = [str(compiler()), *FLAGS, *flags, *more]
     text = "\n".join([*command, *(path.read_text(encoding="utf-8") for path in sources)])
     digest = hashlib.sha256(text.encode()).hexdigest()
     if target.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
         return ""
     part = place / f"{target.name}.{os.getpid()}.part"
-    done = subprocess.run([*command, "-o", str(part), str(SOURCES / "kernel.cpp")], capture_output=True, text=True)
+    files = ["-I", str(SOURCES), "-o", str(part), str(SOURCES / "kernel.cpp")]
+    done = subprocess.run([*command, *files], capture_output=True, text=True)
     if done.returncode:
         return f"{command[0]} failed for {name}: {done.stderr.strip()[-2000:]}"
     part.replace(target)

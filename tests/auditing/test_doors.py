@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from tests.auditing.models import Sums, ids
 from truemask.auditing.audit import audit
-from truemask.auditing.models import AuditError
-from truemask.cli import audit as command
+from truemask.auditing.subject import AuditError
+from truemask.cli.commands import audit as command
 from truemask.errors import MaskError
-from truemask.masks.data import keys
-from truemask.masks.positional import causal, window
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.per_token import keys
 
 MODELS = """
 import torch

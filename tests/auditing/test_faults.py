@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from tests.auditing.models import DIM, TOKENS, Planted, Sums, ids
 from truemask.auditing.audit import assert_no_leak, audit
-from truemask.auditing.models import AuditError
 from truemask.auditing.report import Report
-from truemask.masks.combine import everything
-from truemask.masks.data import padding, prefix
-from truemask.masks.labels import documents
-from truemask.masks.patterned import dilated
-from truemask.masks.patterned import random as cells_of_heads
-from truemask.masks.positional import causal, window
+from truemask.auditing.subject import AuditError
+from truemask.masks.compose.boolean import everything
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.patterns import dilated
+from truemask.masks.leaves.patterns import random as cells_of_heads
+from truemask.masks.leaves.per_token import padding, prefix
 from truemask.nn.layers import Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper
 

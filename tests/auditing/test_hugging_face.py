@@ -11,13 +11,13 @@ from torch import Tensor
 from tests.auditing.models import SIZES, ids, tiny
 from tests.auditing.test_faults import picture, serious
 from truemask.auditing.audit import assert_no_leak, audit
-from truemask.auditing.models import AuditError
+from truemask.auditing.subject import AuditError
 from truemask.errors import MaskError
 from truemask.interop.use import use
-from truemask.masks.combine import everything
-from truemask.masks.data import prefix
-from truemask.masks.matrices import dense
-from truemask.masks.positional import blocks, causal, window
+from truemask.masks.compose.boolean import everything
+from truemask.masks.leaves.bands import blocks, causal, window
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.leaves.per_token import prefix
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tests.auditing.models import DIM, Planted, ids, tiny
 from tests.auditing.test_faults import serious
 from truemask.auditing.audit import audit
-from truemask.masks.data import padding
-from truemask.masks.positional import causal, window
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.per_token import padding
 from truemask.nn.layers import Decoder, Encoder
 
 N = 9

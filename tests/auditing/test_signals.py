@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.auditing.models import DIM, Sums, ids
 from tests.auditing.test_faults import serious
 from truemask.auditing.audit import audit
-from truemask.auditing.models import AuditError
+from truemask.auditing.subject import AuditError
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.auditing.models import DIM, TOKENS, ids
 from tests.auditing.test_faults import serious
 from truemask.auditing.audit import assert_no_leak, audit
-from truemask.auditing.models import AuditError
+from truemask.auditing.subject import AuditError
 
 X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(0))
 LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)

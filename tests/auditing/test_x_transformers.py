@@ -20,9 +20,9 @@ from tests.auditing.models import TOKENS, ids
 from tests.auditing.test_faults import serious
 from truemask.auditing.audit import audit
 from truemask.interop.use import use
-from truemask.masks.combine import everything
-from truemask.masks.matrices import dense
-from truemask.masks.positional import causal, window
+from truemask.masks.compose.boolean import everything
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.matrices import dense
 
 peer: Any = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")
 

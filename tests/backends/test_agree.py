@@ -13,10 +13,10 @@ import truemask as tm
 from tests import oracle
 from tests.cases import CASES, Case
 from tests.oracle import Three, three
-from truemask._plan import plan
-from truemask.backends.dropping import kept
-from truemask.masks.core import Mask
-from truemask.masks.questions import indices
+from truemask.attention.planning.plan import plan
+from truemask.backends.shared.dropout import kept
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.queries import indices
 
 # One entry for each backend: the tolerance (relative to the largest number compared) that it declares for each dtype.
 BACKENDS = {

@@ -17,19 +17,22 @@ from torch import Tensor
 import truemask as tm
 from tests.oracle import three
 from tests.strategies import Drawn, Reach, expressions
-from truemask._cache import CACHE
-from truemask.backends import block_sparse, groups, strip_kernel, strip_math
+from truemask.attention.planning.cache import CACHE
 from truemask.backends.base import Job, Request
-from truemask.backends.block_sparse import BlockSparse
-from truemask.backends.costs import table
-from truemask.backends.groups import Steps
-from truemask.backends.native import Native
-from truemask.backends.places import add, gathered, put, strided
-from truemask.backends.weave import woven
-from truemask.geometry.slab_strips import from_slabs
-from truemask.geometry.strips import ALL, ASKED, CAUSAL, Strips, from_cells
-from truemask.geometry.tile_strips import from_tiles
-from truemask.masks.core import Mask
+from truemask.backends.block_sparse.backend import BlockSparse
+from truemask.backends.block_sparse.backend import backend as block_sparse
+from truemask.backends.block_sparse.backend import batching as groups
+from truemask.backends.block_sparse.backend import flash_path as strip_kernel
+from truemask.backends.block_sparse.backend import math_path as strip_math
+from truemask.backends.block_sparse.batching import Steps
+from truemask.backends.block_sparse.from_slabs import from_slabs
+from truemask.backends.block_sparse.from_tiles import from_tiles
+from truemask.backends.block_sparse.gather_scatter import add, gathered, put, strided
+from truemask.backends.block_sparse.interleave import woven
+from truemask.backends.block_sparse.strips import ALL, ASKED, CAUSAL, Strips, from_cells
+from truemask.backends.costs.model import table
+from truemask.backends.native.backend import Native
+from truemask.masks.core.mask import Mask
 
 pytestmark = pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")
 

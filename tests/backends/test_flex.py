@@ -15,13 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 import truemask as tm
 from tests.cases import CASES, Case
 from tests.oracle import Three, three
-from truemask._cache import CACHE
-from truemask._plan import plan
-from truemask.backends import flex
+from truemask.attention.planning.cache import CACHE
+from truemask.attention.planning.plan import plan
 from truemask.backends.base import Job
-from truemask.backends.flex import Flex
-from truemask.backends.score_mod import LEAST_SIZE, padded
-from truemask.masks.core import Mask
+from truemask.backends.flex.backend import Flex
+from truemask.backends.flex.backend import backend as flex
+from truemask.backends.flex.score_mod import LEAST_SIZE, padded
+from truemask.masks.core.mask import Mask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::truemask.ConventionWarning"),  # rectangles are on purpose here

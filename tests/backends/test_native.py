@@ -18,10 +18,10 @@ from torch import Tensor
 
 import truemask as tm
 from tests.strategies import Drawn, expressions
-from truemask._cache import CACHE
-from truemask.backends import native_library
-from truemask.backends.native_library import ISAS, VARIABLE, file_of, isa, library, missing
-from truemask.masks.core import Mask
+from truemask.attention.planning.cache import CACHE
+from truemask.backends.native.backend import library as native_library
+from truemask.backends.native.library import ISAS, VARIABLE, file_of, isa, library, missing
+from truemask.masks.core.mask import Mask
 
 BUILT = [name for name in ISAS if file_of(name).is_file()]
 ROOT = Path(__file__).resolve().parents[2]

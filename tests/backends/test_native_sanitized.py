@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from truemask.backends.native_library import isa, missing
+from truemask.backends.native.library import isa, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
@@ -23,7 +23,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 import pytest
-import_module("truemask.backends.native_library").FOLDER = Path(sys.argv[1])
+import_module("truemask.backends.native.library").FOLDER = Path(sys.argv[1])
 tests = ["tests/backends/test_native.py", "-k", "not fork and not never_built"]
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 """
@@ -48,7 +48,7 @@ def sanitizers() -> list[str]:
 def test_no_wrong_access_and_nothing_undefined(more: list[str], tmp_path: Path) -> None:
     target = tmp_path / f"truemask_{isa()}.so"
     command = ["g++", *FLAGS, "-fno-sanitize-recover=undefined", *VARIANTS[isa()], *more, "-o", str(target)]
-    subprocess.run([*command, str(ROOT / "csrc" / "kernel.cpp")], check=True, timeout=200)
+    subprocess.run([*command, "-I", str(ROOT / "csrc"), str(ROOT / "csrc" / "kernel.cpp")], check=True, timeout=200)
     environment = os.environ | {
         "LD_PRELOAD": " ".join(sanitizers()),
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",  # Python's own

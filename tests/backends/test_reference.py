@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truemask as tm
 from tests.oracle import Three, three
-from truemask._call import read_call
-from truemask.backends.eager import eager_attention
-from truemask.backends.trilinear import contained_product, gather, outer, scatter
+from truemask.attention.call import read_call
+from truemask.backends.shared.eager import eager_attention
+from truemask.backends.shared.masked_matmul import contained_product, gather, outer, scatter
 
 # Torch's own forward mode still scripts a few formulas when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -12,12 +12,12 @@ from torch.nn.functional import scaled_dot_product_attention
 import truemask as tm
 from tests.backends.test_agree import MASKS, Problem, agree
 from tests.laws.test_attend_laws import MASKED, Given, hold_law_6
-from truemask._call import read_call
-from truemask._plan import CACHE, plan
+from truemask.attention.call import read_call
+from truemask.attention.planning.plan import CACHE, plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job
 from truemask.backends.sdpa import DENSE_LIMIT, Dense, Sdpa, front_end, lower_dense, with_bias
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 
 def job(mask: Mask, q_len: int, kv_len: int | None = None, **keywords: Any) -> Job:

@@ -15,11 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 import truemask as tm
-from truemask._cache import CACHE
-from truemask.backends import calibration, costs
+from truemask.attention.planning.cache import CACHE
+from truemask.backends.costs.model import calibration_file as calibration
+from truemask.backends.costs.model import model as costs
 from truemask.backends.registry import BACKENDS
-from truemask.cli import bench, calibrate
+from truemask.benchmarking import calibrate
 from truemask.cli.app import app
+from truemask.cli.commands import bench
 
 SMALL = calibrate.Probe(tm.window(5), 11, 1, 8)
 LARGE = calibrate.Probe(tm.window(31), 61, 2, 16)

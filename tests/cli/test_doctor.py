@@ -10,8 +10,9 @@ import torch
 
 import truemask as tm
 from tests.cli.test_show_explain import run
-from truemask.cli import gpu_report, self_test
-from truemask.cli.gpu_report import Check, report
+from truemask.cli.doctor.doctor import backend_check as self_test
+from truemask.cli.doctor.doctor import gpu_report
+from truemask.cli.doctor.gpu_report import Check, report
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from truemask import causal, parse, prefix, window
 from truemask.cli.app import app
+from truemask.cli.commands.explain import dead, facts, ranges
 from truemask.cli.console import make_console, needs_ascii
-from truemask.cli.explain import dead, facts, ranges
 
 SHOWN = """\
 causal & (window(3) | prefix(1))

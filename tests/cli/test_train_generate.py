@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.train.conftest import folder as folder
 from truemask.cli.app import app
-from truemask.cli.train import stop_on_interrupt
+from truemask.cli.commands.train import stop_on_interrupt
 from truemask.train.checkpoint import checkpoints
 
 SMALL = ["--length", "31", "--dim", "16", "--depth", "1", "--heads", "2", "--batch", "3", "--evaluate-every", "2"]

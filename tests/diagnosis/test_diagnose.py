@@ -7,8 +7,8 @@ import torch
 
 import truemask as tm
 from truemask import MaskError, causal, diagnose, documents, keys, local, padding, prefix, window
-from truemask.diagnosis.finding import Finding, Findings
-from truemask.masks.core import Mask
+from truemask.common.finding import Finding, Findings
+from truemask.masks.core.mask import Mask
 
 N = 24
 TRIANGLE = torch.ones(N, N, dtype=torch.bool).tril()

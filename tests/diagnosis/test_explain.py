@@ -11,9 +11,9 @@ import pytest
 import truemask as tm
 from tests.cases import CASES, Case
 from truemask import MaskError, causal, explain, keys, prefix, window
-from truemask.masks.building import KINDS
-from truemask.masks.combine import And, Minus, Not, Or, Xor
-from truemask.masks.core import Mask
+from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.registry import KINDS
 
 
 def cells(case: Case) -> list[tuple[int, int, int, int]]:

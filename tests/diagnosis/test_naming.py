@@ -13,7 +13,7 @@ from torch import Tensor
 import truemask as tm
 from truemask import causal, diagnose, predicate, strided, window
 from truemask.diagnosis.naming import Name, name_of, other_lengths
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 N = 30
 ELSEWHERE = (43, 89, 331)  # primes beyond N, none of which `other_lengths(N)` asks about

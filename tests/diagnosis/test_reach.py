@@ -7,7 +7,7 @@ import torch
 
 import truemask as tm
 from truemask import MaskError, blocks, causal, keys, prefix, reach, window
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 N = 30
 CHAINS: list[list[Mask]] = [

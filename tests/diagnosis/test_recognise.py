@@ -9,7 +9,7 @@ import truemask as tm
 from tests.cases import CASES, Case
 from truemask import blocks, causal, dense, dilated, global_tokens, local, padding, prefix, window
 from truemask.diagnosis.recognise import recognise
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 N = 24
 

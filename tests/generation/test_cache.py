@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tests.nn.models import FEATURES, TOKENS, assert_same, encoder, featured, ids, wrapped
-from truemask._cache import CACHE
+from truemask.attention.planning.cache import CACHE
 from truemask.generation.autoregressive import AutoregressiveWrapper
-from truemask.generation.cache import KVCache
-from truemask.masks.choice import per_head
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import prefix
-from truemask.masks.labels import documents
-from truemask.masks.matrices import dense
-from truemask.masks.patterned import dilated, random
-from truemask.masks.positional import blocks, causal, window
+from truemask.generation.kv_cache import KVCache
+from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.per_axis import per_head
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import blocks, causal, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.leaves.patterns import dilated, random
+from truemask.masks.leaves.per_token import prefix
 from truemask.nn.wrappers import TransformerWrapper
 
 N = 17

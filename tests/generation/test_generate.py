@@ -12,11 +12,11 @@ import torch
 from tests.nn.models import DIM, FEATURES, TOKENS, decoder, encoder, featured, ids, wrapped
 from truemask.errors import MaskError
 from truemask.generation.autoregressive import AutoregressiveWrapper, evaluating
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import keys, prefix
-from truemask.masks.patterned import dilated
-from truemask.masks.positional import blocks, causal, window
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import blocks, causal, window
+from truemask.masks.leaves.patterns import dilated
+from truemask.masks.leaves.per_token import keys, prefix
 from truemask.nn.wrappers import TransformerWrapper
 
 PROMPTS = [ids(5, seed=1), ids(3, seed=2), ids(11, seed=3)]

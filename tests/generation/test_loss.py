@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from tests.nn.models import FEATURES, assert_same, featured, ids
 from truemask.errors import ConventionWarning, MaskError
 from truemask.generation.autoregressive import AutoregressiveWrapper
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import padding, prefix
-from truemask.masks.labels import documents
-from truemask.masks.positional import causal, window
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.per_token import padding, prefix
 
 LENGTHS = [5, 3, 11]
 DOCUMENTS = [ids(length, seed=length) for length in LENGTHS]

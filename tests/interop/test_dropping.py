@@ -10,7 +10,7 @@ import torch
 import truemask as tm
 from tests.interop.models import model_of, tokens
 from truemask.errors import ConventionWarning
-from truemask.interop.dropping import dropped
+from truemask.interop.removed_pairs import dropped
 from truemask.interop.use import use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import truemask as tm
 from tests.interop.models import KINDS, TOKENS, assert_same, model_of, other_of, tokens
-from truemask._cache import CACHE
+from truemask.attention.planning.cache import CACHE
 from truemask.errors import MaskError
-from truemask.interop.layers import CROSS, attention_layers
-from truemask.interop.switch import ACCOUNTS
-from truemask.interop.unreached import check_selection
+from truemask.interop.huggingface.coverage import check_selection
+from truemask.interop.huggingface.layers import CROSS, attention_layers
+from truemask.interop.huggingface.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

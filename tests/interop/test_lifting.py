@@ -12,7 +12,7 @@ from torch import Tensor
 
 import truemask as tm
 from truemask.errors import MaskError
-from truemask.interop.lifting import Packing, lift
+from truemask.interop.huggingface.mask_functions import Packing, lift
 
 utils = pytest.importorskip(
     "transformers.masking_utils", reason="transformers is not installed (the extra `models` has it)"

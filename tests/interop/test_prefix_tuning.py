@@ -62,8 +62,8 @@ def roberta() -> Any:
 
 def test_rows_that_nobody_places_take_masks_that_place_them() -> None:
     """Keys of another length than the rows, and no cache that says why."""
-    from truemask.interop.claims import Claim
-    from truemask.interop.lifting import Lifted
+    from truemask.interop.huggingface.mask_functions import Lifted
+    from truemask.interop.huggingface.masks import Claim
     from truemask.interop.positions import Told
 
     claim = Claim(Lifted(tm.everything), (2, ROWS, 13))

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import truemask as tm
 from tests.interop.models import SMALL, TOKENS, assert_same, model_of, tokens
 from truemask.errors import MaskError
-from truemask.interop.layers import MARK
-from truemask.interop.recomputing import TOLD
-from truemask.interop.switch import ACCOUNTS
+from truemask.interop.checkpointing import TOLD
+from truemask.interop.huggingface.layers import MARK
+from truemask.interop.huggingface.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

@@ -12,8 +12,8 @@ import torch
 import truemask as tm
 from tests.interop.models import assert_same, model_of, tokens
 from truemask.errors import MaskError
-from truemask.interop.claims import Claim
-from truemask.interop.lifting import Lifted
+from truemask.interop.huggingface.mask_functions import Lifted
+from truemask.interop.huggingface.masks import Claim
 from truemask.interop.use import use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

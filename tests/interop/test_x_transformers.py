@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.interop.models import asks_beyond_the_window
-from truemask._attend import attend
+from truemask.attention.attend import attend
 from truemask.errors import MaskError
-from truemask.interop import x_attention
-from truemask.interop.x_transformers import install, is_x_transformers, used
-from truemask.masks.choice import per_head
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import keys, prefix
-from truemask.masks.matrices import dense
-from truemask.masks.patterned import dilated
-from truemask.masks.positional import causal, local, window
-from truemask.masks.predicate import predicate
+from truemask.interop.x_transformers.switch import attention as x_attention
+from truemask.interop.x_transformers.switch import install, is_x_transformers, used
+from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.per_axis import per_head
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal, local, window
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.leaves.patterns import dilated
+from truemask.masks.leaves.per_token import keys, prefix
+from truemask.masks.leaves.predicate import predicate
 
 X: Any = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")
 
@@ -818,7 +818,9 @@ def test_what_cannot_be_is_refused_in_words() -> None:
 def test_models_are_known_by_name() -> None:
     assert is_x_transformers(X.AutoregressiveWrapper(model()))
     assert not is_x_transformers(nn.TransformerEncoderLayer(8, 2))
-    code = "import sys, truemask.interop.x_transformers; assert not any('x_transformers' == m for m in sys.modules)"
+    code = (
+        "import sys, truemask.interop.x_transformers.switch; assert not any('x_transformers' == m for m in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import truemask as tm
 from tests.strategies import FREE, LEAVES, Drawn, Reach, build, expressions, reaches
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 
 COMBINE: dict[str, Callable[[Mask, Mask], Mask]] = {
     "&": lambda a, b: a & b,

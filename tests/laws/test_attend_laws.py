@@ -16,10 +16,10 @@ import truemask as tm
 from tests import oracle
 from tests.oracle import three
 from tests.strategies import Drawn, expressions
-from truemask._plan import Plan, plan
-from truemask.backends import contain
+from truemask.attention.planning.plan import Plan, plan
 from truemask.backends.base import Inputs, Result
-from truemask.masks.core import Mask
+from truemask.backends.shared import containment as contain
+from truemask.masks.core.mask import Mask
 
 BACKENDS = ("native", "sdpa", "block_sparse", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import truemask as tm
 from tests import descriptions
 from tests.strategies import LEAVES, Drawn, Reach, expressions
-from truemask.geometry.tiles import Rectangles, TileMap
+from truemask.geometry.tiles.tile_map import Rectangles, TileMap
 
 EMPTY, MIXED, FULL = 0, 1, 2
 blocks = st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 9), st.integers(1, 9)))

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import truemask as tm
 from tests.cases import CASES, Case
-from truemask.masks.core import Mask
-from truemask.masks.questions import indices
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.queries import indices
 
 LISTS = ("kv", "full_kv", "q", "full_q")
 LONG = {

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks
 
 import truemask as tm
-from truemask._cache import CACHE
+from truemask.attention.planning.cache import CACHE
 from truemask.backends.base import Inputs
-from truemask.backends.eager import eager_attention
-from truemask.masks.captured import State
-from truemask.masks.core import Mask
-from truemask.masks.predicate import current
+from truemask.backends.shared.eager import eager_attention
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.captured import State
+from truemask.masks.leaves.predicate import current
 
 N = 13
 torch.manual_seed(0)

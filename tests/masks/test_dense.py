@@ -16,18 +16,18 @@ from torch.nn.functional import scaled_dot_product_attention
 import truemask as tm
 from tests.strategies import Drawn, expressions
 from tests.test_plan import random_cells
-from truemask._cache import CACHE
-from truemask.backends import native
-from truemask.backends.native_library import missing
-from truemask.diagnosis import slips
+from truemask.attention.planning.cache import CACHE
+from truemask.backends.native.backend import backend as native
+from truemask.backends.native.library import missing
+from truemask.diagnosis import convention_warnings as slips
 from truemask.geometry.edges import Edges
 from truemask.geometry.ranges import Areas
-from truemask.geometry.slabs import Region
-from truemask.geometry.tiles import TileMap
-from truemask.masks import sampled
-from truemask.masks.data_store import STRIDE, Data
-from truemask.masks.matrices import Dense
-from truemask.masks.questions import Questions
+from truemask.geometry.slabs.slabs import Region
+from truemask.geometry.tiles.tile_map import TileMap
+from truemask.masks.core.data import STRIDE, Data
+from truemask.masks.core.queries import Questions
+from truemask.masks.leaves import tile_sample as sampled
+from truemask.masks.leaves.matrices import Dense
 
 N = 769  # so many queries and keys are sampled
 PATTERNS = {

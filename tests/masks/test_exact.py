@@ -20,10 +20,10 @@ import truemask as tm
 from tests import descriptions
 from tests.cases import CASES, Case
 from tests.strategies import FREE, LEAVES, Drawn, Reach, expressions
-from truemask.geometry.tiles import Rectangles
-from truemask.masks import exact
-from truemask.masks.slab_tensors import SlabTensors
-from truemask.masks.verdict import Cell, Verdict
+from truemask.geometry.tiles.tile_map import Rectangles
+from truemask.masks.core.mask import exact_form as exact
+from truemask.masks.core.slab_tensors import SlabTensors
+from truemask.masks.core.verdict import Cell, Verdict
 
 Cells = NDArray[np.bool_]
 MILLION = 1 << 20

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import truemask as tm
 from tests import descriptions
 from tests.strategies import LEAVES, Drawn, expressions
-from truemask.masks.foreign.intervals import FlashMask, Varlen
+from truemask.masks.foreign.varlen import FlashMask, Varlen
 
 Cells = NDArray[np.bool_]
 SLABBED = tuple(name for name in LEAVES if name != "predicate")

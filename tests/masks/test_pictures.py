@@ -14,9 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import truemask as tm
 from tests import descriptions
 from tests.cases import CASES, Case
-from truemask.masks.building import KINDS
-from truemask.masks.predicate import Predicate
-from truemask.masks.serial import from_json, to_json
+from truemask.masks.core.registry import KINDS
+from truemask.masks.formats.serialization import from_json, to_json
+from truemask.masks.leaves.predicate import Predicate
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 LANGUAGE = {name: getattr(tm, name) for name in (*descriptions.LEAVES, "per_head", "per_sample") if hasattr(tm, name)}

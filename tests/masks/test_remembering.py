@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import truemask as tm
 from tests.cases import CASES
-from truemask._cache import CACHE
-from truemask.masks.remembering import is_real
+from truemask.attention.planning.cache import CACHE
+from truemask.common.real_tensors import is_real
 
 SOURCE = Path(tm.__file__).parent
 

@@ -16,8 +16,8 @@ import truemask as tm
 from tests.cases import CASES
 from tests.descriptions import formula
 from tests.strategies import LEAVES, Drawn, expressions
-from truemask.masks.building import KINDS
-from truemask.masks.serial import from_json, to_json
+from truemask.masks.core.registry import KINDS
+from truemask.masks.formats.serialization import from_json, to_json
 
 SAVABLE = [case for case in CASES if "predicate" not in case.name]
 DATA = tm.keys(torch.arange(300) % 7 != 0)

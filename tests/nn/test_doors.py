@@ -9,12 +9,12 @@ import torch
 
 from tests.nn.models import DIM, HEADS, assert_same, decoder, encoder, features, ids, wrapped
 from truemask.errors import ConventionWarning, MaskError
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import keys, padding, prefix, queries
-from truemask.masks.labels import documents
-from truemask.masks.matrices import dense
-from truemask.masks.positional import causal, local, window
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal, local, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.leaves.per_token import keys, padding, prefix, queries
 from truemask.nn.layers import Decoder
 
 BATCH, N = 3, 11

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from tests.nn.models import HEADS, TOKENS, assert_same, decoder, encoder, features, ids, layer, wrapped
-from truemask.masks.choice import per_head
-from truemask.masks.combine import everything, nothing
-from truemask.masks.core import Mask
-from truemask.masks.data import keys, padding, prefix, queries
-from truemask.masks.labels import documents
-from truemask.masks.matrices import dense
-from truemask.masks.patterned import dilated, random
-from truemask.masks.positional import causal, local, window
+from truemask.masks.compose.boolean import everything, nothing
+from truemask.masks.compose.per_axis import per_head
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal, local, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.leaves.patterns import dilated, random
+from truemask.masks.leaves.per_token import keys, padding, prefix, queries
+from truemask.nn.forward_mask import looks_back, pairs_ahead, seen_by_all
 from truemask.nn.layers import AttentionLayers
-from truemask.nn.masking import looks_back, pairs_ahead, seen_by_all
 
 N = 13
 STRICTLY_BEFORE = causal - dilated(1000)  # no row sees itself, so the first sees nothing

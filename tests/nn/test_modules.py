@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.nn.models import FEATURES, TOKENS, assert_same, decoder, encoder, featured, features, ids, layer, wrapped
-from truemask.masks.combine import everything
-from truemask.masks.positional import causal, window
+from truemask.masks.compose.boolean import everything
+from truemask.masks.leaves.bands import causal, window
 from truemask.nn.config import FeedForwardConfig
 from truemask.nn.feedforward import FeedForward
 from truemask.nn.layers import Decoder

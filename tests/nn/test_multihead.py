@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
-from truemask.masks.combine import nothing
-from truemask.masks.data import keys
-from truemask.masks.matrices import dense
-from truemask.masks.positional import causal, window
-from truemask.masks.predicate import predicate
+from truemask.masks.compose.boolean import nothing
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.leaves.per_token import keys
+from truemask.masks.leaves.predicate import predicate
 from truemask.nn.multihead import MultiheadAttention
 
 B, Q, K, E, H = 3, 5, 7, 12, 4

@@ -7,10 +7,10 @@ import torch
 
 from tests.nn.models import FEATURES, assert_same, decoder, featured, features, ids, wrapped
 from truemask.errors import MaskError
-from truemask.masks.core import Mask
-from truemask.masks.data import prefix
-from truemask.masks.patterned import dilated
-from truemask.masks.positional import blocks, causal, window
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import blocks, causal, window
+from truemask.masks.leaves.patterns import dilated
+from truemask.masks.leaves.per_token import prefix
 from truemask.nn.positions import AbsolutePositionalEmbedding, RotaryEmbedding, rotate
 
 LENGTHS = [5, 3, 11]

@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.data import DataLoader
 
 from tests.nn.models import TOKENS, assert_same, decoder, wrapped
-from truemask._attend import attend
-from truemask.masks.positional import causal, window
+from truemask.attention.attend import attend
+from truemask.masks.leaves.bands import causal, window
 from truemask.packing.collate import PackCollator
 
 IGNORE = -100

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from tests.nn.models import TOKENS, assert_same, decoder, wrapped
 from truemask.generation.autoregressive import AutoregressiveWrapper
-from truemask.masks.positional import causal, window
+from truemask.masks.leaves.bands import causal, window
 from truemask.nn.wrappers import TransformerWrapper
-from truemask.packing.fit import best_fit
+from truemask.packing.best_fit import best_fit
 from truemask.packing.pack import PackedRows, Place, pack
 
 IGNORE = -100

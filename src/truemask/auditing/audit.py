@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing import judging
-from truemask.auditing.alone import padded_alone
-from truemask.auditing.claims import Claim, checked, claim_of, matrix_of, reach_of
-from truemask.auditing.contexts import context_findings
-from truemask.auditing.decoding import decoded
-from truemask.auditing.larger import look_by_larger_changes
-from truemask.auditing.models import AuditError, Subject, undisturbed
+from truemask.auditing import checks as judging
+from truemask.auditing.amplified_probes import look_by_larger_changes
+from truemask.auditing.batch_invariance import padded_alone
+from truemask.auditing.cached_decoding import decoded
+from truemask.auditing.cross_attention import context_findings
+from truemask.auditing.determinism import unsteady_calls, unsteady_in_training
+from truemask.auditing.distances import Ruler
+from truemask.auditing.expected_masks import Claim, checked, claim_of, matrix_of, reach_of
+from truemask.auditing.multimodal import Signals, without_signals
 from truemask.auditing.placeholders import placeholders
 from truemask.auditing.probes import Seen, Step, choose, confirm, look
 from truemask.auditing.report import Finding, Findings, Report
-from truemask.auditing.ruler import Ruler
-from truemask.auditing.signals import Signals, without_signals
-from truemask.auditing.steadiness import unsteady_calls, unsteady_in_training
+from truemask.auditing.subject import AuditError, Subject, undisturbed
 from truemask.auditing.torch_modules import without_queries
 from truemask.errors import describe
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from truemask.auditing.models import SEED, Subject, line_of
-from truemask.auditing.ruler import Ruler
+from truemask.auditing.distances import Ruler
+from truemask.auditing.subject import SEED, Subject, line_of
 
 PROPORTION = 0.1  # how far three times a gradient may be from the gradient of three times the sum
 MOST_POISONED = 3  # positions in which NaN and huge numbers are planted

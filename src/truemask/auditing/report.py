@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from truemask.diagnosis.finding import Finding as Finding
-from truemask.diagnosis.finding import Findings as Findings
-from truemask.geometry.picture import html_picture, text_picture
+from truemask.common.finding import Finding as Finding
+from truemask.common.finding import Findings as Findings
+from truemask.viz.picture import html_picture, text_picture
 
 SMALL = 40  # positions up to which the differences are drawn with a sign of their own
 MOST_SAMPLES = 4

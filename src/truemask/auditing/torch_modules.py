@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing.models import AuditError, Subject
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
+from truemask.auditing.subject import AuditError, Subject
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_torch_mha
-from truemask.masks.positional import causal
+from truemask.masks.leaves.bands import causal
 
 ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 DECODERS = (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)

@@ -21,7 +21,7 @@ What `run` owes (the numbers are those of the laws in `docs/conventions.md`):
   refused with a message that names a backend that has them.
 * 10: its error against fp64 stays within 1.5 times that of `F.scaled_dot_product_attention` in the same dtype.
 
-Dropout drops the cells that `truemask.backends.dropping.kept` names, whoever runs it and in both directions.
+Dropout drops the cells that `truemask.backends.shared.dropout.kept` names, whoever runs it and in both directions.
 A new backend is one file, one entry in `registry.py` and one row in `tests/backends/test_agree.py`.
 """
 
@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
+from truemask.biases import Bias
+from truemask.common.real_tensors import remembered
 from truemask.errors import PlanError
-from truemask.geometry.slabs import Slabs
-from truemask.geometry.tiles import Ints, TileMap
-from truemask.masks.biases import Bias
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.positional import causal
-from truemask.masks.reindex import At
-from truemask.masks.remembering import remembered
+from truemask.geometry.slabs.slabs import Slabs
+from truemask.geometry.tiles.tile_map import Ints, TileMap
+from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.reindex import At
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal
 
 SMALL = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
 LOOKED_AT = 1 << 28  # cells that are worth evaluating for a proof: about a second

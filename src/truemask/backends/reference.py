@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from truemask.backends.base import Inputs, Job, Lowered, Result
-from truemask.backends.costs import seconds, table
-from truemask.backends.eager import eager_attention
+from truemask.backends.costs.model import seconds, table
+from truemask.backends.shared.eager import eager_attention
 
 LARGEST_DENSE = 1 << 26  # bytes of a mask that is worth keeping
 

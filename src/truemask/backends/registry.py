@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from truemask.backends.base import Backend
-from truemask.backends.block_sparse import BlockSparse
-from truemask.backends.flex import Flex
-from truemask.backends.native import Native
+from truemask.backends.block_sparse.backend import BlockSparse
+from truemask.backends.flex.backend import Flex
+from truemask.backends.native.backend import Native
 from truemask.backends.reference import Reference
 from truemask.backends.sdpa import Sdpa
 from truemask.errors import suggest

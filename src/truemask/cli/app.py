@@ -32,8 +32,8 @@ COMMANDS = {  # what each does, as the docstring of its function begins
 
 def function_of(command: str) -> Any:
     """The function behind a subcommand; most need torch."""
-    home = "truemask.cli.tour.tour" if command == "tour" else f"truemask.cli.{command}"
-    return getattr(import_module(home), command)
+    folder = command if command in ("tour", "doctor") else "commands"  # those two have a folder of their own
+    return getattr(import_module(f"truemask.cli.{folder}.{command}"), command)
 
 
 class _Subcommand(TyperCommand):

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from truemask.backends.calibration import processor
+from truemask.backends.costs.calibration_file import processor
 
 PACKAGES = ("truemask", "torch", "numpy", "x-transformers", "matplotlib")
 

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from truemask.diagnosis.finding import Finding, Findings
-from truemask.diagnosis.heads import of_heads
-from truemask.diagnosis.outcome import OUTCOME_RULES
-from truemask.diagnosis.placing import PLACING_RULES
-from truemask.diagnosis.subject import Subject
-from truemask.diagnosis.traps import TRAP_RULES
-from truemask.diagnosis.wording import WORDING_RULES, known_by_name
-from truemask.diagnosis.words import quoted
-from truemask.masks.core import Mask
-from truemask.masks.data_store import whole
-from truemask.masks.given import expression
-from truemask.masks.labels import documents as documents_of
-from truemask.masks.matrices import Dense, dense
+from truemask.common.finding import Finding, Findings
+from truemask.diagnosis.leaf_reasons import quoted
+from truemask.diagnosis.rules.alignment import PLACING_RULES
+from truemask.diagnosis.rules.context import Subject
+from truemask.diagnosis.rules.expression import WORDING_RULES, known_by_name
+from truemask.diagnosis.rules.heads import of_heads
+from truemask.diagnosis.rules.misreadings import TRAP_RULES
+from truemask.diagnosis.rules.visibility import OUTCOME_RULES
+from truemask.masks.core.data import whole
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import expression
+from truemask.masks.leaves.documents import documents as documents_of
+from truemask.masks.leaves.matrices import Dense, dense
 
 
 def diagnose(
@@ -47,8 +47,8 @@ def diagnose(
     Returns:
         Findings, the gravest first; empty if there is nothing to say.
 
-    >>> from truemask.masks.data import prefix
-    >>> from truemask.masks.positional import causal, window
+    >>> from truemask.masks.leaves.per_token import prefix
+    >>> from truemask.masks.leaves.bands import causal, window
     >>> diagnose(window(8) & window(64), 32)
     note [long-window] `window(64)`: the window is longer than what there is to see: it means `causal` here
         fix: window(8) & causal

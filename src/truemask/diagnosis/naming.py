@@ -8,14 +8,14 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from truemask.diagnosis.leaf_reasons import shortened
 from truemask.diagnosis.recognise import recognise
-from truemask.diagnosis.words import shortened
 from truemask.errors import MaskError
-from truemask.masks.core import Mask
-from truemask.masks.data import GlobalTokens, Padding
-from truemask.masks.data_store import Data
-from truemask.masks.predicate import Predicate
-from truemask.masks.questions import ANY
+from truemask.masks.core.data import Data
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.queries import ANY
+from truemask.masks.leaves.per_token import GlobalTokens, Padding
+from truemask.masks.leaves.predicate import Predicate
 
 FAR = (1_009, 100_003)  # lengths at which every function is asked too
 ROWS = 64  # that are looked at there
@@ -59,7 +59,7 @@ class Name:
 def name_of(part: Mask, q_len: int, kv_len: int, *, batch: int | None = None, heads: int | None = None) -> Name | None:
     """The name of a tensor or a function at these sizes, if there is one.
 
-    >>> from truemask.masks.predicate import predicate
+    >>> from truemask.masks.leaves.predicate import predicate
     >>> third = name_of(predicate(lambda b, h, q, k: k % 3 == 0), 30, 30)
     >>> third.mask, third.is_rule
     (strided(3).at(k_start=2), True)

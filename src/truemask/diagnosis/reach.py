@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.diagnosis.outcome import ranges
-from truemask.diagnosis.subject import tokens_held
-from truemask.diagnosis.words import shortened
+from truemask.diagnosis.leaf_reasons import shortened
+from truemask.diagnosis.rules.context import tokens_held
+from truemask.diagnosis.rules.visibility import ranges
 from truemask.errors import MaskError, counted, describe
-from truemask.masks.core import Mask
-from truemask.masks.data_store import LARGEST, whole
-from truemask.masks.given import expression, from_text
-from truemask.masks.positional import causal
-from truemask.masks.questions import ANY
+from truemask.masks.core.data import LARGEST, whole
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.queries import ANY
+from truemask.masks.formats.as_mask import expression, from_text
+from truemask.masks.leaves.bands import causal
 
 FEWEST = 64  # tokens that are looked at where nothing says how many there are
 
@@ -56,7 +56,7 @@ class Reach:
     def path(self, token: int) -> list[int]:
         """How a token gets there: the position of its influence before each layer, and at last the query.
 
-        >>> from truemask.masks.positional import window
+        >>> from truemask.masks.leaves.bands import window
         >>> reach([window(3), window(3)], 9).path(5)
         [5, 7, 9]
         """
@@ -123,7 +123,7 @@ def reach(
     Raises:
         MaskError: no layers, no such sample, or a mask that cannot answer for the length.
 
-    >>> from truemask.masks.positional import blocks, causal, window
+    >>> from truemask.masks.leaves.bands import blocks, causal, window
     >>> reach(window(4), 20, layers=3)
     position 20 of 64 can be influenced by 10 tokens through 3 layers
       into layer 0: 11-20   under `window(4)`

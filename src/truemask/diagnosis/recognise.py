@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truemask.errors import MaskError
-from truemask.masks.choice import per_head, per_sample
-from truemask.masks.combine import everything, nothing
-from truemask.masks.core import Mask
-from truemask.masks.data import global_tokens, keys, padding, prefix, queries
-from truemask.masks.labels import documents
-from truemask.masks.patterned import Dilated, dilated, strided
-from truemask.masks.positional import blocks, causal, local, window
+from truemask.masks.compose.boolean import everything, nothing
+from truemask.masks.compose.per_axis import per_head, per_sample
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import blocks, causal, local, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.patterns import Dilated, dilated, strided
+from truemask.masks.leaves.per_token import global_tokens, keys, padding, prefix, queries
 
 Cells = NDArray[np.bool_]
 
@@ -38,7 +38,7 @@ def recognise(
     """An expression of the language, without cells of its own, equal to `mask` at these sizes; None if none is found.
 
     >>> import torch
-    >>> from truemask.masks.matrices import dense
+    >>> from truemask.masks.leaves.matrices import dense
     >>> recognise(dense(torch.ones(8, 8, dtype=torch.bool).tril()), 8)
     causal
     >>> recognise(dense(torch.ones(8, 8, dtype=torch.bool).tril().triu(-2)), 8)

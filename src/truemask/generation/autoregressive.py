@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from truemask.errors import MaskError, describe
-from truemask.generation.cache import KVCache
+from truemask.generation.kv_cache import KVCache
 from truemask.generation.prompts import Given, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import Padding, Queries
-from truemask.masks.packing import Padded
-from truemask.masks.positional import causal
+from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.packed import Padded
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal
+from truemask.masks.leaves.per_token import Padding, Queries
 from truemask.nn.config import check_type, reject_keywords
-from truemask.nn.doors import warn
-from truemask.nn.foreign_names import AUTOREGRESSIVE, GENERATE, LOSS
-from truemask.nn.masking import Layout, pairs_ahead, read_masks, token_positions
+from truemask.nn.forward_mask import Layout, pairs_ahead, read_masks, token_positions
+from truemask.nn.validation import warn
 from truemask.nn.wrappers import TransformerWrapper
+from truemask.nn.x_transformers_names import AUTOREGRESSIVE, GENERATE, LOSS
 
 
 class AutoregressiveWrapper(nn.Module):

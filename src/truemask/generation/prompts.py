@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from truemask.errors import MaskError, describe
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.data import keys
-from truemask.masks.given import from_text, not_a_mask
-from truemask.nn.doors import require_bool
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import from_text, not_a_mask
+from truemask.masks.leaves.per_token import keys
+from truemask.nn.validation import require_bool
 
 Given = Tensor | Sequence[Tensor] | Sequence[int] | Sequence[Sequence[int]]  # what `generate` takes
 

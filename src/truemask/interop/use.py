@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from truemask.backends.chosen import check_backend
+from truemask.backends.context import check_backend
 from truemask.errors import MaskError, describe
-from truemask.interop.layers import kept
-from truemask.masks.core import Mask
+from truemask.interop.huggingface.layers import kept
+from truemask.masks.core.mask import Mask
 
 
 class Use:
@@ -90,7 +90,7 @@ def use(
     wherever `backward` stands; the config goes back to what it named when the last such graph is gone. Layers that
     others recompute need `backward` inside the block.
 
-    >>> from truemask.masks.positional import causal
+    >>> from truemask.masks.leaves.bands import causal
     >>> use(object(), causal)
     Traceback (most recent call last):
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got object <object object at ...
@@ -135,14 +135,14 @@ def _switch(model: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
     """The model inside its wrappers, and what puts it to use, by the library that the model is from."""
     inside = _outermost(model)
     if len(inside) == 1:
-        from truemask.interop.huggingface import switch
+        from truemask.interop.huggingface.attention import switch
 
         return next(iter(inside.values())), switch
     if inside:
         models = ", ".join(f"`{path}` ({type(each).__name__})" for path, each in inside.items())
         raise MaskError(f"{type(model).__name__} holds several models of transformers: put each to use, {models}")
     if any(_is_from("x_transformers", part) for part in model.modules()):
-        from truemask.interop.x_transformers import Switch
+        from truemask.interop.x_transformers.switch import Switch
 
         return model, Switch
     if _is_from("transformers", model):

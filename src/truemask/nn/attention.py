@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from truemask._attend import attend
-from truemask.backends.chosen import unless_chosen
-from truemask.masks.core import Mask
+from truemask.attention.attend import attend
+from truemask.backends.context import unless_chosen
+from truemask.masks.core.mask import Mask
 from truemask.nn.config import LayersConfig
 from truemask.nn.norms import HeadRMSNorm
 from truemask.nn.positions import Rotation, rotate

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from truemask.errors import describe, suggest
-from truemask.nn import foreign_names
+from truemask.nn import x_transformers_names as foreign_names
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("True or False", (bool,)),

@@ -10,16 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from truemask.common.real_tensors import traceable
 from truemask.errors import describe
-from truemask.masks.core import Mask
-from truemask.masks.remembering import traceable
+from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention, LayerCache
 from truemask.nn.config import LayersConfig, reject_keywords
 from truemask.nn.feedforward import FeedForward
-from truemask.nn.foreign_names import LAYERS_CALL
-from truemask.nn.masking import Layout, combine, read_masks, token_positions, with_registers
+from truemask.nn.forward_mask import Layout, combine, read_masks, token_positions, with_registers
 from truemask.nn.norms import LayerNorm, RMSNorm
 from truemask.nn.positions import RotaryEmbedding, Rotation
+from truemask.nn.x_transformers_names import LAYERS_CALL
 
 
 class Cache(Protocol):

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from truemask._attend import attend
-from truemask._call import read_call
-from truemask._run import new_seed, run
+from truemask.attention.attend import attend
+from truemask.attention.call import read_call
+from truemask.attention.run import new_seed, run
+from truemask.common.real_tensors import cannot_look, traceable
 from truemask.errors import MaskError, describe
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.importers import from_torch_mha
-from truemask.masks.given import from_text, not_a_mask
-from truemask.masks.positional import causal
-from truemask.masks.remembering import cannot_look, traceable
+from truemask.masks.formats.as_mask import from_text, not_a_mask
+from truemask.masks.leaves.bands import causal
 from truemask.nn.torch_masks import hidden_and_bias, says_causal
 
 
@@ -46,7 +46,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     it says. The shape of the weights is told by `in_proj_weight`, which is None if `kdim` or `vdim` differ. A
     `nn.TransformerEncoder` made of such layers warns of it, unless it is told `enable_nested_tensor=False`.
 
-    >>> from truemask.masks.positional import window
+    >>> from truemask.masks.leaves.bands import window
     >>> net = MultiheadAttention(16, 2, batch_first=True)
     >>> x = torch.randn(3, 5, 16)
     >>> out, weights = net(x, x, x, mask=causal & window(2))

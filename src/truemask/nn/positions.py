@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from truemask.masks.remembering import cannot_look
+from truemask.common.real_tensors import cannot_look
 
 
 class Rotation(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from truemask.common.real_tensors import cannot_look
 from truemask.errors import MaskError
-from truemask.masks.remembering import cannot_look
 
 
 def hidden_and_bias(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from truemask.common.real_tensors import cannot_look, traceable
 from truemask.errors import describe
-from truemask.masks.core import Mask
-from truemask.masks.remembering import cannot_look, traceable
+from truemask.masks.core.mask import Mask
 from truemask.nn.config import LayersConfig, check_needs, check_rate, check_type, reject_keywords
-from truemask.nn.foreign_names import WRAPPER, WRAPPER_CALL
+from truemask.nn.forward_mask import read_masks, token_positions
 from truemask.nn.layers import AttentionLayers, Cache, layers_from_config
-from truemask.nn.masking import read_masks, token_positions
 from truemask.nn.positions import AbsolutePositionalEmbedding
+from truemask.nn.x_transformers_names import WRAPPER, WRAPPER_CALL
 
 
 class TransformerWrapper(nn.Module):
@@ -29,7 +29,7 @@ class TransformerWrapper(nn.Module):
     max_seq_len        how many positions the absolute embedding learns; with rotary or no positions it limits nothing
     attn_layers        the Decoder or Encoder
     num_memory_tokens  registers: learned rows before the tokens, which every row reads and no mask or position counts
-                       (what they read themselves: `truemask.nn.masking`); they are not in the output
+                       (what they read themselves: `truemask.nn.forward_mask`); they are not in the output
     tie_embedding      the logits use the token embedding, scaled by tie_embedding_scale (default dim ** -0.5)
     use_abs_pos_emb    a learned vector per position, unless the layers are rotary or max_seq_len is 0 (the default is
                        True and rotary turns it off, as in x-transformers)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from truemask._plan import plan
+from truemask.attention.planning.plan import plan
 from truemask.errors import describe
-from truemask.masks.core import Mask
-from truemask.masks.data_store import whole
-from truemask.masks.given import from_text, not_a_mask
+from truemask.masks.core.data import whole
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.packing.pack import pack
 
 
@@ -44,7 +44,7 @@ class PackCollator:
     ([[1, 2, 3, 4, 5, 0, 0, 0]], [[-100, 2, 3, -100, 5, -100, -100, -100]])
     >>> batch["position_ids"].tolist(), batch["use_cache"]
     ([[0, 1, 2, 0, 1, 0, 1, 2]], False)
-    >>> from truemask.masks.positional import causal
+    >>> from truemask.masks.leaves.bands import causal
     >>> PackCollator(6, mask=causal)([[1, 2, 3], [4, 5]])["mask"]
     causal.packed([3, 2, 1])
     """

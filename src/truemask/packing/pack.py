@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from truemask.errors import counted, describe, suggest
-from truemask.masks.data_store import LARGEST, whole
-from truemask.packing.fit import best_fit
+from truemask.masks.core.data import LARGEST, whole
+from truemask.packing.best_fit import best_fit
 from truemask.packing.samples import Arrays, Samples, read_samples
 
 LONG = ("error", "split", "truncate")
@@ -126,7 +126,7 @@ def pack(
     Raises:
         ValueError, TypeError: what cannot be packed, and why.
 
-    >>> from truemask.masks.positional import causal
+    >>> from truemask.masks.leaves.bands import causal
     >>> packed = pack([[1, 2], [3, 4, 5, 6, 7], [8, 9, 10]], length=8)
     >>> packed
     <PackedRows: 3 sequences in 2 rows of 8, 62.5% full>

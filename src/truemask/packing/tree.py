@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from truemask.errors import counted, describe
-from truemask.masks.core import Mask
-from truemask.masks.data_store import whole
-from truemask.masks.given import from_text, not_a_mask
-from truemask.masks.matrices import tree
-from truemask.packing.fit import best_fit
+from truemask.masks.core.data import whole
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import from_text, not_a_mask
+from truemask.masks.leaves.matrices import tree
+from truemask.packing.best_fit import best_fit
 from truemask.packing.pack import check_rows, ramp, token
 from truemask.packing.samples import Arrays, read_field
 
@@ -156,7 +156,7 @@ def pack_tree(
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     >>> trees.unpack(trees.tokens)
     [[tensor([3, 4]), tensor([5])]]
-    >>> from truemask.masks.positional import window
+    >>> from truemask.masks.leaves.bands import window
     >>> near = pack_tree([[1, 2]], [[[3, 4], [5]]], mask=window(2), first_position=2)
     >>> near.positions.tolist(), near.mask.to_dense(5)[0, 0].int().tolist()[-1]
     ([[2, 3, 4, 5, 4]], [0, 1, 0, 0, 1])

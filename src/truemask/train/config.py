@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from truemask.errors import TruemaskError, suggest
-from truemask.masks.core import Mask
-from truemask.masks.text import parse
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.parse import parse
 
 DEFAULT_MASK = "causal & (window(256) | prefix(4))"
 BOUNDARY = 256  # the one token that is not a byte: it opens a document, and predicting it ends one

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from truemask.generation.autoregressive import AutoregressiveWrapper
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 from truemask.nn.layers import Decoder
 from truemask.nn.wrappers import TransformerWrapper
 from truemask.train.baselines import byte_count

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from truemask.generation.autoregressive import AutoregressiveWrapper
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 from truemask.train.config import BOUNDARY
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from truemask.errors import MaskError
 from truemask.geometry.logic import FULL, MIXED
-from truemask.geometry.picture import PIXELS_WIDE, Shares, shades_picture, svg_picture, text_grid, text_picture
-from truemask.geometry.tiles import TileMap
-from truemask.masks.core import Mask
+from truemask.geometry.tiles.tile_map import TileMap
+from truemask.masks.core.mask import Mask
+from truemask.viz.picture import PIXELS_WIDE, Shares, shades_picture, svg_picture, text_grid, text_picture
 
 MOST_PANELS = 8
 MOST_CELLS = 1 << 28  # evaluated for a picture: a few seconds
@@ -42,7 +42,7 @@ def text_of(
 
     Without a `title` the mask's text stands above it.
 
-    >>> from truemask.masks.positional import causal
+    >>> from truemask.masks.leaves.bands import causal
     >>> print(text_of(causal, 1 << 20, columns=16))
     causal
            0       524288

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from truemask.cli.tour.stage import SMALL, Act, Stage
 from truemask.errors import ConventionWarning
-from truemask.masks.core import Mask
-from truemask.masks.data import keys
-from truemask.masks.positional import causal
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal
+from truemask.masks.leaves.per_token import keys
 from truemask.nn.layers import Decoder
 
 ARTICLE = """\

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from truemask._attend import attend
+from truemask.attention.attend import attend
 from truemask.cli.tour.stage import Act, Part, Stage
-from truemask.masks.core import Mask
-from truemask.masks.data import prefix
-from truemask.masks.labels import documents
-from truemask.masks.positional import causal, window
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.per_token import prefix
 from truemask.nn.layers import Decoder
 
 A, B = 97, 151  # tokens of the two documents

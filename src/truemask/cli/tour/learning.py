@@ -11,11 +11,11 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from truemask._plan import plan
+from truemask.attention.planning.plan import plan
+from truemask.cli.commands.train import step_line
 from truemask.cli.console import needs_ascii, visible
 from truemask.cli.tour.curve import Level, Point, svg_curve, text_curve
 from truemask.cli.tour.stage import Act, Part, Stage
-from truemask.cli.train import step_line
 from truemask.errors import TruemaskError
 from truemask.train.config import TrainConfig
 from truemask.train.sample import continuation

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from truemask._attend import attend
-from truemask.masks.core import Mask
-from truemask.masks.positional import causal
+from truemask.attention.attend import attend
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal
 from truemask.nn.layers import Decoder
 
 DIM, HEADS = 32, 4

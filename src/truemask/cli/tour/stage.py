@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from truemask.cli.console import needs_ascii, plain
-from truemask.geometry.picture import half_blocks
-from truemask.masks.core import Mask
+from truemask.masks.core.mask import Mask
 from truemask.viz.panels import svg_of
+from truemask.viz.picture import half_blocks
 
 Part = str | tuple[str, str]  # text, or (text, style)
 STYLES = {"bold": "bold", "dim": "dim", "code": "cyan", "good": "green", "bad": "bold red", "": ""}

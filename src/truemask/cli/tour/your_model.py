@@ -13,9 +13,9 @@ from torch import Tensor
 from truemask.cli.tour import smollm
 from truemask.cli.tour.stage import Act, Part, Stage
 from truemask.interop.use import use
-from truemask.masks.core import Mask
-from truemask.masks.data import prefix
-from truemask.masks.positional import causal, window
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.per_token import prefix
 
 SECRET = "Alice writes in her diary: the password of the old safe is maroon elephant 41.\n"
 QUESTION = "Bob asks: what is the password of the old safe? The password of the old safe is"

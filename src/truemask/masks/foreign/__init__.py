@@ -33,8 +33,8 @@ from truemask.masks.foreign.importers import from_keras as from_keras
 from truemask.masks.foreign.importers import from_torch_mha as from_torch_mha
 from truemask.masks.foreign.importers import from_torch_sdpa as from_torch_sdpa
 from truemask.masks.foreign.importers import from_x_transformers as from_x_transformers
-from truemask.masks.foreign.intervals import FlashMask as FlashMask
-from truemask.masks.foreign.intervals import Varlen as Varlen
-from truemask.masks.foreign.intervals import from_varlen as from_varlen
-from truemask.masks.foreign.intervals import to_flashmask as to_flashmask
-from truemask.masks.foreign.intervals import to_varlen as to_varlen
+from truemask.masks.foreign.varlen import FlashMask as FlashMask
+from truemask.masks.foreign.varlen import Varlen as Varlen
+from truemask.masks.foreign.varlen import from_varlen as from_varlen
+from truemask.masks.foreign.varlen import to_flashmask as to_flashmask
+from truemask.masks.foreign.varlen import to_varlen as to_varlen

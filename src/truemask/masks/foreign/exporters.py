@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
-from truemask.masks.core import Mask
-from truemask.masks.given import expression
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import expression
 
 
 def to_torch_sdpa(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from truemask.errors import MaskError, describe
-from truemask.masks.combine import everything
-from truemask.masks.core import Mask
-from truemask.masks.foreign.reading import (
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.deferred import recorded
+from truemask.masks.core.mask import Mask
+from truemask.masks.foreign.tensors import (
     additive_visible,
     as_heads,
     boolean_hint,
@@ -19,8 +20,7 @@ from truemask.masks.foreign.reading import (
     split_heads,
     zeros_and_ones,
 )
-from truemask.masks.positional import causal
-from truemask.masks.traced import recorded
+from truemask.masks.leaves.bands import causal
 
 
 @recorded

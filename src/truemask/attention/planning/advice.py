@@ -1,0 +1,111 @@
+"""What `plan.explain()` says: why this backend, what keeps the others, and what would make the call faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from truemask.attention.planning.table import duration, sizes_text, tiles_text
+from truemask.backends.base import Job
+from truemask.backends.costs.model import source
+from truemask.backends.registry import BACKENDS
+from truemask.diagnosis.recognise import recognise
+from truemask.masks.core.mask import Mask
+
+WORTH = 0.8  # share of the time below which a change is worth a line
+NEVER = float("inf")  # seconds
+NAMED = ("dense", "predicate")  # masks that may be an expression in disguise
+
+
+class Change(NamedTuple):
+    """Another way to ask for nearly the same, and the job that it makes."""
+
+    text: str
+    job: Job
+
+
+def advice(job: Job, chosen: str, objections: dict[str, list[str]], costs: dict[str, float]) -> str:
+    """The explanation as plain text."""
+    lines = [f"`{job.mask}`", sizes_text(job.request), tiles_text(job), ""]
+    lines += [_why(chosen, costs), *_others(chosen, costs), *_refusals(objections), ""]
+    faster = list(_faster(job, costs.get(chosen, NEVER)))
+    lines += ["what would make it faster:", *faster] if faster else ["nothing that is known here would make it faster"]
+    return "\n".join(lines)
+
+
+def _why(chosen: str, costs: dict[str, float]) -> str:
+    if chosen not in costs:
+        return f"{chosen} runs it: it was chosen for calls of this kind, and kept"
+    time = duration(costs[chosen])
+    if len(costs) == 1:
+        return f"{chosen} runs it in a predicted {time}: nobody else can ({source()})"
+    cheapest = costs[chosen] <= min(costs.values())
+    why = f"the cheapest of the {len(costs)} that can" if cheapest else "it was named, or chosen for calls of this kind"
+    return f"{chosen} runs it in a predicted {time}: {why} ({source()})"
+
+
+def _others(chosen: str, costs: dict[str, float]) -> Iterator[str]:
+    for name, cost in sorted(costs.items(), key=lambda pair: pair[1]):
+        if name != chosen:
+            yield f"  {name} would take {duration(cost)}{_times(cost, costs[chosen]) if chosen in costs else ''}"
+
+
+def _times(cost: float, that: float) -> str:
+    """How many times slower or faster something is than what was named before."""
+    return f", {that / cost:.1f} times faster" if cost < that else f", {cost / that:.1f} times that"
+
+
+def _refusals(objections: dict[str, list[str]]) -> Iterator[str]:
+    for name, reasons in objections.items():
+        yield from (f"  {name} cannot: {reason}" for reason in reasons)
+
+
+def _faster(job: Job, now: float) -> Iterator[str]:
+    """Changes after which the fastest backend takes less than the fastest of now, the best first."""
+    cost, name = _fastest(job)
+    named = cost < WORTH * now < NEVER
+    if named:
+        yield f"  without `backend=`, if it was given: {name} in {duration(cost)}{_times(cost, now)}"
+    found: list[tuple[float, str]] = []
+    for text, other in _changes(job):
+        less, name = _fastest(other)
+        if less < WORTH * cost:
+            times = _times(less, cost) + " than that" * named if cost < NEVER else ""
+            found.append((less, f"  {text}: {name} in {duration(less)}{times}"))
+    yield from (line for _, line in sorted(found))
+
+
+def _fastest(job: Job) -> tuple[float, str]:
+    """The least predicted seconds and who needs them; `NEVER` if nobody can run it."""
+    able = [backend for backend in BACKENDS if not backend.objections(job)]
+    first = min(able, key=lambda backend: (backend.last_resort, backend.cost(job)), default=None)
+    return (NEVER, "") if first is None else (first.cost(job), first.name)
+
+
+def _changes(job: Job) -> Iterator[Change]:
+    r = job.request
+    asked = [
+        (r.dtype == torch.float64, "float32 instead of float64", {"dtype": torch.float32}),
+        (r.dtype == torch.float32, "bfloat16 instead of float32", {"dtype": torch.bfloat16}),
+        (r.return_weights, "without return_weights", {"return_weights": False}),
+        (r.bias_grad, "a bias without a gradient (`bias.detach()`)", {"bias_grad": False}),
+        (
+            r.bias in ("tensor", "object"),
+            "the bias as `alibi(...)` or `relative(...)`, if it is one",
+            {"bias": "alibi"},
+        ),
+        (bool(r.transform), f"outside of {r.transform}", {"transform": ""}),
+    ]
+    yield from (Change(text, Job(job.mask, r._replace(**values))) for holds, text, values in asked if holds)
+    named = _by_name(job)
+    if named is not None:
+        yield Change(f"the mask written as `{named}`", Job(named, r))
+
+
+def _by_name(job: Job) -> Mask | None:
+    r = job.request
+    if job.mask.kind not in NAMED:
+        return None
+    return recognise(job.mask, r.q_len, r.kv_len, batch=r.batch, heads=r.heads)

@@ -1,0 +1,38 @@
+"""A call that was read, run: its plan, the plan's warning, what was lowered for it, the backend."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from truemask.attention.call import Call
+from truemask.attention.planning.cache import CACHE
+from truemask.backends.base import Request, Result
+from truemask.errors import ConventionWarning
+
+
+def run(call: Call, backend: str | None, seed: Tensor | None = None) -> Result:
+    """The results of the call; `seed`, whole and below 2**32, chooses the cells that dropout drops."""
+    entry = CACHE.entry(call.mask, call.request, backend)
+    if entry.plan.warning:
+        warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=3)
+    inputs = call.inputs
+    if inputs.q.is_meta:
+        return shapes(call.request)
+    if inputs.dropout:
+        inputs = inputs._replace(seed=int(new_seed() if seed is None else seed))
+    return entry.backend.run(CACHE.lowered(entry), inputs, entry.plan.job)
+
+
+def new_seed() -> Tensor:
+    """Drawn from torch's generator, so that `torch.manual_seed` repeats it."""
+    return torch.randint(1 << 32, ())
+
+
+def shapes(r: Request) -> Result:
+    """Results on the meta device: shapes and dtypes without numbers."""
+    out = torch.empty(r.batch, r.heads, r.q_len, r.value_dim, dtype=r.dtype, device="meta")
+    lse = torch.empty(out.shape[:3], dtype=torch.float64 if r.dtype == torch.float64 else torch.float32, device="meta")
+    return Result(out, lse, torch.empty(*out.shape[:3], r.kv_len, dtype=r.dtype, device="meta"))

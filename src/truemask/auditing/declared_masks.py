@@ -1,0 +1,228 @@
+"""What models say of their own masks: truemask's, Hugging Face's by their configuration, x-transformers' layers.
+
+Of any other model something is assumed, and a note says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truemask.auditing.subject import Subject
+from truemask.auditing.torch_modules import assumed_of, own_mask
+from truemask.interop.active_masks import Given, given_to_transformers, given_to_x_transformers
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
+from truemask.masks.foreign import from_additive, from_torch_sdpa, from_x_transformers
+from truemask.masks.leaves.bands import blocks, causal, local, window
+from truemask.masks.leaves.per_token import keys, prefix
+from truemask.nn.forward_mask import Layout, read_masks
+from truemask.nn.layers import AttentionLayers
+from truemask.nn.wrappers import TransformerWrapper
+
+RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
+ASSUMED = "assumed"
+CAUSAL_NAMES = ("CausalLM", "LMHeadModel", "Decoder")
+_NAMED = {True: "`causal`", False: "`everything`"}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says, before padding and packing are added; `layers` is None where it does not say.
+
+    `given` is what `tm.use` gave each layer besides, or empty.
+    """
+
+    masks: tuple[Mask, ...]
+    source: str
+    layers: int | None = None
+    notes: tuple[str, ...] = ()
+    given: tuple[Given, ...] = ()
+
+
+def said_of(subject: Subject) -> Said:
+    """What this model says."""
+    stack = stack_of(subject)
+    if stack is not None:
+        return _of_truemask(subject, stack)
+    if is_peer(subject):
+        return _with_given(_of_x_transformers(subject), given_to_x_transformers(_own_attentions(subject)))
+    if is_hugging_face(subject):
+        part = "decoder" if str(subject.name).startswith("decoder_") else None
+        return _with_given(_of_hugging_face(subject), given_to_transformers(subject.model, part))
+    own = own_mask(subject)
+    if own is not None:
+        return Said((own.mask,), own.source, own.layers)
+    mask, note = assumed_of(subject)
+    return Said((mask,), ASSUMED, None, (note,))
+
+
+def _with_given(said: Said, given: list[Given]) -> Said:
+    """What the model says of its layers, and what `tm.use` gave them."""
+    if all(one.mask is None for one in given):
+        return said
+    own = said.masks * len(given) if len(said.masks) == 1 else said.masks
+    if len(own) != len(given):
+        note = f"it says what {len(own)} layers run and tm.use gave masks to {len(given)}; pass mask= with one for each"
+        return replace(said, notes=(*said.notes, note))
+    return replace(said, masks=own, given=tuple(given), source=f"{said.source}, and tm.use")
+
+
+def is_hugging_face(subject: Subject) -> bool:
+    """Whether the model has a configuration as transformers has them."""
+    config = getattr(subject.model, "config", None)
+    return hasattr(config, "model_type") and hasattr(config, "get_text_config")
+
+
+def is_peer(subject: Subject) -> bool:
+    """Whether the model is one of x-transformers'."""
+    return type(subject.model).__module__.partition(".")[0] == "x_transformers"
+
+
+def heads_of(subject: Subject) -> int | None:
+    """How many heads each attention of the model has, if it says so."""
+    stack, model = stack_of(subject), subject.model
+    if stack is not None:
+        return stack.config.heads
+    if is_peer(subject):
+        return next(
+            (own.heads for part in _own_attentions(subject) for own in part.modules() if hasattr(own, "heads")), None
+        )
+    return getattr(getattr(model, "config", None), "num_attention_heads", None)
+
+
+def layers_of(subject: Subject) -> int | None:
+    """How many layers mix positions, if the model says so."""
+    stack = stack_of(subject)
+    if stack is not None:
+        return stack.depth
+    if is_peer(subject):
+        return len(_own_attentions(subject)) or None
+    return _layer_count(subject, subject.model.config) if is_hugging_face(subject) else None
+
+
+def four_axes(subject: Subject) -> bool:
+    """Whether the batch holds a 4-D attention_mask for the audited input, which transformers takes as it is."""
+    given = subject.keywords.get("attention_mask")
+    return isinstance(given, Tensor) and given.ndim == 4 and not str(subject.name).startswith("decoder_")
+
+
+def stack_of(subject: Subject) -> AttentionLayers | None:
+    """The layers of one of truemask's own models; None of any other."""
+    model = subject.model
+    model = model.attn_layers if isinstance(model, TransformerWrapper) else model
+    return model if isinstance(model, AttentionLayers) else None
+
+
+def _of_truemask(subject: Subject, stack: AttentionLayers) -> Said:
+    given = subject.keywords
+    heads = stack.config.heads
+    x = subject.inputs
+    layout = Layout(batch=subject.batch, heads=heads, new=subject.length)
+    user = read_masks(given.get("mask"), given.get("attn_mask"), layout, x)
+    looks_back = stack.causal if given.get("causal") is None else bool(given["causal"])
+    mask = causal & user if looks_back and user is not everything else causal if looks_back else user
+    return Said((mask,), f"what {type(subject.model).__name__} runs", stack.depth)
+
+
+def _of_x_transformers(subject: Subject) -> Said:
+    given, model = subject.keywords, subject.model
+    stack: Any = getattr(model, "attn_layers", model)
+    parts = []
+    looks_back = given.get("causal") if given.get("causal") is not None else getattr(stack, "causal", True)
+    if type(stack).__name__ == "PrefixDecoder":
+        parts.append(causal | prefix(given.get("prefix_attn_len") or 0))
+    elif looks_back:
+        parts.append(causal)
+    attn_mask, flags = given.get("attn_mask"), given.get("self_attn_kv_mask")
+    if isinstance(attn_mask, Tensor):
+        parts.append(from_x_transformers(attn_mask=attn_mask))
+    if isinstance(flags, Tensor):
+        parts.append(keys(flags))
+    base = reduce(lambda left, right: left & right, parts) if parts else everything
+    pasts = [getattr(part, "max_attend_past", None) for part in _peer_attentions(stack)]
+    masks = tuple(base & (window(past + 1) | ~causal) if past is not None else base for past in pasts) or (base,)
+    masks = masks[:1] if len(set(masks)) == 1 else masks
+    return Said(masks, f"what x-transformers' {type(stack).__name__} says", len(pasts) or None)
+
+
+def _own_attentions(subject: Subject) -> list[Any]:
+    return _peer_attentions(getattr(subject.model, "attn_layers", subject.model))
+
+
+def _peer_attentions(stack: Any) -> list[Any]:
+    types, layers = getattr(stack, "layer_types", ()), getattr(stack, "layers", ())
+    return [layer[1] for kind, layer in zip(types, layers, strict=False) if kind == "a"]
+
+
+def _of_hugging_face(subject: Subject) -> Said:
+    config: Any = subject.model.config
+    name = type(subject.model).__name__
+    given = subject.keywords.get("attention_mask")
+    layers = _layer_count(subject, config)
+    if isinstance(given, Tensor) and four_axes(subject):
+        read = from_torch_sdpa if given.dtype == torch.bool else from_additive
+        return Said((read(given),), "the 4-D attention_mask", layers)
+    looks_back, notes = _is_causal(subject, config)
+    types = _layer_types(config, layers)
+    masks = tuple(_of_layer(kind, config, looks_back) for kind in types) or (causal if looks_back else everything,)
+    masks = masks[:1] if len(set(masks)) == 1 else masks
+    return Said(masks, f"the configuration of {name}", layers, notes)
+
+
+def _layer_count(subject: Subject, config: Any) -> int | None:
+    names = ["num_hidden_layers", "num_layers"]
+    found = [getattr(config.get_text_config(), name, None) for name in names]
+    if str(subject.name).startswith("decoder_"):
+        own = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers")]
+        found = [*own, *[getattr(config.get_text_config(decoder=True), name, None) for name in names]]
+    return next((count for count in found if isinstance(count, int)), None)
+
+
+def _is_causal(subject: Subject, config: Any) -> tuple[bool, tuple[str, ...]]:
+    text = config.get_text_config()
+    if str(subject.name).startswith("decoder_") or getattr(text, "is_decoder", False):
+        return True, ()
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", None) is False:
+        return False, ()
+    said = _flags(subject.model, text)
+    if said in ({True}, {False}):
+        return said == {True}, ()
+    name = type(subject.model).__name__
+    named = any(word in name for word in CAUSAL_NAMES)
+    return named, (f"{name} does not say whether it is causal; by its name it was held to {_NAMED[named]}",)
+
+
+def _flags(model: nn.Module, text: Any) -> set[bool]:
+    """What its attention modules say of `is_causal`: those of the text, where a model sees and hears too."""
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    kinds = [getattr(getattr(module, "config", text), "model_type", None) for module in attentions]
+    of_text = [module for module, kind in zip(attentions, kinds, strict=True) if kind == text.model_type]
+    return {bool(module.is_causal) for module in of_text or attentions}
+
+
+def _layer_types(config: Any, layers: int | None) -> tuple[str, ...]:
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    if types:
+        return tuple(types[:layers] if layers else types)
+    slides = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    return ("sliding_attention",) * (layers or 1) if slides else ()
+
+
+def _of_layer(kind: str, config: Any, looks_back: bool) -> Mask:
+    """The mask of one layer, as transformers' `masking_utils` has it."""
+    text = config.get_text_config()
+    size = getattr(text, "sliding_window", None)
+    if kind == "sliding_attention" and isinstance(size, int):
+        return window(size) if looks_back else local(size)
+    chunk = getattr(text, "attention_chunk_size", None)
+    if kind == "chunked_attention" and isinstance(chunk, int):
+        return causal & blocks(chunk) if looks_back else blocks(chunk)
+    if kind in RECURRENT:
+        return causal
+    return causal if looks_back else everything

@@ -1,0 +1,222 @@
+"""The portable sparse backend: strips of rows with the keys that they may see, by torch's own operators on the CPU.
+
+| the call has                              | each group of strips runs                                       |
+|-------------------------------------------|-----------------------------------------------------------------|
+| nothing special, sinks, a bias            | in the CPU flash kernel and its backward (`strip_kernel`)       |
+| a soft cap, dropout, gradients of a bias  | in plain torch, recomputed in the backward (`strip_math`)       |
+
+What is EMPTY never runs, what is FULL runs without a mask. Beside what the call itself reads and returns there are
+chunks of a few megabytes; half precision is computed in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at, reasons
+from truemask.backends.block_sparse.batching import CALL_CELLS, planes
+from truemask.backends.block_sparse.cells import Sparse
+from truemask.backends.block_sparse.flash_path import StripKernel
+from truemask.backends.block_sparse.from_slabs import from_slabs
+from truemask.backends.block_sparse.from_tiles import from_tiles, rough
+from truemask.backends.block_sparse.math_path import Leaves, StripMath, math_attention
+from truemask.backends.block_sparse.strips import ASKED, CAUSAL, Strips, from_cells
+from truemask.backends.costs.model import SPEED_BACKWARD, seconds, slowed, table
+from truemask.backends.shared.containment import flash_attention
+from truemask.backends.shared.cpu_flash import fitted
+from truemask.biases import Bias
+from truemask.geometry.slabs.slabs import Slabs
+from truemask.geometry.tiles.tile_map import TileMap
+
+CHOICE = "block_sparse choice"  # in a job's notes
+FEW = 16  # rows that are looked at cell by cell
+KEYS = 64  # keys of a tile
+HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
+FLAG = 512  # columns beyond the diagonal that the causal flag runs
+MATH = 3.0  # how many times longer plain torch takes
+MANY = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
+MOST_ENDS = 1 << 14  # of runs that are cut into strips; others are tiled
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tall strips are, what they cost, and what they are in words."""
+
+    height: int
+    cost: float
+    words: str
+
+
+class BlockSparse:
+    """Torch's fused attention on what is not EMPTY."""
+
+    name = "block_sparse"
+    last_resort = False
+
+    def objections(self, job: Job) -> list[str]:
+        r = job.request
+        lacks = [
+            (r.device.type != "cpu", f"the device {r.device.type}: the kernel that runs the strips is the CPU's"),
+            (r.return_weights, "return_weights: the weights are never held at once"),
+            (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
+        ]
+        return reasons(lacks)
+
+    def cost(self, job: Job) -> float:
+        return choice(job).cost
+
+    def way(self, job: Job) -> str:
+        return choice(job).words
+
+    def lower(self, job: Job) -> Lowered:
+        r = job.request
+        strips = strips_of(job)
+        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+        heads = r.heads if job.mask_heads == 1 else 1
+        dead = strips.dead()
+        covered = int(strips.heights.sum()) == strips.shape[0] * strips.shape[1] * r.q_len
+        sparse = Sparse(
+            planes(strips, dtype, heads, heads * (r.head_dim + r.value_dim) * dtype.itemsize),
+            (job.mask_batch, job.mask_heads),
+            covered,
+            torch.from_numpy(dead) if dead.any() else None,
+            bool((strips.pattern == ASKED).any()),
+            int(strips.widths.sum()) < strips.shape[0] * strips.shape[1] * r.kv_len,
+        )
+        return Lowered(sparse, sparse.nbytes)
+
+    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
+        r, sparse = job.request, lowered.data
+        positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
+        compute = torch.float64 if r.dtype == torch.float64 else torch.float32
+        q, k, v = inputs[:3]
+        later = sparse.few_keys and not r.grad  # converting a whole cache would take longer than a step of decoding
+        if needs_math(r):
+            q, k, v = q.to(compute), k if later else k.to(compute), v if later else v.to(compute)
+            out, lse = math_attention(_math(sparse, inputs, job, positions), _leaves(q, k, v, inputs), grad=r.grad)
+        else:
+            bias = inputs.bias.detach() if isinstance(inputs.bias, Tensor) else inputs.bias
+            kernel = StripKernel(sparse, job.mask, inputs.scale, bias, positions)
+            width = max(r.head_dim, r.value_dim)
+            q = fitted(q, width, compute)
+            k, v = (k, v) if later else (fitted(x, width, compute) for x in (k, v))
+            out, lse = flash_attention(kernel, q, k, v, inputs.sink_logits, grad=r.grad)
+            out = out if width == r.value_dim else out[..., : r.value_dim]
+        return Result(out.to(r.dtype), lse if r.return_lse else None)
+
+
+def needs_math(r: Request) -> bool:
+    """Whether a call asks for what the flash kernel cannot do."""
+    return r.softcap or r.dropout or r.bias_grad
+
+
+def _math(sparse: Sparse, inputs: Inputs, job: Job, positions: tuple[Tensor, Tensor] | None) -> StripMath:
+    """The call without its tensors: what a backward keeps of them it saves by autograd's own means."""
+    none = inputs.q.new_empty(0)
+    bias = inputs.bias if isinstance(inputs.bias, Bias) else None
+    return StripMath(sparse, job.mask, inputs._replace(q=none, k=none, v=none, bias=bias, sink_logits=None), positions)
+
+
+def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
+    bias = inputs.bias
+    if isinstance(bias, Bias):
+        return Leaves(q, k, v, inputs.sink_logits, None, bias.parameters)
+    return Leaves(q, k, v, inputs.sink_logits, bias, ())
+
+
+# -- how tall the strips are -------------------------------------------------------------------------------------------
+
+
+def strips_of(job: Job) -> Strips:
+    """The strips that a job runs."""
+    return from_cells(_few(job).numpy()) if _is_short(job) else _made(job, choice(job).height)
+
+
+def choice(job: Job) -> Choice:
+    """The height that costs least, worked out once."""
+    if CHOICE not in job.notes:
+        job.notes[CHOICE] = _choice(job, job.request.q_len, strips_of(job)) if _is_short(job) else _least(job)
+    return job.notes[CHOICE]
+
+
+def _is_short(job: Job) -> bool:
+    return job.request.q_len <= FEW or not job.request.kv_len
+
+
+def _few(job: Job) -> Tensor:
+    """The cells of few rows."""
+    if job.small is not None:
+        return job.small
+    return looked_at(job.mask, job.mask_batch, job.mask_heads, job.request.q_len, job.request.kv_len)
+
+
+def _least(job: Job) -> Choice:
+    """Strips of several heights are cut if the mask has an exact form and they are few; or else tiles are counted.
+
+    Where no tile of the lowest strips is EMPTY, none of higher ones is, and the highest cost least.
+    """
+    r = job.request
+    lowest, *others = (height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0]))
+    if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
+        cut = {height: _made(job, height, drawn=False) for height in (lowest, *others)}
+    else:
+        tiles = _tiles(job, lowest)
+        cut = {lowest: rough(tiles)}
+        cut.update((height, rough(_tiles(job, height))) for height in (others if tiles.counts.empty else others[-1:]))
+    return min((_choice(job, *pair) for pair in cut.items()), key=lambda one: one.cost)
+
+
+def _choice(job: Job, height: int, strips: Strips) -> Choice:
+    r = job.request
+    rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
+    share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
+    words = f"strips of up to {height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
+    return Choice(height, cost_of(strips, job), words)
+
+
+def _made(job: Job, height: int, *, drawn: bool = True) -> Strips:
+    r, slabs = job.request, slabs_of(job)
+    if slabs is None:
+        return from_tiles(_tiles(job, height))
+    return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height, drawn=drawn)
+
+
+def _tiles(job: Job, height: int) -> TileMap:
+    r = job.request
+    return job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads)
+
+
+def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
+    """The exact form of every sample and head, those that are the same as one object; None if there is none."""
+    exact = job.exact
+    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
+        return None
+    return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
+
+
+def cost_of(strips: Strips, job: Job) -> float:
+    """Predicted seconds."""
+    r, rates = job.request, table().block_sparse
+    samples, heads = r.batch // max(1, strips.shape[0]), r.heads // max(1, strips.shape[1])
+    heights, widths = strips.heights, strips.widths
+    causal = strips.pattern == CAUSAL
+    cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG) / 2), widths) * (samples * heads)
+    times = MATH if needs_math(r) else 1.0
+    forward = r._replace(grad=False)
+    cost = seconds(rates, forward, slowed(cells, heights) * times)
+    kinds = len(np.unique(np.stack([strips.b, strips.h, strips.pattern, widths]), axis=1).T)
+    calls = min(kinds, 1 + cells.sum() / CALL_CELLS) * samples
+    shared = max(1, r.kv_heads // max(1, strips.shape[1]))
+    gathered = 4 * samples * shared * (r.head_dim + r.value_dim) * float(widths[np.diff(strips.starts) > 1].sum())
+    if r.grad:
+        slow = slowed(cells, heights, SPEED_BACKWARD) * times
+        both = seconds(rates, r, slow) - seconds(rates, forward, slow)
+        cost, calls, gathered = cost + both, 2 * calls, 4 * gathered
+    if r.bias:
+        cost += float(cells.sum()) * 8 / rates.join
+    return cost + calls * rates.call_group + gathered / rates.copy

@@ -1,0 +1,232 @@
+"""What the backends cost: constants that were measured, and the seconds that follow from them.
+
+The constants of two machines ship, `TABLES`. `truemask bench --calibrate` measures this one and stores what it finds
+(see `calibration`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is ever
+timed inside a run.
+
+The shipped ones rank backends, and say roughly how long. `TRUEMASK_COSTS=avx2` or `=amx` takes one of them by name,
+whatever the processor: plans are then the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from truemask.backends.base import Request
+from truemask.backends.costs.calibration_file import (
+    AGAIN,
+    VARIABLE,
+    Entry,
+    Machine,
+    complain,
+    read_entries,
+    this_machine,
+)
+from truemask.backends.native.library import isa
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A backend's constants. Those called `call...` are seconds, `doubles` and `halves` factors, others per second.
+
+    Calibration goes by these names, and by `backward` in a name: what is needed in training only.
+    """
+
+    forward: float  # useful arithmetic a second in fp32
+    backward: float
+    call: float  # what any call takes
+    call_backward: float
+    doubles: float = 2.6  # how many times longer the arithmetic takes in fp64
+    halves: float = 1.0  # and in bf16 and fp16
+
+
+@dataclass(frozen=True)
+class SdpaRates(Rates):
+    """`join`: bytes a second, of all its copies, at which a bias becomes dense and meets its mask."""
+
+    join: float = 3.7e9
+
+
+@dataclass(frozen=True)
+class StripRates(Rates):
+    """`call_group`: each group of strips; `copy`: bytes a second of rows gathered and added; `join` as above."""
+
+    call_group: float = 60e-6
+    copy: float = 24e9
+    join: float = 1.5e9
+
+
+@dataclass(frozen=True)
+class NativeRates(Rates):
+    """`read`: bytes a second at which keys and values come, which is what few queries wait for."""
+
+    read: float = 20e9
+
+
+@dataclass(frozen=True)
+class Table:
+    """The constants of every backend that has some, under the backend's name."""
+
+    sdpa: SdpaRates = SdpaRates(120e9, 118e9, 70e-6, 215e-6)
+    block_sparse: StripRates = StripRates(100e9, 88e9, 140e-6, 320e-6)
+    native: NativeRates = NativeRates(130e9, 125e9, 95e-6, 300e-6)
+    reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
+
+
+SHIPPED = Table()  # two cores of an AMD EPYC with AVX2, torch 2.13.0 CPU, medians of several runs
+AMX = Table(  # two cores of an Intel Xeon with AVX-512 and AMX, torch 2.13.0 CPU, `truemask bench --calibrate`
+    SdpaRates(205e9, 211e9, 60e-6, 150e-6, doubles=2.3, halves=0.39, join=3.3e9),
+    StripRates(181e9, 99e9, 85e-6, 247e-6, doubles=2.4, halves=1.25, call_group=37e-6, copy=43e9, join=1.3e9),
+    NativeRates(293e9, 242e9, 64e-6, 149e-6, halves=1.57, read=45e9),
+    Rates(36e9, 31e9, 329e-6, 695e-6, doubles=1.57, halves=1.04),
+)
+TABLES = {"avx2": SHIPPED, "amx": AMX}
+MEASURED_WITH = {"avx2": "avx2", "amx": "avx512_bf16"}  # the native kernel's instruction set
+BACKENDS = tuple(field.name for field in fields(Table))
+BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
+
+
+# Rows of queries, and the speed of torch's kernel with so many, forward and backward: it takes 32 of them at a time, 64
+# of 192 and more, 256 of 768 and more.
+SPEED_AT = (1, 16, 32, 64, 96, 128, 191, 192, 256, 768)
+SPEED = (0.1, 0.5, 0.62, 0.7, 0.71, 0.73, 0.74, 0.92, 0.93, 1.0)
+SPEED_BACKWARD = (0.1, 0.25, 0.42, 0.77, 0.82, 0.85, 0.87, 0.93, 0.95, 1.0)
+
+
+def rows_at_once(rows: int) -> int:
+    """How many rows of queries torch's kernel takes at a time."""
+    return 32 if rows < 192 else 64 if rows < 768 else 256
+
+
+def slowed(cells: ArrayLike, rows: ArrayLike, speed: tuple[float, ...] = SPEED) -> float:
+    """As many cells as torch's kernel would do at full speed in the time that it takes for these, of so many rows."""
+    return float((np.asarray(cells) / np.interp(np.asarray(rows, float), SPEED_AT, speed)).sum())
+
+
+def seconds(rates: Rates, request: Request, cells: float) -> float:
+    """Predicted seconds for so many scores: two products of the head sizes, and in training five more."""
+    work = 2 * cells * (request.head_dim + request.value_dim) * dtype_factor(rates, request.dtype)
+    forward = rates.call + work / rates.forward
+    backward = rates.call_backward + BACKWARD_PRODUCTS * work / rates.backward
+    return forward + backward if request.grad else forward
+
+
+def dtype_factor(rates: Rates, dtype: torch.dtype) -> float:
+    """How many times longer than in fp32 the arithmetic takes."""
+    return {8: rates.doubles, 4: 1.0}.get(dtype.itemsize, rates.halves)
+
+
+# -- which constants hold ----------------------------------------------------------------------------------------------
+
+_entries: list[Entry] | None = None  # of the file, once it has been read
+_tables: dict[Machine, tuple[Table, str]] = {}  # what was made of them
+_assumed: Table | None = None
+
+
+def table() -> Table:
+    """The constants that hold now: those measured on this machine, or the shipped ones."""
+    return _assumed or _in_force()[0]
+
+
+@contextmanager
+def assumed(costs: Table) -> Iterator[None]:
+    """Ask what backends would cost if these were the constants."""
+    global _assumed
+    before, _assumed = _assumed, costs
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def shipped() -> tuple[Table, str]:
+    """The shipped constants nearest to this processor, and what is to be said of them."""
+    named = os.environ.get(VARIABLE, "")
+    if named in TABLES:
+        return TABLES[named], f"the shipped costs; {AGAIN}"
+    name = "amx" if has_amx() else "avx2"
+    runs = isa() or MEASURED_WITH[name]
+    fits = "" if runs == MEASURED_WITH[name] else f", none of which was measured with {runs}"
+    return TABLES[name], f"the shipped costs{fits}; {AGAIN}"
+
+
+def has_amx() -> bool:
+    """Whether torch multiplies bf16 with AMX here: several times faster than anything without it."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def source() -> str:
+    """Where the constants come from, in words."""
+    return _in_force()[1]
+
+
+def forget() -> None:
+    """Read the file again when somebody next asks."""
+    global _entries
+    _entries = None
+    _tables.clear()
+
+
+def _in_force() -> tuple[Table, str]:
+    global _entries
+    machine = this_machine()
+    if machine not in _tables:
+        if _entries is None:
+            _entries = read_entries()
+        _tables[machine] = _chosen(_entries, machine)
+    return _tables[machine]
+
+
+def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
+    """The table made of this machine's entry. Other threads are no mistake; a file only of other machines is one."""
+    for entry in entries:
+        if entry.machine == machine:
+            try:
+                return table_of(entry.costs), f"costs measured on this machine on {entry.measured}"
+            except ValueError as error:
+                complain(f"are wrong ({error})")
+                return shipped()[0], f"the shipped costs, because the measured ones are wrong; {AGAIN}"
+    threads = [entry.machine.threads for entry in entries if entry.machine._replace(threads=machine.threads) == machine]
+    if threads:
+        return shipped()[0], f"the shipped costs (measured were {threads[0]} threads, these are {machine.threads})"
+    if entries:
+        complain(f"are of another machine ({entries[-1].machine}; this is {machine})")
+    return shipped()
+
+
+def table_of(costs: dict[str, Any]) -> Table:
+    """The table of stored constants; `ValueError` names the one that cannot be, or the backend that is missing."""
+    found: dict[str, Rates] = {}
+    for name in BACKENDS:
+        shipped = getattr(SHIPPED, name)
+        numbers = costs.get(name, {} if name == "native" else None)  # which may have been missing
+        if not isinstance(numbers, dict):
+            raise ValueError(f"nothing is said of the backend {name!r}")
+        known = {field.name for field in fields(shipped)}
+        for key, number in numbers.items():
+            if key not in known or type(number) not in (int, float) or not 0 < number < math.inf:
+                raise ValueError(f"{name}: {key} = {number!r} is no constant above 0")
+        found[name] = replace(shipped, **numbers)
+    return Table(**found)  # pyright: ignore[reportArgumentType]
+
+
+def memory(nbytes: float) -> str:
+    """Bytes as people read them.
+
+    >>> memory(196), memory(1936), memory(70000), memory(1 << 28)
+    ('196 B', '1.9 KiB', '68 KiB', '256 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1000 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.1f} {unit}" if nbytes < 10 and unit != "B" else f"{nbytes:.0f} {unit}"

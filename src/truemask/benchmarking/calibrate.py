@@ -1,0 +1,161 @@
+"""Measures the constants of `truemask.backends.costs.model` on this machine: all backends in turns, in under a minute.
+
+Each backend runs a small job and a large one. The constants say which part of either is calls and which is arithmetic;
+so the two measurements give two factors, one for a backend's `call...` constants and one for its rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from truemask.attention.attend import attend
+from truemask.backends.base import Backend, Job, Request
+from truemask.backends.costs.model import BACKENDS as NAMES
+from truemask.backends.costs.model import SHIPPED, Rates, assumed
+from truemask.backends.registry import BACKENDS
+from truemask.benchmarking.timing import race
+from truemask.benchmarking.workloads import Course, by_truemask
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import window
+from truemask.masks.leaves.per_token import prefix
+
+SECONDS = 0.8  # for each backend and job
+LEAST = 0.05  # of a shipped constant, and 1 / LEAST times as much at most: beyond that a measurement is not believed
+STEPS, NUDGE = 6, 1e-4
+Say = Callable[[str], object]
+
+
+class Probe(NamedTuple):
+    """A job to be measured."""
+
+    mask: Mask
+    n: int
+    heads: int
+    d: int
+    dtype: torch.dtype = torch.float32
+
+    def job(self, grad: bool) -> Job:
+        """What backends are asked about."""
+        sizes = (1, self.heads, self.heads, self.n, self.n, self.d, self.d)
+        return Job(self.mask, Request(*sizes, self.dtype, torch.device("cpu"), grad))
+
+    def __str__(self) -> str:
+        return f"{self.n} tokens, {self.heads} heads of {self.d}, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Measured(NamedTuple):
+    """A job, in one of the two directions, and the seconds that it took."""
+
+    probe: Probe
+    grad: bool
+    seconds: float
+
+
+SMALL = Probe(window(5) | prefix(1), 16, 4, 32)
+LARGE = Probe(window(256) | prefix(4), 2048, 8, 64)
+
+
+def measured_costs(
+    say: Say, small: Probe = SMALL, large: Probe = LARGE, seconds: float = SECONDS
+) -> dict[str, dict[str, float]]:
+    """The constants of every backend, in the form in which they are stored; `say` hears what is being measured."""
+    backends = [b for b in BACKENDS if b.name in NAMES and not b.objections(large.job(False))]
+    times = partial(_times, say, backends, seconds)
+    forward, train = ([(probe, times(probe, grad)) for probe in (small, large)] for grad in (False, True))
+    others = {
+        "doubles": times(large._replace(dtype=torch.float64), False),
+        "halves": times(large._replace(dtype=torch.bfloat16), False),
+    }
+    found = {}
+    for backend in backends:
+        name, rates = backend.name, getattr(SHIPPED, backend.name)
+        for grad, both in ((False, forward), (True, train)):
+            few, many = (Measured(probe, grad, took[name]) for probe, took in both)
+            rates = fitted(backend, rates, few, many)
+        single = Measured(large, False, forward[1][1][name])
+        work = max(_parts(backend, rates, single).work, LEAST * single.seconds)
+        of_dtypes = {key: times[name] for key, times in others.items() if name in times}
+        factors = {key: max(LEAST, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
+        found[name] = asdict(replace(rates, **factors))
+    say("a bias that meets a mask")
+    faster = join_rate(seconds) / SHIPPED.sdpa.join
+    for name in found:
+        if "join" in found[name]:
+            found[name]["join"] = faster * getattr(SHIPPED, name).join
+    return found
+
+
+def _times(say: Say, backends: list[Backend], seconds: float, probe: Probe, grad: bool) -> dict[str, float]:
+    """The least seconds of each backend that can run the job."""
+    say(f"{'forward and backward' if grad else 'forward'}, {probe}")
+    course = Course.of(probe.n, probe.heads, probe.d, dtype=probe.dtype)
+    names = [backend.name for backend in backends if not backend.objections(probe.job(grad))]
+    runs = {name: course.run(by_truemask(probe.mask, name), grad) for name in names}
+    return {name: timing.least for name, timing in race(runs, seconds).items()}
+
+
+def fitted(backend: Backend, rates: Rates, few: Measured, many: Measured) -> Rates:
+    """The constants of one direction scaled, so that what is predicted of the two jobs is what was measured.
+
+    In steps, because a backend that chooses among ways may choose another one under other constants.
+    """
+    calls = work = 1.0
+    for _ in range(STEPS):
+        now = _scaled(rates, few.grad, calls, work)
+        of_calls, of_work = _factors(*(_parts(backend, now, measured) for measured in (few, many)))
+        calls, work = (min(max(LEAST, factor), 1 / LEAST) for factor in (calls * of_calls, work * of_work))
+    return _scaled(rates, few.grad, calls, work)
+
+
+class Parts(NamedTuple):
+    """Seconds of a job that calls and arithmetic should take together, and what is predicted of either."""
+
+    seconds: float
+    calls: float
+    work: float
+
+
+def _parts(backend: Backend, rates: Rates, measured: Measured) -> Parts:
+    """What one direction should take, and takes by these constants: how the prediction answers to a small change."""
+    before = predicted(backend, rates, measured)
+    calls = (predicted(backend, _scaled(rates, measured.grad, calls=1 + NUDGE), measured) - before) / NUDGE
+    work = (predicted(backend, _scaled(rates, measured.grad, work=1 + NUDGE), measured) - before) / NUDGE
+    return Parts(measured.seconds - (before - calls - work), calls, work)
+
+
+def _factors(few: Parts, many: Parts) -> tuple[float, float]:
+    """By what to multiply calls and arithmetic."""
+    of_calls = (few.seconds * many.work - many.seconds * few.work) / (few.calls * many.work - many.calls * few.work)
+    return of_calls, (many.seconds - max(LEAST, of_calls) * many.calls) / many.work
+
+
+def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> Rates:
+    """Constants of one direction that make calls and arithmetic so many times longer."""
+    changed = {}
+    for field in fields(rates):
+        value, call = getattr(rates, field.name), field.name.startswith("call")
+        if ("backward" in field.name) == backward and field.name not in ("doubles", "halves"):
+            changed[field.name] = value * calls if call else value / work
+    return replace(rates, **changed)
+
+
+def predicted(backend: Backend, rates: Rates, measured: Measured) -> float:
+    """What the backend would cost if these were its constants; of a new job, because a job remembers choices."""
+    with assumed(replace(SHIPPED, **{backend.name: rates})):
+        return float(backend.cost(measured.probe.job(measured.grad)))
+
+
+def join_rate(seconds: float, n: int = 1024) -> float:
+    """Bytes a second at which a bias and a mask become one dense tensor, all copies counted."""
+    q, bias, mask = torch.randn(1, 4, n, 8), torch.randn(4, n, n), window(64)
+    with_bias = {
+        name: lambda added=added: attend(q, q, q, mask, bias=added, backend="sdpa")
+        for name, added in (("plain", None), ("biased", bias))
+    }
+    times = race(with_bias, seconds)
+    return (n * n + bias.numel()) * 4 / max(times["biased"].least - times["plain"].least, 1e-9)

@@ -1,0 +1,123 @@
+"""`truemask bench`: SDPA with a mask against `attend` on this machine; `--calibrate` measures what plans go by."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from truemask.attention.planning.cache import CACHE
+from truemask.attention.planning.plan import plan
+from truemask.attention.planning.table import duration
+from truemask.backends.costs.calibration_file import store, this_machine, writable_file
+from truemask.backends.costs.model import model as costs
+from truemask.benchmarking.calibrate import measured_costs
+from truemask.benchmarking.timing import race
+from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa, race_masks
+from truemask.cli.commands.explain import Dtype
+from truemask.cli.console import make_console, plain
+from truemask.cli.options import Length
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.parse import parse
+from truemask.viz.picture import percent
+
+SECONDS = 1.0  # for each contestant
+
+
+def bench(
+    expressions: Annotated[
+        list[str] | None, typer.Argument(metavar="[EXPRESSION]...", help="Masks to race (default: five usual ones).")
+    ] = None,
+    length: Length = 4096,
+    heads: Annotated[int, typer.Option(min=1, help="How many heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
+    dtype: Annotated[Dtype, typer.Option(help="What the tensors hold.")] = Dtype.float32,
+    grad: Annotated[bool, typer.Option("--grad", help="Race training: forward and backward.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine and store its costs, by which plans then choose.")
+    ] = False,
+) -> None:
+    """Race masks on this machine, or measure what plans predict with (--calibrate)."""
+    console = make_console()
+    plain(console, str(this_machine()))
+    if calibrate:
+        _calibrate(console)
+        return
+    masks = {text: parse(text) for text in expressions} if expressions else race_masks(length)
+    course = Course.of(length, heads, head_dim, dtype=getattr(torch, dtype.value))
+    direction = "forward and backward" if grad else "forward"
+    plain(console, f"{length} tokens, {heads} heads of {head_dim}, {dtype.value}, {direction}; medians, taking turns\n")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, name in enumerate(("mask", "pairs", "SDPA, mask", "truemask", "speed-up", "backend", "predicted")):
+        table.add_column(name, overflow="fold", justify="right" if 0 < i < 5 or i == 6 else "left")
+    with console.status("") as status:
+        for name, mask in masks.items():
+            status.update(Text(f"racing: {name}"))
+            table.add_row(*_raced(name, mask, course, grad))
+    console.print(table)
+    plain(console, f"\npredicted from {costs.source()}")
+
+
+def _raced(name: str, mask: Mask, course: Course, grad: bool) -> list[str]:
+    """The row of a mask."""
+    contestants = {"sdpa": masked_sdpa(mask, course), "truemask": by_truemask(mask)}
+    found = race({who: course.run(call, grad) for who, call in contestants.items()}, SECONDS)
+    sdpa, ours = found["sdpa"].median, found["truemask"].median
+    (batch, heads, n, d), dtype = course.q.shape, course.q.dtype
+    chosen = plan(mask, n, n, batch=batch, heads=heads, head_dim=d, dtype=dtype, grad=grad)
+    density = mask.density(n, n, batch=batch, heads=heads)
+    ratio = f"{sdpa / ours:.1f} x"
+    forecast = duration(chosen.costs[chosen.backend])
+    return [name, percent(density, 1), duration(sdpa), duration(ours), ratio, chosen.backend, forecast]
+
+
+def _calibrate(console: Console) -> None:
+    """Measure, show beside the shipped costs, store."""
+    writable_file()
+    if busy():
+        plain(console, "other programs keep this machine busy: what is measured now is too slow; better to wait")
+    found = measured_costs(lambda text: plain(console, f"  {text}"))
+    file = store(found)
+    costs.forget()
+    CACHE.clear()
+    shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, name in enumerate(("backend", "cost", "shipped", "measured")):
+        shown.add_column(name, justify="right" if i > 1 else "left")
+    for row in beside_shipped(found):
+        shown.add_row(*row)
+    console.print(shown)
+    plain(console, f"stored in {file}; plans are now predicted from {costs.source()}")
+
+
+def busy() -> bool:
+    """Whether other programs wanted more than half a processor in the last minute, as far as the system tells."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
+
+
+def beside_shipped(found: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
+    """Backend, constant, shipped and measured value."""
+    shipped = asdict(costs.SHIPPED)
+    return [
+        (backend, name, constant(name, shipped[backend][name]), constant(name, number))
+        for backend, numbers in found.items()
+        for name, number in numbers.items()
+    ]
+
+
+def constant(name: str, value: float) -> str:
+    """A constant as people read it.
+
+    >>> constant("call", 7e-05), constant("doubles", 2.613), constant("join", 3.7e9)
+    ('70 us', '2.6 x', '3.7 G/s')
+    """
+    if name.startswith("call"):
+        return duration(value)
+    if name in ("doubles", "halves"):
+        return f"{value:.1f} x"
+    return f"{value / 1e9:.3g} G/s"

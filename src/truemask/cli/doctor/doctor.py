@@ -1,0 +1,116 @@
+"""`truemask doctor`: what is installed, which backends run here and why the others do not; the report of a GPU."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from truemask.attention.planning.plan import plan
+from truemask.attention.planning.table import duration
+from truemask.backends.costs.model import model as costs
+from truemask.backends.native.library import isa, missing
+from truemask.cli.console import make_console, plain
+from truemask.cli.doctor.backend_check import self_test
+from truemask.cli.doctor.gpu_report import CHECKS, LENGTH, SECONDS, gpu_facts, report
+from truemask.cli.machine import facts
+from truemask.masks.formats.parse import parse
+
+EXAMPLE, TOKENS = "causal & window(256)", 4096
+
+
+def doctor(
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Check the backends on the CUDA device, in at most two minutes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what is installed, which backends run here and what keeps the others; test them in a few seconds.
+
+    A report to paste into an issue. Exit code 1 if a backend that runs here computes something wrong.
+    """
+    console = make_console()
+    found = findings()
+    if as_json:
+        plain(console, json.dumps(found, indent=2))
+    else:
+        _show(console, found, backends=not gpu)
+    good = all(one["good"] for one in found["self_test"])
+    if gpu:
+        good &= _gpu(console)
+    if not good:
+        raise typer.Exit(1)
+
+
+def findings() -> dict[str, Any]:
+    """Versions, machine, backends and the self-test, as plain values."""
+    kernel = f"compiled for {isa()}" if not missing() else f"none: {missing()}"
+    named = [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source())]
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return {
+        "facts": dict(named),
+        "backends": [_backends(device, grad) for device in devices for grad in (False, True)],
+        "self_test": [outcome._asdict() for outcome in self_test()],
+    }
+
+
+def _backends(device: str, grad: bool) -> dict[str, Any]:
+    """Of every backend whether it runs an example."""
+    made = plan(parse(EXAMPLE), TOKENS, device=device, grad=grad)
+    return {
+        "device": device,
+        "direction": "forward and backward" if grad else "forward",
+        "chosen": made.backend,
+        "seconds": made.costs,
+        "objections": {name: reasons for name, reasons in made.objections.items() if reasons},
+    }
+
+
+def _show(console: Console, found: dict[str, Any], backends: bool) -> None:
+    _pairs(console, list(found["facts"].items()))
+    for example in found["backends"] if backends else []:
+        plain(console, f"\n{EXAMPLE}, {TOKENS:,} tokens, float32 on {example['device']}, {example['direction']}")
+        for name in (*example["seconds"], *example["objections"]):
+            plain(console, f"  {name:<14}{_says(name, example)}")
+    plain(console, "\nself-test: forward and backward against the reference, with dead rows and a hidden NaN")
+    for one in found["self_test"]:
+        plain(console, f"  {one['backend']:<14}{one['text']}")
+
+
+def _says(name: str, example: dict[str, Any]) -> str:
+    reasons = example["objections"].get(name)
+    if reasons:
+        return f"cannot: {'; '.join(reasons)}"
+    return (
+        f"can, predicted {duration(example['seconds'][name])}{', and is chosen' if name == example['chosen'] else ''}"
+    )
+
+
+def _pairs(console: Console, pairs: list[tuple[str, str]]) -> None:
+    for name, value in pairs:
+        plain(console, f"{name:<16}{value}")
+
+
+def _gpu(console: Console) -> bool:
+    """The report of the CUDA device; whether it is there and every line is as it should be."""
+    if not torch.cuda.is_available():
+        _no_gpu(console)
+        return False
+    _pairs(console, gpu_facts())
+    plain(console, "")
+    good = True
+    for line in report(torch.device("cuda"), CHECKS, LENGTH, SECONDS):
+        plain(console, line.text)
+        good &= line.good
+    return good
+
+
+def _no_gpu(console: Console) -> None:
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    plain(console, f"\nno GPU: torch sees no CUDA device (this torch is built {built}), so nothing was checked.")
+    plain(console, f"With one, in at most two minutes, against the reference in float64 at {LENGTH:,} tokens:")
+    for check in CHECKS:
+        plain(console, f"  {check}")

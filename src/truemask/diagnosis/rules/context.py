@@ -1,0 +1,188 @@
+"""What is diagnosed: a mask, the lengths, what it is meant to be, and the questions that several rules ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from truemask.diagnosis.recognise import recognise
+from truemask.errors import MaskError
+from truemask.masks.compose.boolean import Minus, Not, everything
+from truemask.masks.compose.packed import Packed, Padded, Prepended
+from truemask.masks.compose.per_axis import Select
+from truemask.masks.compose.reindex import At, Take, Transposed
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.verdict import Cell
+from truemask.masks.leaves.bands import causal, local
+from truemask.masks.leaves.documents import Documents, Same
+from truemask.masks.leaves.per_token import Keys, Padding, Queries
+
+LONGER = (2, 50)  # times as long texts that are asked about
+MOST_CELLS = 1 << 22  # of them, where cells have to be looked at
+CELLS = ("dense", "predicate")  # masks that are known by their cells alone
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A mask at some sizes, and what is claimed of it."""
+
+    mask: Mask
+    q_len: int
+    kv_len: int
+    batch: int | None
+    heads: int | None
+    causal: bool | None
+    documents: Mask | None
+    among: Mask | None = None  # the mask of all heads, if this is the one of a head
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Samples and heads, as questions take them."""
+        return {"batch": self.batch, "heads": self.heads}
+
+    def pairs(self, mask: Mask) -> int:
+        """How many pairs a mask lets through, over all samples and heads that differ."""
+        return int(mask.count(self.q_len, self.kv_len, **self._of(mask)).sum())
+
+    def first(self, mask: Mask) -> Cell | None:
+        """A pair that a mask lets through."""
+        return mask._first(*mask._sizes(self.q_len, self.kv_len, *self._of(mask).values()))  # pyright: ignore
+
+    def _of(self, mask: Mask) -> dict[str, int | None]:
+        """The sizes, where the mask does not hold its own."""
+        own = {"batch": mask.batch_size, "heads": mask.head_count}
+        return {name: size if own[name] == 0 else None for name, size in self.sizes.items()}
+
+    def means_the_same(self, other: Mask) -> bool:
+        return bool(self.mask.equivalent(other, self.q_len, self.kv_len, **self._of(self.mask ^ other)))
+
+    def means_the_same_longer(self, other: Mask) -> bool:
+        """Whether that is so of longer texts too, as far as it can be seen; True if there is none to ask about."""
+        for times in LONGER:
+            q_len, kv_len = times * self.q_len + 1, times * self.kv_len + 1
+            try:
+                if q_len * kv_len > MOST_CELLS and self.mask._exact(0, 0, q_len, kv_len) is None:  # pyright: ignore
+                    return True
+                if not self.mask.equivalent(other, q_len, kv_len, **self._of(self.mask ^ other)):
+                    return False
+            except MaskError:  # it holds data for no more
+                return True
+        return True
+
+    @cached_property
+    def kinds(self) -> set[str]:
+        return {part.kind for part in self.mask.walk()}
+
+    @property
+    def counts_alike(self) -> bool:
+        """Whether its parts count rows and keys from the same start."""
+        return reindexed(causal, self.mask) is not None
+
+    def here(self, plain: Mask) -> Mask:
+        """`plain` for the mask's rows and keys; where its parts count them differently, both count from 0."""
+        found = reindexed(plain, self.mask)
+        return plain if found is None else found
+
+    @cached_property
+    def name(self) -> Mask | None:
+        """The expression that its cells are, where it is a tensor or a function."""
+        if self.mask.kind not in CELLS:
+            return None
+        return recognise(self.mask, self.q_len, self.kv_len, **self.sizes)
+
+    @cached_property
+    def order(self) -> Mask:
+        """`causal` for the mask's rows and keys."""
+        return self.here(causal)
+
+    @cached_property
+    def future(self) -> Mask:
+        """What it lets through of later keys."""
+        return self.mask - self.order
+
+    @cached_property
+    def total(self) -> int:
+        return self.pairs(self.mask)
+
+    @cached_property
+    def in_future(self) -> int:
+        return self.pairs(self.future)
+
+    @cached_property
+    def on_diagonal(self) -> int:
+        """Pairs of a query and the key at its own position."""
+        return self.pairs(self.mask & self.here(local(0)))
+
+    @property
+    def one_axis(self) -> bool:
+        """Whether query i and key i are the same token."""
+        return self.q_len == self.kv_len and not self.kinds & {"at", "take", "transposed"}
+
+    def claimed_documents(self) -> Iterator[tuple[Mask, bool]]:
+        """Documents that must not mix, for the mask's rows and keys, and whether the caller says so."""
+        if self.documents is not None:
+            chosen = "select" in self.kinds  # then samples were told of as they are now, not as the mask holds them
+            yield self.documents if chosen else self.here(self.documents), True
+            return
+        yield from ((self.here(part), False) for part in self.mask.walk() if isinstance(part, Documents))
+
+
+def reindexed(plain: Mask, like: Mask) -> Mask | None:
+    """`plain` for the rows and keys of `like`; None where its parts that look at the query are re-indexed differently.
+
+    >>> from truemask.masks.leaves.per_token import prefix
+    >>> reindexed(local(1), (causal | prefix(4)).at(q_start=5) & prefix(9))
+    local(1).at(q_start=5)
+    """
+    if isinstance(like, (At, Take, Select, Prepended)):
+        base = reindexed(plain, like.base)
+        return None if base is None else replace(like, base=base)
+    if isinstance(like, (Packed, Padded, Transposed)):  # what counts from elsewhere within them is nowhere in the row
+        return plain if reindexed(plain, like.base) == plain else None
+    found = {reindexed(plain, child) for child in like.children if child.varies_with_query} or {plain}
+    return found.pop() if len(found) == 1 else None
+
+
+def paddings(mask: Mask) -> Iterator[Mask]:
+    """The parts of an expression that leave tokens out, each for the rows and keys of the whole.
+
+    >>> from truemask.masks.leaves.per_token import keys
+    >>> list(paddings((causal & keys([True, True, False])).packed([3, 3])))
+    [keys([True, True, False]).packed([3, 3])]
+    """
+    match mask:
+        case Keys() | Queries() | Padding() | Same():
+            yield mask
+        case Not():
+            yield from (~part for part in paddings(mask.base))
+        case Minus():
+            yield from (*paddings(mask.left), *paddings(~mask.right))
+        case Padded():
+            yield from (replace(mask, base=part) for part in (everything, *paddings(mask.base)))
+        case Packed() | Select() | Prepended():
+            yield from (replace(mask, base=part) for part in paddings(mask.base))
+        case _:
+            yield from (part for child in mask.children for part in paddings(child))
+
+
+def tokens_held(masks: Iterable[Mask]) -> int | None:
+    """How many tokens the data of masks answer for, as queries and as keys; None if for any number.
+
+    >>> from truemask.masks.leaves.per_token import keys
+    >>> tokens_held([causal, keys([True] * 9)])
+    9
+    """
+    sides = [side for mask in masks for side in (mask, mask.T)]
+    return min((n for side in sides if (n := side._rows_held(0)) is not None), default=None)  # pyright: ignore
+
+
+def at_cell(cell: Cell, mask: Mask) -> str:
+    """A cell in words, with sample and head where the mask varies.
+
+    >>> at_cell(Cell(0, 0, 3, 4), causal)
+    'query 3 and key 4'
+    """
+    axes = (("sample", cell.sample, mask.batch_size), ("head", cell.head, mask.head_count))
+    where = "".join(f" in {name} {place}" for name, place, own in axes if own != 1)
+    return f"query {cell.query} and key {cell.key}{where}"

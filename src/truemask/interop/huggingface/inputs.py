@@ -1,0 +1,109 @@
+"""Hooks on the models in use, which note what a forward is told of positions; they bring `torch._dynamo`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truemask.interop.huggingface.layers import Kept
+from truemask.interop.positions import FORWARD, Told, first_position
+from truemask.interop.scopes import stand, withdraw
+from truemask.nn.validation import warn
+
+WATCH = "_truemask_watch"  # the attribute of a model that is watched
+REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
+
+
+class BeforeForward:
+    """A hook before a model's forward. `in_use` says whether the model is, in the context of a call."""
+
+    def __init__(self, first: int, in_use: Callable[[nn.Module], bool]) -> None:
+        self.first, self.in_use, self.warned = first, in_use, False
+
+    @torch.compiler.disable(recursive=True, reason=REASON)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+        if named is None or not self.in_use(module):  # None: another thread has just taken the hook away
+            return
+        given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
+        positions = given.get("position_ids")
+        told = Told(_two_axes(positions), _length(given.get("past_key_values")), self.first)
+        outermost = FORWARD.begin(module, told)
+        if outermost and self.first and isinstance(positions, Tensor) and not self.warned:
+            self._warn_if_smaller(module, positions, given.get("input_ids"))
+
+    def _warn_if_smaller(self, module: nn.Module, positions: Tensor, ids: object) -> None:
+        """Say it, once, if a token is told a position before the first one."""
+        smaller = positions < self.first
+        pad = getattr(getattr(module, "config", None), "pad_token_id", None)
+        if pad is not None and isinstance(ids, Tensor) and ids.shape[-1:] == positions.shape[-1:]:
+            smaller = smaller & (ids != pad)
+        if positions.is_meta or not bool(smaller.any()):
+            return
+        self.warned = True
+        warn(
+            f"{type(module).__name__} counts the positions of tokens from {self.first} (its padding has the one "
+            f"before), and position_ids hold {int(positions.min())}: every token gets the embedding of another one. "
+            f"Pass position_ids + {self.first}; packing does it with first_position={self.first}"
+        )
+
+
+class AfterForward:
+    """A hook after it."""
+
+    @torch.compiler.disable(recursive=True, reason=REASON)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+        FORWARD.end(module)
+
+
+@lru_cache(maxsize=256)
+def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The arguments of a module's forward, in order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+class Watch:
+    """Hooks on a model, or a part that is one, which note what a forward is told, as long as somebody wants them."""
+
+    def __init__(self, model: nn.Module, first: int, in_use: Callable[[nn.Module], bool]) -> None:
+        before: Any = BeforeForward(first, in_use)
+        self.before = before
+        after: Any = AfterForward()
+        handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+        self.standing, self._handles = 0, Kept(handles)
+
+    def end(self, model: nn.Module) -> None:
+        """One of those who want them does no more; with the last one they go."""
+        if withdraw(model, WATCH, self):
+            for handle in self._handles.value or ():
+                handle.remove()
+
+
+def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]) -> Callable[[], None]:
+    """Watch a part of a model, or the model; what is returned ends that."""
+    first = first_position(model)
+    watching = stand(part, WATCH, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use))
+    watching.before.warned = False  # each use may say it once
+    return partial(watching.end, part)
+
+
+def _two_axes(positions: object) -> Tensor | None:
+    """position_ids `[b or 1, q]`; of those that have several rows for a token, the one of text, if it is there."""
+    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.is_meta:
+        return None
+    if positions.ndim == 3 and positions.shape[0] == 4:  # text, time, height, width
+        return positions[0]
+    return positions if positions.ndim == 2 else positions[None] if positions.ndim == 1 else None
+
+
+def _length(cache: Any) -> int | None:
+    """The keys that a cache holds; None without one, and where only its tensors know."""
+    length = getattr(cache, "get_seq_length", lambda: None)()
+    return length if isinstance(length, int) else None

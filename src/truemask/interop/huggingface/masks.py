@@ -1,0 +1,365 @@
+"""What a transformers model claims about one forward: its mask as an expression, and where rows and keys stand.
+
+The mask function makes a `Claim`; transformers carries it to every attention layer without looking inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace as changed
+from functools import cached_property, reduce
+from operator import and_
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from truemask.errors import MaskError
+from truemask.interop.huggingface.layers import Layer
+from truemask.interop.huggingface.mask_functions import Lifted, Packing, alike
+from truemask.interop.huggingface.mask_placeholder import StandIn
+from truemask.interop.huggingface.placement import Sizes, Standing, standing, standing_of_tensor
+from truemask.interop.positions import Told
+from truemask.masks.compose.boolean import And, everything
+from truemask.masks.compose.packed import Packed
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.bands import causal
+from truemask.masks.leaves.documents import documents
+from truemask.masks.leaves.per_token import Padding, keys, padding
+from truemask.nn.validation import warn
+
+LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
+OF_ROWS = (*LAID_OUT, "same", "keys", "queries", "dense")
+ROOM = 256  # data of tokens reaches up to a multiple of this, so that a step of generation does not change the mask
+APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
+
+
+def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
+    """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
+
+    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
+
+    >>> from truemask.masks.leaves.bands import causal
+    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
+    (True, False)
+    """
+    parts = list(mask.walk())
+    if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
+        return True
+    return packed and any(part.kind in OF_ROWS for part in parts)
+
+
+class Claim(StandIn):
+    """The model's own mask for one forward, over absolute positions.
+
+    `rule`: what it says of positions, or a function that finds it out: transformers makes masks for kinds of layers
+    that a model does not have. `real [b, n]`: which of the first n positions are tokens and not padding, or None. Row i
+    of the call is position `q_start + i`, key j is `k_start + j`. `placed`: rows and keys count on one axis.
+    `visible [b or 1, k]`, where the rule is a tensor about the rows of the call: the keys that some row sees.
+    It looks like the bool tensor `[b, 1, q, k]` that it stands for, as far as transformers looks.
+    """
+
+    ndim, dtype = 4, torch.bool
+
+    def __init__(
+        self,
+        rule: Lifted | Callable[[], Lifted],
+        sizes: tuple[int, int, int],
+        starts: tuple[int, int] = (0, 0),
+        *,
+        real: Tensor | None = None,
+        bias: Tensor | None = None,
+        placed: bool = True,
+        visible: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._made, self.bias, self._same_axis = rule, bias, placed
+        self.batch, self.q_len, self.k_len = sizes
+        self.q_start, self.k_start = starts
+        self.device = torch.device(device)
+        self._real, self._visible, self._warned = real, visible, False
+        self._told: Told | None = None
+        self._masks: dict[tuple[Mask | None, bool], Mask] = {}
+        self._readers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
+
+    # -- as transformers sees it -------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[b, 1, q, k]`."""
+        return torch.Size((self.batch, 1, self.q_len, self.k_len))
+
+    def contiguous(self) -> Claim:
+        """Itself: `generate` asks for it with a static cache."""
+        return self
+
+    def to(self, *_: object, **__: object) -> Claim:
+        """Itself: `attend` brings a mask to the device of its tensors."""
+        return self
+
+    # -- as our attention reads it -----------------------------------------------------------------------------------
+
+    @cached_property
+    def lifted(self) -> Lifted:
+        """What the model says of positions."""
+        return self._made if isinstance(self._made, Lifted) else self._made()
+
+    @property
+    def packing(self) -> Packing | None:
+        """The documents that it keeps apart."""
+        return self.lifted.packing
+
+    def read_by(self, module: nn.Module) -> bool:
+        """Whether a layer has read it already."""
+        return module in self._readers
+
+    def note(self, module: nn.Module, layer: Layer) -> None:
+        """Note that a layer reads it. Raises MaskError if it did under another mask: gradients would be wrong."""
+        before = self._readers.setdefault(module, layer)
+        if before is not layer and (before.mask, before.replace) != (layer.mask, layer.replace):
+            raise MaskError(
+                f"`{layer.path}` is recomputed for `backward` inside another `tm.use`, under `{layer.mask}`, but it "
+                f"ran under `{before.mask}`: call `backward` inside the block in which the forward ran, or checkpoint "
+                "by torch.utils.checkpoint"
+            )
+
+    @property
+    def keys_written(self) -> int:
+        """How many of the keys exist by now: a static cache has room for more behind the last query."""
+        stop = self.q_start + self.q_len if self.lifted.looks_back else self.k_start + self.k_len
+        return min(self.k_len, stop - self.k_start)
+
+    def tell(self, told: Told) -> None:
+        """What the forward was told of positions; what was told first counts."""
+        if self._told is None:
+            self._told = told
+
+    @cached_property
+    def standing(self) -> Standing:
+        """Where the rows and keys stand, by all that tells of it."""
+        told = self._told or Told()
+        sizes = Sizes(self.q_len, self.k_len, self.q_start, self.k_start, self._placed_rows)
+        if self._visible is not None:
+            return standing_of_tensor(sizes, self._visible, told)
+        if self.packing is not None:
+            return Standing(self.q_start, self.k_start, self._real)
+        return standing(sizes, self._real, told)
+
+    def mask(self, users: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
+        """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
+
+        Padding and documents are facts about the batch: they stay, unless the user's mask says which documents there
+        are. `position_ids`, if the layer was given them, then say where in its document a token stands.
+        """
+        if (users, replace) not in self._masks:
+            self._check_samples(users)
+            own = [] if replace and users is not None else [self._rule_beside(users, position_ids)]
+            asked = [] if users is None else [self._placed(users)]
+            if replace and users is not None and self.k_start:
+                self._check_kept(users, _all([*asked, self._padding[0]]))
+            self._masks[users, replace] = self._in_call(own, asked, users)
+        return self._masks[users, replace]
+
+    def own_beside(self, users: Mask, position_ids: object) -> tuple[Mask, int]:
+        """The model's own rule, and the number of positions that it and a mask are about in this call."""
+        if self._visible is not None or self.standing.problem:  # a tensor is the caller's; positions are not known
+            return everything, 0
+        if lies_in_rows(users, packed=self.packing is not None):
+            return self._rule_beside(users, position_ids), self._stop
+        if self.packing is not None:
+            return self.lifted.bare, int(self.packing.positions.max()) + 1
+        known = self._padding[1]
+        return self.lifted.bare, self._stop if known is None else int(known[..., : self._stop].max()) + 1
+
+    def _in_call(self, own: list[Mask], asked: list[Mask], users: Mask | None) -> Mask:
+        """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
+        starts = self.q_start, self.k_start
+        stand = starts if users is None else self.standing[:2]
+        if users is not None and self.standing.as_they_lie(users):
+            terms = [_at(_all([*own, self._padding[0]]), starts), *asked]
+        elif stand == starts:
+            terms = [_at(_all([*own, *asked, self._padding[0]]), starts)]
+        else:
+            terms = [_at(_all(own), starts), _at(_all([*asked, self._padding[0]]), stand)]
+        return _all(terms)
+
+    def _rule_beside(self, users: Mask | None, position_ids: object) -> Mask:
+        """The model's own rule; beside a mask that says which documents there are, at the positions inside of them.
+
+        Rows of documents stand in order, and so do those of a tree: causality alone can count rows.
+        """
+        kinds = set() if users is None else {part.kind for part in users.walk()}
+        if kinds.isdisjoint(LAID_OUT) or self._real is not None or self.q_len != self.k_len:
+            return self.lifted.mask
+        bare = self.lifted.bare
+        if bare in (causal, everything):
+            return bare
+        terms = users.terms if isinstance(users, And) else (users,)
+        packed = next((term for term in terms if isinstance(term, Packed)), None)
+        if packed is not None:
+            return changed(packed, base=bare)
+        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == self.q_len:
+            places = alike(position_ids)
+            return bare.take(q=places, k=places)
+        if "tree" in kinds:
+            raise MaskError(
+                f"the model's own rule `{bare}` counts positions, and on the paths of `tree` these are not the rows: "
+                "pass position_ids (`positions` of pack_tree)"
+            )
+        return self.lifted.mask
+
+    def cross_mask(self, users: Mask | None, rows: Claim | None, replace: bool = False) -> Mask:
+        """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""
+        self._check_samples(users)
+        own = [] if replace and users is not None else [self.lifted.mask]
+        if users is None:
+            return _all([*own, self._padding[0]])
+        if users.varies_with_query and rows is None:
+            raise MaskError(
+                f"`{users}` for cross-attention asks which position a query has, and this model does not say: use a "
+                "mask of keys alone (`keys(...)`, `prefix(...)`)"
+            )
+        if users.varies_with_query and rows is not None and rows.standing.problem:
+            raise MaskError(f"{rows.standing.problem}, and `{users}` for cross-attention asks which position a row has")
+        q = None if rows is None else rows._positions_of_rows()
+        k = self._positions_for(users)
+        taken = users if q is None and k is None else users.take(q=q, k=k)
+        return _all([*own, taken, self._padding[0]])
+
+    def warn_of_documents(self, users: Mask | None) -> None:
+        """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
+        if self._warned or self._told is None or self._told.positions is None or self.packing is not None:
+            return
+        if users is not None and any(part.kind in APART for part in users.walk()):
+            return
+        self._warned = True
+        if self.standing.restarts and not (self._visible is not None and self._parted()):
+            warn(
+                "position_ids restart as for packed documents, but the documents see each other: transformers keeps "
+                "them apart only without attention_mask and cache (pass use_cache=False), and some models, GPT-OSS "
+                "among them, not even then. `mask.packed(lengths)` does"
+            )
+
+    def _parted(self) -> bool:
+        """Whether a mask that is a tensor hides anything of an earlier document."""
+        ids = (alike(self.standing.taken).diff(dim=-1) < 0) if self.standing.taken is not None else None
+        if ids is None:
+            return False
+        numbers = torch.nn.functional.pad(ids.long().cumsum(-1), (1, 0))
+        across = causal & ~documents(ids=numbers) & ~self.lifted.mask
+        sizes = {"batch": self.batch, "heads": across.head_count}
+        return bool(across.count(self.q_len, self.k_len, **sizes).any())
+
+    def _check_samples(self, users: Mask | None) -> None:
+        held = 1 if users is None else users.batch_size
+        if held <= 1 or held == self.batch:
+            return
+        each, rest = divmod(self.batch, held)
+        rows = [sample for sample in range(held) for _ in range(each)]
+        way = "" if rest else f", and for beams side by side `mask.select(samples={rows})`"
+        raise MaskError(
+            f"`{users}` speaks of {held} samples, but the batch has {self.batch} rows: give it an entry for each{way}"
+        )
+
+    def _check_kept(self, users: Mask, mask: Mask) -> None:
+        """Raise if the mask sees keys that a sliding cache has given up, as the model's own window allowed it to."""
+        heads = users.head_count or 1
+        if bool(mask.at(q_start=self.q_start).count(self.q_len, self.k_start, batch=self.batch, heads=heads).any()):
+            raise MaskError(
+                f"`{users}` takes the place of the model's window and sees keys before position {self.k_start}, which "
+                "the sliding cache has given up: pass a cache that keeps all, `past_key_values=DynamicCache()`"
+            )
+
+    def _positions_of_rows(self) -> Tensor:
+        """Logical positions of the rows, `[q]` or `[b, q]`."""
+        start = self.standing.q_start
+        known, stop = self._padding[1], start + self.q_len
+        return torch.arange(start, stop) if known is None else known[..., start:stop]
+
+    def _placed(self, users: Mask) -> Mask:
+        """The user's mask at logical positions: a sample means the same alone, padded and packed (law 2).
+
+        A mask that says itself how the rows are packed or padded is about the rows as they lie.
+        """
+        stand = self.standing
+        if stand.behind and any(part.kind in LAID_OUT for part in users.walk()):
+            return users
+        if refusal := stand.refusal(users, Sizes(self.q_len, self.k_len)):
+            raise MaskError(refusal)
+        if stand.as_they_lie(users):
+            return users
+        if self.packing is not None:
+            return users if lies_in_rows(users, packed=True) else self.packing.of(users)
+        starts = self._padding[2]
+        if lies_in_rows(users, packed=stand.taken is not None):
+            return users
+        if stand.taken is not None:
+            return users.take(q=alike(stand.taken), k=alike(stand.taken))
+        if starts is not None:
+            return users.padded(starts)
+        positions = self._positions_for(users)
+        return users if positions is None else users.take(q=positions, k=positions)
+
+    def _positions_for(self, users: Mask) -> Tensor | None:
+        """Logical positions where pads move them, as far as `users` has data: at least up to the last key."""
+        positions = self._padding[1]
+        if positions is None or _answers_for(users, int(positions.max()) + 1):
+            return positions
+        return positions[..., : self._stop]
+
+    @property
+    def _placed_rows(self) -> bool:
+        """Whether rows and keys are the same tokens: the last row and the last key are one, or the rule looks back."""
+        ends = self.q_start + self.q_len == self.k_start + self.k_len
+        return self._same_axis and (ends or self.lifted.looks_back)
+
+    @property
+    def _stop(self) -> int:
+        """Behind the last key that is written."""
+        return self.k_start + self.keys_written
+
+    @cached_property
+    def _padding(self) -> tuple[Mask, Tensor | None, list[int] | None]:
+        """The real keys, logical positions where pads move them, and how many pads stand before each sample.
+
+        A token's position is the number of real tokens before it, and counts on behind the last key. `starts` are known
+        if pads stand nowhere else but before and behind.
+        """
+        real = self._real if self._visible is None else self.standing.real
+        if real is None:
+            return everything, None, None
+        stop = self._stop
+        real = torch.nn.functional.pad(real, (0, max(0, stop - real.shape[1])))[:, :stop].cpu()
+        if bool(real.all()):
+            return everything, None, None
+        totals, first = real.sum(1), real.int().argmax(1)
+        first = torch.where(totals > 0, first, stop)
+        last = stop - real.flip(1).int().argmax(1)
+        solid = bool(((last - first == totals) | (totals == 0)).all())
+        only_left = solid and bool((first + totals == stop).all())
+        starts = (first[:1] if bool((first == first[0]).all()) else first).tolist()
+        real = torch.nn.functional.pad(real, (0, -stop % ROOM), value=True)
+        seen = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
+        positions = alike((real.long().cumsum(1) - 1).clamp(min=0))
+        if solid:
+            return seen, positions if any(starts) else None, starts if any(starts) else None
+        return seen, positions, None
+
+
+def _answers_for(mask: Mask, length: int) -> bool:
+    """Whether a mask has data for so many positions."""
+    try:
+        mask.check(length, length)
+    except MaskError:
+        return False
+    return True
+
+
+def _at(mask: Mask, starts: tuple[int, ...]) -> Mask:
+    return mask.at(q_start=starts[0], k_start=starts[1])
+
+
+def _all(masks: list[Mask]) -> Mask:
+    """The conjunction, without terms that say nothing."""
+    said = [mask for mask in masks if mask != everything]
+    return reduce(and_, said) if said else everything

@@ -1,0 +1,70 @@
+"""Claims that come as 4-D tensors, and what a thread read last."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truemask.errors import MaskError, describe
+from truemask.interop.huggingface.mask_functions import Lifted
+from truemask.interop.huggingface.masks import Claim
+from truemask.masks.compose.boolean import everything
+from truemask.masks.foreign.importers import from_torch_sdpa
+
+
+class Place(threading.local):
+    """What this thread read last: cross-attention follows a self-attention, and layers share a 4-D tensor."""
+
+    rows: tuple[Any, Claim] | None = None
+    tensor: tuple[Any, int, Claim] | None = None
+
+
+PLACE = Place()
+
+
+def of_tensor(mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> Claim:
+    """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
+
+    Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias. The layers
+    of one forward share it; a layer that reads the tensor again begins another forward, in which it may be changed.
+    """
+    batch, q_len, k_len = sizes
+    shape = tuple(mask.shape)
+    if len(shape) != 4 or any(own not in (1, size) for own, size in zip((shape[0], *shape[2:]), sizes, strict=True)):
+        raise MaskError(
+            f"the attention_mask that reached the attention is {describe(mask)}, but the call has {batch} samples, "
+            f"{q_len} queries and {k_len} keys: a 4-D one is [{batch}, 1, {q_len}, {k_len}]"
+        )
+    if mask.is_inference() or mask.requires_grad:
+        return _read(mask, sizes)
+    if PLACE.tensor is not None:
+        known, version, claim = PLACE.tensor
+        same = known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len)
+        if same and not claim.read_by(reader):
+            return claim
+    claim = _read(mask, sizes)
+    PLACE.tensor = weakref.ref(mask), mask._version, claim
+    return claim
+
+
+def _read(mask: Tensor, sizes: tuple[int, int, int]) -> Claim:
+    placed = sizes[1] == sizes[2]
+    if mask.is_meta:  # shapes are all there is to compute
+        return Claim(Lifted(everything), sizes, placed=placed, device=mask.device)
+    if not mask.is_floating_point():
+        rule = from_torch_sdpa(mask)
+        return Claim(Lifted(rule), sizes, placed=placed, visible=_seen(mask), device=mask.device)
+    visible = mask.detach() > torch.finfo(mask.dtype).min / 2
+    rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
+    added = torch.where(visible, mask, 0)
+    bias = added if mask.requires_grad or bool((added != 0).any()) else None
+    return Claim(Lifted(rule), sizes, bias=bias, placed=placed, visible=_seen(visible), device=mask.device)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """`[b or 1, k]`: the keys that some row of some head sees."""
+    return mask.detach().bool().any(dim=2).any(dim=1).cpu()

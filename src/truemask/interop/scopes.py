@@ -1,0 +1,217 @@
+"""Which use of a model holds where code runs: a `tm.use` in its own context, a `tm.enable` everywhere.
+
+A context is Python's (`contextvars`): a thread has its own, and so has a task of asyncio, which begins with a copy of
+the one that made it. Nothing here says what a use changes; `Seat` only says which of several values counts here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from itertools import count
+from threading import Lock
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from truemask.errors import MaskError
+from truemask.interop.checkpointing import Checkpoints, checkpoints, in_backward
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Standing")
+REPLICATE = "_replicate_for_data_parallel"  # what DataParallel asks of each module
+
+USES: ContextVar[tuple[int, ...]] = ContextVar("truemask_uses", default=())  # by number, the innermost last
+NUMBERS = count(1)
+LASTING: WeakValueDictionary[int, Hold] = WeakValueDictionary()
+
+
+# -- one use -----------------------------------------------------------------------------------------------------------
+
+
+class Hold:
+    """One use of a model, from its entry on. `stop` ends it; what it changed in the model is given back a little later.
+
+    That is when no graph is left that may recompute what ran in it: such a graph holds the hold.
+    """
+
+    def __init__(self, everywhere: bool) -> None:
+        self.number, self.everywhere = next(NUMBERS), everywhere
+        self._seats: list[Seat[Any]] = []
+        self._ends: list[Callable[[], object]] = []
+        LASTING[self.number] = self
+        if not everywhere:
+            USES.set((*_lasting(), self.number))
+
+    def __del__(self) -> None:
+        WAITING.extend(reversed(self._ends))
+        _settle()
+
+    def change(self, do: Callable[[], Callable[[], object]]) -> None:
+        """Change something that uses share; what `do` returns takes it back."""
+        with guarded():
+            self._ends.append(do())
+
+    def sit(self, seat: Seat[T], value: T, *, held: bool = True) -> None:
+        """From now on this use's value counts in its context. `held`: who remembers the value holds the use."""
+        seat.take(self.number, Said(value, self if held else None), self.everywhere)
+        self._seats.append(seat)
+
+    def stop(self) -> None:
+        """The end of the use, in whatever context; nothing if that is done."""
+        with guarded():
+            while self._seats:
+                self._seats.pop().leave(self.number)
+        LASTING.pop(self.number, None)
+        USES.set(_lasting())
+
+
+def _lasting() -> tuple[int, ...]:
+    return tuple(number for number in USES.get() if number in LASTING)
+
+
+# -- what several uses share -------------------------------------------------------------------------------------------
+
+LOCK = Lock()
+WAITING: deque[Callable[[], object]] = deque()  # ends of uses, which may come to pass while garbage is collected
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Alone with what uses share."""
+    with LOCK:
+        yield
+    _settle()
+
+
+def _settle() -> None:
+    while WAITING and LOCK.acquire(blocking=False):
+        try:
+            while WAITING:
+                WAITING.popleft()()
+        finally:
+            LOCK.release()
+
+
+# -- which value counts ------------------------------------------------------------------------------------------------
+
+
+class Said(NamedTuple, Generic[T]):
+    """What a use says, and the use itself, which lasts as long as somebody remembers this."""
+
+    value: T
+    hold: Hold | None
+
+
+class Seat(Generic[T]):
+    """What several uses say about one thing. A copy keeps to them; a pickle keeps what counted where it was made."""
+
+    def __init__(self, always: T | None = None) -> None:
+        self.always = always
+        self._for_good = None if always is None else Said(always, None)
+        self._said: dict[int, Said[T]] = {}
+        self._everywhere: tuple[int, ...] = ()
+
+    def take(self, number: int, said: Said[T], everywhere: bool) -> None:
+        self._said[number] = said
+        if everywhere:
+            self._everywhere += (number,)
+
+    def leave(self, number: int) -> None:
+        self._said.pop(number, None)
+        self._everywhere = tuple(other for other in self._everywhere if other != number)
+
+    def here(self) -> T | None:
+        """The value that counts in this context, or did in the forward that is recomputed; None if no use holds."""
+        found = self.said()
+        return None if found is None else found.value
+
+    def said(self, around: Checkpoints | None = None) -> Said[T] | None:
+        """The same, with the use that says it."""
+        around = checkpoints() if around is None else around
+        found = around.as_in_forward(self, self.now)
+        if found is None and around.recomputed is None and self._said and in_backward():
+            raise MaskError(
+                "a layer of a model in use runs inside `backward`, outside any block, and not by "
+                "torch.utils.checkpoint, so under which mask its forward ran cannot be told: call `backward` inside "
+                "the block, or checkpoint by torch.utils.checkpoint"
+            )
+        return found
+
+    def now(self) -> Said[T] | None:
+        """The value that counts in this context, with the use that says it."""
+        for number in (*reversed(USES.get()), *reversed(self._everywhere)):
+            if number in LASTING and (said := self._said.get(number)) is not None:
+                return said
+        return self._for_good
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Seat[T]:
+        twin = Seat(self.always)
+        twin._said = {number: Said(said.value, None) for number, said in dict(self._said).items()}
+        twin._everywhere = self._everywhere
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        found = self.now()
+        return Seat, (None if found is None else found.value,)
+
+
+# -- what stands on a module -------------------------------------------------------------------------------------------
+
+
+class Standing(Protocol):
+    """What stands on a module as long as somebody wants it there."""
+
+    standing: int
+
+
+def stand(module: nn.Module, name: str, fits: Callable[[Any], bool], make: Callable[[], S]) -> S:
+    """Something in an attribute of a module, made by the first of the uses that want it there; `standing` counts them.
+
+    One that a copy or a pickle came with stays, if it fits.
+    """
+    standing: Any = vars(module).get(name)
+    if not fits(standing):
+        standing = vars(module)[name] = make()
+        standing.standing = 0
+    standing.standing += 1
+    return standing
+
+
+def withdraw(module: nn.Module, name: str, standing: Standing) -> bool:
+    """The end of what `stand` began; whether that was the last, so that nothing stands there any more."""
+    standing.standing -= 1
+    last = not standing.standing and vars(module).get(name) is standing
+    if last:
+        del vars(module)[name]
+    return last
+
+
+def under(uses: tuple[int, ...], function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """A call in this thread, under the uses of another one."""
+    token = USES.set(uses)
+    try:
+        return function(*args, **named)
+    finally:
+        USES.reset(token)
+
+
+class Replicas:
+    """Takes the place of a model's `_replicate_for_data_parallel`: replicas run in threads of their own.
+
+    Theirs are the uses of the thread that made them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.standing = model, 0
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = getattr(type(self.model), REPLICATE)(self.model)
+        vars(replica).pop(REPLICATE, None)
+        forward = vars(replica).get("forward") or partial(type(replica).forward, replica)
+        vars(replica)["forward"] = partial(under, USES.get(), forward)
+        return replica

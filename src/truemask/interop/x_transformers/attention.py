@@ -1,0 +1,351 @@
+"""x-transformers' `Attention` and `Attend` while in use: the call read, and run by `attend` or on their own path."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from truemask.attention.attend import attend
+from truemask.errors import MaskError, PlanError
+from truemask.interop.checkpointing import checkpoints
+from truemask.interop.removed_pairs import warn_of_dropped
+from truemask.interop.scopes import Said, Seat
+from truemask.interop.x_transformers.inputs import Frame, Input, StandIn, arguments, known_positions, put
+from truemask.interop.x_transformers.masks import Place, both, claimed, expression, from_flags, from_matrix
+from truemask.masks.compose.boolean import everything
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.matrices import dense
+
+
+@dataclass(eq=False)
+class Use:
+    """One layer's part in one use of a model."""
+
+    mask: Mask | None
+    replace: bool
+    number: int = 0  # of the use of the model
+    path: str = ""  # of the layer
+    backend: str | None = None  # that the use names
+
+
+@dataclass(frozen=True, eq=False)
+class Note:
+    """What `Attention` knows of a call and `Attend` is not given."""
+
+    said: Said[Use]
+    place: Place
+    max_attend_past: int | None
+    attn_mask: Tensor | None
+    own_path: bool  # whether `attend` cannot compute it
+
+    @property
+    def use(self) -> Use:
+        return self.said.value
+
+
+CALL: ContextVar[tuple[Seat[Use], Note] | None] = ContextVar("truemask_call", default=None)  # that attention is in
+
+
+class AttentionForward(StandIn):
+    """Stands in for `Attention.forward`: takes masks out of its arguments; `AttendForward` says them as expressions."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.frame = Frame()
+        self.seat: Seat[Use] = Seat()
+        self._bare: Any = None  # the module without `max_attend_past`, which the expression says
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        said, frame = self._here()
+        if said is None:
+            return self.original(*args, **named)
+        use, given = said.value, arguments(self.module, args, named)
+        objections = objections_to(self.module, given)
+        plain = use.mask is None and use.backend is None and self.module.max_attend_past is None
+        if objections and plain:
+            return self.original(**given)
+        return self._read(given, said, frame, objections)
+
+    @torch.compiler.disable(recursive=True)
+    def _here(self) -> tuple[Said[Use] | None, Input]:
+        """The use that holds in this context, and what the stack runs on; or in the forward that is recomputed."""
+        around = checkpoints()
+        return self.seat.said(around), self.frame.here(around)
+
+    @torch.compiler.disable(recursive=False)
+    def _read(self, given: dict[str, Any], said: Said[Use], frame: Input, objections: list[str]) -> Any:
+        """The call without its masks, which the note holds meanwhile."""
+        masked = said.value.mask is not None
+        place = self._place(given, frame, masked)
+        note = Note(said, place, self.module.max_attend_past, given.pop("attn_mask", None), bool(objections))
+        if masked and frame.only_starts and not place.cross:
+            given.pop("context_mask", None)  # left padding, which the expression says
+        before = put(CALL, (self.seat, note))
+        try:
+            out = self._run(given, said.value)
+        finally:
+            put(CALL, before)
+        if given.get("return_intermediates"):
+            out[1].truemask_front = registers_of(given.get("cache"), frame)
+        return out
+
+    def _run(self, given: dict[str, Any], use: Use) -> Any:
+        """The forward as it was, on a module without `max_attend_past`: other threads may want it."""
+        if self.module.max_attend_past is None:
+            return self.original(**given)
+        if self.previous is not None:
+            if use.replace:
+                raise MaskError(
+                    "replace=True cannot take the place of attn_max_attend_past in an `Attention` whose forward "
+                    "somebody else has replaced: put the model to use before"
+                )
+            return self.original(**given)
+        bare = self._bare = self._bare or self.module.__new__(type(self.module))
+        vars(bare).update({**vars(self.module), "max_attend_past": None})
+        return type(self.module).forward(bare, **given)
+
+    @torch.compiler.disable(recursive=True)
+    def _place(self, given: dict[str, Any], frame: Input, masked: bool) -> Place:
+        """All of the place but its rows and keys, which `Attend` sees."""
+        module, memory = self.module, given.get("mem")
+        added = given.get("additional_key_values")
+        extra = module.num_mem_kv + (0 if added is None else added[0].shape[-2])
+        front = max(0, registers_of(given.get("cache"), frame) - frame.dropped)
+        if given.get("context") is not None:
+            return Place(0, 0, extra, 0 if frame.cached else front, token=max(0, frame.cached - front), cross=True)
+        if masked:
+            known_positions(frame, memory is not None)
+        return Place(0, 0, extra, front, frame.back, frame.starts)
+
+
+class AttendForward(StandIn):
+    """Stands in for `Attend.forward`: the call on truemask's backends, or on its own path under a dense mask."""
+
+    def __init__(self, module: Any, owner: AttentionForward) -> None:
+        super().__init__(module)
+        self.owner = owner
+
+    @torch.compiler.disable(recursive=True)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **named: Any) -> tuple[Tensor, Any]:
+        note = self._note()
+        if note is None:
+            return self.original(q, k, v, mask=mask, **named)
+        place = replace(note.place, rows=q.shape[-2], keys=k.shape[-2])
+        call = Call(self.module, q, k, v, mask, named, note, place)
+        own = partial(self._own_path, call)
+        if note.own_path:
+            if note.use.backend is not None:
+                raise PlanError(
+                    f"backend={note.use.backend!r}: this layer computes what `attend` cannot, on x-transformers' own "
+                    "path; use the model without backend="
+                )
+            return own()
+        out = on_backends(self.module, q, k, v, call.expression, named.get("attn_bias"), note.use.backend)
+        if self.module.flash:
+            return out, intermediates_of(self.module)
+        return out, Maps(own)
+
+    def _note(self) -> Note | None:
+        """What `Attention` says of this call, or said in the forward that is recomputed without it."""
+        call = CALL.get()
+        own = call[1] if call is not None and call[0] is self.owner.seat else None
+        return checkpoints().as_in_forward(self, lambda: own)
+
+    def _own_path(self, call: Call) -> tuple[Tensor, Any]:
+        named = {**call.named, "causal": call.causal and not call.note.use.replace}
+        return self.original(call.q, call.k, call.v, mask=call.matrix, **named)
+
+
+@dataclass
+class Call:
+    """One call of `Attend`, with what its mask comes to."""
+
+    module: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    named: dict[str, Any]
+    note: Note
+    place: Place
+
+    @property
+    def causal(self) -> bool:
+        """Whether x-transformers would be causal here: its flash path does not hear of the call's own `causal`."""
+        asked = self.named.get("causal")
+        deaf = self.module.flash and self.named.get("attn_delta") is None
+        return self.module.causal if deaf or asked is None else asked
+
+    @cached_property
+    def expression(self) -> Mask:
+        note, place = self.note, self.place
+        own = everything if note.use.replace else claimed(self.causal, note.max_attend_past)
+        if not place.cross and own != everything:
+            use, length = note.use, place.keys - place.extra - place.front - place.back
+            warn_of_dropped(use.number, use.path, use.mask, own, length, self.q.shape[0], self.q.shape[1])
+        flags = self.mask
+        whole = flags is not None and flags.ndim == 4 and flags.shape[-2] > 1  # where `max_attend_past` is in it
+        given = dense(flags) if whole else from_flags(flags, place)
+        matrix = from_matrix(note.attn_mask, self.q.shape[1], place)
+        return both(expression(own, note.use.mask, place), given, matrix)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The expression as bool `[b or 1, h or 1, rows, keys]`."""
+        samples, heads, rows, _ = self.q.shape
+        mask = self.expression
+        mask.check(rows, self.place.keys, batch=samples, heads=heads)
+        return mask.to_dense(rows, self.place.keys, batch=samples, heads=heads).to(self.q.device)
+
+
+class Maps:
+    """The `Intermediates` of a call on the backends: its attention maps are computed when somebody looks at them."""
+
+    def __init__(self, compute: Callable[[], tuple[Tensor, Any]]) -> None:
+        self._compute = compute
+        self.values: Tensor | None = None
+        self.cached_kv: tuple[Tensor, Tensor] | None = None
+        self.layer_type: str | None = None
+        self.hybrid_hidden: Tensor | None = None
+        self.log_probs: Tensor | None = None
+
+    @cached_property
+    def _maps(self) -> Any:
+        return self._compute()[1]
+
+    @property
+    def qk_similarities(self) -> Tensor | None:
+        return self._maps.qk_similarities
+
+    @property
+    def pre_softmax_attn(self) -> Tensor | None:
+        return self._maps.pre_softmax_attn
+
+    @property
+    def post_softmax_attn(self) -> Tensor | None:
+        return self._maps.post_softmax_attn
+
+    def to_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn
+
+
+def intermediates_of(module: Any) -> Any:
+    """An empty `Intermediates` of the library that the module comes from, as its flash path returns."""
+    own = next(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "x_transformers")
+    return sys.modules[own.__module__].Intermediates()
+
+
+def registers_of(cache: Any, frame: Input) -> int:
+    """How many registers begin the sequence: as many as when the cache began, whatever this call was given."""
+    return getattr(cache, "truemask_front", frame.front)
+
+
+@torch.compiler.disable(recursive=True)
+def objections_to(module: Any, given: dict[str, Any]) -> list[str]:
+    """What `attend` cannot compute of an `Attention`, in x-transformers' words."""
+    core = module.attend
+    sinks = core.head_learned_sink or core.add_zero_kv
+    biased = module.data_dependent_alibi is not None or module.rel_proj_pos_bias is not None
+    biased = biased or any(given.get(name) is not None for name in ("rel_pos", "attn_bias"))
+    heads = ("pre_softmax_talking_heads", "post_softmax_talking_heads", "pre_scale_post_talking_heads")
+    found = {
+        "talking heads": any(getattr(core, name) is not None for name in heads),
+        "attention weights that are no softmax": not is_softmax(core.attn_fn),
+        "inverted_attention": core.inverted_attention,
+        "cog_signed": core.cog_signed,
+        "selective": core.selective,
+        "use_cope": core.cope is not None,
+        "flash_pack_seq": core.flash_pack_seq,
+        "residual_attn": given.get("prev_attn") is not None,
+        "attn_delta": given.get("attn_delta") is not None,
+        "softclamp_logits with a bias": core.softclamp_logits and biased,
+        "l2_distance with sinks or softclamp_logits": core.l2_distance and (sinks or core.softclamp_logits),
+        "dropout of everything": core.training and dropout_of(core) >= 1,
+    }
+    return [name for name, true in found.items() if true]
+
+
+def is_softmax(function: Any) -> bool:
+    """Whether an `attn_fn` is softmax over the keys."""
+    return isinstance(function, partial) and function.func is F.softmax and function.keywords.get("dim") == -1
+
+
+def dropout_of(core: Any) -> float:
+    return core.dropout if core.flash else core.attn_dropout.p
+
+
+def on_backends(
+    core: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, backend: str | None = None
+) -> Tensor:
+    """`Attend` by `attend`: `[b, h, q, dv]`. Query head h reads key head h % kv_heads there, h // group here."""
+    heads, groups = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if core.scale is None else float(core.scale)
+    sinks = sinks_of(core, q)
+    if core.l2_distance:  # -|q - k|^2 without |q|^2, which is the same for all keys of a row
+        q, k = torch.cat((2 * q, -torch.ones_like(q[..., :1])), -1), torch.cat((k, k.square().sum(-1, True)), -1)
+    interleaved = 1 < groups < heads
+    if interleaved:
+        order = torch.arange(heads).view(-1, groups).T.flatten()
+        q = q.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1, 2)
+        mask = mask if mask.head_count == 1 else mask.select(heads=order)
+        sinks = sinks if sinks is None else sinks[order]
+        bias = bias[..., order, :, :] if bias is not None and bias.ndim > 2 and bias.shape[-3] > 1 else bias
+    out = attend(
+        q,
+        k,
+        v,
+        mask,
+        bias=bias,
+        scale=scale,
+        softcap=core.logit_softclamp_value if core.softclamp_logits else None,
+        sink_logits=sinks,
+        dropout=dropout_of(core) if core.training else 0.0,
+        backend=backend,
+    )
+    return out.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2) if interleaved else out
+
+
+def sinks_of(core: Any, q: Tensor) -> Tensor | None:
+    """`[h]`: the learned sink, and the key of zeros, which is a sink of logit 0."""
+    learned = core.head_attn_sink if core.head_learned_sink else None
+    if not core.add_zero_kv:
+        return learned
+    zeros = q.new_zeros(q.shape[1])
+    return zeros if learned is None else torch.logaddexp(learned, zeros)
+
+
+def check_maskable(module: Any, stack: nn.Module | None, replace: bool) -> None:
+    """Raise for layers that a mask cannot reach."""
+    if module.attend.flash_pack_seq:
+        raise MaskError(
+            "a mask cannot be used with attn_flash_pack_seq=True: the flash-attn package runs there, which takes "
+            "lengths of documents and no mask. Build the model without it and use `tm.causal.packed(lengths)`"
+        )
+    if moving := moves_beside(module, stack):
+        raise MaskError(
+            f"a mask cannot hold in a model with {moving}, which carries what stands at one position to others beside "
+            f"attention: a query would hear of keys that the mask hides. Build the model without {moving}, or use it "
+            "without a mask: `tm.use(model)`"
+        )
+    if replace and any(kind.__name__ == "PrefixDecoder" for kind in type(stack).__mro__):
+        raise MaskError(
+            "replace=True cannot reach the mask of a PrefixDecoder, which it passes as attn_mask in each call: build "
+            "the model with an Encoder, which has none, and write the prefix: `tm.causal | tm.prefix(length)`"
+        )
+
+
+def moves_beside(module: Any, stack: nn.Module | None) -> str:
+    """The option by which a stack moves something between positions other than by attention; empty if none."""
+    if module.hybrid_module is not None:
+        return "attn_hybrid_module"
+    parts = () if stack is None else stack.modules()
+    return "shift_tokens" if any(type(part).__name__ == "ShiftTokens" for part in parts) else ""

@@ -1,0 +1,141 @@
+"""The mask of one call of x-transformers' attention, as an expression: what the model claims, and what the user asks.
+
+    rows of the call  =  [registers]  tokens
+    keys of the call  =  [additional and memory keys]  [registers]  recurrence memory and cached tokens, new tokens
+
+"Registers" are all that a wrapper puts before the tokens: memory tokens, class tokens, prepended embeddings. They,
+additional keys and `attn_num_mem_kv` are seen by all and not counted (law 2). What a register itself sees follows the
+rule of `truemask.nn.forward_mask`: it reads a token only if every query that reads registers may read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from operator import and_
+
+import torch
+from torch import Tensor
+
+from truemask.errors import MaskError
+from truemask.interop.huggingface.masks import lies_in_rows
+from truemask.masks.compose.boolean import everything, nothing
+from truemask.masks.core.mask import Mask
+from truemask.masks.foreign import from_x_transformers
+from truemask.masks.leaves.bands import causal, window
+from truemask.masks.leaves.per_token import keys
+from truemask.nn.forward_mask import real_queries, seen_by_all
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows and keys of one call lie.
+
+    `extra` keys stand before the sequence's own. Row 0 is index `start` of the sequence (negative where a context is
+    shorter than the queries). `front` registers begin the sequence, `back` of them end it. `starts` are left pads.
+    `token` is the position of the first row's token, which masks of cross-attention count.
+    """
+
+    rows: int
+    keys: int
+    extra: int = 0
+    front: int = 0
+    back: int = 0
+    starts: tuple[int, ...] | None = None
+    token: int = 0
+    cross: bool = False
+
+    @property
+    def start(self) -> int:
+        return self.keys - self.extra - self.rows
+
+
+def both(*masks: Mask) -> Mask:
+    """The AND of masks, without the terms that say nothing."""
+    if nothing in masks:
+        return nothing
+    said = [mask for mask in masks if mask != everything]
+    return reduce(and_, said) if said else everything
+
+
+def claimed(is_causal: bool, max_attend_past: int | None) -> Mask:
+    """What the layer's constructor says; `max_attend_past` keys before its own, and in an encoder all that follow.
+
+    >>> claimed(True, 3), claimed(False, 3)
+    (window(4), window(4) | ~causal)
+    """
+    if max_attend_past is None:
+        return causal if is_causal else everything
+    near = window(max_attend_past + 1)
+    return near if is_causal else near | ~causal
+
+
+@lru_cache(maxsize=128)
+def expression(own: Mask, asked: Mask | None, place: Place) -> Mask:
+    """The mask of a call's rows over all its keys, tensors aside: what the model claims, and what the user asks."""
+    user = everything if asked is None else asked
+    if place.cross:
+        return _behind(place, both(_moved(own, place.start), _cross(user, place)))
+    if place.starts is not None and asked is not None and not lies_in_rows(asked, packed=False):
+        user = user.padded(list(place.starts))
+    whole = both(own, _among_registers(user, place))
+    return _moved(_behind(place, whole), place.start)
+
+
+def _behind(place: Place, mask: Mask) -> Mask:
+    return mask.prepended(k=place.extra) if place.extra and mask != everything else mask
+
+
+def _moved(mask: Mask, start: int) -> Mask:
+    """For rows from `start` on; a negative one moves the keys instead, which relative masks cannot tell apart."""
+    if mask == everything or start == 0:
+        return mask
+    return mask.at(q_start=start) if start > 0 else mask.at(k_start=-start)
+
+
+def _cross(user: Mask, place: Place) -> Mask:
+    """A mask over a context, whose keys are counted as they come."""
+    if user == everything:
+        return user
+    if place.front:
+        user = user.prepended(q=place.front, seen=seen_by_all(user))
+    return _moved(user, place.token)
+
+
+def _among_registers(user: Mask, place: Place) -> Mask:
+    """`user` for a sequence that begins or ends with registers."""
+    extra = place.front or place.back
+    if not extra or user == everything:
+        return user
+    seen, real = seen_by_all(user), real_queries(user)
+    mask = user.prepended(q=extra, k=extra, seen=seen)
+    if seen != nothing and real != everything:
+        mask = mask & real.prepended(q=extra)  # padding reads no register
+    if place.back:
+        tokens = place.rows - extra
+        order = torch.cat((torch.arange(extra, extra + tokens), torch.arange(extra)))
+        mask = mask.take(q=order, k=order)
+    return mask
+
+
+def from_flags(flags: Tensor | None, place: Place) -> Mask:
+    """Key padding as `Attend` gets it, bool `[b, 1, 1, keys]` or `[b, keys]`."""
+    if flags is None or bool(flags.all()):
+        return everything
+    return keys(flags.reshape(-1, place.keys))
+
+
+def from_matrix(attn_mask: Tensor | None, heads: int, place: Place) -> Mask:
+    """`attn_mask` as a caller of the model gave it; memory keys may be left out, and are seen by all."""
+    if attn_mask is None:
+        return everything
+    given = from_x_transformers(attn_mask=attn_mask, heads=heads)
+    own = place.keys - place.extra
+    rows, columns = attn_mask.shape[-2:]
+    if rows not in (1, place.rows) or columns not in (1, own, place.keys):
+        raise MaskError(
+            f"attn_mask is for {rows} rows and {columns} keys, but attention runs {place.rows} rows over {own} keys"
+            f"{f' and {place.extra} memory keys' if place.extra else ''}; registers and prepended embeddings count. "
+            "Give a mask expression instead, which has no size: `tm.use(model, mask)`"
+        )
+    return given.prepended(k=place.extra) if place.extra and columns == own else given

@@ -1,0 +1,175 @@
+"""What is built while `torch.compile` traces: a note of it, which the compiled graph reads again in every call.
+
+Inside a compiled function nothing of a mask is computed. `mask.at(q_start=start) & window(64)` becomes a `Traced`,
+which remembers names and arguments; `Note` writes it down as text with places for what may change from call to call:
+
+    _and(_at(M0, I0, I1), window(I2, {}))      masks M and tensors T of the list of tensors, ints I, floats F
+
+and `read` makes the mask from that text when the numbers and tensors are there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from functools import lru_cache, update_wrapper
+from types import FunctionType
+from typing import Any, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+from truemask.common.real_tensors import is_diverted, is_recorded
+from truemask.errors import MaskError
+from truemask.geometry.logic import States
+from truemask.geometry.tiles.tile_map import Rectangles
+from truemask.masks.core.mask import Mask
+from truemask.masks.core.registry import KINDS, NOTES, made_apart, mask_of
+from truemask.masks.core.value import Written
+
+P = ParamSpec("P")
+BUILDERS: dict[str, Callable[..., Any]] = {}
+
+
+class Traced(Mask):
+    """A mask that somebody will build: `builder` is a kind or a recorded function."""
+
+    def __init__(self, builder: str, args: tuple[Any, ...]) -> None:
+        self.builder, self.args = builder, args
+
+    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        raise self._refusal()
+
+    def _tile(self, r: Rectangles) -> States:
+        raise self._refusal()
+
+    def _write(self) -> Written:
+        raise self._refusal()
+
+    def _refusal(self) -> MaskError:
+        return MaskError(
+            f"a mask that a compiled function builds (here by `{self.builder.lstrip('_')}`) can be combined, "
+            "re-indexed and given to attend there, nothing else: ask it outside"
+        )
+
+
+NOTES.append(Traced)
+BUILDERS["numbered"] = mask_of
+
+
+def recorded(fn: Callable[P, Mask]) -> Callable[P, Mask]:
+    """A public function that makes a mask, able to stand in a compiled function."""
+    BUILDERS[fn.__name__] = fn
+    is_tracing, note, apart, diverted = torch.compiler.is_dynamo_compiling, Traced, made_apart, is_diverted
+
+    def made(*args: P.args, **keywords: P.kwargs) -> Mask:
+        if is_tracing():
+            return note(fn.__name__, (*args, keywords))
+        return apart(fn, args, keywords) if diverted() else fn(*args, **keywords)
+
+    # of the module of `fn`, where doctest looks for its example
+    return update_wrapper(FunctionType(made.__code__, fn.__globals__, closure=made.__closure__), fn)
+
+
+class Note:
+    """Text, and the values for its places; written while tracing.
+
+    With `by_number` the text names masks from outside itself: it is read before the tracing ends.
+    """
+
+    def __init__(self, *, by_number: bool = False) -> None:
+        self.by_number = by_number
+        self.tensors: list[Tensor] = []
+        self.ints: list[int] = []
+        self.floats: list[float] = []
+
+    def write(self, value: Any) -> str:
+        """The text of a mask or an argument; what may change is kept aside."""
+        if isinstance(value, Traced):
+            return f"{value.builder}({', '.join([self.write(arg) for arg in value.args])})"
+        if isinstance(value, Mask) and value.kind == "at":
+            return self.write(Traced("_at", (value.base, value.q_start, value.k_start)))  # pyright: ignore
+        if isinstance(value, Mask) and self.by_number:
+            return f"numbered({value.number!r}, {{}})"
+        if isinstance(value, Mask):
+            self.tensors.append(value.ticket)
+            return f"M{len(self.tensors) - 1}"
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return f"T{len(self.tensors) - 1}"
+        if isinstance(value, bool):
+            return "True" if value else "False"  # what depends on a changing size has no repr
+        if value is None or isinstance(value, str):
+            return repr(value)
+        if isinstance(value, int):
+            self.ints.append(value)
+            return f"I{len(self.ints) - 1}"
+        if isinstance(value, float):
+            self.floats.append(value)
+            return f"F{len(self.floats) - 1}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join([self.write(item) for item in value])}]"
+        if isinstance(value, dict):
+            return f"{{{', '.join([f'{name!r}: {self.write(item)}' for name, item in value.items()])}}}"
+        raise MaskError(
+            f"a compiled function cannot build a mask from a {type(value).__name__}: build it outside, or from "
+            "numbers, lists and tensors"
+        )
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class Values(NamedTuple):
+    """What stands in the places of a note."""
+
+    masks: tuple[Mask | None, ...]
+    tensors: tuple[Tensor | None, ...]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+
+
+def read(text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Any:
+    """What `Note` wrote, with these values in its places: a mask, a tensor or None."""
+    kinds = _kinds(text)
+    masks = tuple(mask_of(tensors[i]) if kinds.get(i) == "M" else None for i in range(len(tensors)))
+    if "T" not in kinds.values() and not is_recorded():
+        return _reread(text, Values(masks, (), tuple(ints), tuple(floats)))  # all layers and steps share one mask
+    return _value(_parsed(text), Values(masks, tuple(tensors), tuple(ints), tuple(floats)))
+
+
+@lru_cache(maxsize=64)
+def _reread(text: str, values: Values) -> Any:
+    return _value(_parsed(text), values)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+@lru_cache(maxsize=256)
+def _kinds(text: str) -> dict[int, str]:
+    """For each place in the list of tensors, M or T."""
+    names = [node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name)]
+    return {int(name[1:]): name[0] for name in names if name[0] in "MT"}
+
+
+def _value(node: ast.expr, values: Values) -> Any:
+    match node:
+        case ast.Name(id=name):
+            lists = {"M": values.masks, "T": values.tensors, "I": values.ints, "F": values.floats}
+            return lists[name[0]][int(name[1:])]
+        case ast.Call(func=ast.Name(id=name)):
+            args = [_value(arg, values) for arg in node.args]
+            if name in BUILDERS:
+                return BUILDERS[name](*args[:-1], **args[-1])
+            return KINDS[name[1:]].make(*args)
+        case ast.List():
+            return [_value(item, values) for item in node.elts]
+        case ast.Dict():
+            return {_value(k, values): _value(v, values) for k, v in zip(node.keys, node.values, strict=True) if k}
+        case ast.Constant():
+            return node.value
+        case _:
+            raise AssertionError(f"no note says {ast.dump(node)}")

@@ -1,0 +1,258 @@
+"""From what a caller passes to the one mask that every layer of a forward runs.
+
+    rows of the call   =  [registers]  tokens           (registers only while nothing is cached)
+    keys of the call   =  memories  registers  tokens   (cached and new; memories are attn_num_mem_kv)
+
+The user's mask speaks of tokens only, at logical positions, cached ones included (law 2 in docs/conventions.md);
+registers and memories are prepended to it and seen by all. What a register itself sees follows one rule:
+**a register reads a token only if every query that reads registers may read it**, so it never carries to a query what
+the mask hides. In an `Encoder` with key padding that is every real token; under `causal` or packed documents it is
+nothing but registers. Every query reads registers, with one exception: where registers read tokens, a query that is
+padding (of bool flags, `queries`, `padding` or `padded`) may read none of these tokens, so it reads no register.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truemask.attention.compiled import positions_traced
+from truemask.common.real_tensors import for_now, is_recorded, ordinary_tensors, trusted
+from truemask.errors import MaskError, describe
+from truemask.masks.compose.boolean import And, Minus, Nothing, Or, everything, nothing
+from truemask.masks.compose.packed import Packed, Padded
+from truemask.masks.core.deferred import BUILDERS, recorded
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import from_text, not_a_mask
+from truemask.masks.leaves.bands import Causal, Window, causal
+from truemask.masks.leaves.per_token import Padding, Queries
+from truemask.nn.validation import read_matrix, read_padding, warn
+
+ONE_FOR_ALL = "; the layers of a stack share one mask, and layers of your own take theirs in `attend`"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows and keys of one call lie. `past` counts tokens cached before this call."""
+
+    batch: int
+    heads: int
+    new: int
+    past: int = 0
+    registers: int = 0
+    memories: int = 0
+    begun: bool = False  # whether the cache holds keys, so that registers and memories are among them
+
+    @property
+    def numbers(self) -> list[Any]:
+        """All of it, for a compiled graph: `Layout(*numbers)`."""
+        return [self.batch, self.heads, self.new, self.past, self.registers, self.memories, self.begun]
+
+    @property
+    def total(self) -> int:
+        """Tokens in all, cached and new: what the user's mask speaks of."""
+        return self.past + self.new
+
+    @property
+    def first_row(self) -> int:
+        """The index of the first row of this call among registers and tokens."""
+        return self.registers + self.past if self.begun else 0
+
+
+def read_masks(
+    mask: Mask | Tensor | str | None, attn_mask: Mask | Tensor | str | None, layout: Layout, x: Tensor
+) -> Mask:
+    """The AND of what the caller passed as `mask=` and `attn_mask=`, checked against the call's sizes."""
+    if torch.compiler.is_dynamo_compiling() and not (mask is None and attn_mask is None):
+        return _read_later(mask, attn_mask, layout.numbers)
+    user = everything
+    for name, value in (("mask", mask), ("attn_mask", attn_mask)):
+        if value is not None:
+            term = _read(name, value, layout, x)
+            term.check(layout.total, layout.total, batch=layout.batch, heads=layout.heads)
+            user = _and(user, term)
+    return user
+
+
+@recorded
+def _read_later(mask: Mask | Tensor | str | None, attn_mask: Mask | Tensor | str | None, numbers: list[Any]) -> Mask:
+    tensor = next((x for x in (mask, attn_mask) if isinstance(x, Tensor)), torch.empty(0))
+    return read_masks(mask, attn_mask, Layout(*numbers), tensor)
+
+
+def _read(name: str, value: Mask | Tensor | str, layout: Layout, x: Tensor) -> Mask:
+    value = from_text(value)
+    if isinstance(value, Mask):
+        return value
+    if not isinstance(value, Tensor):
+        raise MaskError(not_a_mask(f"{name}= must be a bool tensor, a mask expression or its text", value, ONE_FOR_ALL))
+    if name == "mask":
+        return read_padding(value, x, layout.batch, layout.total, layout.registers)
+    return read_matrix(value, x, layout.batch, layout.heads, layout.total)
+
+
+def _and(left: Mask, right: Mask) -> Mask:
+    """`left & right`, without the terms that say nothing."""
+    if nothing in (left, right):
+        return nothing
+    if left == everything:
+        return right
+    return left if right == everything else left & right
+
+
+def seen_by_all(mask: Mask) -> Mask:
+    """Keys that every query of `mask` sees, not counting those outside `real_queries`; sound, not always complete.
+
+    >>> from truemask.masks.leaves.per_token import padding, prefix
+    >>> seen_by_all(prefix(4)), seen_by_all(causal), seen_by_all(padding(lengths=[3, 5]))
+    (prefix(4), nothing, padding(lengths=[3, 5], on='keys'))
+    """
+    if not mask.varies_with_query:
+        return mask
+    match mask:
+        case And():
+            return reduce(_and, map(seen_by_all, mask.terms))
+        case Queries():
+            return everything
+        case Padding():
+            return everything if mask.on == "queries" else Padding(mask.lengths, mask.starts, "keys")
+        case Padded() if seen_by_all(mask.base) == everything:
+            return Padding(None, mask.starts, "keys")
+        case _:
+            return nothing
+
+
+def real_queries(mask: Mask) -> Mask:
+    """The rows that `seen_by_all` counts: those that are not padding, as a mask that asks nothing of keys.
+
+    >>> from truemask.masks.leaves.per_token import padding, prefix
+    >>> real_queries(prefix(4)), real_queries(padding(lengths=[3, 5]))
+    (everything, padding(lengths=[3, 5], on='queries'))
+    """
+    match mask:
+        case And():
+            return reduce(_and, map(real_queries, mask.terms))
+        case Queries():
+            return mask
+        case Padding() if mask.on != "keys":
+            return Padding(mask.lengths, mask.starts, "queries")
+        case Padded():
+            return Padding(None, mask.starts, "queries")
+        case _:
+            return everything
+
+
+def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
+    """The mask of this call's rows over all keys: causal if the module is, behind registers and memories."""
+    if torch.compiler.is_dynamo_compiling():
+        return _combine_later(user, layout.numbers, causal_too)
+    if causal_too and layout.past == 0:
+        _warn_if_ahead(user, layout)
+    mask = _and(causal, user) if causal_too else user
+    extra = layout.registers + layout.memories
+    if extra:
+        seen, real = seen_by_all(mask), real_queries(mask)
+        mask = mask.prepended(q=layout.registers, k=extra, seen=seen)
+        if layout.registers and seen != nothing and real != everything:
+            mask = mask & real.prepended(q=layout.registers, k=layout.memories)  # padding reads no register
+    return mask.at(q_start=layout.first_row) if layout.first_row else mask
+
+
+@recorded
+def _combine_later(user: Mask, numbers: list[Any], causal_too: bool) -> Mask:
+    return combine(user, Layout(*numbers), causal_too=causal_too)
+
+
+def _warn_if_ahead(user: Mask, layout: Layout) -> None:
+    if user.is_late or not any(isinstance(node, Causal) for node in user.walk()) or looks_back(user):
+        return
+    total, batch, heads = map(for_now, (layout.total, layout.batch, layout.heads))
+    pairs = pairs_ahead(user, total, batch, heads)
+    if pairs:
+        warn(
+            f"the mask `{user}` lets queries see later keys, but this module is causal, which removed {pairs:,} of its "
+            f"pairs at length {total}. To run the mask as it is written pass causal=False in the call"
+        )
+
+
+def looks_back(mask: Mask) -> bool:
+    """Whether the form of the expression proves that no query sees a later key; False proves nothing."""
+    match mask:
+        case Causal() | Window() | Nothing():
+            return True
+        case And():
+            return any(map(looks_back, mask.terms))
+        case Or():
+            return all(map(looks_back, mask.terms))
+        case Minus():
+            return looks_back(mask.left)
+        case Packed():
+            return mask.kv_lengths is None and looks_back(mask.base)
+        case Padded():
+            return looks_back(mask.base)
+        case _:
+            return False
+
+
+@lru_cache(maxsize=64)
+def pairs_ahead(mask: Mask, n: int, batch: int, heads: int) -> int:
+    """How many (query, key) pairs with key > query the mask lets through, over its distinct samples and heads."""
+    return int((mask - causal).count(n, n, batch=batch, heads=heads).sum())
+
+
+def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
+    """Logical positions of this call's tokens, int64 [n] or [b, n]: the caller's, or the mask's."""
+    if pos is None and torch.compiler.is_dynamo_compiling() and user is not everything:
+        return positions_traced("_positions_later", user, layout.numbers)
+    if pos is None:
+        return _own_positions(user, layout)
+    if pos.is_floating_point() or pos.dtype == torch.bool:
+        raise ValueError(f"pos= is {describe(pos)}; positions are whole numbers, int64 [n] or [b, n]")
+    if tuple(pos.shape) not in {(layout.new,), (1, layout.new), (layout.batch, layout.new)}:
+        raise ValueError(
+            f"pos= is {describe(pos)}; expected the positions of this call's tokens, [{layout.new}] or "
+            f"[{layout.batch}, {layout.new}]"
+        )
+    return pos
+
+
+def _own_positions(user: Mask, layout: Layout) -> Tensor:
+    """The mask's logical positions; MaskError where it gives a token two of them."""
+    if user == everything:
+        return torch.arange(layout.past, layout.total)
+    rows = user.at(q_start=layout.past) if layout.past else user
+    way_out = "pass pos= in the call of the layers or of the TransformerWrapper, int64 [n] or [b, n]"
+    try:
+        q, k = rows.positions(layout.new, layout.total)
+    except MaskError as error:
+        raise MaskError(f"{error}. To say which positions the tokens have, {way_out}") from error
+    if is_recorded():
+        if not user.is_late:
+            with trusted(), ordinary_tensors():  # the sizes are those of any call, and the check is of this one
+                _own_positions(user, Layout(*map(for_now, layout.numbers)))
+        return q
+    if bool((q != k[..., layout.past :]).any()):
+        raise MaskError(
+            f"the mask `{user}` gives tokens another position as queries than as keys, and a token has one: {way_out}"
+        )
+    return q
+
+
+def _positions_later(user: Mask, numbers: list[Any]) -> Tensor:
+    layout = Layout(*numbers)
+    return _own_positions(user, layout).expand(layout.batch, -1)
+
+
+BUILDERS["_positions_later"] = _positions_later
+
+
+def with_registers(positions: Tensor, layout: Layout) -> Tensor:
+    """Positions of this call's rows: registers stand before position 0, which packed documents share."""
+    if layout.begun or not layout.registers:
+        return positions
+    before = torch.arange(-layout.registers, 0, device=positions.device)
+    return torch.cat((before.expand(*positions.shape[:-1], -1), positions), dim=-1)
