@@ -14,7 +14,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from tests.auditing.models import Sums, ids
+from tests.support.audited_models import Sums, ids
 from truemask.auditing.audit import audit
 from truemask.auditing.subject import AuditError
 from truemask.cli.commands import audit as command

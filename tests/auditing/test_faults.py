@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.auditing.models import DIM, TOKENS, Planted, Sums, ids
+from tests.support.audited_models import DIM, TOKENS, Planted, Sums, ids
 from truemask.auditing.audit import assert_no_leak, audit
 from truemask.auditing.report import Report
 from truemask.auditing.subject import AuditError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.auditing.models import SIZES, ids, tiny
 from tests.auditing.test_faults import picture, serious
+from tests.support.audited_models import SIZES, ids, tiny
 from truemask.auditing.audit import assert_no_leak, audit
 from truemask.auditing.subject import AuditError
 from truemask.errors import MaskError

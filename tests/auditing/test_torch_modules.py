@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.auditing.models import DIM, TOKENS, ids
 from tests.auditing.test_faults import serious
+from tests.support.audited_models import DIM, TOKENS, ids
 from truemask.auditing.audit import assert_no_leak, audit
 from truemask.auditing.subject import AuditError
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.auditing.models import TOKENS, ids
 from tests.auditing.test_faults import serious
+from tests.support.audited_models import TOKENS, ids
 from truemask.auditing.audit import audit
 from truemask.interop.use import use
 from truemask.masks.compose.boolean import everything

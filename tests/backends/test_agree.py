@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from tests import oracle
-from tests.cases import CASES, Case
-from tests.oracle import Three, three
+from tests.support import oracle
+from tests.support.cases import CASES, Case
+from tests.support.oracle import Three, three
 from truemask.attention.planning.plan import plan
 from truemask.backends.shared.dropout import kept
 from truemask.masks.core.mask import Mask

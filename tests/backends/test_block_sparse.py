@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import truemask as tm
-from tests.oracle import three
-from tests.strategies import Drawn, Reach, expressions
+from tests.support.oracle import three
+from tests.support.strategies import Drawn, Reach, expressions
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.base import Job, Request
 from truemask.backends.block_sparse.backend import BlockSparse

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
-from tests.cases import CASES, Case
-from tests.oracle import Three, three
+from tests.support.cases import CASES, Case
+from tests.support.oracle import Three, three
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.plan import plan
 from truemask.backends.base import Job

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import truemask as tm
-from tests.strategies import Drawn, expressions
+from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.native.backend import library as native_library
 from truemask.backends.native.library import ISAS, VARIABLE, file_of, isa, library, missing

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import truemask as tm
-from tests.oracle import Three, three
+from tests.support.oracle import Three, three
 from truemask.attention.call import read_call
 from truemask.backends.shared.eager import eager_attention
 from truemask.backends.shared.masked_matmul import contained_product, gather, outer, scatter

@@ -9,7 +9,7 @@ from operator import and_, or_
 import pytest
 
 import truemask as tm
-from tests.cases import CASES, Case
+from tests.support.cases import CASES, Case
 from truemask import MaskError, causal, explain, keys, prefix, window
 from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
 from truemask.masks.core.mask import Mask

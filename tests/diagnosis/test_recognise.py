@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import truemask as tm
-from tests.cases import CASES, Case
+from tests.support.cases import CASES, Case
 from truemask import blocks, causal, dense, dilated, global_tokens, local, padding, prefix, window
 from truemask.diagnosis.recognise import recognise
 from truemask.masks.core.mask import Mask

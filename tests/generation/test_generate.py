@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.nn.models import DIM, FEATURES, TOKENS, decoder, encoder, featured, ids, wrapped
+from tests.support.nn_models import DIM, FEATURES, TOKENS, decoder, encoder, featured, ids, wrapped
 from truemask.errors import MaskError
 from truemask.generation.autoregressive import AutoregressiveWrapper, evaluating
 from truemask.masks.compose.boolean import everything

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import truemask as tm
-from tests.strategies import FREE, LEAVES, Drawn, Reach, build, expressions, reaches
+from tests.support.strategies import FREE, LEAVES, Drawn, Reach, build, expressions, reaches
 from truemask.masks.core.mask import Mask
 
 COMBINE: dict[str, Callable[[Mask, Mask], Mask]] = {

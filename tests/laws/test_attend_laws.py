@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import truemask as tm
-from tests import oracle
-from tests.oracle import three
-from tests.strategies import Drawn, expressions
+from tests.support import oracle
+from tests.support.oracle import three
+from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.plan import Plan, plan
 from truemask.backends.base import Inputs, Result
 from truemask.backends.shared import containment as contain

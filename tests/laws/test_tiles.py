@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import truemask as tm
-from tests import descriptions
-from tests.strategies import LEAVES, Drawn, Reach, expressions
+from tests.support import descriptions
+from tests.support.strategies import LEAVES, Drawn, Reach, expressions
 from truemask.geometry.tiles.tile_map import Rectangles, TileMap
 
 EMPTY, MIXED, FULL = 0, 1, 2

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.nn.models import FEATURES, TOKENS, assert_same, decoder, encoder, featured, features, ids, layer, wrapped
+from tests.support.nn_models import (
+    FEATURES,
+    TOKENS,
+    assert_same,
+    decoder,
+    encoder,
+    featured,
+    features,
+    ids,
+    layer,
+    wrapped,
+)
 from truemask.masks.compose.boolean import everything
 from truemask.masks.leaves.bands import causal, window
 from truemask.nn.config import FeedForwardConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.nn.models import DEPTH, DIM, DIM_HEAD, HEADS, TOKENS, features, ids, layer
+from tests.support.nn_models import DEPTH, DIM, DIM_HEAD, HEADS, TOKENS, features, ids, layer
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.nn.layers import Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper

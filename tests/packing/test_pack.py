@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.nn.models import TOKENS, assert_same, decoder, wrapped
+from tests.support.nn_models import TOKENS, assert_same, decoder, wrapped
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.masks.leaves.bands import causal, window
 from truemask.nn.wrappers import TransformerWrapper

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.nn.models import TOKENS, assert_same, decoder, wrapped
+from tests.support.nn_models import TOKENS, assert_same, decoder, wrapped
 from truemask.masks.leaves.matrices import tree
 from truemask.nn.wrappers import TransformerWrapper
 from truemask.packing.tree import PackedTrees, pack_tree
