@@ -13,7 +13,7 @@ TOUR   ?=
 BENCH  ?=
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-QUICK  := src tests/masks tests/backends tests/nn $(wildcard tests/test_*.py)
+QUICK  := src $(addprefix tests/,repo common viz masks backends attention nn)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 
 .PHONY: help run test check venv lint types suite bench format clean

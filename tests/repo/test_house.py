@@ -1,6 +1,8 @@
-"""The house: imports run down the stairs only, files and functions stay small, the map shows what is there.
+"""The house: imports run down the stairs only, files and functions stay small, every room says what it is.
 
-`STAIRS` is the order: a file of the package imports only from files above it. A new file gets its place in the list.
+`STAIRS` is the order of the rooms, ground floor first: a file of the package imports only from its own room and from
+rooms above it in the list. A line is a folder, or a file that stands apart from its folder's others; a file belongs to
+the longest line that its path begins with. Within a room no circle of files is allowed.
 """
 
 from __future__ import annotations
@@ -10,251 +12,68 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "truemask"
+ROOT = Path(__file__).parents[2]
+SOURCE, TESTS = ROOT / "src" / "truemask", ROOT / "tests"
 
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 400
+USUAL_FILE = 130  # the median
 CORE_NEEDS_NOT = ("rich", "typer", "matplotlib", "safetensors", "x_transformers", "transformers", "einops")
+NOT_MIRRORED = {"laws", "repo", "support"}  # folders of tests that stand for no folder of the package
 
 STAIRS = """
     errors.py
-
-    geometry/__init__.py
-    geometry/logic.py
-    geometry/ranges.py
-    geometry/edges.py
-    geometry/slabs/lines.py
-    geometry/slabs/slabs.py
-    geometry/slabs/algebra.py
-    geometry/slabs/normal_form.py
-    geometry/slabs/measure.py
-    geometry/tiles/tile_map.py
-    backends/block_sparse/strips.py
-    backends/block_sparse/from_slabs.py
-    backends/block_sparse/from_tiles.py
-    geometry/tiles/quadtree.py
-    geometry/tiles/measure.py
-    geometry/tiles/block_lists.py
-    viz/picture.py
-
-    common/real_tensors.py
-    masks/core/data.py
-    masks/core/lookup.py
-    common/hashing.py
-    masks/core/block_mask.py
-    masks/core/verdict.py
-    masks/core/exact_form.py
-    masks/core/slab_tensors.py
-    masks/core/pictures.py
-    masks/core/queries.py
-    masks/core/value.py
-    masks/core/registry.py
-    masks/core/mask.py
-    masks/core/deferred.py
-    masks/core/unparse.py
-    masks/compose/boolean.py
-    masks/compose/reindex.py
-    masks/compose/packed.py
-    masks/compose/per_axis.py
-    masks/__init__.py
-    masks/leaves/bands.py
-    masks/leaves/patterns.py
-    masks/leaves/per_token.py
-    masks/leaves/captured.py
-    masks/leaves/predicate.py
-    masks/leaves/documents.py
-    masks/leaves/tile_sample.py
-    masks/leaves/matrices.py
+    common
+    geometry
+    geometry/slabs
+    geometry/tiles
+    viz
+    masks/core
+    masks/compose
+    masks
+    masks/leaves
+    masks/formats
+    masks/foreign
     biases.py
-    masks/formats/parse.py
-    masks/formats/as_mask.py
-    masks/formats/serialization.py
-    masks/foreign/tensors.py
-    masks/foreign/importers.py
-    masks/foreign/exporters.py
-    masks/foreign/varlen.py
-    masks/foreign/__init__.py
-
-    backends/__init__.py
     backends/base.py
-    backends/costs/calibration_file.py
     backends/native/library.py
-    backends/costs/model.py
-    backends/shared/dropout.py
-    backends/shared/masked_matmul.py
-    backends/shared/eager.py
-    backends/shared/cpu_flash.py
-    backends/shared/autograd.py
-    backends/shared/containment.py
-    backends/reference.py
-    backends/sdpa.py
-    backends/block_sparse/interleave.py
-    backends/block_sparse/batching.py
-    backends/block_sparse/gather_scatter.py
-    backends/block_sparse/cells.py
-    backends/block_sparse/flash_path.py
-    backends/block_sparse/math_path.py
-    backends/block_sparse/backend.py
-    backends/flex/score_mod.py
-    backends/flex/backend.py
-    backends/native/call.py
-    backends/native/backend.py
-    backends/registry.py
-    backends/context.py
-
-    diagnosis/__init__.py
-    common/finding.py
-    diagnosis/leaf_reasons.py
-    diagnosis/explain.py
-    diagnosis/convention_warnings.py
-    diagnosis/recognise.py
-    diagnosis/naming.py
-    diagnosis/rules/context.py
-    diagnosis/rules/alignment.py
-    diagnosis/rules/visibility.py
-    diagnosis/rules/heads.py
-    diagnosis/rules/expression.py
-    diagnosis/rules/misreadings.py
+    backends/costs
+    backends/shared
+    backends/block_sparse
+    backends/flex
+    backends/native
+    backends
+    diagnosis
+    diagnosis/rules
     diagnosis/diagnose.py
     diagnosis/reach.py
-
-    viz/__init__.py
-    viz/panels.py
-    masks/formats/figures.py
-
-    _door.py
-    _call.py
-    _explain.py
-    _advice.py
-    _choose.py
-    _cache.py
-    _plan.py
-    _run.py
-    _plain.py
-    _compiled.py
-    _attend.py
-
-    nn/x_transformers_names.py
-    nn/config.py
-    nn/validation.py
-    nn/forward_mask.py
-    nn/norms.py
-    nn/positions.py
-    nn/feedforward.py
-    nn/attention.py
-    nn/layers.py
-    nn/wrappers.py
-    nn/torch_masks.py
-    nn/multihead.py
-    nn/__init__.py
-
-    generation/__init__.py
-    generation/kv_cache.py
-    generation/prompts.py
-    generation/sampling.py
-    generation/autoregressive.py
-
-    packing/__init__.py
-    packing/samples.py
-    packing/best_fit.py
-    packing/pack.py
-    packing/tree.py
-    packing/collate.py
-
-    interop/__init__.py
-    interop/checkpointing.py
-    interop/scopes.py
-    interop/positions.py
-    interop/removed_pairs.py
-    interop/huggingface/mask_placeholder.py
-    interop/huggingface/coverage.py
-    interop/huggingface/layers.py
-    interop/huggingface/inputs.py
-    interop/huggingface/mask_functions.py
-    interop/huggingface/placement.py
-    interop/huggingface/masks.py
-    interop/huggingface/tensor_masks.py
-    interop/huggingface/switch.py
-    interop/huggingface/fallback.py
-    interop/huggingface/attention.py
-    interop/x_transformers/masks.py
-    interop/x_transformers/inputs.py
-    interop/x_transformers/attention.py
-    interop/x_transformers/layers.py
-    interop/x_transformers/switch.py
+    attention/validation.py
+    attention/call.py
+    attention/planning
+    attention
+    nn
+    generation
+    packing
+    interop
+    interop/huggingface
+    interop/x_transformers
     interop/use.py
     interop/active_masks.py
-
-    auditing/__init__.py
-    auditing/placeholders.py
-    auditing/subject.py
-    auditing/multimodal.py
-    auditing/torch_modules.py
-    auditing/distances.py
-    auditing/probes.py
-    auditing/amplified_probes.py
-    auditing/declared_masks.py
-    auditing/expected_masks.py
-    auditing/cross_attention.py
-    auditing/cached_calls.py
-    auditing/cached_decoding.py
-    auditing/batch_invariance.py
-    auditing/report.py
-    auditing/determinism.py
-    auditing/checks.py
-    auditing/audit.py
-
-    train/__init__.py
-    train/config.py
-    train/corpus.py
-    train/rows.py
-    train/baselines.py
-    train/checkpoint.py
-    train/model.py
-    train/sample.py
-    train/trainer.py
-
-    cli/console.py
-    cli/machine.py
-    cli/options.py
-    benchmarking/timing.py
-    benchmarking/workloads.py
-    benchmarking/calibrate.py
-    masks/foreign/tables.py
-    masks/foreign/files.py
-    cli/commands/show.py
-    cli/commands/explain.py
-    cli/commands/check.py
-    cli/commands/audit.py
-    cli/commands/bench.py
-    cli/doctor/gpu_report.py
-    cli/doctor/backend_check.py
-    cli/doctor/doctor.py
-    cli/commands/generate.py
-    cli/commands/train.py
-    cli/tour/__init__.py
-    cli/tour/stage.py
-    cli/tour/peers.py
-    cli/tour/curve.py
-    cli/tour/report.py
-    cli/tour/article.py
-    cli/tour/inverted.py
-    cli/tour/patterns.py
-    cli/tour/leak.py
-    cli/tour/race.py
-    cli/tour/smollm.py
-    cli/tour/your_model.py
-    cli/tour/audited.py
-    cli/tour/learning.py
-    cli/tour/tour.py
+    auditing
+    train
+    benchmarking
+    cli
+    cli/commands
+    cli/doctor
+    cli/tour
     cli/app.py
     cli/__init__.py
-
     __init__.py
     __main__.py
 """.split()
@@ -265,6 +84,16 @@ LONG_FILES: dict[str, str] = {}
 
 def package_files() -> list[str]:
     return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+
+
+def room_of(file: str) -> str | None:
+    """The line of STAIRS that a file belongs to: the longest that its path begins with."""
+    rooms = [room for room in STAIRS if file == room or file.startswith(f"{room}/")]
+    return max(rooms, key=len, default=None)
+
+
+def text_of(file: str) -> str:
+    return (SOURCE / file).read_text(encoding="utf-8")
 
 
 def module_file(module: str) -> str | None:
@@ -299,24 +128,39 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, file  # pyright: ignore
 
 
-def test_every_file_has_its_place_on_the_stairs() -> None:
-    assert len(STAIRS) == len(set(STAIRS)), "a file stands twice in STAIRS"
-    missing, gone = sorted(set(package_files()) - set(STAIRS)), sorted(set(STAIRS) - set(package_files()))
-    assert not missing, f"give these files a place in STAIRS (tests/test_house.py): {missing}"
-    assert not gone, f"these files of STAIRS are not there any more: {gone}"
+FILES = package_files()
 
 
-@pytest.mark.parametrize("file", STAIRS)
+def test_every_file_is_in_a_room() -> None:
+    assert len(STAIRS) == len(set(STAIRS)), "a room stands twice in STAIRS"
+    missing = [file for file in FILES if room_of(file) is None]
+    gone = [room for room in STAIRS if not (SOURCE / room).exists()]
+    assert not missing, f"give the rooms of these files a place in STAIRS (tests/repo/test_house.py): {missing}"
+    assert not gone, f"these rooms of STAIRS are not there any more: {gone}"
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_imports_run_down_the_stairs(file: str) -> None:
-    place = {name: i for i, name in enumerate(STAIRS)}
-    tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
-    up = [f"line {line}: {target}" for line, target in imported(tree) if place.get(target, len(place)) >= place[file]]
-    assert not up, f"{file} imports from files that do not stand above it in STAIRS: {up}"
+    floor = {room: i for i, room in enumerate(STAIRS)}
+    up = [
+        f"line {line}: {target}"
+        for line, target in imported(ast.parse(text_of(file)))
+        if floor[room_of(target) or ""] > floor[room_of(file) or ""]
+    ]
+    assert not up, f"{file} imports from rooms that do not stand above its own in STAIRS: {up}"
 
 
-@pytest.mark.parametrize("file", STAIRS)
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {file: {target for _, target in imported(ast.parse(text_of(file)))} for file in FILES}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"these files import each other in a circle: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_files_and_functions_stay_small(file: str) -> None:
-    text = (SOURCE / file).read_text(encoding="utf-8")
+    text = text_of(file)
     length = len(text.splitlines())
     assert (length > LONGEST_FILE) == (file in LONG_FILES), f"{file} has {length} lines; LONG_FILES says otherwise"
     for node in ast.walk(ast.parse(text)):
@@ -325,10 +169,21 @@ def test_files_and_functions_stay_small(file: str) -> None:
             assert lines <= LONGEST_FUNCTION, f"{file}: {node.name} has {lines} lines, over {LONGEST_FUNCTION}"
 
 
-@pytest.mark.parametrize("file", STAIRS)
+def test_the_usual_file_is_small() -> None:
+    lengths = [len(text_of(file).splitlines()) for file in FILES if not file.endswith("__init__.py")]
+    assert median(lengths) <= USUAL_FILE
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_every_file_says_what_it_is(file: str) -> None:
-    said = ast.get_docstring(ast.parse((SOURCE / file).read_text(encoding="utf-8")))
-    assert said, f"{file} has no docstring; its first line is what the map in CONTRIBUTING.md shows"
+    said = ast.get_docstring(ast.parse(text_of(file)))
+    assert said, f"{file} has no docstring; its first sentence is what docs/internals/map.md shows"
+
+
+def test_the_tests_mirror_the_package() -> None:
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    strange = {name for name in folders if name not in NOT_MIRRORED and not (SOURCE / name).is_dir()}
+    assert not strange, f"these folders of tests stand for no folder of src/truemask: {sorted(strange)}"
 
 
 def test_the_core_needs_torch_and_numpy_only() -> None:
@@ -354,7 +209,7 @@ print(tm.plan(mask, q_len=7).backend, tm.Decoder(dim=16, depth=1, heads=2)(torch
 def test_the_map_shows_the_house() -> None:
     sys.path.insert(0, str(ROOT / "tools" / "docs"))
     try:
-        from make_map import OTHERS, PAGE, drawn, in_page
+        from make_map import OTHERS, PAGE, drawn
     finally:
         sys.path.pop(0)
     for name in OTHERS:
@@ -365,8 +220,8 @@ def test_the_map_shows_the_house() -> None:
     assert unseen <= set(OTHERS), (
         f"give these files a line in OTHERS of tools/docs/make_map.py: {sorted(unseen - set(OTHERS))}"
     )
-    assert in_page(PAGE.read_text(encoding="utf-8")) == drawn(STAIRS), (
-        "the map in CONTRIBUTING.md is out of date: `python tools/docs/make_map.py` (or `make format`) redraws it"
+    assert PAGE.read_text(encoding="utf-8") == drawn(STAIRS), (
+        "docs/internals/map.md is out of date: `python tools/docs/make_map.py` (or `make format`) redraws it"
     )
 
 

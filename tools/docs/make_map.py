@@ -1,15 +1,21 @@
-"""Writes the map of the house into CONTRIBUTING.md: each file with the first sentence of its own docstring."""
+"""Writes docs/internals/map.md: each file of the repository with the first sentence of its own docstring."""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGE = ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- map: begin -->\n```text\n", "```\n<!-- map: end -->"
+PAGE = ROOT / "docs" / "internals" / "map.md"
+HEAD = """# The map
+
+Every file with the first sentence of its own docstring, the package room by room from the ground floor up (imports run
+down only). `python tools/docs/make_map.py` writes this page. [CONTRIBUTING](../../CONTRIBUTING.md) says what the rooms
+are for, and the [glossary](glossary.md) what their words mean.
+
+"""
 
 # What is not Python says here what it is; a folder stands for everything in it.
 OTHERS = {
@@ -20,6 +26,7 @@ OTHERS = {
     "tools/native_build.py": "compiles csrc/ when truemask is installed, where there is a C++ compiler",
     ".ci/run": "what a change must pass: `make test`",
     ".pre-commit-config.yaml": "the same checks before a commit",
+    "src/truemask_pytest.py": "the pytest fixture of `assert_no_leak`",
     "README.md": "what it is, in English",
     "README.zh-CN.md": "what it is, in Chinese",
     "CHANGELOG.md": "what changed for users",
@@ -33,7 +40,7 @@ OTHERS = {
     "docs/your_model.md": "your model under any mask, audited, and packed texts",
     "docs/problems/": "twenty problems with attention masks, each with its answer, run",
     "docs/exact.md": "what a mask knows of itself without looking at cells, and intervals for other kernels",
-    "docs/internals/native.md": "the CPU kernel: what it does with a mask, its numbers, instruction sets, building",
+    "docs/internals/": "for maintainers: this map, the glossary, and the CPU kernel with its numbers",
     "docs/flex.md": "block masks for FlexAttention, and the backend that runs it",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",
@@ -58,38 +65,43 @@ def noted(path: Path) -> str:
 
 
 def drawn(stairs: Sequence[str]) -> str:
-    """The map: the package in the order of the stairs, then tests, documents and the rest."""
-    source, tests = ROOT / "src" / "truemask", ROOT / "tests"
-    rooms = [
-        ("src/truemask/, from the ground floor up", [(name, said(source / name)) for name in stairs]),
-        ("src/", [(p.name, said(p)) for p in sorted((ROOT / "src").glob("*.py"))]),
-        ("tests/", [(p.relative_to(tests).as_posix(), said(p)) for p in sorted(tests.rglob("*.py")) if said(p)]),
-        ("benchmarks/", [(p.name, said(p)) for p in sorted((ROOT / "benchmarks").glob("*.py"))]),
-        ("tools/docs/", [(p.name, said(p)) for p in sorted((ROOT / "tools" / "docs").glob("*.py"))]),
-        ("csrc/, compiled by tools/native_build.py", [(p.name, noted(p)) for p in sorted((ROOT / "csrc").iterdir())]),
+    """The page: the package in the order of the stairs, then tests, documents and the rest."""
+    source = ROOT / "src" / "truemask"
+    package = [path for room in stairs for path in files_of(source, room, stairs)]
+    parts = [
+        ("src/truemask/", [(path.relative_to(source).as_posix(), said(path)) for path in package]),
+        ("csrc/, compiled by tools/native_build.py", in_folder(ROOT / "csrc", noted)),
+        ("tests/", in_folder(ROOT / "tests", said)),
+        ("benchmarks/", in_folder(ROOT / "benchmarks", said)),
+        ("tools/docs/", in_folder(ROOT / "tools" / "docs", said)),
         ("the rest", list(OTHERS.items())),
     ]
-    lines = []
-    for title, entries in rooms:
-        width = max(len(name) for name, _ in entries) + 2
-        lines += ["", title, *(f"  {name:<{width}}{what}".rstrip() for name, what in entries)]
-    return "\n".join(lines[1:]) + "\n"
+    return HEAD + "\n".join(section(title, entries) for title, entries in parts)
 
 
-def in_page(page: str) -> str:
-    """The map that stands between the marks of the page."""
-    return page.partition(BEGIN)[2].partition(END)[0]
+def files_of(source: Path, room: str, stairs: Sequence[str]) -> list[Path]:
+    """The files of one line of the stairs: the file itself, or what lies in the folder and has no line of its own."""
+    if room.endswith(".py"):
+        return [source / room]
+    return [path for path in sorted((source / room).glob("*.py")) if f"{room}/{path.name}" not in stairs]
+
+
+def in_folder(folder: Path, first: Callable[[Path], str]) -> list[tuple[str, str]]:
+    """The files of a folder that say what they are."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".h", ".cpp")]
+    return [(path.relative_to(folder).as_posix(), first(path)) for path in paths if first(path)]
+
+
+def section(title: str, entries: Sequence[tuple[str, str]]) -> str:
+    """One part of the page: a heading and a list."""
+    return "\n".join([f"## {title}", "", *(f"- `{name}`: {what}" for name, what in entries), ""])
 
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    from tests.test_house import STAIRS
+    from tests.repo.test_house import STAIRS
 
-    head, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE} has lost the marks of the map: {BEGIN.strip()!r} and {END.strip()!r}")
-    PAGE.write_text(head + begin + drawn(STAIRS) + end + tail, encoding="utf-8")
+    PAGE.write_text(drawn(STAIRS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs what the documents show: every Python block, and the `truemask` commands of console blocks.
 
-`python tools/docs/pages.py` writes into each page what its blocks really print; `tests/test_docs.py` checks that it is there.
+`python tools/docs/pages.py` writes into each page what its blocks really print; `tests/repo/test_docs.py` checks that.
 
 * A `python` block is executed; the blocks of a page share their names. What it prints stands in a `text` block right
   below it. A warning is printed as `Category: message`, folded like the page.

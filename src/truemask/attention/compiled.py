@@ -1,8 +1,8 @@
 """`attend` under `torch.compile`: one operator, `truemask::attend`, and its backward.
 
-What dynamo traces is short: the mask is noted as text (masks/core/deferred.py), and everything goes to the operator, whose
-run is the eager `attend` with its caches of plans. So nothing of a mask is a constant of the graph: another mask, other
-data, another offset or length are no new compilation.
+What dynamo traces is short: the mask is noted as text (masks/core/deferred.py), and everything goes to the operator,
+whose run is the eager `attend` with its caches of plans. So nothing of a mask is a constant of the graph: another mask,
+other data, another offset or length are no new compilation.
 
 In training the run is recorded by autograd, and its record travels to the backward behind a tensor, `state`, whose
 memory owns it. A compiled graph may write over its tensors once it has no more use for them, and knows nothing of the

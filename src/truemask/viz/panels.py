@@ -5,18 +5,29 @@ Tiles that are EMPTY or FULL cost nothing; the others are evaluated while that i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from truemask.errors import MaskError
 from truemask.geometry.logic import FULL, MIXED
 from truemask.geometry.tiles.tile_map import TileMap
-from truemask.masks.core.mask import Mask
 from truemask.viz.picture import PIXELS_WIDE, Shares, shades_picture, svg_picture, text_grid, text_picture
 
 MOST_PANELS = 8
 MOST_CELLS = 1 << 28  # evaluated for a picture: a few seconds
+
+
+class Drawable(Protocol):
+    """What can be drawn: it has a text, and answers for sizes with tiles and with cells. Every mask does."""
+
+    @property
+    def text(self) -> Any: ...
+    def kv_len_for(self, q_len: int) -> int: ...
+    def tiles(
+        self, q_len: int, kv_len: int, block: tuple[int, int], *, batch: int | None, heads: int | None
+    ) -> TileMap: ...
+    def to_dense(self, q_len: int, kv_len: int, *, batch: int | None, heads: int | None) -> Any: ...
 
 
 class Panels(NamedTuple):
@@ -28,7 +39,7 @@ class Panels(NamedTuple):
 
 
 def text_of(
-    mask: Mask,
+    mask: Drawable,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -73,7 +84,7 @@ def text_of(
 
 
 def svg_of(
-    mask: Mask,
+    mask: Drawable,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -87,7 +98,7 @@ def svg_of(
 
 
 def panels_of(
-    mask: Mask,
+    mask: Drawable,
     q_len: int,
     kv_len: int | None = None,
     *,
@@ -99,7 +110,7 @@ def panels_of(
     """The mask cut into at most `rows` by `columns` cells per panel."""
     kv_len = mask.kv_len_for(q_len) if kv_len is None else kv_len
     if min(q_len, kv_len) <= 0:
-        raise MaskError(f"there is nothing to draw of `{mask}` for {q_len} queries and {kv_len} keys")
+        raise MaskError(f"there is nothing to draw of `{mask.text}` for {q_len} queries and {kv_len} keys")
     block = (-(-q_len // rows), -(-kv_len // columns))
     tiles = mask.tiles(q_len, kv_len, block, batch=batch, heads=heads)
     density, counted = _densities(tiles)

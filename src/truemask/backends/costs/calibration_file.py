@@ -1,7 +1,7 @@
 """Where the costs measured on this machine are kept: one JSON file in the user's cache, with an entry for each machine.
 
-`truemask bench --calibrate` writes it, `truemask.backends.costs.model` reads it once in a process, when the first plan is
-made. The environment's `TRUEMASK_COSTS` names another file, is `off`, or names a table that ships (`avx2`, `amx`).
+`truemask bench --calibrate` writes it, `backends/costs/model.py` reads it once in a process, for the first plan.
+The environment's `TRUEMASK_COSTS` names another file, is `off`, or names a table that ships (`avx2`, `amx`).
 Nothing here measures anything.
 """
 

@@ -1,0 +1,1 @@
+"""One file for each subcommand of `truemask`: its options, what it asks of the library, what it prints."""

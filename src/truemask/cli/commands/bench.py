@@ -15,8 +15,8 @@ from rich.text import Text
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.plan import plan
 from truemask.attention.planning.table import duration
+from truemask.backends.costs import model as costs
 from truemask.backends.costs.calibration_file import store, this_machine, writable_file
-from truemask.backends.costs.model import model as costs
 from truemask.benchmarking.calibrate import measured_costs
 from truemask.benchmarking.timing import race
 from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa, race_masks

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from truemask.attention.planning.plan import plan
 from truemask.attention.planning.table import duration
-from truemask.backends.costs.model import model as costs
+from truemask.backends.costs import model as costs
 from truemask.backends.native.library import isa, missing
 from truemask.cli.console import make_console, plain
 from truemask.cli.doctor.backend_check import self_test

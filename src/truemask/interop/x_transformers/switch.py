@@ -92,7 +92,7 @@ def used(model: nn.Module, mask: Mask | None = None, layers: Any = None, replace
     class tokens and prepended embeddings are seen by all and not counted; left padding re-indexes
     (`mask.padded(starts)`); cached rows go on where they stand (`mask.at(q_start=...)`). Recurrence memory (`mems`) is
     earlier keys, and positions count from the oldest that is remembered. What memory tokens see of the tokens follows
-    the rule of `truemask.nn.forward_mask`: they carry to no query what the mask hides from it. In cross-attention rows are
+    the rule of `nn/forward_mask.py`: they carry to no query what the mask hides from it. In cross-attention rows are
     the decoder's tokens, and keys the vectors of the context as they come.
 
     What `attend` cannot compute keeps x-transformers' own path, under the expression as a dense mask: talking heads,
