@@ -54,7 +54,6 @@ from truemask.masks.leaves.documents import documents as documents
 from truemask.masks.leaves.documents import same as same
 from truemask.masks.leaves.matrices import block_pattern as block_pattern
 from truemask.masks.leaves.matrices import dense as dense
-from truemask.masks.leaves.matrices import tree as tree
 from truemask.masks.leaves.patterns import dilated as dilated
 from truemask.masks.leaves.patterns import grid as grid
 from truemask.masks.leaves.patterns import random as random
@@ -65,6 +64,7 @@ from truemask.masks.leaves.per_token import padding as padding
 from truemask.masks.leaves.per_token import prefix as prefix
 from truemask.masks.leaves.per_token import queries as queries
 from truemask.masks.leaves.predicate import predicate as predicate
+from truemask.masks.leaves.tree import tree as tree
 from truemask.nn.layers import Decoder as Decoder
 from truemask.nn.layers import Encoder as Encoder
 from truemask.nn.wrappers import TransformerWrapper as TransformerWrapper

@@ -15,8 +15,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
-from truemask.masks.core.data import whole
+from truemask.common.arguments import whole
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 
 
 class Bias(ABC):

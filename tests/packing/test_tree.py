@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.nn_models import TOKENS, assert_same, decoder, wrapped
-from truemask.masks.leaves.matrices import tree
+from truemask.masks.leaves.tree import tree
 from truemask.nn.wrappers import TransformerWrapper
 from truemask.packing.tree import PackedTrees, pack_tree
 

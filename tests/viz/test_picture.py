@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truemask.viz.picture import html_picture, percent, shares, text_grid, text_picture
+from truemask.common.formatting import percent
+from truemask.viz.picture import html_picture, shares, text_grid, text_picture
 
 DOTS = """\
 causal

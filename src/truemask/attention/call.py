@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from truemask.attention.validation import (
     as_mask,
@@ -21,6 +20,7 @@ from truemask.attention.validation import (
 )
 from truemask.backends.base import Inputs, Request
 from truemask.biases import Alibi, Bias, Relative
+from truemask.common.torch_internals import transform
 from truemask.masks.core.mask import Mask
 
 
@@ -127,10 +127,3 @@ def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device | None = None) ->
     dtype = torch.get_autocast_dtype(kind)
     q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in given)
     return q, k, v
-
-
-def transform() -> str:
-    """The function transform that the call stands inside of, or nothing."""
-    if torch._C._are_functorch_transforms_active():
-        return "vmap or torch.func"
-    return "forward mode" if forward_ad._current_level >= 0 else ""

@@ -19,13 +19,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from truemask.attention.call import Call, cast, read_call, transform
+from truemask.attention.call import Call, cast, read_call
 from truemask.attention.decomposition import attend_plain
 from truemask.attention.run import new_seed, run
 from truemask.attention.validation import check_mask_tensor
 from truemask.backends.base import Result
 from truemask.backends.shared.autograd import differentiable_once
 from truemask.biases import Alibi, Bias, Relative, alibi, relative
+from truemask.common.torch_internals import transform
 from truemask.errors import PlanError
 from truemask.masks.core.deferred import BUILDERS, Note, Traced, read
 

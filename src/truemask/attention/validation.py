@@ -8,9 +8,10 @@ import numbers
 import torch
 from torch import Tensor
 
-from truemask.backends.base import is_batched
 from truemask.biases import Bias
-from truemask.errors import MaskError, PlanError, counted, describe
+from truemask.common.formatting import counted, describe
+from truemask.common.torch_internals import is_batched
+from truemask.errors import MaskError, PlanError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask

@@ -23,7 +23,7 @@ from truemask.auditing.probes import Seen, Step, choose, confirm, look
 from truemask.auditing.report import Finding, Findings, Report
 from truemask.auditing.subject import AuditError, Subject, undisturbed
 from truemask.auditing.torch_modules import without_queries
-from truemask.errors import describe
+from truemask.common.formatting import describe
 
 MOST_POSITIONS = 128
 

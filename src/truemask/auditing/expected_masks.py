@@ -16,7 +16,8 @@ from torch import Tensor
 from truemask.auditing.declared_masks import Said, four_axes, heads_of, is_peer, layers_of, said_of, stack_of
 from truemask.auditing.subject import AuditError, Subject
 from truemask.auditing.torch_modules import own_mask
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.interop.huggingface.masks import lies_in_rows
 from truemask.interop.removed_pairs import dropped
 from truemask.masks.compose.boolean import everything

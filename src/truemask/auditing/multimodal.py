@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from truemask.auditing.subject import INPUTS, LEAST_POSITIONS, AuditError, first_outputs
-from truemask.errors import describe
+from truemask.common.formatting import describe
 
 SIGNALS = ("pixel_values", "input_values", "input_features")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

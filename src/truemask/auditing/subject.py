@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from truemask.auditing.placeholders import placeholders, places_of, special_tokens
-from truemask.errors import TruemaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import TruemaskError
 
 INPUTS = (
     "decoder_input_ids",

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from truemask.biases import Bias
 from truemask.common.real_tensors import remembered
@@ -227,16 +226,6 @@ def looked_at(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Te
     q = torch.arange(q_start, q_start + q_len).view(1, 1, -1, 1)
     k = torch.arange(k_start, k_start + kv_len).view(1, 1, 1, -1)
     return base.bound("cpu")._truth(b, h, q, k).expand(batch, heads, q_len, kv_len)
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether a `vmap` maps over the tensor: `torch.func`'s, or the older one that `is_grads_batched` uses."""
-    return is_batchedtensor(x) or is_older_batch(x)
-
-
-def is_older_batch(x: Tensor) -> bool:
-    """Whether the `vmap` is the older one, which knows few operations and no autograd function's own rule."""
-    return is_legacy_batchedtensor(x)
 
 
 def batched_refusal(backend: str) -> PlanError:

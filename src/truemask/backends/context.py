@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar, Token
 
 from truemask.backends.registry import backends, unknown_backend
-from truemask.errors import PlanError, describe
+from truemask.common.formatting import describe
+from truemask.errors import PlanError
 
 CHOSEN: ContextVar[str | None] = ContextVar("truemask_backend", default=None)
 UNLESS_CHOSEN = " unless chosen"

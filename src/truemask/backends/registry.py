@@ -8,7 +8,7 @@ from truemask.backends.flex.backend import Flex
 from truemask.backends.native.backend import Native
 from truemask.backends.reference import Reference
 from truemask.backends.sdpa import Sdpa
-from truemask.errors import suggest
+from truemask.common.formatting import suggest
 
 BACKENDS: tuple[Backend, ...] = (Native(), Sdpa(), BlockSparse(), Flex(), Reference())
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
-from truemask.backends.costs.model import SPEED_BACKWARD, memory, rows_at_once, seconds, slowed, table
+from truemask.backends.costs.model import SPEED_BACKWARD, rows_at_once, seconds, slowed, table
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import Flash, all_fitted
 from truemask.backends.shared.eager import bias_values
 from truemask.biases import Bias
+from truemask.common.formatting import memory
 from truemask.masks.compose.boolean import everything
 
 DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many

@@ -15,8 +15,9 @@ import torch
 
 from truemask.attention.attend import attend
 from truemask.backends.base import Backend, Job, Request
-from truemask.backends.costs.model import BACKENDS as NAMES
-from truemask.backends.costs.model import SHIPPED, Rates, assumed
+from truemask.backends.costs.model import assumed
+from truemask.backends.costs.rates import BACKENDS as NAMES
+from truemask.backends.costs.rates import SHIPPED, Rates
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking.timing import race
 from truemask.benchmarking.workloads import Course, by_truemask

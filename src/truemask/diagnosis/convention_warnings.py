@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from truemask.errors import counted
+from truemask.common.formatting import counted
 from truemask.masks.core.data import Data
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import Dense

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from truemask.common.arguments import whole
 from truemask.common.finding import Finding, Findings
 from truemask.diagnosis.leaf_reasons import quoted
 from truemask.diagnosis.rules.alignment import PLACING_RULES
@@ -14,7 +15,6 @@ from truemask.diagnosis.rules.expression import WORDING_RULES, known_by_name
 from truemask.diagnosis.rules.heads import of_heads
 from truemask.diagnosis.rules.misreadings import TRAP_RULES
 from truemask.diagnosis.rules.visibility import OUTCOME_RULES
-from truemask.masks.core.data import whole
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.leaves.documents import documents as documents_of

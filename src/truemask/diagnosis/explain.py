@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from truemask.diagnosis.leaf_reasons import because, shortened
+from truemask.common.arguments import whole
+from truemask.common.formatting import shortened
+from truemask.diagnosis.leaf_reasons import because
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
-from truemask.masks.compose.packed import Packed, Padded, Prepended, Segments
+from truemask.masks.compose.packed import Packed, Padded, Prepended
 from truemask.masks.compose.per_axis import PerHead, PerSample, Select
 from truemask.masks.compose.reindex import At, Take, Transposed
-from truemask.masks.core.data import whole
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import ANY
+from truemask.masks.core.segments import Segments
 from truemask.masks.core.verdict import Cell
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.leaves.per_token import number_for

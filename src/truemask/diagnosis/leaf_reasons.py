@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from truemask.errors import counted
+from truemask.common.formatting import counted, shortened
 from truemask.masks.compose.packed import Packed, Padded, Prepended
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.verdict import Cell
 from truemask.masks.leaves.bands import Blocks, Causal, Local, Window
 from truemask.masks.leaves.documents import Documents, Labels, Same
-from truemask.masks.leaves.matrices import BlockPattern, Dense, Tree
+from truemask.masks.leaves.matrices import BlockPattern, Dense
 from truemask.masks.leaves.patterns import Dilated, Grid, Random, Strided
 from truemask.masks.leaves.per_token import GlobalTokens, Keys, Padding, Prefix, Queries, number_for
 from truemask.masks.leaves.predicate import Predicate
+from truemask.masks.leaves.tree import Tree
 
 
 def because(leaf: Mask, seen: bool, cell: Cell) -> str:
@@ -58,15 +59,6 @@ def because(leaf: Mask, seen: bool, cell: Cell) -> str:
             return f"the function returns {seen} for ({b}, {h}, {q}, {k})"
         case _:
             return f"it lets {'every' if seen else 'no'} pair through"
-
-
-def shortened(text: str, most: int = 60) -> str:
-    """A text cut to what fits into a sentence.
-
-    >>> shortened("keys([True, True, True])", 12)
-    'keys([Tru...'
-    """
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def quoted(mask: Mask) -> str:

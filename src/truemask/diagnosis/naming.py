@@ -8,7 +8,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from truemask.diagnosis.leaf_reasons import shortened
+from truemask.common.formatting import shortened
 from truemask.diagnosis.recognise import recognise
 from truemask.errors import MaskError
 from truemask.masks.core.data import Data

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.diagnosis.leaf_reasons import shortened
+from truemask.common.arguments import LARGEST, whole
+from truemask.common.formatting import counted, describe, ranges, shortened
 from truemask.diagnosis.rules.context import tokens_held
-from truemask.diagnosis.rules.visibility import ranges
-from truemask.errors import MaskError, counted, describe
-from truemask.masks.core.data import LARGEST, whole
+from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import ANY
 from truemask.masks.formats.as_mask import expression, from_text

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.generation.kv_cache import KVCache
 from truemask.generation.prompts import Given, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler

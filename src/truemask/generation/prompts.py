@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from truemask.errors import describe
+from truemask.common.formatting import describe
 from truemask.nn.config import check_fields
 
 Filter = Callable[[Tensor], Tensor]

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from truemask.backends.context import check_backend
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.interop.huggingface.layers import kept
 from truemask.masks.core.mask import Mask
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from truemask.errors import describe, suggest
+from truemask.common.formatting import describe, suggest
 from truemask.nn import x_transformers_names as foreign_names
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {

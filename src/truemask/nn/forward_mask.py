@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from truemask.attention.compiled import positions_traced
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import for_now, is_recorded, ordinary_tensors, trusted
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import And, Minus, Nothing, Or, everything, nothing
 from truemask.masks.compose.packed import Packed, Padded
 from truemask.masks.core.deferred import BUILDERS, recorded

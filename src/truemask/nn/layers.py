@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import traceable
-from truemask.errors import describe
 from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention, LayerCache
 from truemask.nn.config import LayersConfig, reject_keywords

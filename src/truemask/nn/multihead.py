@@ -15,8 +15,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from truemask.attention.attend import attend
 from truemask.attention.call import read_call
 from truemask.attention.run import new_seed, run
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import cannot_look, traceable
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.importers import from_torch_mha

@@ -11,8 +11,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_late
-from truemask.errors import ConventionWarning, MaskError, describe
+from truemask.errors import ConventionWarning, MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense

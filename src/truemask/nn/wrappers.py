@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import cannot_look, traceable
-from truemask.errors import describe
 from truemask.masks.core.mask import Mask
 from truemask.nn.config import LayersConfig, check_needs, check_rate, check_type, reject_keywords
 from truemask.nn.forward_mask import read_masks, token_positions

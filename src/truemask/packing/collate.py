@@ -7,8 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from truemask.attention.planning.plan import plan
-from truemask.errors import describe
-from truemask.masks.core.data import whole
+from truemask.common.arguments import whole
+from truemask.common.formatting import describe
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.packing.pack import pack

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import counted, describe, suggest
-from truemask.masks.core.data import LARGEST, whole
+from truemask.common.arguments import LARGEST, whole
+from truemask.common.formatting import counted, describe, suggest
 from truemask.packing.best_fit import best_fit
 from truemask.packing.samples import Arrays, Samples, read_samples
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import describe
+from truemask.common.formatting import describe
 
 TOKENS = ("input_ids", "tokens")  # what a dict may call its tokens
 OURS = ("position_ids", "positions", "lengths", "mask")  # what packing works out, so that nobody may bring it along

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import counted, describe
-from truemask.masks.core.data import whole
+from truemask.common.arguments import whole
+from truemask.common.formatting import counted, describe
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
-from truemask.masks.leaves.matrices import tree
+from truemask.masks.leaves.tree import tree
 from truemask.packing.best_fit import best_fit
 from truemask.packing.pack import check_rows, ramp, token
 from truemask.packing.samples import Arrays, read_field

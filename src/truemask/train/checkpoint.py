@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from truemask.errors import suggest
+from truemask.common.formatting import suggest
 from truemask.train.config import TrainConfig, TrainError
 
 PREFIX, UNFINISHED = "step-", ".unfinished-"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from truemask.errors import TruemaskError, suggest
+from truemask.common.formatting import suggest
+from truemask.errors import TruemaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.parse import parse
 

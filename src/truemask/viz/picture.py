@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from truemask.common.formatting import percent
+
 CELLS_WIDE = 64  # characters (halves, shades) or twice the cells (dots) that a text picture may be wide
 PIXELS_WIDE = 128  # cells of an SVG panel before it is drawn as shares
 PANEL_SIZE = 240  # units of the longer side of an SVG panel
@@ -241,18 +243,6 @@ def _grid(q_len: int, kv_len: int) -> str:
     down = "".join(f"M0 {q}h{kv_len}" for q in range(1, q_len))
     across = "".join(f"M{k} 0v{q_len}" for k in range(1, kv_len))
     return f'<path stroke="{PAPER}" stroke-width="0.08" shape-rendering="auto" d="{down}{across}"/>'
-
-
-def percent(pairs: float, cells: float) -> str:
-    """A share as text, never rounded to 0 or 100 when it is not; 0 % of nothing.
-
-    >>> percent(3, 8), percent(1, 10**6), percent(10**6 - 1, 10**6), percent(2, 2)
-    ('37.5 %', 'under 0.1 %', 'over 99.9 %', '100 %')
-    """
-    share = 100 * pairs / cells if cells else 0.0
-    if 0 < share < 0.1:
-        return "under 0.1 %"
-    return "over 99.9 %" if 99.9 < share < 100 else f"{share:.3g} %"
 
 
 def _check(array: np.ndarray, ndim: int) -> None:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from truemask.attention.planning.table import duration, sizes_text, tiles_text
+from truemask.attention.planning.table import sizes_text, tiles_text
 from truemask.backends.base import Job
 from truemask.backends.costs.model import source
 from truemask.backends.registry import BACKENDS
+from truemask.common.formatting import duration
 from truemask.diagnosis.recognise import recognise
 from truemask.masks.core.mask import Mask
 

@@ -14,8 +14,9 @@ from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.selection import Plan
 from truemask.attention.validation import check_flag, checked_length
 from truemask.backends.base import Request
-from truemask.errors import MaskError, describe, suggest
-from truemask.masks.core.data import whole
+from truemask.common.arguments import whole
+from truemask.common.formatting import describe, suggest
+from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from truemask.backends.base import Job, Request
 from truemask.backends.costs.model import source
+from truemask.common.formatting import duration
 from truemask.masks.leaves.matrices import Dense
 
 EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
@@ -64,19 +65,6 @@ def tiles_text(job: Job) -> str:
     counted = f"tiles of {tiles.block[0]} x {tiles.block[1]}: {empty} empty, {mixed} mixed, {full} full; {share}"
     samples = {leaf.sample.text for leaf in job.mask.walk() if isinstance(leaf, Dense) and leaf.sample is not None}
     return "\n".join([counted, *sorted(samples - {""})])
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them.
-
-    >>> duration(0.0000421), duration(0.0123), duration(4.56)
-    ('42 us', '12 ms', '4.6 s')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    return f"{seconds * 1e6:.0f} us"
 
 
 def refusal(job: Job, objections: dict[str, list[str]], wanted: str | None) -> str:

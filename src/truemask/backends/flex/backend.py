@@ -26,10 +26,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
-from truemask.backends.costs.model import memory, seconds, table
+from truemask.backends.costs.model import seconds, table
 from truemask.backends.flex.score_mod import ScoreMod, score_mod_of, static_data, table_bytes
 from truemask.backends.shared.cpu_flash import finite, wide
 from truemask.backends.shared.eager import beside_sink, eager_attention
+from truemask.common.formatting import memory
 from truemask.masks.core.block_mask import MaskBlocks, MaskMod, block_mask_of
 from truemask.masks.core.mask import Mask
 

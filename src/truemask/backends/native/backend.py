@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 
 from truemask.backends.base import Inputs, Job, Lowered, Result, reasons
-from truemask.backends.costs.model import memory, seconds, table
+from truemask.backends.costs.model import seconds, table
 from truemask.backends.native.call import TILE, NativeCall, tiles_of
 from truemask.backends.native.library import missing
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.biases import Bias
+from truemask.common.formatting import memory
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.leaves.matrices import Dense
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from truemask.errors import PlanError, suggest
+from truemask.common.formatting import suggest
+from truemask.errors import PlanError
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "_native"
 VARIABLE, OFF = "TRUEMASK_ISA", "off"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from truemask.backends.base import batched_refusal, is_batched
+from truemask.backends.base import batched_refusal
 from truemask.biases import Bias
+from truemask.common.torch_internals import is_batched
 from truemask.errors import PlanError
 
 Gradients = tuple[Tensor | None, ...]

@@ -20,7 +20,7 @@ from truemask.backends.base import Inputs, Result
 from truemask.backends.shared.dropout import kept
 from truemask.backends.shared.masked_matmul import gather, no_autocast, outer
 from truemask.biases import Bias
-from truemask.errors import describe
+from truemask.common.formatting import describe
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import indices
 from truemask.masks.leaves.predicate import check_unchanged

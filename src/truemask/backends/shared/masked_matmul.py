@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from truemask.backends.base import batched_refusal, is_older_batch
+from truemask.backends.base import batched_refusal
+from truemask.common.torch_internals import is_older_batch
 
 Grads = tuple[Tensor | None, Tensor | None, None]
 

@@ -25,7 +25,8 @@ from truemask.auditing.placeholders import special_tokens
 from truemask.auditing.probes import Step
 from truemask.auditing.subject import SEED, AuditError
 from truemask.cli.console import make_console, needs_ascii, plain, show_error
-from truemask.errors import TruemaskError, describe, suggest
+from truemask.common.formatting import describe, suggest
+from truemask.errors import TruemaskError
 from truemask.masks.formats.parse import parse
 
 MISTAKE = 2

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.plan import plan
-from truemask.attention.planning.table import duration
 from truemask.backends.costs import model as costs
 from truemask.backends.costs.calibration_file import store, this_machine, writable_file
 from truemask.benchmarking.calibrate import measured_costs
@@ -23,9 +22,9 @@ from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa, ra
 from truemask.cli.commands.explain import Dtype
 from truemask.cli.console import make_console, plain
 from truemask.cli.options import Length
+from truemask.common.formatting import duration, percent
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.parse import parse
-from truemask.viz.picture import percent
 
 SECONDS = 1.0  # for each contestant
 

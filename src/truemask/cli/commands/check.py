@@ -12,9 +12,10 @@ import typer
 from truemask.cli.console import make_console, needs_ascii, plain
 from truemask.cli.options import Batch, Heads, KvLength
 from truemask.common.finding import Finding, Findings
+from truemask.common.formatting import counted
 from truemask.diagnosis.diagnose import diagnose
 from truemask.diagnosis.rules.context import tokens_held
-from truemask.errors import MaskError, counted
+from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.files import Reading, is_file, perhaps_a_file, read_mask
 from truemask.masks.foreign.importers import from_huggingface_2d

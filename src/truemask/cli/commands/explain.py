@@ -14,12 +14,11 @@ from torch import Tensor
 from truemask.attention.planning.plan import plan
 from truemask.cli.console import make_console, needs_ascii, plain
 from truemask.cli.options import Batch, Expression, Heads, KvLength, Length
+from truemask.common.formatting import percent, ranges
 from truemask.diagnosis.explain import explain as why
-from truemask.diagnosis.rules.visibility import ranges
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.files import read_expression
 from truemask.viz.panels import text_of
-from truemask.viz.picture import percent
 
 PICTURE_COLUMNS = 32
 HEADS = 8  # of the call that is planned, where neither the mask nor the user says

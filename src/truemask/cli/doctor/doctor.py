@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 
 from truemask.attention.planning.plan import plan
-from truemask.attention.planning.table import duration
 from truemask.backends.costs import model as costs
 from truemask.backends.native.library import isa, missing
 from truemask.cli.console import make_console, plain
 from truemask.cli.doctor.backend_check import self_test
 from truemask.cli.doctor.gpu_report import CHECKS, LENGTH, SECONDS, gpu_facts, report
 from truemask.cli.machine import facts
+from truemask.common.formatting import duration
 from truemask.masks.formats.parse import parse
 
 EXAMPLE, TOKENS = "causal & window(256)", 4096

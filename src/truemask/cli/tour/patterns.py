@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from truemask.attention.planning.plan import plan
 from truemask.cli.tour.stage import SMALL, Act, Stage
+from truemask.common.formatting import percent
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, local, window
 from truemask.masks.leaves.patterns import random
 from truemask.masks.leaves.per_token import global_tokens, prefix
-from truemask.viz.picture import percent
 
 LENGTH = 2048
 Pattern = tuple[str, str, Mask, Mask]  # name, formula, the mask drawn at SMALL, the mask counted at LENGTH

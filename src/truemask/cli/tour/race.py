@@ -13,15 +13,14 @@ from rich.text import Text
 from torch import Tensor
 
 from truemask.attention.planning.plan import plan
-from truemask.attention.planning.table import duration
 from truemask.benchmarking.timing import clock
 from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa, race_masks
 from truemask.cli.console import needs_ascii
 from truemask.cli.tour.curve import INK, LEVEL
 from truemask.cli.tour.stage import Act, Part, Stage
+from truemask.common.formatting import duration, percent
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
-from truemask.viz.picture import percent
 
 HEADS, HEAD_DIM = 4, 64
 SDPA, OURS = "SDPA", "truemask"

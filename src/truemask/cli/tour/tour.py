@@ -23,7 +23,7 @@ from truemask.cli.tour.race import ACT as RACE
 from truemask.cli.tour.report import Chapter, write_report
 from truemask.cli.tour.stage import Act, Stage
 from truemask.cli.tour.your_model import ACT as YOUR_MODEL
-from truemask.errors import suggest
+from truemask.common.formatting import suggest
 
 ACTS = (ARTICLE, INVERTED, PATTERNS, LEAK, RACE, YOUR_MODEL, AUDITED, LEARNING)
 NAMES = ", ".join(act.name for act in ACTS)

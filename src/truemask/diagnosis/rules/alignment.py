@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from truemask.common.finding import Finding
+from truemask.common.formatting import counted
 from truemask.diagnosis.convention_warnings import LOOKING_BACK, one_axis, top_left
 from truemask.diagnosis.leaf_reasons import quoted
 from truemask.diagnosis.rules.context import Subject
-from truemask.errors import counted
 from truemask.masks.compose.reindex import At
 from truemask.masks.core.mask import Mask
 

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from truemask.common.finding import Finding
+from truemask.common.formatting import counted, ranges
 from truemask.diagnosis.rules.context import Subject
-from truemask.diagnosis.rules.visibility import ranges
-from truemask.errors import counted
 from truemask.masks.compose.boolean import And, Or
 from truemask.masks.compose.per_axis import PerHead
 from truemask.masks.core.mask import Mask

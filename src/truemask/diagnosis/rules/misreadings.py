@@ -16,7 +16,7 @@ from truemask.diagnosis.rules.expression import ABSOLUTE, parts_of
 from truemask.masks.compose.reindex import At
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.documents import Same
-from truemask.masks.leaves.matrices import Tree
+from truemask.masks.leaves.tree import Tree
 
 DISTANCES = ("window", "local", "dilated")
 LONGEST_FIX = 160  # characters of a fix that is written out
@@ -52,7 +52,7 @@ def _parts(mask: Mask) -> Iterator[tuple[Mask, Callable[[Mask], Mask]]]:
 def depths(tree: Tree) -> Tensor:
     """How many tokens stand before each on its own path, int64 `[n]` or `[b, n]`.
 
-    >>> from truemask.masks.leaves.matrices import tree
+    >>> from truemask.masks.leaves.tree import tree
     >>> depths(tree([-1, 0, 0], lengths=[2, 1, 2])).tolist()
     [0, 1, 2, 2, 3]
     """

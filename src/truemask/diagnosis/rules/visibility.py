@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from truemask.common.finding import Finding
+from truemask.common.formatting import counted, ranges
 from truemask.diagnosis.convention_warnings import LOOKING_BACK
 from truemask.diagnosis.leaf_reasons import quoted
 from truemask.diagnosis.rules.context import Subject, at_cell, paddings
-from truemask.errors import counted
 from truemask.masks.leaves.matrices import Dense
 
 Rule = Callable[[Subject], Iterator[Finding]]
@@ -133,14 +133,3 @@ def places(name: str, flags: Tensor) -> str:
         total = int(flags.sum())
         return f"{counted(total, name)} over all samples and heads"
     return f"{plural} {ranges(np.flatnonzero(flags[0, 0].numpy()))}"
-
-
-def ranges(positions: np.ndarray, most: int = 6) -> str:
-    """Increasing positions as text.
-
-    >>> ranges(np.array([0, 1, 2, 7, 9, 10]))
-    '0-2, 7, 9-10'
-    """
-    parts = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
-    texts = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts[:most]]
-    return ", ".join(texts) + (f", and {len(parts) - most} more runs" if len(parts) > most else "")

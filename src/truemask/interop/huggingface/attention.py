@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from truemask.attention.attend import attend
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.interop.checkpointing import checkpoints
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown, seat_of
 from truemask.interop.huggingface.inputs import REASON

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from truemask.errors import MaskError, describe, suggest
+from truemask.common.formatting import describe, suggest
+from truemask.errors import MaskError
 from truemask.interop.huggingface.coverage import MIXES, asks_for_attention, check_selection, own_ways, partitions
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import Or, everything, nothing
 from truemask.masks.compose.per_axis import per_sample
 from truemask.masks.core.mask import Mask

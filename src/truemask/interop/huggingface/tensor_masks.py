@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.interop.huggingface.mask_functions import Lifted
 from truemask.interop.huggingface.masks import Claim
 from truemask.masks.compose.boolean import everything

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import remembered
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.slabs.normal_form import Form
 from truemask.geometry.slabs.slabs import Flags, Region

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from truemask.common.arguments import LARGEST, whole
 from truemask.common.real_tensors import is_late, remembered, surely
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
@@ -17,7 +18,7 @@ from truemask.geometry.slabs.algebra import all_of, any_of, transposed
 from truemask.geometry.slabs.normal_form import Form
 from truemask.geometry.slabs.slabs import Flags, NoExactFormError, Region, Slabs, bands, from_cells, stacked
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import LARGEST, Data, integers, whole
+from truemask.masks.core.data import Data, integers
 from truemask.masks.core.lookup import look_up, low_high, row_by_row, rows_of
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call, method

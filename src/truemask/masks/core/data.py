@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_late, is_real, is_recorded, ordinary_tensors, remembered
-from truemask.errors import MaskError, PlanError, describe
+from truemask.errors import MaskError, PlanError
 
-LARGEST = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
 LONGEST = 1 << 24  # positions that a mask may hold a table for: tokens of packed documents and trees, global tokens
 SHOWN = 64  # data of at most this many numbers is written out in a mask's text
 STRIDE = 1021  # words that a fingerprint adds up separately: a prime, so that rows moved down make another one
@@ -153,25 +152,6 @@ def _refuse_without_numbers(tensor: Tensor) -> None:
             "vmap maps over the data of a mask, which must be known before anything runs, whatever the backend: give "
             "all of it as the samples of one call (`keys` `[b, n]`, `dense` `[b, h, q, k]`) outside of vmap, or loop"
         )
-
-
-def whole(value: object, name: str, least: int = 0) -> int:
-    """`value` as a Python int of at least `least`, or an error that names the argument."""
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-        raise MaskError(f"{name} must be a whole number, got {describe(value)}")
-    if isinstance(value, torch.SymInt):  # a size or an argument of a graph that is recorded for many of them
-        torch._check(value >= least)
-        return cast(int, value)
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point() and is_late(value):
-        return cast(int, value)
-    try:
-        number = operator.index(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, RuntimeError):
-        raise MaskError(f"{name} must be a whole number, got {describe(value)}") from None
-    if not least <= number < LARGEST:
-        shown = number if abs(number) < 1 << 80 else f"a number of {number.bit_length()} bits"
-        raise MaskError(f"{name} must be at least {least} and below 2**40, got {shown}")
-    return number
 
 
 def as_tensor(number: Any) -> Tensor:

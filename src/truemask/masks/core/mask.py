@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from truemask.common.arguments import whole
 from truemask.common.real_tensors import is_late, ordinary_tensors, remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
@@ -29,7 +30,7 @@ from truemask.geometry.slabs.algebra import cropped
 from truemask.geometry.slabs.normal_form import Form
 from truemask.geometry.slabs.slabs import NoExactFormError, Region, Slabs
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import Data, whole
+from truemask.masks.core.data import Data
 from truemask.masks.core.queries import ANY, Questions
 from truemask.masks.core.registry import KINDS, build, names_of, operand
 from truemask.masks.core.value import Value, joined

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.common.arguments import LARGEST, whole
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.geometry.slabs.measure import first_cell, live_rows, pairs, seen_keys
 from truemask.geometry.slabs.slabs import Region
 from truemask.geometry.tiles.measure import first_cell_in, lives_in, pairs_in
 from truemask.geometry.tiles.tile_map import BATCH_CELLS, TileMap, shared
-from truemask.masks.core.data import LARGEST, whole
 from truemask.masks.core.exact_form import Exact
 from truemask.masks.core.pictures import Pictures
 from truemask.masks.core.slab_tensors import SlabTensors, slab_tensors

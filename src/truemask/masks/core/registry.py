@@ -18,8 +18,9 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_diverted, is_late, is_real, ordinary_tensors, trusted
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.masks.core.value import Value
 
 KINDS: dict[str, type[Any]] = {}  # every kind of mask by its name

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from truemask.common.finding import Finding
-from truemask.errors import MaskError, counted, describe, suggest
+from truemask.common.formatting import counted, describe, suggest
+from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.importers import from_additive
 from truemask.masks.foreign.tables import table_in

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.mask import Mask

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_late
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.masks.compose.per_axis import per_head
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense

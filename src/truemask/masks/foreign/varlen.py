@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe
+from truemask.common.formatting import describe
+from truemask.errors import MaskError
 from truemask.geometry.ranges import spans
 from truemask.geometry.slabs.algebra import all_of, odd_of
 from truemask.geometry.slabs.measure import first_cell

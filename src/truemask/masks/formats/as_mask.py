@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from truemask.common.arguments import LARGEST
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import ordinary_tensors
-from truemask.errors import MaskError, describe
-from truemask.masks.core.data import LARGEST
+from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.parse import parse
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from truemask.common.formatting import percent
 from truemask.errors import TruemaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import expression
 from truemask.viz.panels import panels_of, svg_of, text_of
-from truemask.viz.picture import INK, PAPER, Shares, percent
+from truemask.viz.picture import INK, PAPER, Shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

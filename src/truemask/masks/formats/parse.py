@@ -11,16 +11,18 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from truemask.errors import MaskError, suggest
+from truemask.common.formatting import suggest
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.compose.per_axis import per_head, per_sample
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, local, window
 from truemask.masks.leaves.documents import documents, same
-from truemask.masks.leaves.matrices import block_pattern, dense, tree
+from truemask.masks.leaves.matrices import block_pattern, dense
 from truemask.masks.leaves.patterns import dilated, grid, random, strided
 from truemask.masks.leaves.per_token import global_tokens, keys, padding, prefix, queries
+from truemask.masks.leaves.tree import tree
 
 LONGEST = 20_000  # characters
 DEEPEST = 100  # brackets, or signs in a row

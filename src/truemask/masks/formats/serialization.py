@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.errors import MaskError, describe, suggest
+from truemask.common.formatting import describe, suggest
+from truemask.errors import MaskError
 from truemask.masks.core.data import LONGEST, Data, integers
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.registry import KINDS, operand

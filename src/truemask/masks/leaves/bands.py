@@ -12,10 +12,10 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from truemask.common.arguments import LARGEST, whole
 from truemask.geometry.logic import States, three
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import LARGEST, whole
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import ATOM, call

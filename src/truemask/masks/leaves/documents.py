@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import remembered
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.logic import States, three
 from truemask.geometry.ranges import RunTable, spans
 from truemask.geometry.slabs.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.compose.packed import document_lengths
 from truemask.masks.core.data import Data, integers
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.lookup import look_up, rows_of
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.registry import is_known
+from truemask.masks.core.segments import document_lengths
 from truemask.masks.core.unparse import call
 from truemask.masks.core.value import Written, joined
 from truemask.masks.leaves.per_token import beyond, keys, queries

@@ -9,13 +9,14 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from truemask.common.arguments import whole
+from truemask.common.formatting import describe
 from truemask.common.hashing import WORD, hash32, threshold
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_and, three
 from truemask.geometry.slabs.algebra import pieces
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, from_cells
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import whole
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.common.arguments import whole
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import remembered, surely
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.logic import States, kleene_and, three
 from truemask.geometry.ranges import Counts, spans
 from truemask.geometry.slabs.lines import after, union
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, flag_runs, for_rows, from_cells
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import LONGEST, Data, as_tensor, integers, whole
+from truemask.masks.core.data import LONGEST, Data, as_tensor, integers
 from truemask.masks.core.data import flags as as_flags
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.lookup import look_up, low_high, rows_of

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_recorded, remembered
-from truemask.errors import MaskError, describe
+from truemask.errors import MaskError
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles.tile_map import Rectangles
 from truemask.masks.core.deferred import recorded
