@@ -1,23 +1,11 @@
-// One call, as Python describes it: `backends/native/call.py` has the same fields in the same order.
+// One call, as Python describes it: `backends/native/library.py` has the same fields in the same order.
 #pragma once
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <limits>
-#include <memory>
-#include <new>
-#include <thread>
-#include <vector>
-
-#include "products/matmul.h"
+#include <cstdint>
 
 namespace {
 
 constexpr int64_t TILE = 64;  // queries and keys of a tile: a row of one is a 64-bit word
-constexpr float LN2 = 0.693147180559945309f, LOG2E = 1.44269504088896341f;
-constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Dtype : int64_t { FLOAT, BFLOAT, HALF };
 enum Kind : int32_t { ALL = -1, SLABS = -2 };
@@ -72,68 +60,5 @@ struct Call {
   int64_t bytes() const { return dtype == FLOAT ? 4 : 2; }  // of a number
   int64_t keys(int64_t j) const { return std::min(TILE, nk - j * TILE); }
 };
-
-// Numbers that begin where a cache line does.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(size_t n = 0) : held_(new T[n + 16 + 3 * W]) {
-    void* start = held_.get();
-    size_t room = (n + 16 + 2 * W) * sizeof(T);
-    at_ = static_cast<T*>(std::align(64, (n + 2 * W) * sizeof(T), start, room));
-  }
-  operator T*() const { return at_; }
-
- private:
-  std::unique_ptr<T[]> held_;
-  T* at_;
-};
-
-inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
-
-// How threads are started: with a function that has OpenMP's `GOMP_parallel` for its form (torch's own threads: they are
-// warm, and would spin beside ours), or by us. After a fork only the second way is left.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-struct Threads {
-  Parallel start = nullptr;
-  pid_t process = 0;
-};
-inline Threads& starter() {
-  static Threads threads;
-  return threads;
-}
-
-template <class Work>
-void together(int64_t threads, const Work& work) {
-  if (threads < 2) return work();
-  if (starter().start && starter().process == getpid()) {
-    const auto call = [](void* given) { (*static_cast<const Work*>(given))(); };
-    return starter().start(call, const_cast<Work*>(&work), unsigned(threads), 0);
-  }
-  std::vector<std::thread> others;
-  try {
-    for (int64_t t = 1; t < threads; ++t) others.emplace_back(work);
-  } catch (...) {  // no more threads are to be had: those that are there do it
-  }
-  work();
-  for (auto& thread : others) thread.join();
-}
-
-// Run `make()(i)` for every i < n, the next free thread taking the next i: what i computes must not depend on who does.
-template <class Make>
-void each(int64_t n, int64_t threads, Make make) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};  // an exception must not leave a thread
-  together(std::min(threads, n), [&] {
-    try {
-      if (next.load(std::memory_order_relaxed) >= n) return;
-      auto run = make();
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n && !failed;) run(i);
-    } catch (...) {
-      failed = true;
-    }
-  });
-  if (failed) throw std::bad_alloc();
-}
 
 }  // namespace

@@ -1,6 +1,8 @@
 // The backward: scores once more, tile by tile; dq of a row of tiles stays, dk and dv of a key head are added to.
 #pragma once
+#include "masked_products.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace {
 
@@ -124,7 +126,7 @@ class Backward {
       alive_ |= uint64_t(c_.lse[n] != -INF) << r;
       less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_lse ? c_.dlse[n] : 0);
     }
-    whole_ = alive_ == Strip::below(strip_.m);
+    whole_ = alive_ == below(strip_.m);
   }
 
   void tile(int64_t j, int32_t kind, float* dq, int64_t dq_step) {

@@ -1,6 +1,8 @@
 // The forward: rows of tiles by online softmax, some key tiles at a time, whose scores stay in the first cache.
 #pragma once
+#include "masked_products.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace {
 

@@ -1,7 +1,11 @@
 // Keys and values as products take them, packed once a call: tiles transposed, and rows.
 #pragma once
-#include "products/matvec.h"
+#include <vector>
+
 #include "convert.h"
+#include "memory.h"
+#include "products/matmul.h"
+#include "products/matvec.h"
 
 namespace {
 

@@ -1,10 +1,17 @@
 // Some rows of queries: which they are, what they may see of a tile of keys, and what becomes of their scores.
 #pragma once
+#include <cmath>
+#include <limits>
+
+#include "mask.h"
 #include "pack.h"
 
 namespace {
 
-// The hash of `truemask/masks/hashing.py`, on 32-bit words or vectors of them.
+constexpr float LN2 = 0.693147180559945309f, LOG2E = 1.44269504088896341f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// The hash of `truemask/common/hashing.py`, on 32-bit words or vectors of them.
 template <class T>
 TM_INLINE T mix(T x) {
   x = ((x >> 16) ^ x) * 0x45D9F3Bu;
@@ -73,7 +80,6 @@ struct Strip {
     for (int64_t r = each; r < m; ++r) word[r] = word[r % each];
     return true;
   }
-  static uint64_t below(int64_t n) { return n >= TILE ? ~0ull : (1ull << n) - 1; }  // the first n bits
 
   // Products [m, 64] (rows `ld` apart) become scores as softmax takes them, but for the factor `factor()`. `slopes`, if
   // not null, gets the derivative of a soft cap.
@@ -151,89 +157,5 @@ struct Strip {
     }
   }
 };
-
-// From the first to the last of some keys or rows.
-struct Range {
-  int64_t first, end;
-  bool empty() const { return first >= end; }
-  Range widened(int64_t to) const { return {first / to * to, (end + to - 1) / to * to}; }
-};
-
-// The keys that some of the rows [begin, end) see.
-inline Range keys_seen(const uint64_t* word, int64_t begin, int64_t end) {
-  uint64_t all = 0;
-  for (int64_t r = begin; r < end; ++r) all |= word[r];
-  return all ? Range{__builtin_ctzll(all), TILE - __builtin_clzll(all)} : Range{0, 0};
-}
-
-// The rows of m that see some of the keys [begin, end).
-inline Range rows_seeing(const uint64_t* word, int64_t m, int64_t begin, int64_t end) {
-  const uint64_t keys = Strip::below(end) & ~Strip::below(begin);
-  Range found{m, 0};
-  for (int64_t r = 0; r < m; ++r)
-    if (word[r] & keys) found = {std::min(found.first, r), r + 1};
-  return found;
-}
-
-// The steps of a product over some keys or rows of a tile: themselves, or the pairs of them and those 32 further.
-template <class E>
-inline Range steps_of(Range x) {
-  if (!std::is_same<E, Pair>::value) return x;
-  if (x.end <= HALF_TILE) return x;
-  return x.first >= HALF_TILE ? Range{x.first - HALF_TILE, x.end - HALF_TILE} : Range{0, HALF_TILE};
-}
-
-// Some rows of a masked tile at a time, so that products skip what none of them sees: `run(first, end)`.
-template <class F>
-TM_INLINE void in_groups(int64_t m, F run) {
-  constexpr int64_t GROUP = 12;
-  for (int64_t r = 0; r < m; r += GROUP) run(r, std::min(r + GROUP, m));
-}
-
-// The product of m rows (`row` apart) and the keys or values of a tile, turned: [m, 64], rows `ld` apart. What no row of
-// a group sees is left as it was; `word` is null where all is seen, and only then is `ahead` fetched.
-template <class E>
-void times_turned(int64_t m, int64_t steps, const E* rows, int64_t row, const E* turned, const uint64_t* word, float* to,
-                  int64_t ld, Ahead ahead) {
-  if (!word) return product(m, TILE, steps, rows, row, 1, turned, TILE, to, ld, false, ahead);
-  in_groups(m, [&](int64_t first, int64_t end) {
-    const Range keys = keys_seen(word, first, end).widened(W);
-    product(end - first, keys.end - keys.first, steps, rows + first * row, row, 1, turned + keys.first, TILE,
-            to + first * ld + keys.first, ld, false);
-  });
-}
-
-// Adds weights [m, keys], rows `ld` apart, times the keys or values of a tile as they lie: [m, width], rows `step` apart.
-// `woven` has room for weights in pairs.
-template <class E>
-void add_times_rows(int64_t m, int64_t keys, int64_t width, const float* weights, int64_t ld, Rows<E> rows,
-                    const uint64_t* word, Pair* woven, float* to, int64_t step, Ahead ahead) {
-  const E* left;
-  if constexpr (std::is_same<E, Pair>::value) {
-    for (int64_t r = 0; r < m; ++r) weave(weights + r * ld, weights + r * ld + HALF_TILE, HALF_TILE, woven + r * HALF_TILE);
-    left = woven, ld = HALF_TILE;
-  } else {
-    left = weights;
-  }
-  const auto add = [&](int64_t first, int64_t end, Range seen) {
-    const Range k = steps_of<E>(seen);
-    product(end - first, width, k.end - k.first, left + first * ld + k.first, ld, 1, rows.at + k.first * rows.step, rows.step,
-            to + first * step, step, true, word ? Ahead() : ahead);
-  };
-  if (!word) return add(0, m, {0, keys});
-  in_groups(m, [&](int64_t first, int64_t end) {
-    const Range seen = keys_seen(word, first, end);
-    if (!seen.empty()) add(first, end, seen);
-  });
-}
-
-// The key tiles of a strip's runs in [first, end): `take(j, kind)`.
-template <class F>
-TM_INLINE void tiles_in(const Call& c, const int64_t* range, int64_t first, int64_t end, F take) {
-  for (int64_t r = range[0]; r < range[1]; ++r) {
-    const int32_t* run = c.runs + 3 * r;
-    for (int64_t j = std::max<int64_t>(run[0], first); j < std::min<int64_t>(run[1], end); ++j) take(j, run[2]);
-  }
-}
 
 }  // namespace

@@ -19,11 +19,11 @@ from tests.support.oracle import three
 from tests.support.strategies import Drawn, Reach, expressions
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.base import Job, Request
+from truemask.backends.block_sparse import backend as block_sparse
+from truemask.backends.block_sparse import batching as groups
+from truemask.backends.block_sparse import flash_path as strip_kernel
+from truemask.backends.block_sparse import math_path as strip_math
 from truemask.backends.block_sparse.backend import BlockSparse
-from truemask.backends.block_sparse.backend import backend as block_sparse
-from truemask.backends.block_sparse.backend import batching as groups
-from truemask.backends.block_sparse.backend import flash_path as strip_kernel
-from truemask.backends.block_sparse.backend import math_path as strip_math
 from truemask.backends.block_sparse.batching import Steps
 from truemask.backends.block_sparse.from_slabs import from_slabs
 from truemask.backends.block_sparse.from_tiles import from_tiles

@@ -18,8 +18,8 @@ from tests.support.oracle import Three, three
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.plan import plan
 from truemask.backends.base import Job
+from truemask.backends.flex import backend as flex
 from truemask.backends.flex.backend import Flex
-from truemask.backends.flex.backend import backend as flex
 from truemask.backends.flex.score_mod import LEAST_SIZE, padded
 from truemask.masks.core.mask import Mask
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import truemask as tm
 from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.cache import CACHE
-from truemask.backends.native.backend import library as native_library
+from truemask.backends.native import library as native_library
 from truemask.backends.native.library import ISAS, VARIABLE, file_of, isa, library, missing
 from truemask.masks.core.mask import Mask
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import truemask as tm
 from truemask.attention.planning.cache import CACHE
+from truemask.backends.costs import calibration_file as calibration
 from truemask.backends.costs import model as costs
-from truemask.backends.costs.model import calibration_file as calibration
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking import calibrate
 from truemask.cli.app import app

@@ -10,8 +10,8 @@ import torch
 
 import truemask as tm
 from tests.cli.commands.test_show_explain import run
-from truemask.cli.doctor.doctor import backend_check as self_test
-from truemask.cli.doctor.doctor import gpu_report
+from truemask.cli.doctor import backend_check as self_test
+from truemask.cli.doctor import gpu_report
 from truemask.cli.doctor.gpu_report import Check, report
 
 CPU = torch.device("cpu")

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import truemask as tm
+from truemask.geometry.slabs import algebra as overlay
+from truemask.geometry.slabs import measure
+from truemask.geometry.slabs import normal_form as forms
 from truemask.geometry.slabs.algebra import all_of, any_of, cropped, odd_of, pieces, roughly_odd, transposed
 from truemask.geometry.slabs.normal_form import Form, conjunction, parity
 from truemask.geometry.slabs.slabs import (
@@ -22,12 +25,9 @@ from truemask.geometry.slabs.slabs import (
     bands,
     blank,
     for_rows,
-    measure,
     stacked,
     tidy,
 )
-from truemask.geometry.slabs.slabs import algebra as overlay
-from truemask.geometry.slabs.slabs import normal_form as forms
 
 Cells = NDArray[np.bool_]
 MILLION = 1 << 20

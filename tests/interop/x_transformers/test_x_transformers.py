@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.huggingface_models import asks_beyond_the_window
 from truemask.attention.attend import attend
 from truemask.errors import MaskError
-from truemask.interop.x_transformers.switch import attention as x_attention
+from truemask.interop.x_transformers import attention as x_attention
 from truemask.interop.x_transformers.switch import install, is_x_transformers, used
 from truemask.masks.compose.boolean import everything
 from truemask.masks.compose.per_axis import per_head

@@ -21,7 +21,7 @@ from tests.support import descriptions
 from tests.support.cases import CASES, Case
 from tests.support.strategies import FREE, LEAVES, Drawn, Reach, expressions
 from truemask.geometry.tiles.tile_map import Rectangles
-from truemask.masks.core.mask import exact_form as exact
+from truemask.masks.core import exact_form as exact
 from truemask.masks.core.slab_tensors import SlabTensors
 from truemask.masks.core.verdict import Cell, Verdict
 

@@ -17,7 +17,7 @@ import truemask as tm
 from tests.attention.planning.test_plan import random_cells
 from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.cache import CACHE
-from truemask.backends.native.backend import backend as native
+from truemask.backends.native import backend as native
 from truemask.backends.native.library import missing
 from truemask.diagnosis import convention_warnings as slips
 from truemask.geometry.edges import Edges
