@@ -33,7 +33,7 @@ import truemask as tm
 from truemask.attention.planning.cache import CACHE
 from truemask.interop import scopes as in_force
 from truemask.interop.checkpointing import Notes
-from truemask.interop.huggingface.attention import switch
+from truemask.interop.huggingface import switch
 from truemask.interop.huggingface.masks import Claim
 
 CLOSE, QUICK, WORDS, LONGEST, MEMORY = 1e-4, 40, 61, 40, 2
