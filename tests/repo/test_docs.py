@@ -90,6 +90,14 @@ def test_both_readmes_show_the_same_code() -> None:
     assert code("README.md") == code("README.zh-CN.md")
 
 
+def test_the_table_of_conventions_is_told_the_same_everywhere() -> None:
+    page = read(ROOT / "docs" / "conventions.md")
+    table = page.partition("<!-- conventions: begin -->\n")[2].partition("<!-- conventions: end -->")[0]
+    assert table.startswith("| you have |")
+    assert table in read(ROOT / "README.md")
+    assert table in read(ROOT / "README.zh-CN.md").replace("；反过来：", "; back: ")
+
+
 def test_both_readmes_begin_with_the_promise() -> None:
     assert "attention masks" in read(ROOT / "README.md").splitlines()[0]
     assert "注意力掩码" in read(ROOT / "README.zh-CN.md").splitlines()[0]
