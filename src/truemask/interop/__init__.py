@@ -2,5 +2,5 @@
 
 Nouns: a *use* (a model, its masks, from one line to another), a *scope* (where a use holds: a context, or
 everywhere), a *layer* (what attends in a model). What only one library needs is in its folder; both folders have
-files of the same names.
+files of the same names. The words: docs/internals/glossary.md.
 """

@@ -1,6 +1,10 @@
-"""The language of masks: expressions without size or tensor, each of which answers `truth` and `tile`."""
+"""The language of masks: expressions without size or tensor, each of which answers `truth` and `tile`.
 
-# What the operators and methods of every mask make (building.py), whichever of its files is imported first.
+Shelves: `core` (what a mask is), `compose` (masks of masks), `leaves` (the words), `formats` (text, files), `foreign`.
+The words: docs/internals/glossary.md.
+"""
+
+# What the operators and methods of every mask make (core/registry.py), whichever of its files is imported first.
 import truemask.masks.compose.boolean
 import truemask.masks.compose.packed
 import truemask.masks.compose.per_axis
