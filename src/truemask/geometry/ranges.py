@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from truemask.common.memory import HoldsArrays
+
 Ints = NDArray[np.int64]
 
 
@@ -24,7 +26,7 @@ def spans(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return which, number
 
 
-class RangeTable:
+class RangeTable(HoldsArrays):
     """Minimum and maximum of `values[row, lo:hi]` for arrays of (row, lo, hi), by a sparse table of powers of two.
 
     Building costs O(n log n), a question two look-ups. `values` is `[rows, n]`; a single row serves every `row`.
@@ -58,7 +60,7 @@ class RangeTable:
         return low, high
 
 
-class RunTable:
+class RunTable(HoldsArrays):
     """A table stored as runs: `values[row, i]` holds on `[ends[row, i - 1], ends[row, i])`.
 
     The sparse tables are as long as the runs are many; one small integer per position finds a position's run.
@@ -78,7 +80,7 @@ class RunTable:
         return self.table.between(row, first, last + 1)
 
 
-class Counts:
+class Counts(HoldsArrays):
     """How many flags are set in `[lo, hi)`: prefix sums of `flags [rows, n]`; beyond the table nothing is set.
 
     >>> Counts(np.array([[True, False, True]])).between(np.array(0), np.array([0, 1]), np.array([3, 9])).tolist()
@@ -110,7 +112,7 @@ def added(numbers: NDArray[Any], grain: int) -> NDArray[Any]:
     return sums
 
 
-class Areas:
+class Areas(HoldsArrays):
     """How many cells are set in rectangles of `cells [samples, heads, rows, columns]`: a summed-area table.
 
     (F. Crow, Summed-area tables for texture mapping, 1984.) Large tensors keep sums of `grain` x `grain` blocks only;

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from truemask.common.memory import HoldsArrays
 from truemask.geometry.edges import Edges
 from truemask.geometry.ranges import spans
 from truemask.geometry.slabs.lines import Flags, Ints, after, joined, places, tidied, union
@@ -51,7 +52,7 @@ class Region(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Slabs:
+class Slabs(HoldsArrays):
     """Rows `[rows[i], rows[i + 1])` see the runs `starts[i]:starts[i + 1]`, which are in order and apart.
 
     Run j is the keys from `ends[0, j] + slopes[0, j] * q` up to, not including, `ends[1, j] + slopes[1, j] * q`; it is

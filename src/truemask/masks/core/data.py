@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from truemask.common.formatting import describe
+from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import is_late, is_real, is_recorded, ordinary_tensors, remembered
 from truemask.errors import MaskError, PlanError
 
@@ -22,7 +23,7 @@ STRIDE = 1021  # words that a fingerprint adds up separately: a prime, so that r
 COMPARED = 1 << 22  # bytes compared at once
 
 
-class Data:
+class Data(HoldsArrays):
     """A tensor copied to the CPU once, compared by its bytes, hashed by sums of them, never changed.
 
     Data is `late` where a graph is recorded (`torch.export`, `torch.jit.trace`) and its numbers come in with each call
@@ -115,6 +116,10 @@ class Data:
     def complete(self) -> bool:
         """Whether `text` holds every number."""
         return not self.late and self.tensor.numel() <= SHOWN
+
+    def arrays(self) -> Iterator[Tensor]:
+        """The tensor, of which all else is a view; none while nobody has its numbers."""
+        yield from [] if self.late else [self.tensor]
 
     def must_be_known(self) -> None:
         """Raise if the numbers come only when the recorded graph runs."""

@@ -31,6 +31,7 @@ from truemask.geometry.slabs.normal_form import Form
 from truemask.geometry.slabs.slabs import NoExactFormError, Region, Slabs
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.data import Data
+from truemask.masks.core.memory import mask_memory
 from truemask.masks.core.queries import ANY, Questions
 from truemask.masks.core.registry import KINDS, build, names_of, operand
 from truemask.masks.core.value import Value, joined
@@ -150,6 +151,17 @@ class Mask(Value, Questions):
     def varies_with_query(self) -> bool:
         """False only if every query provably sees the same keys."""
         return self._reads_query or any(child.varies_with_query for child in self.children)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that the mask holds, and of what it has worked out and remembers; shared ones once.
+
+        >>> from truemask.masks.leaves.per_token import keys
+        >>> flags = keys([True] * 500)
+        >>> flags.nbytes, (flags & flags).nbytes
+        (500, 500)
+        """
+        return sum(mask_memory(self).values())
 
     def kv_len_for(self, q_len: int) -> int:
         """What `kv_len=None` means for `q_len` queries: as many keys as positions have passed."""

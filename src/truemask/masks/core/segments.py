@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
 from truemask.masks.core.data import LONGEST, Data, integers
 from truemask.masks.core.lookup import low_high
 
 
-class Segments:
+class Segments(HoldsArrays):
     """Lengths of consecutive segments, `[m]` or `[b, m]`, as tables of positions."""
 
     def __init__(self, lengths: Data) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from truemask.common.formatting import describe
+from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import States, three
@@ -28,7 +29,7 @@ from truemask.masks.leaves.per_token import beyond, keys, queries
 from truemask.masks.leaves.predicate import predicate
 
 
-class Labels:
+class Labels(HoldsArrays):
     """A label for each position, `[n]` or `[b, n]`, stored as runs of equal labels."""
 
     def __init__(self, ends: Data, values: Data) -> None:
