@@ -21,6 +21,8 @@ import truemask as tm
 from tests.support.cases import CASES, Case
 from tests.support.oracle import Three, three
 from truemask.attention import compiled as _compiled
+from truemask.attention.call import AttendArgs
+from truemask.attention.compiled import OperatorArgs
 from truemask.attention.planning.cache import CACHE
 from truemask.masks.core.registry import OWNERS, mask_of
 
@@ -326,13 +328,15 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
 def test_the_operator_keeps_torchs_rules(grad: bool) -> None:
     q, k, v = qkv(grad=grad)
     sinks = torch.zeros(4, requires_grad=grad)
-    tail = (None, None, 0.0, None, True, False)
-    names = ("q k v sinks", "q k v bias") if grad else ("", "")
-    asked = (q, k, v, "_at(M0, I0, I1)", [MASK.ticket], [0, 0], [], None, "None", sinks, None, *tail, names[0])
-    torch.library.opcheck(_compiled.attend_op, asked)
+    beside = AttendArgs(sink_logits=sinks, return_lse=True)
+    names = ("q k v sink_logits", "q k v bias") if grad else ("", "")
+    op = OperatorArgs(q, k, v, "_at(M0, I0, I1)", [MASK.ticket], [0, 0], [], "None", None, names[0], beside)
+    torch.library.opcheck(_compiled.attend_op, op.flat)
     table = torch.randn(4, 13, requires_grad=grad)
-    asked = (q, k, v, "T0", [torch.ones(7, 7).bool()], [], [], table, "relative(T0, {})", None, None, *tail, names[1])
-    torch.library.opcheck(_compiled.attend_op, asked)
+    added, cells = AttendArgs(bias=table, return_lse=True), torch.ones(7, 7).bool()
+    op = OperatorArgs(q, k, v, "T0", [cells], [], [], "relative(T0, {})", None, names[1], added)
+    torch.library.opcheck(_compiled.attend_op, op.flat)
+    assert all(a is b for a, b in zip(OperatorArgs.of(op.flat).flat, op.flat, strict=True))
 
 
 # -- what a compiled function cannot do --------------------------------------------------------------------------------

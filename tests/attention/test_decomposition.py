@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import truemask as tm
 from tests.support.cases import CASES
+from truemask.attention.call import AttendArgs
 from truemask.attention.decomposition import attend_plain
 
 MASK = tm.causal & (tm.window(4) | tm.prefix(2))
@@ -115,15 +116,14 @@ def call_of(case: Any, mask: tm.Mask) -> tuple[Callable[..., Tensor], tuple[Tens
 
 @pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")
 def test_plain_torch_agrees_for_every_mask_of_the_catalogue() -> None:
-    options: dict[str, Any] = dict.fromkeys(("bias", "scale", "softcap", "sink_logits", "backend"))
-    options |= {"dropout": 0.0, "return_lse": True, "return_weights": True}
+    everything = AttendArgs(return_lse=True, return_weights=True)
     for case in CASES:
         mask = case.make()
         _, given = call_of(case, mask)
         out, lse, weights = tm.attend(*given, mask, return_lse=True, return_weights=True, backend="reference")
-        for got, want in zip(attend_plain(*given, mask, **options), (out, lse, weights), strict=True):
+        for got, want in zip(attend_plain(*given, mask, everything), (out, lse, weights), strict=True):
             assert_same(got, want)
-        assert_same(attend_plain(*given, mask, **options | {"return_lse": False, "return_weights": False}).out, out)
+        assert_same(attend_plain(*given, mask, AttendArgs()).out, out)
 
 
 KINDS = {type(case.make()).kind: case for case in CASES}

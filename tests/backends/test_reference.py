@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truemask as tm
 from tests.support.oracle import Three, three
-from truemask.attention.call import read_call
+from truemask.attention.call import AttendArgs, read_call
 from truemask.backends.shared.eager import eager_attention
 from truemask.backends.shared.masked_matmul import contained_product, gather, outer, scatter
 
@@ -43,7 +43,7 @@ def leaves(
 def test_chunks_change_nothing(options: dict[str, Any], grad: bool) -> None:
     """One row at a time gives what all rows at once give, gradients and dropped cells included."""
     qkv = three(x.detach().requires_grad_(grad) for x in leaves(2, 4, 2, 13, 11))
-    inputs = read_call(*qkv, MASK, **options).inputs._replace(seed=5)
+    inputs = read_call(*qkv, MASK, AttendArgs(**options)).inputs._replace(seed=5)
     results = [eager_attention(inputs, MASK, want_weights=True, chunk_bytes=size) for size in (1, 1000, 1 << 23)]
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import truemask as tm
 from tests.backends.test_agree import MASKS, Problem, agree
 from tests.laws.test_attend_laws import MASKED, Given, hold_law_6
-from truemask.attention.call import read_call
+from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.planning.plan import CACHE, plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job
@@ -138,7 +138,7 @@ def test_the_front_end_of_other_devices() -> None:
     bias = torch.randn(4, 5, 7, dtype=torch.float64)
     for mask in (tm.causal, tm.everything, tm.window(2) - tm.blocks(2)):
         for given in (None, bias):
-            call = read_call(q, k, v, mask, bias=given)
+            call = read_call(q, k, v, mask, AttendArgs(bias=given))
             found = Job(mask, call.request)
             data = Sdpa().lower(found).data
             dense = data if isinstance(data, Dense) else None

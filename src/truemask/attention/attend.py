@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from truemask.attention.call import read_call
+from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.compiled import attend_traced
 from truemask.attention.decomposition import attend_plain
 from truemask.attention.run import run
-from truemask.backends.base import Result
 from truemask.biases import Bias
 from truemask.common.real_tensors import is_recorded
 from truemask.masks.core.mask import Mask
@@ -130,32 +129,22 @@ def attend(
     >>> lse.exp()[0, 0]  # how many keys each row may see
     tensor([1., 2., 3., 4., 5.])
     """
-    asked: dict[str, Any] = {"return_lse": return_lse, "return_weights": return_weights}
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "backend": backend, **asked}
+    args = AttendArgs(
+        bias=bias, scale=scale, softcap=softcap, sink_logits=sink_logits, dropout=dropout, backend=backend,
+        return_lse=return_lse, return_weights=return_weights,
+    )  # fmt: skip
+    return attend_with(q, k, v, mask, args)
+
+
+def attend_with(q: Tensor, k: Tensor, v: Tensor, mask: Masked, args: AttendArgs) -> Tensor | tuple[Tensor, ...]:
+    """`attend` with its options as one value."""
     if torch.compiler.is_dynamo_compiling():
-        return _answer(attend_traced(q, k, v, mask, bias, sink_logits, **options), return_lse, return_weights)
-    if is_recorded():
-        result = attend_plain(q, k, v, mask, bias=bias, sink_logits=sink_logits, **options)
-        return _answer(result, return_lse, return_weights)
-    call = read_call(
-        q,
-        k,
-        v,
-        mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        dropout=dropout,
-        return_lse=return_lse,
-        return_weights=return_weights,
-    )
-    return _answer(run(call, backend), return_lse, return_weights)
-
-
-def _answer(result: Result, return_lse: bool, return_weights: bool) -> Tensor | tuple[Tensor, ...]:
-    """out alone, or with what else was asked for."""
-    if not (return_lse or return_weights):
+        result = attend_traced(q, k, v, mask, args)
+    elif is_recorded():
+        result = attend_plain(q, k, v, mask, args)
+    else:
+        result = run(read_call(q, k, v, mask, args), args.backend)
+    if not (args.return_lse or args.return_weights):
         return result.out
-    wanted = (True, return_lse, return_weights)
-    return tuple([x for x, asked in zip(result, wanted, strict=True) if asked and x is not None])
+    wanted = (True, args.return_lse, args.return_weights)
+    return tuple([x for x, returned in zip(result, wanted, strict=True) if returned and x is not None])

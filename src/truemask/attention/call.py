@@ -1,4 +1,8 @@
-"""One call of `attend`, read once: checked arguments, the mask as an expression, the request that finds its plan."""
+"""One call of `attend`, read once: its options, checked arguments, the mask, the request that finds its plan.
+
+`AttendArgs` is where an option of `attend` is written down. The operator of `torch.compile`, `plan` and the plain
+operations of `torch.export` take their lists of options from it.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,22 @@ from truemask.common.torch_internals import transform
 from truemask.masks.core.mask import Mask
 
 
+class AttendArgs(NamedTuple):
+    """The options of one call of `attend`, as the caller gave them: not checked yet."""
+
+    bias: Tensor | Bias | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    dropout: float = 0.0
+    backend: str | None = None
+    return_lse: bool = False
+    return_weights: bool = False
+
+
+NO_OPTIONS = AttendArgs()
+
+
 class Call(NamedTuple):
     """What `attend` was given, in the form that plans and backends speak."""
 
@@ -37,14 +57,8 @@ def read_call(
     k: Tensor,
     v: Tensor,
     mask: object = None,
+    args: AttendArgs = NO_OPTIONS,
     *,
-    bias: object = None,
-    scale: object = None,
-    softcap: object = None,
-    sink_logits: object = None,
-    dropout: object = 0.0,
-    return_lse: bool = False,
-    return_weights: bool = False,
     device: torch.device | None = None,
 ) -> Call:
     """Check everything but the mask's own data (that is done once for each plan) and say what is asked.
@@ -54,49 +68,51 @@ def read_call(
     q, k, v = cast(q, k, v, device)
     check_qkv(q, k, v)
     real = None if q.is_meta else q.device
-    device = real or device or torch.device("cpu")
     (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
     sizes = (b, hq, nq, nk)
     mask = as_mask(mask, *sizes)
-    given_scale = 1 / math.sqrt(d) if scale is None else check_number("scale", scale)
-    cap = None if softcap is None else check_number("softcap", softcap, positive=True)
-    rate = check_dropout(dropout)
-    added = check_bias(bias, sizes, real) if bias is not None else None
-    sinks = check_sinks(sink_logits, hq, real) if sink_logits is not None else None
-    return_lse, return_weights = check_flag("return_lse", return_lse), check_flag("return_weights", return_weights)
-    if return_weights:
+    scale = 1 / math.sqrt(d) if args.scale is None else check_number("scale", args.scale)
+    softcap = None if args.softcap is None else check_number("softcap", args.softcap, positive=True)
+    dropout = check_dropout(args.dropout)
+    bias = None if args.bias is None else check_bias(args.bias, sizes, real)
+    sinks = None if args.sink_logits is None else check_sinks(args.sink_logits, hq, real)
+    check_flag("return_lse", args.return_lse)
+    if check_flag("return_weights", args.return_weights):
         check_weights(sizes, q.dtype)
-    tracked = torch.is_grad_enabled()
-    bias_grad = tracked and added is not None and added.requires_grad
-    grad = tracked and (
+    inputs = Inputs(q, k, v, scale, softcap, bias, sinks, dropout)
+    request = Request(
+        batch=b,
+        heads=hq,
+        kv_heads=hk,
+        q_len=nq,
+        kv_len=nk,
+        head_dim=d,
+        value_dim=dv,
+        dtype=q.dtype,
+        device=real or device or torch.device("cpu"),
+        grad=_wants_gradients(inputs),
+        bias=_bias_kind(bias),
+        bias_shape=_bias_shape(bias, sizes),
+        bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        dropout=dropout > 0,
+        return_lse=args.return_lse,
+        return_weights=args.return_weights,
+        transform=transform(),
+    )
+    return Call(mask, request, inputs)
+
+
+def _wants_gradients(inputs: Inputs) -> bool:
+    q, k, v, bias, sinks = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sink_logits
+    return torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or bias_grad
+        or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
-    request = Request(
-        b,
-        hq,
-        hk,
-        nq,
-        nk,
-        d,
-        dv,
-        q.dtype,
-        device,
-        grad,
-        _bias_kind(added),
-        _bias_shape(added, sizes),
-        bias_grad,
-        cap is not None,
-        sinks is not None,
-        rate > 0,
-        return_lse,
-        return_weights,
-        transform(),
-    )
-    return Call(mask, request, Inputs(q, k, v, given_scale, cap, added, sinks, rate))
 
 
 def _bias_kind(bias: Tensor | Bias | None) -> str:

@@ -11,17 +11,18 @@ record: so the run works on copies, and what it returns are copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, get_args, get_type_hints
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from truemask.attention.call import Call, cast, read_call
+from truemask.attention.call import AttendArgs, Call, cast, read_call
 from truemask.attention.decomposition import attend_plain
-from truemask.attention.run import new_seed, run
+from truemask.attention.run import new_seed, result_like, run
 from truemask.attention.validation import check_mask_tensor
 from truemask.backends.base import Result
 from truemask.backends.shared.autograd import differentiable_once
@@ -30,9 +31,11 @@ from truemask.common.torch_internals import transform
 from truemask.errors import PlanError
 from truemask.masks.core.deferred import BUILDERS, Note, Traced, read
 
+# -- what the operator is given ----------------------------------------------------------------------------------------
 
-class Asked(NamedTuple):
-    """What the operators are asked: `SCHEMA` in Python's words."""
+
+class OperatorArgs(NamedTuple):
+    """What the operator is given; to torch it is one list, the options last (`flat`, and `of` back again)."""
 
     q: Tensor
     k: Tensor
@@ -41,44 +44,76 @@ class Asked(NamedTuple):
     tensors: Sequence[Tensor]
     ints: Sequence[int]
     floats: Sequence[float]
-    bias: Tensor | None
-    bias_form: str  # as a note, with the tensor in its place
-    sinks: Tensor | None
+    bias_form: str  # as a note, with the tensor `options.bias` in its place
     seed: Tensor | None
-    scale: float | None
-    softcap: float | None
-    dropout: float
-    backend: str | None
-    return_lse: bool
-    return_weights: bool
-    grads: str  # of q, k, v, sinks and bias, which want gradients
+    grads: str  # the names of the tensors that want gradients
+    options: AttendArgs
+
+    @classmethod
+    def of(cls, args: Sequence[Any]) -> OperatorArgs:
+        """From torch's list."""
+        return cls._make([*args[:BEFORE_OPTIONS], AttendArgs._make(args[BEFORE_OPTIONS:])])
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """Torch's list."""
+        return *self[:BEFORE_OPTIONS], *self.options
+
+    @property
+    def wanted(self) -> list[str]:
+        """The names of the tensors that want gradients."""
+        return self.grads.split()
+
+    def tensor(self, name: str) -> Tensor | None:
+        """One of the tensors that may want gradients."""
+        return getattr(self.options if name in TENSOR_OPTIONS else self, name)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> OperatorArgs:
+        """The same with other tensors under those names."""
+        options = {name: x for name, x in tensors.items() if name in TENSOR_OPTIONS}
+        others = {name: x for name, x in tensors.items() if name not in options}
+        return self._replace(**others, options=self.options._replace(**options))
 
 
+def _schema_type(annotation: Any) -> str:
+    """How torch's schemas write the type of an option; a bias object comes as its tensor."""
+    kinds = get_args(annotation) or (annotation,)
+    name = "Tensor" if Tensor in kinds else kinds[0].__name__
+    return f"{name}?" if type(None) in kinds else name
+
+
+OPTIONS = {name: _schema_type(annotation) for name, annotation in get_type_hints(AttendArgs).items()}
+TENSOR_OPTIONS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")
+DIFFERENTIABLE = ("q", "k", "v", *TENSOR_OPTIONS)
+BEFORE_OPTIONS = len(OperatorArgs._fields) - 1
+FIELDS = (*OperatorArgs._fields[:BEFORE_OPTIONS], *OPTIONS)
 SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, str mask, Tensor[] tensors, SymInt[] ints, float[] floats, Tensor? bias, "
-    "str bias_form, Tensor? sinks, Tensor? seed, float? scale, float? softcap, float dropout, str? backend, "
-    "bool return_lse, bool return_weights, str grads"
+    "(Tensor q, Tensor k, Tensor v, str mask, Tensor[] tensors, SymInt[] ints, float[] floats, str bias_form, "
+    f"Tensor? seed, str grads, {', '.join(f'{kind} {name}' for name, kind in OPTIONS.items())}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, **options: Any) -> Result:
+# -- tracing -----------------------------------------------------------------------------------------------------------
+
+
+def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) -> Result:
     """The call, while `torch.compile` traces it."""
     exporting = torch.compiler.is_exporting()
     at_once(let_dynamo_pass if exporting else refuse_transforms)
     q, k, v = cast(q, k, v)
     note = Note(by_number=exporting)
     text = note.write(mask)
-    added, form = _as_tensor(bias)
-    seed = new_seed() if options["dropout"] else None
-    given = zip(DIFFERENTIABLE, (q, k, v, sinks, added), strict=True)
-    wanted = [name for name, x in given if x is not None and x.requires_grad and torch.is_grad_enabled()]
-    grads = " ".join(wanted)
-    asked = Asked(q, k, v, text, note.tensors, note.ints, note.floats, added, form, sinks, seed, grads=grads, **options)
+    bias, form = _as_tensor(args.bias)
+    options = args._replace(bias=bias)
+    seed = new_seed() if args.dropout else None
+    differentiable = zip(DIFFERENTIABLE, (q, k, v, *[getattr(options, name) for name in TENSOR_OPTIONS]), strict=True)
+    wanted = [name for name, x in differentiable if x is not None and x.requires_grad and torch.is_grad_enabled()]
+    flat = (q, k, v, text, note.tensors, note.ints, note.floats, form, seed, " ".join(wanted), *options)
     if exporting:
-        out, *more = attend_exported(*asked)
-        lse = more[0] if options["return_lse"] else None
-        return Result(out, lse, more[-1] if options["return_weights"] else None)
-    return Result(*torch.ops.truemask.attend(*asked)[:3])
+        out, *more = attend_exported(*flat)
+        return Result(out, more[0] if args.return_lse else None, more[-1] if args.return_weights else None)
+    return Result(*torch.ops.truemask.attend(*flat)[:3])
 
 
 def at_once(call: Callable[[Any], None]) -> None:
@@ -136,21 +171,10 @@ def attend_exported(*args: Any) -> tuple[Tensor, ...]:
 
     That graph is traced again before the export ends, and then nothing but torch's operations is left of it.
     """
-    asked = Asked(*args)
-    found = attend_plain(
-        asked.q,
-        asked.k,
-        asked.v,
-        read(asked.mask, asked.tensors, asked.ints, asked.floats),
-        bias=_bias(asked),
-        sink_logits=asked.sinks,
-        seed=asked.seed,
-        **{name: getattr(asked, name) for name in OPTIONS},
-    )
-    return tuple(x for x in found if x is not None)
-
-
-OPTIONS = ("scale", "softcap", "dropout", "backend", "return_lse", "return_weights")
+    op = OperatorArgs.of(args)
+    mask = read(op.mask, op.tensors, op.ints, op.floats)
+    result = attend_plain(op.q, op.k, op.v, mask, _options(op), seed=op.seed)
+    return tuple(x for x in result if x is not None)
 
 
 def let_dynamo_pass(_: Any) -> None:
@@ -162,31 +186,31 @@ def let_dynamo_pass(_: Any) -> None:
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("truemask::attend", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+@torch.library.custom_op("truemask::attend", mutates_args=(), schema=SCHEMA)
 def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse and weights, what was not asked for empty; and what the backward needs."""
     refuse_transforms()
-    asked = Asked(*args)
-    record = Record() if asked.grads else None
-    found = _eagerly(asked) if record is None else record.run(asked)
-    out = found.out.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-    lse, weights = (asked.q.new_empty(0) if x is None else _own(x) for x in found[1:])
-    return out, lse, weights, torch.empty(0, dtype=torch.uint8) if record is None else record.state()
+    op = OperatorArgs.of(args)
+    record = Record() if op.grads else None
+    result = _eagerly(op) if record is None else record.run(op)
+    return *_returned(op, result), torch.empty(0, dtype=torch.uint8) if record is None else record.state()
 
 
 @attend_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes; it passes the door, so that mistakes are told when the function is compiled."""
     refuse_transforms()
-    asked = Asked(*args)
-    r, new = _read(asked, None).request, asked.q.new_empty
-    if asked.mask == "T0":
-        check_mask_tensor(asked.tensors[0], r.batch, r.heads, r.q_len, r.kv_len)
-    rows = (r.batch, r.heads, r.q_len)
-    lse = new(rows, dtype=torch.float64 if r.dtype == torch.float64 else torch.float32) if r.return_lse else new(0)
-    weights = new((*rows, r.kv_len)) if r.return_weights else new(0)
-    state = torch.empty(int(bool(asked.grads)), dtype=torch.uint8)
-    return new((r.batch, r.q_len, r.heads, r.value_dim)).transpose(1, 2), lse, weights, state
+    op = OperatorArgs.of(args)
+    r = _read(op, None).request
+    if op.mask == "T0":
+        check_mask_tensor(op.tensors[0], r.batch, r.heads, r.q_len, r.kv_len)
+    return *_returned(op, result_like(op.q, r)), torch.empty(int(bool(op.grads)), dtype=torch.uint8)
+
+
+def _returned(op: OperatorArgs, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies, since an operator may not return what others hold; out lies as a model wants it, `[b, n, h, d]`."""
+    lse, weights = (op.q.new_empty(0) if x is None else _own(x) for x in result[1:])
+    return _own(result.out.transpose(1, 2)).transpose(1, 2), lse, weights
 
 
 def refuse_transforms(_: Any = None) -> None:
@@ -197,35 +221,25 @@ def refuse_transforms(_: Any = None) -> None:
         )
 
 
-def _bias(asked: Asked) -> Tensor | Bias | None:
-    if asked.bias_form == OTHER:
+def _options(op: OperatorArgs) -> AttendArgs:
+    """The options with the bias that was written down."""
+    if op.bias_form == OTHER:
         raise TypeError(
             "attend: a compiled function takes a bias as a tensor, alibi(...) or relative(...): nobody knows which "
             "tensors another bias object reads"
         )
-    return read(asked.bias_form, [] if asked.bias is None else [asked.bias], (), ())
+    bias = op.tensor("bias")
+    return op.options._replace(bias=read(op.bias_form, [] if bias is None else [bias], (), ()))
 
 
-def _read(asked: Asked, mask: Any) -> Call:
-    return read_call(
-        asked.q,
-        asked.k,
-        asked.v,
-        mask,
-        bias=_bias(asked),
-        scale=asked.scale,
-        softcap=asked.softcap,
-        sink_logits=asked.sinks,
-        dropout=asked.dropout,
-        return_lse=asked.return_lse,
-        return_weights=asked.return_weights,
-    )
+def _read(op: OperatorArgs, mask: Any) -> Call:
+    return read_call(op.q, op.k, op.v, mask, _options(op))
 
 
-def _eagerly(asked: Asked) -> Result:
+def _eagerly(op: OperatorArgs) -> Result:
     """The call as it runs without `torch.compile`."""
-    mask = read(asked.mask, asked.tensors, asked.ints, asked.floats)
-    return run(_read(asked, mask), asked.backend, asked.seed)
+    mask = read(op.mask, op.tensors, op.ints, op.floats)
+    return run(_read(op, mask), op.options.backend, op.seed)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -246,14 +260,13 @@ class Record(bytearray):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def run(self, asked: Asked) -> Result:
+    def run(self, op: OperatorArgs) -> Result:
         """The call on copies of its tensors; those that want gradients are kept."""
-        wanted = asked.grads.split()
-        given = {name: x.detach().clone() for name in DIFFERENTIABLE if (x := getattr(asked, name)) is not None}
-        self.leaves = {name: given[name].requires_grad_() for name in wanted}
+        copies = {name: x.detach().clone() for name in DIFFERENTIABLE if (x := op.tensor(name)) is not None}
+        self.leaves = {name: copies[name].requires_grad_() for name in op.wanted}
         with _recording():
-            self.results = found = _eagerly(asked._replace(**given))
-        return found
+            self.results = result = _eagerly(op.with_tensors(copies))
+        return result
 
     def state(self) -> Tensor:
         """The tensor that keeps this record, and finds it: a single 0."""
@@ -262,7 +275,6 @@ class Record(bytearray):
         return tensor
 
 
-DIFFERENTIABLE = ("q", "k", "v", "sinks", "bias")
 RECORDS: WeakValueDictionary[int, Record] = WeakValueDictionary()
 
 
@@ -274,14 +286,14 @@ class Arrived(NamedTuple):
     dlse: Tensor | None
     dweights: Tensor | None
     names: str  # of the tensors whose gradients are wanted
-    sizes: Sequence[int]  # theirs, strung together
-    sinks_dtype: torch.dtype | None
-    bias_dtype: torch.dtype | None
+    dtypes: str  # theirs
+    axes: Sequence[int]  # how many each has
+    sizes: Sequence[int]  # of all of them, strung together
 
 
 BACKWARD_SCHEMA = (
-    "(Tensor state, Tensor dout, Tensor? dlse, Tensor? dweights, str names, SymInt[] sizes, ScalarType? sinks_dtype, "
-    "ScalarType? bias_dtype) -> Tensor[]"
+    "(Tensor state, Tensor dout, Tensor? dlse, Tensor? dweights, str names, str dtypes, int[] axes, SymInt[] sizes) "
+    "-> Tensor[]"
 )
 
 
@@ -311,13 +323,10 @@ def backward_op(*args: Any) -> list[Tensor]:
 @backward_op.register_fake
 def _(*args: Any) -> list[Tensor]:
     asked = Arrived(*args)
-    made, rest = [], list(asked.sizes)
-    for name in asked.names.split():
-        axes = {"sinks": 1, "bias": len(rest)}.get(name, 4)  # a bias comes last
-        dtype = {"sinks": asked.sinks_dtype, "bias": asked.bias_dtype}.get(name, asked.dout.dtype)
-        made.append(asked.dout.new_empty(rest[:axes], dtype=dtype))
-        rest = rest[axes:]
-    return made
+    sizes = iter(asked.sizes)
+    shapes = [list(islice(sizes, axes)) for axes in asked.axes]
+    dtypes = [getattr(torch, name) for name in asked.dtypes.split()]
+    return [asked.dout.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 @contextmanager
@@ -336,29 +345,30 @@ COMPILED = "attend inside of a function that torch.compile compiles"
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    asked = Asked(*inputs)
-    ctx.save_for_backward(output[-1], *[getattr(asked, name) for name in asked.grads.split()])
-    ctx.returned = asked.return_lse, asked.return_weights
-    ctx.shapes = {name: getattr(asked, name).shape for name in asked.grads.split()}
-    ctx.dtypes = [None if x is None else x.dtype for x in (asked.sinks, asked.bias)]
-    ctx.lists = {name: len(getattr(asked, name)) for name in ("tensors", "ints", "floats")}
+    op = OperatorArgs.of(inputs)
+    leaves = {name: op.tensor(name) for name in op.wanted}
+    ctx.save_for_backward(output[-1], *leaves.values())
+    ctx.names = list(leaves)
+    ctx.returned = op.options.return_lse, op.options.return_weights
+    ctx.lists = {name: len(getattr(op, name)) for name in ("tensors", "ints", "floats")}
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor) -> tuple[Any, ...]:
     state, *leaves = ctx.saved_tensors
-    names = [name for name in ctx.shapes if ctx.needs_input_grad[Asked._fields.index(name)]]
     arriving = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
-    sizes = [size for name in names for size in ctx.shapes[name]]
-    asked = (state, dout, *arriving, " ".join(names), sizes, *ctx.dtypes)
+    wanted = {name: x for name, x in zip(ctx.names, leaves, strict=True) if ctx.needs_input_grad[FIELDS.index(name)]}
+    dtypes = " ".join(str(x.dtype).removeprefix("torch.") for x in wanted.values())
+    sizes = [size for x in wanted.values() for size in x.shape]
+    asked = (state, dout, *arriving, " ".join(wanted), dtypes, [x.ndim for x in wanted.values()], sizes)
     found = differentiable_once(
         COMPILED,
         [*leaves, dout, *arriving],
         lambda: torch.ops.truemask.attend_backward(*asked),
         first="leave the function uncompiled, and ",
     )
-    grads = dict(zip(names, found, strict=True))
+    grads = dict(zip(wanted, found, strict=True))
     lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule
-    return tuple((grads | lists).get(name) for name in Asked._fields)
+    return tuple((grads | lists).get(name) for name in FIELDS)
 
 
 attend_op.register_autograd(_backward, setup_context=_remember)

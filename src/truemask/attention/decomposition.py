@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from truemask.attention.call import Call, cast, read_call
+from truemask.attention.call import AttendArgs, Call, cast, read_call
 from truemask.attention.run import new_seed
 from truemask.attention.validation import checked_length
 from truemask.backends.base import Inputs, Result
@@ -30,13 +30,11 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import indices
 
 
-def attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, *, backend: str | None, seed: Tensor | None = None, **options: Any
-) -> Result:
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs, seed: Tensor | None = None) -> Result:
     """The call, in operations that any tracer can write down; a backend's kernel is none of them, whoever is named."""
-    check_backend(backend)
+    check_backend(args.backend)
     with trusted(), beside_real():
-        return _attended(read_call(*cast(q, k, v), mask, **options), seed)
+        return _attended(read_call(*cast(q, k, v), mask, args), seed)
 
 
 def _attended(call: Call, seed: Tensor | None) -> Result:

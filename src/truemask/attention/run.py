@@ -17,10 +17,10 @@ def run(call: Call, backend: str | None, seed: Tensor | None = None) -> Result:
     """The results of the call; `seed`, whole and below 2**32, chooses the cells that dropout drops."""
     entry = CACHE.entry(call.mask, call.request, backend)
     if entry.plan.warning:
-        warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=3)
+        warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=4)
     inputs = call.inputs
     if inputs.q.is_meta:
-        return shapes(call.request)
+        return result_like(inputs.q, call.request)
     if inputs.dropout:
         inputs = inputs._replace(seed=int(new_seed() if seed is None else seed))
     return entry.backend.run(CACHE.lowered(entry), inputs, entry.plan.job)
@@ -31,8 +31,8 @@ def new_seed() -> Tensor:
     return torch.randint(1 << 32, ())
 
 
-def shapes(r: Request) -> Result:
-    """Results on the meta device: shapes and dtypes without numbers."""
-    out = torch.empty(r.batch, r.heads, r.q_len, r.value_dim, dtype=r.dtype, device="meta")
-    lse = torch.empty(out.shape[:3], dtype=torch.float64 if r.dtype == torch.float64 else torch.float32, device="meta")
-    return Result(out, lse, torch.empty(*out.shape[:3], r.kv_len, dtype=r.dtype, device="meta"))
+def result_like(q: Tensor, r: Request) -> Result:
+    """Results of the right shapes and dtypes beside q, without numbers: on the meta device, or while tracing."""
+    rows = (r.batch, r.heads, r.q_len)
+    lse = q.new_empty(rows, dtype=r.compute_dtype) if r.return_lse else None
+    return Result(q.new_empty((*rows, r.value_dim)), lse, q.new_empty((*rows, r.kv_len)) if r.return_weights else None)

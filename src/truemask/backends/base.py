@@ -78,9 +78,19 @@ class Request(NamedTuple):
         return self.bias not in ("", "tensor")
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of sums and of lse, whatever a kernel multiplies in."""
+        return wide(self.dtype)
+
+    @property
     def cells(self) -> int:
         """Scores of the whole call."""
         return self.batch * self.heads * self.q_len * self.kv_len
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for doubles, fp32 for the others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Inputs(NamedTuple):

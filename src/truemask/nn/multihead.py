@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from truemask.attention.attend import attend
-from truemask.attention.call import read_call
+from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.run import new_seed, run
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import cannot_look, traceable
@@ -355,9 +355,10 @@ def attend_and_weigh(
     """
     if backend == "reference" or cannot_look():
         return attend(q, k, v, seen, bias=bias, dropout=dropout, backend="reference", return_weights=True)
-    weigh = read_call(q, k, v[..., :1], seen, bias=bias, dropout=dropout, return_weights=True)
+    args = AttendArgs(bias=bias, dropout=dropout)
+    weigh = read_call(q, k, v[..., :1], seen, args._replace(return_weights=True))
     seed = new_seed() if dropout else None
-    out = run(read_call(q, k, v, seen, bias=bias, dropout=dropout), backend, seed).out
+    out = run(read_call(q, k, v, seen, args), backend, seed).out
     return out, cast("Tensor", run(weigh, None, seed).weights)
 
 

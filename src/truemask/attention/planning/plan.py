@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from truemask.attention.call import read_call
+from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.selection import Plan
 from truemask.attention.validation import check_flag, checked_length
@@ -110,7 +110,7 @@ def _by_name(given: tuple[Any, ...], keywords: dict[str, Any], tensors: bool) ->
 
 
 def _from_tensors(q: Tensor, k: Tensor, v: Tensor, mask: object = None, **keywords: Any) -> tuple[Mask, Request]:
-    call = read_call(q, k, v, mask, **keywords)
+    call = read_call(q, k, v, mask, AttendArgs(**keywords))
     return call.mask, call.request
 
 
@@ -147,7 +147,7 @@ def _from_sizes(
     kv_heads = heads if kv_heads is None else whole(kv_heads, "kv_heads", 1)
     q = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device="meta")
     k = torch.empty(batch, kv_heads, whole(kv_len, "kv_len"), head_dim, dtype=dtype, device="meta")
-    call = read_call(q, k, k, mask, device=torch.device(device), **keywords)
+    call = read_call(q, k, k, mask, AttendArgs(**keywords), device=torch.device(device))
     checked_length(call.mask, batch, heads, q_len, k.shape[2], tensors=False)
     return call.mask, call.request._replace(grad=check_flag("grad", grad) or call.request.grad)
 
@@ -171,5 +171,5 @@ def _names(*functions: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names) - {"keywords"}
 
 
-OPTIONS = _names(read_call) - {"q", "k", "v", "mask", "device"}
+OPTIONS = frozenset(AttendArgs._fields) - {"backend"}
 SIZES_FORM, TENSORS_FORM = _names(_from_sizes) | OPTIONS, _names(_from_tensors) | OPTIONS

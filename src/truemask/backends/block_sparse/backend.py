@@ -76,7 +76,7 @@ class BlockSparse:
     def lower(self, job: Job) -> Lowered:
         r = job.request
         strips = strips_of(job)
-        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+        dtype = r.compute_dtype
         heads = r.heads if job.mask_heads == 1 else 1
         dead = strips.dead()
         covered = int(strips.heights.sum()) == strips.shape[0] * strips.shape[1] * r.q_len
@@ -93,7 +93,7 @@ class BlockSparse:
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r, sparse = job.request, lowered.data
         positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
-        compute = torch.float64 if r.dtype == torch.float64 else torch.float32
+        compute = r.compute_dtype
         q, k, v = inputs[:3]
         later = sparse.few_keys and not r.grad  # converting a whole cache would take longer than a step of decoding
         if needs_math(r):

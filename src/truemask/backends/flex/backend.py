@@ -25,10 +25,10 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons, wide
 from truemask.backends.costs.model import seconds, table
 from truemask.backends.flex.score_mod import ScoreMod, score_mod_of, static_data, table_bytes
-from truemask.backends.shared.cpu_flash import finite, wide
+from truemask.backends.shared.cpu_flash import finite
 from truemask.backends.shared.eager import beside_sink, eager_attention
 from truemask.common.formatting import memory
 from truemask.masks.core.block_mask import MaskBlocks, MaskMod, block_mask_of
@@ -130,7 +130,7 @@ def _too_large(job: Job) -> list[str]:
 
 
 def _score_bytes(r: Request) -> int:
-    return r.cells * wide(r.dtype).itemsize
+    return r.cells * r.compute_dtype.itemsize
 
 
 # -- without compiling -------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from truemask.backends.base import Inputs, Job
-from truemask.backends.shared.cpu_flash import wide
 from truemask.backends.shared.eager import bias_values
 from truemask.biases import Alibi, Bias, Relative
 from truemask.masks.core.block_mask import MaskMod
@@ -54,7 +53,7 @@ def score_mod_of(inputs: Inputs, job: Job) -> ScoreMod | None:
     r, bias, positions = job.request, inputs.bias, None
     if inputs.softcap is None and bias is None:
         return None
-    softcap = None if inputs.softcap is None else torch.full((), inputs.softcap, dtype=wide(r.dtype), device=r.device)
+    softcap = None if inputs.softcap is None else torch.full((), inputs.softcap, dtype=r.compute_dtype, device=r.device)
     if isinstance(bias, Bias):
         positions = job.mask.positions(r.q_len, r.kv_len)
         if not isinstance(bias, (Alibi, Relative)):

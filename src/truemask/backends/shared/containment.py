@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs, Result
+from truemask.backends.base import Inputs, Result, wide
 from truemask.backends.shared.autograd import attention, tensors_of
-from truemask.backends.shared.cpu_flash import Kernel, fitted, hostile, run_backward, run_forward, split, wide
+from truemask.backends.shared.cpu_flash import Kernel, fitted, hostile, run_backward, run_forward, split
 from truemask.backends.shared.eager import beside_sink, eager_attention
 
 HALVES = (torch.bfloat16, torch.float16)

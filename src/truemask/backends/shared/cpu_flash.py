@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from truemask.backends.base import wide
 from truemask.biases import Bias
 from truemask.masks.core.mask import Mask
 
@@ -126,11 +127,6 @@ def finite(*tensors: Tensor) -> bool:
     for x in tensors:
         total += (x.sum() if x.dtype.itemsize >= 4 else x.sum(dtype=torch.float32)).item()
     return math.isfinite(total)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and of lse: fp64 for doubles, fp32 for the others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Split(NamedTuple):

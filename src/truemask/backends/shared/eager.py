@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from truemask.backends.base import Inputs, Result
+from truemask.backends.base import Inputs, Result, wide
 from truemask.backends.shared.dropout import kept
 from truemask.backends.shared.masked_matmul import gather, no_autocast, outer
 from truemask.biases import Bias
@@ -56,7 +56,7 @@ def eager_attention(
     `dense` is the mask as bool `[b, h, q, k]` (1 where it does not vary) if it exists; otherwise chunks ask the mask.
     `recompute=False` keeps every chunk's scores for the backward, which forward mode and `vmap` need.
     """
-    compute = compute or (torch.float64 if inputs.q.dtype == torch.float64 else torch.float32)
+    compute = compute or wide(inputs.q.dtype)
     (b, hq, rows), (y, keys) = inputs.q.shape[:3], inputs.k.shape[1:3]
     with no_autocast(inputs.q.device):
         positions = mask.positions(rows, keys) if isinstance(inputs.bias, Bias) else None
