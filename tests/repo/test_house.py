@@ -38,6 +38,7 @@ STAIRS = """
     masks/compose
     masks
     masks/leaves
+    masks/structure
     masks/formats
     masks/foreign
     biases.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from operator import and_
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
-from truemask.geometry.slabs.normal_form import Form, conjunction, parity
+from truemask.geometry.slabs import normal_form
+from truemask.geometry.slabs.normal_form import Form
 from truemask.geometry.slabs.slabs import FAR, Flags, Region, Slabs, bands, blank
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.mask import Mask
@@ -143,7 +145,7 @@ class Xor(_Combination):
         return reduce(np.logical_xor, [term._plane(r) for term in self.terms])
 
     def _form(self, r: Region) -> Form:
-        return parity([_literal(*term, r) for term in _addends(self)], {} if r.known is None else r.known)
+        return normal_form.parity([_literal(*term, r) for term in _addends(self)], {} if r.known is None else r.known)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -223,7 +225,9 @@ class Not(Mask):
 
 def all_forms(mask: Mask, r: Region) -> Form:
     """The exact form of a mask as the conjunction of its factors."""
-    return conjunction([_literal(*factor, r) for factor in _factors(mask)], {} if r.known is None else r.known)
+    return normal_form.conjunction(
+        [_literal(*factor, r) for factor in _factors(mask)], {} if r.known is None else r.known
+    )
 
 
 def _literal(mask: Mask, negated: bool, r: Region) -> Form:
@@ -259,3 +263,18 @@ def _addends(mask: Mask, negated: bool = False) -> Iterator[tuple[Mask, bool]]:
 
 everything: Mask = Everything()
 nothing: Mask = Nothing()
+
+
+def conjunction(*masks: Mask) -> Mask:
+    """What all of the masks let through, without the terms that say nothing.
+
+    `&` keeps every term, because an expression is what its author wrote; this is for masks that programs put together.
+
+    >>> from truemask.masks.leaves.bands import causal, window
+    >>> conjunction(everything, causal, window(3)), conjunction(), conjunction(causal, nothing)
+    (causal & window(3), everything, nothing)
+    """
+    terms = [mask for mask in masks if mask != everything]
+    if nothing in terms:
+        return nothing
+    return reduce(and_, terms) if terms else everything

@@ -1,0 +1,157 @@
+"""Open functions that change an expression: another part in the place of one, a term left out, a single head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
+from truemask.masks.compose.packed import Packed, Padded, Prepended
+from truemask.masks.compose.per_axis import PerHead, PerSample, Select
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.matrices import Dense, dense
+from truemask.masks.leaves.patterns import Random
+from truemask.masks.leaves.per_token import Padding
+from truemask.masks.leaves.predicate import Predicate
+from truemask.masks.leaves.tree import Tree
+from truemask.masks.structure.kinds import (
+    BACKWARD,
+    CONSTANTS,
+    DISTANCES,
+    FLAGS,
+    LABELS,
+    LAID_OUT,
+    LEAVES,
+    PER_AXIS,
+    PLACES,
+    REINDEXED,
+)
+from truemask.masks.structure.open_functions import open_function, register
+
+Put = Callable[[Mask], Mask]  # another part, and the whole with it
+
+
+@open_function
+def replaceable_parts(mask: Mask) -> Iterator[tuple[Mask, Put]]:
+    """The direct parts in whose place another may be put without asking anew what data fits it, and how to put it.
+
+    For findings, which try what an expression means with another part.
+
+    >>> from truemask.masks.leaves.bands import causal, local, window
+    >>> [(part, put(local(1))) for part, put in replaceable_parts(causal | window(3))]
+    [(causal, local(1) | window(3)), (window(3), causal | local(1))]
+    """
+    raise NotImplementedError
+
+
+@register(replaceable_parts, *CONSTANTS, Xor, *PER_AXIS, Select, *REINDEXED, Prepended, *LEAVES)
+def _none(_: Mask) -> Iterator[tuple[Mask, Put]]:
+    return iter(())
+
+
+@register(replaceable_parts, And, Or)
+def _terms(mask: And | Or) -> Iterator[tuple[Mask, Put]]:
+    for i, term in enumerate(mask.terms):
+        yield term, lambda new, i=i: joined(type(mask), [*mask.terms[:i], new, *mask.terms[i + 1 :]])
+
+
+@register(replaceable_parts, Minus)
+def _sides(mask: Minus) -> Iterator[tuple[Mask, Put]]:
+    yield mask.left, lambda new: new - mask.right
+    yield mask.right, lambda new: mask.left - new
+
+
+@register(replaceable_parts, Not, Packed, Padded)
+def _base(mask: Not | Packed | Padded) -> Iterator[tuple[Mask, Put]]:
+    yield mask.base, lambda new: replace(mask, base=new)
+
+
+def all_parts(mask: Mask) -> Iterator[tuple[Mask, Put]]:
+    """The mask and every part below it that is replaceable, and how to put another in its place."""
+    yield mask, lambda new: new
+    for child, put_child in replaceable_parts(mask):
+        for part, put in all_parts(child):
+            yield part, lambda new, put=put, put_child=put_child: put_child(put(new))
+
+
+@open_function
+def droppable_terms(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
+    """The terms of the mask that may be left out, each with the mask without it.
+
+    >>> from truemask.masks.leaves.bands import causal, window
+    >>> list(droppable_terms(causal - window(3)))
+    [(window(3), causal)]
+    """
+    raise NotImplementedError
+
+
+@register(droppable_terms, *CONSTANTS, Xor, Not, *PER_AXIS, Select, *REINDEXED, *LAID_OUT, *LEAVES)
+def _no_term(_: Mask) -> Iterator[tuple[Mask, Mask]]:
+    return iter(())
+
+
+@register(droppable_terms, And, Or)
+def _each_term(mask: And | Or) -> Iterator[tuple[Mask, Mask]]:
+    for i, term in enumerate(mask.terms):
+        yield term, joined(type(mask), [*mask.terms[:i], *mask.terms[i + 1 :]])
+
+
+@register(droppable_terms, Minus)
+def _right_side(mask: Minus) -> Iterator[tuple[Mask, Mask]]:
+    yield mask.right, mask.left
+
+
+def joined(operator: type[And] | type[Or], terms: list[Mask]) -> Mask:
+    """The terms, equal ones once: `a & a` and `a | a` are `a`."""
+    distinct = list(dict.fromkeys(terms))
+    return distinct[0] if len(distinct) == 1 else operator.make(*distinct)
+
+
+@open_function
+def conjuncts(mask: Mask) -> tuple[Mask, ...]:
+    """The terms of which a mask is written as the AND; any other mask is the only one."""
+    raise NotImplementedError
+
+
+@register(conjuncts, *CONSTANTS, Or, Xor, Minus, Not, *PER_AXIS, Select, *REINDEXED, *LAID_OUT, *LEAVES)
+def _alone(mask: Mask) -> tuple[Mask, ...]:
+    return (mask,)
+
+
+@register(conjuncts, And)
+def _all_of(mask: And) -> tuple[Mask, ...]:
+    return mask.terms
+
+
+@open_function
+def of_head(mask: Mask, head: int) -> Mask:
+    """The mask of one head, written as one would for it alone.
+
+    >>> from truemask.masks.compose.per_axis import per_head
+    >>> from truemask.masks.leaves.bands import causal, window
+    >>> from truemask.masks.leaves.per_token import padding
+    >>> of_head(per_head([causal, window(3)]) & padding(lengths=[3, 5]), 1)
+    window(3) & padding(lengths=[3, 5])
+    """
+    raise NotImplementedError
+
+
+@register(of_head, *CONSTANTS, Xor, Minus, Not, PerSample, Select, *REINDEXED, *LAID_OUT)
+@register(of_head, *BACKWARD, *DISTANCES, *PLACES, Random, Padding, *FLAGS, *LABELS, Tree, Predicate)
+def _selected(mask: Mask, head: int) -> Mask:
+    return mask if mask.head_count == 1 else mask.select(heads=[head])
+
+
+@register(of_head, PerHead)
+def _its_own(mask: PerHead, head: int) -> Mask:
+    return mask if mask.head_count == 1 else of_head(mask.masks[head], head)
+
+
+@register(of_head, And, Or)
+def _in_each_term(mask: And | Or, head: int) -> Mask:
+    return mask if mask.head_count == 1 else type(mask).make(*(of_head(term, head) for term in mask.terms))
+
+
+@register(of_head, Dense)
+def _cut_out(mask: Dense, head: int) -> Mask:
+    return mask if mask.head_count == 1 else dense(mask.tensor.tensor[:, head : head + 1])
