@@ -17,7 +17,9 @@ from truemask.masks.leaves.documents import documents
 from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.patterns import dilated, random
 from truemask.masks.leaves.per_token import keys, padding, prefix, queries
-from truemask.nn.forward_mask import looks_back, pairs_ahead, seen_by_all
+from truemask.masks.structure.order import looks_back
+from truemask.masks.structure.padding import seen_by_all
+from truemask.nn.forward_mask import pairs_ahead
 from truemask.nn.layers import AttentionLayers
 
 N = 13

@@ -11,7 +11,7 @@ from truemask.geometry.slabs.slabs import NoExactFormError, Region
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import Causal, causal
-from truemask.nn.forward_mask import looks_back
+from truemask.masks.structure.order import looks_back
 from truemask.nn.validation import warn
 
 RESTRICTING = {

@@ -4,17 +4,16 @@
     keys of the call   =  memories  registers  tokens   (cached and new; memories are attn_num_mem_kv)
 
 The user's mask speaks of tokens only, at logical positions, cached ones included (law 2 in docs/conventions.md);
-registers and memories are prepended to it and seen by all. What a register itself sees follows one rule:
-**a register reads a token only if every query that reads registers may read it**, so it never carries to a query what
-the mask hides. In an `Encoder` with key padding that is every real token; under `causal` or packed documents it is
-nothing but registers. Every query reads registers, with one exception: where registers read tokens, a query that is
-padding (of bool flags, `queries`, `padding` or `padded`) may read none of these tokens, so it reads no register.
+registers and memories are prepended to it and seen by all. What a register itself sees follows one rule
+(masks/structure/registers.py): a token only if every query that reads registers may read it. In an `Encoder` with key
+padding that is every real token; under `causal` or packed documents it is nothing but registers. Where registers read
+tokens, a query that is padding (of bool flags, `queries`, `padding` or `padded`) reads no register.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,13 +23,13 @@ from truemask.attention.compiled import positions_traced
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import for_now, is_recorded, ordinary_tensors, trusted
 from truemask.errors import MaskError
-from truemask.masks.compose.boolean import And, Minus, Nothing, Or, everything, nothing
-from truemask.masks.compose.packed import Packed, Padded
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.deferred import BUILDERS, recorded
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
-from truemask.masks.leaves.bands import Causal, Window, causal
-from truemask.masks.leaves.per_token import Padding, Queries
+from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.order import looks_back
+from truemask.masks.structure.registers import with_registers
 from truemask.nn.validation import read_matrix, read_padding, warn
 
 ONE_FOR_ALL = "; the layers of a stack share one mask, and layers of your own take theirs in `attend`"
@@ -75,7 +74,7 @@ def read_masks(
         if value is not None:
             term = _read(name, value, layout, x)
             term.check(layout.total, layout.total, batch=layout.batch, heads=layout.heads)
-            user = _and(user, term)
+            user = conjunction(user, term)
     return user
 
 
@@ -96,70 +95,14 @@ def _read(name: str, value: Mask | Tensor | str, layout: Layout, x: Tensor) -> M
     return read_matrix(value, x, layout.batch, layout.heads, layout.total)
 
 
-def _and(left: Mask, right: Mask) -> Mask:
-    """`left & right`, without the terms that say nothing."""
-    if nothing in (left, right):
-        return nothing
-    if left == everything:
-        return right
-    return left if right == everything else left & right
-
-
-def seen_by_all(mask: Mask) -> Mask:
-    """Keys that every query of `mask` sees, not counting those outside `real_queries`; sound, not always complete.
-
-    >>> from truemask.masks.leaves.per_token import padding, prefix
-    >>> seen_by_all(prefix(4)), seen_by_all(causal), seen_by_all(padding(lengths=[3, 5]))
-    (prefix(4), nothing, padding(lengths=[3, 5], on='keys'))
-    """
-    if not mask.varies_with_query:
-        return mask
-    match mask:
-        case And():
-            return reduce(_and, map(seen_by_all, mask.terms))
-        case Queries():
-            return everything
-        case Padding():
-            return everything if mask.on == "queries" else Padding(mask.lengths, mask.starts, "keys")
-        case Padded() if seen_by_all(mask.base) == everything:
-            return Padding(None, mask.starts, "keys")
-        case _:
-            return nothing
-
-
-def real_queries(mask: Mask) -> Mask:
-    """The rows that `seen_by_all` counts: those that are not padding, as a mask that asks nothing of keys.
-
-    >>> from truemask.masks.leaves.per_token import padding, prefix
-    >>> real_queries(prefix(4)), real_queries(padding(lengths=[3, 5]))
-    (everything, padding(lengths=[3, 5], on='queries'))
-    """
-    match mask:
-        case And():
-            return reduce(_and, map(real_queries, mask.terms))
-        case Queries():
-            return mask
-        case Padding() if mask.on != "keys":
-            return Padding(mask.lengths, mask.starts, "queries")
-        case Padded():
-            return Padding(None, mask.starts, "queries")
-        case _:
-            return everything
-
-
 def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
     """The mask of this call's rows over all keys: causal if the module is, behind registers and memories."""
     if torch.compiler.is_dynamo_compiling():
         return _combine_later(user, layout.numbers, causal_too)
     if causal_too and layout.past == 0:
         _warn_if_ahead(user, layout)
-    mask = _and(causal, user) if causal_too else user
-    extra = layout.registers + layout.memories
-    if extra:
-        seen, real = seen_by_all(mask), real_queries(mask)
-        mask = mask.prepended(q=layout.registers, k=extra, seen=seen)
-        if layout.registers and seen != nothing and real != everything:
-            mask = mask & real.prepended(q=layout.registers, k=layout.memories)  # padding reads no register
+    mask = conjunction(causal, user) if causal_too else user
+    mask = with_registers(mask, layout.registers, layout.memories)
     return mask.at(q_start=layout.first_row) if layout.first_row else mask
 
 
@@ -169,7 +112,7 @@ def _combine_later(user: Mask, numbers: list[Any], causal_too: bool) -> Mask:
 
 
 def _warn_if_ahead(user: Mask, layout: Layout) -> None:
-    if user.is_late or not any(isinstance(node, Causal) for node in user.walk()) or looks_back(user):
+    if user.is_late or causal not in user.walk() or looks_back(user):
         return
     total, batch, heads = map(for_now, (layout.total, layout.batch, layout.heads))
     pairs = pairs_ahead(user, total, batch, heads)
@@ -178,25 +121,6 @@ def _warn_if_ahead(user: Mask, layout: Layout) -> None:
             f"the mask `{user}` lets queries see later keys, but this module is causal, which removed {pairs:,} of its "
             f"pairs at length {total}. To run the mask as it is written pass causal=False in the call"
         )
-
-
-def looks_back(mask: Mask) -> bool:
-    """Whether the form of the expression proves that no query sees a later key; False proves nothing."""
-    match mask:
-        case Causal() | Window() | Nothing():
-            return True
-        case And():
-            return any(map(looks_back, mask.terms))
-        case Or():
-            return all(map(looks_back, mask.terms))
-        case Minus():
-            return looks_back(mask.left)
-        case Packed():
-            return mask.kv_lengths is None and looks_back(mask.base)
-        case Padded():
-            return looks_back(mask.base)
-        case _:
-            return False
 
 
 @lru_cache(maxsize=64)
@@ -251,7 +175,7 @@ def _positions_later(user: Mask, numbers: list[Any]) -> Tensor:
 BUILDERS["_positions_later"] = _positions_later
 
 
-def with_registers(positions: Tensor, layout: Layout) -> Tensor:
+def positions_with_registers(positions: Tensor, layout: Layout) -> Tensor:
     """Positions of this call's rows: registers stand before position 0, which packed documents share."""
     if layout.begun or not layout.registers:
         return positions

@@ -16,7 +16,7 @@ from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention, LayerCache
 from truemask.nn.config import LayersConfig, reject_keywords
 from truemask.nn.feedforward import FeedForward
-from truemask.nn.forward_mask import Layout, combine, read_masks, token_positions, with_registers
+from truemask.nn.forward_mask import Layout, combine, positions_with_registers, read_masks, token_positions
 from truemask.nn.norms import LayerNorm, RMSNorm
 from truemask.nn.positions import RotaryEmbedding, Rotation
 from truemask.nn.x_transformers_names import LAYERS_CALL
@@ -124,7 +124,7 @@ class AttentionLayers(nn.Module):
         full = combine(user, layout, causal_too=self.causal if causal is None else causal)  # n j, for all layers
         rotation = None
         if self.rotary is not None:
-            positions = with_registers(token_positions(user, layout, pos), layout)  # (b) n
+            positions = positions_with_registers(token_positions(user, layout, pos), layout)  # (b) n
             rotation = self.rotary(positions.to(x.device), x.dtype)
         elif pos is not None:
             raise ValueError("pos= was given, but this model has no positions: make it with rotary_pos_emb=True")

@@ -24,7 +24,7 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_x_transformers
 from truemask.masks.leaves.bands import causal, window
 from truemask.masks.leaves.per_token import keys
-from truemask.nn.forward_mask import real_queries, seen_by_all
+from truemask.masks.structure.padding import real_queries, seen_by_all
 
 
 @dataclass(frozen=True)
