@@ -18,7 +18,7 @@ from truemask.auditing.subject import AuditError, Subject
 from truemask.auditing.torch_modules import own_mask
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.interop.huggingface.masks import lies_in_rows
+from truemask.interop.positions import lies_in_rows
 from truemask.interop.removed_pairs import dropped
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask

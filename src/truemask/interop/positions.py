@@ -1,4 +1,7 @@
-"""What a forward was told of positions: `position_ids`, how many keys its cache held, and from where a model counts."""
+"""What a forward was told of positions: `position_ids`, how many keys its cache held, and from where a model counts.
+
+And which masks say themselves how tokens lie in the rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,12 @@ import weakref
 from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from truemask.masks.core.mask import Mask
+from truemask.masks.leaves.per_token import Padding
+
+LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
+OF_ROWS = (*LAID_OUT, "same", "keys", "queries", "dense")
 
 
 class Told(NamedTuple):
@@ -72,3 +81,18 @@ def first_position(model: nn.Module) -> int:
             return place + 1
     configs = [getattr(module, "config", None) for module in model.modules()]
     return int(any(getattr(config, "model_type", None) == "paligemma" for config in configs))
+
+
+def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
+    """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
+
+    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
+
+    >>> from truemask.masks.leaves.bands import causal
+    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
+    (True, False)
+    """
+    parts = list(mask.walk())
+    if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
+        return True
+    return packed and any(part.kind in OF_ROWS for part in parts)

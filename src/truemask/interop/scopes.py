@@ -215,3 +215,21 @@ class Replicas:
         forward = vars(replica).get("forward") or partial(type(replica).forward, replica)
         vars(replica)["forward"] = partial(under, USES.get(), forward)
         return replica
+
+
+class Kept:
+    """Something that belongs to one model and not to its copies, kept in that model so that both end together."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, _: object) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
+def kept(model: nn.Module, name: str) -> Kept:
+    """What a model keeps under a name of its own."""
+    return vars(model).setdefault(name, Kept())

@@ -10,7 +10,7 @@ from torch import nn
 from truemask.backends.context import check_backend
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.interop.huggingface.layers import kept
+from truemask.interop.scopes import kept
 from truemask.masks.core.mask import Mask
 
 

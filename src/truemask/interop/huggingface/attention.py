@@ -16,11 +16,11 @@ from truemask.errors import MaskError
 from truemask.interop.checkpointing import checkpoints
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown, seat_of
 from truemask.interop.huggingface.inputs import REASON
-from truemask.interop.huggingface.layers import Layer
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import Claim
 from truemask.interop.huggingface.switch import Switch, account_of
 from truemask.interop.huggingface.tensor_masks import PLACE, of_tensor
+from truemask.interop.layer_masks import Layer
 from truemask.interop.positions import FORWARD
 from truemask.interop.removed_pairs import warn_of_dropped
 from truemask.masks.compose.boolean import everything

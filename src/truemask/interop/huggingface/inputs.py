@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.interop.huggingface.layers import Kept
 from truemask.interop.positions import FORWARD, Told, first_position
-from truemask.interop.scopes import stand, withdraw
+from truemask.interop.scopes import Kept, stand, withdraw
 from truemask.nn.validation import warn
 
 WATCH = "_truemask_watch"  # the attribute of a model that is watched

@@ -15,38 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.layers import Layer
 from truemask.interop.huggingface.mask_functions import Lifted, Packing, alike
 from truemask.interop.huggingface.mask_placeholder import StandIn
 from truemask.interop.huggingface.placement import Sizes, Standing, standing, standing_of_tensor
-from truemask.interop.positions import Told
+from truemask.interop.layer_masks import Layer
+from truemask.interop.positions import LAID_OUT, Told, lies_in_rows
 from truemask.masks.compose.boolean import And, everything
 from truemask.masks.compose.packed import Packed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.leaves.documents import documents
-from truemask.masks.leaves.per_token import Padding, keys, padding
+from truemask.masks.leaves.per_token import keys, padding
 from truemask.nn.validation import warn
 
-LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
-OF_ROWS = (*LAID_OUT, "same", "keys", "queries", "dense")
 ROOM = 256  # data of tokens reaches up to a multiple of this, so that a step of generation does not change the mask
 APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
-
-
-def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
-    """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
-
-    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
-
-    >>> from truemask.masks.leaves.bands import causal
-    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
-    (True, False)
-    """
-    parts = list(mask.walk())
-    if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
-        return True
-    return packed and any(part.kind in OF_ROWS for part in parts)
 
 
 class Claim(StandIn):

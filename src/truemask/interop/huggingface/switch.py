@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.layers import MARK, Layer, assigned, attention_layers
+from truemask.interop.huggingface.layers import MARK, attention_layers
+from truemask.interop.layer_masks import Layer, assigned
 from truemask.interop.scopes import REPLICATE, Hold, Replicas, Seat, stand, withdraw
 
 # -- configs -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.layers import Layer
+from truemask.interop.layer_masks import Layer
 from truemask.interop.scopes import REPLICATE, Hold, stand, withdraw
 from truemask.interop.x_transformers.attention import AttendForward, AttentionForward, Use
 from truemask.interop.x_transformers.inputs import StackForward, StandIn, WrapperForward

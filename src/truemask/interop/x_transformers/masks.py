@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.masks import lies_in_rows
+from truemask.interop.positions import lies_in_rows
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_x_transformers

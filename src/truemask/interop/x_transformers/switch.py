@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.layers import assigned
+from truemask.interop.layer_masks import assigned
 from truemask.interop.scopes import Hold
 from truemask.interop.x_transformers.attention import Use, check_maskable
 from truemask.interop.x_transformers.layers import begin, find, is_a, watch

@@ -1,0 +1,155 @@
+"""Which layer of a model gets which mask: the `layers=` of `tm.use`, for models of every library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from itertools import count
+
+from torch import nn
+
+from truemask.common.formatting import describe, suggest
+from truemask.errors import MaskError
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import from_text, not_a_mask
+
+USES = count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """An attention layer: its place in its part of the model, the names that `layers=` may call it, its mask."""
+
+    path: str
+    index: int
+    part: str
+    names: tuple[str, ...]
+    cross: bool
+    mask: Mask | None = None
+    replace: bool = False
+    own_way: str = ""  # how it computes without transformers' attention function, so that it would not see a mask
+    in_windows: bool = False  # whether the model cuts windows beforehand, in which it counts positions
+    used: int = 0  # the number of the use that gave the mask
+    backend: str | None = None  # that its use names
+
+    def __deepcopy__(self, _: object) -> Layer:
+        return self
+
+
+def assigned(
+    model: nn.Module, layers: Mapping[nn.Module, Layer], mask: object, where: object, replace: bool
+) -> dict[nn.Module, Layer]:
+    """The layers that ask for the attention function, with their masks.
+
+    `where` is the `layers` of `tm.use`: None, names, indices, or a dict of them to masks.
+    """
+    rules = _rules(mask, where)
+    for wanted in rules:
+        _check_clear(model, layers, wanted)
+    number = next(USES)
+    found = {module: changed(_with_mask(layer, rules, replace), used=number) for module, layer in layers.items()}
+    _check_reached(model, found, rules)
+    return {module: layer for module, layer in found.items() if not layer.own_way}
+
+
+def _check_reached(model: nn.Module, layers: Mapping[nn.Module, Layer], rules: Mapping[str | int | None, Mask]) -> None:
+    """Raise if a mask is for layers that would not see it, or if information goes around it through such layers."""
+    for module, layer in layers.items():
+        if layer.mask is not None and not layer.own_way and layer.in_windows:
+            raise MaskError(
+                f"{type(model).__name__}: `{layer.path}` ({type(module).__name__}) attends inside windows that the "
+                "model cuts beforehand, so a mask would count positions there; `tm.use(model)` without one runs"
+            )
+    numbers = {layer.index for layer in layers.values() if not layer.own_way} & rules.keys()  # meant for the attention
+    deaf = [
+        f"`{layer.path}` ({type(module).__name__}) {layer.own_way}"
+        for module, layer in layers.items()
+        if layer.own_way and layer.mask is not None and layer.index not in numbers
+    ]
+    if deaf:
+        more = f", and {len(deaf) - 1} more like it" if len(deaf) > 1 else ""
+        reached = _known_names({module: layer for module, layer in layers.items() if not layer.cross}, kinds=True)
+        raise MaskError(
+            f"{type(model).__name__}: {deaf[0]} and would not see the mask{more}: only what goes through transformers' "
+            f"AttentionInterface can be given one. Name its layers to say that they alone are meant: layers={reached}"
+        )
+
+
+def _rules(mask: object, where: object) -> dict[str | int | None, Mask]:
+    """Which mask for which name or index; None stands for all self-attention."""
+    if isinstance(where, Mapping):
+        rest = {} if mask is None else {None: _mask(mask, "mask")}
+        return {**rest, **{_name(name): _mask(each, f"layers[{name!r}]") for name, each in where.items()}}
+    if where is None:
+        return {} if mask is None else {None: _mask(mask, "mask")}
+    if mask is None:
+        raise MaskError(f"layers={describe(where)} says where, but there is no mask: pass a mask or a dict of masks")
+    names = [where] if isinstance(where, (str, int)) or not isinstance(where, Iterable) else list(where)
+    if not names:
+        raise MaskError("layers= is empty, so the mask would apply nowhere; leave it out for all layers")
+    return {_name(name): _mask(mask, "mask") for name in names}
+
+
+def _name(name: object) -> str | int:
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise MaskError(
+            "layers= takes kinds of layers ('sliding_attention'), indices, or a dict of them to masks; got "
+            f"{describe(name)}"
+        )
+    return name
+
+
+def _mask(mask: object, name: str) -> Mask:
+    found = from_text(mask)
+    if not isinstance(found, Mask):
+        wanted = f"use: {name} must be a mask expression, such as `causal & window(256)`, or its text"
+        raise MaskError(not_a_mask(wanted, mask, ", and one for each layer `layers={0: ..., 1: ...}`"))
+    return found
+
+
+def _check_clear(model: nn.Module, layers: Mapping[nn.Module, Layer], wanted: str | int | None) -> None:
+    """Raise if nobody answers to a name or index, or if it could mean layers in several parts of the model."""
+    answering = [layer for layer in layers.values() if wanted is None or _answers(layer, wanted)]
+    parts = sorted({layer.part for layer in layers.values() if not layer.cross})
+    crosses = ["cross_attention"] if any(layer.cross for layer in layers.values()) else []
+    several = len(parts) > 1 or bool(crosses)
+    meant = {layer.part for layer in answering if not layer.cross}
+    known = _known_names(layers)
+    if several if not isinstance(wanted, str) else len(meant) > 1:
+        what = "a mask for all layers" if wanted is None else f"layers={wanted!r}"
+        raise MaskError(
+            f"{type(model).__name__} attends in several places ({', '.join([*parts, *crosses])}), so {what} could mean "
+            f"any of them. Name them with layers=, one or more of {', '.join(known)}, or a dict of them to masks"
+        )
+    if wanted is not None and not answering:
+        most = max(layer.index for layer in layers.values())
+        hint = suggest(wanted, known) if isinstance(wanted, str) else ""
+        raise MaskError(
+            f"layers={wanted!r}: no layer of {type(model).__name__} answers to that{hint} (known: {', '.join(known)}, "
+            f"and the indices 0 to {most})"
+        )
+
+
+def _known_names(layers: Mapping[nn.Module, Layer], *, kinds: bool = False) -> list[str]:
+    """The names that mean one thing, of kinds or also of parts: with its part a kind is named where there are several.
+
+    Layers that would not see a mask are left out.
+    """
+    reached = [layer for layer in layers.values() if not layer.own_way]
+    parts = {layer.part for layer in reached if not layer.cross}
+    names = {(name, layer.part) for layer in reached for name in (layer.names[:2] if kinds else layer.names)}
+    several = {name for name, part in names for other, another in names if name == other and part != another}
+    several -= {"cross_attention"}
+    return sorted({name for name, _ in names if name not in several and (len(parts) > 1 or "." not in name)})
+
+
+def _answers(layer: Layer, wanted: str | int) -> bool:
+    return layer.index == wanted and not layer.cross if isinstance(wanted, int) else wanted in layer.names
+
+
+def _with_mask(layer: Layer, rules: Mapping[str | int | None, Mask], replace: bool) -> Layer:
+    """The most specific rule counts: an index, then a name, then the mask for all."""
+    order = [*layer.names] if layer.cross else [layer.index, *layer.names, None]
+    mask = next((rules[name] for name in order if name in rules), None)
+    return changed(layer, mask=mask, replace=replace and mask is not None)
