@@ -58,7 +58,8 @@ def use(
 
     Args:
         model: a transformers (v5) model, or one of x-transformers, whatever wraps it (`torch.compile`, `DataParallel`,
-            adapters); any part of it that is a model itself will do.
+            adapters); any part of it that is a model itself will do. What holds for x-transformers alone (registers,
+            memory, what stays on its own path) is told at the end of docs/from_x_transformers.md.
         mask: an expression, or its text. None: the model's own masks, on our backends. Samples are rows of the batch:
             with beams choose them, `mask.select(samples=[0, 0, 1, 1])`. Cross-attention is reached by name only.
         layers: where the mask applies: names, indices, or a dict of them to masks, in which case `mask` is for the
