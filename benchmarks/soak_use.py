@@ -33,11 +33,11 @@ import truemask as tm
 from truemask.attention.planning.cache import CACHE
 from truemask.interop import scopes as in_force
 from truemask.interop.checkpointing import Notes
-from truemask.interop.huggingface import switch
+from truemask.interop.huggingface import configs
 from truemask.interop.huggingface.masks import Claim
 
 CLOSE, QUICK, WORDS, LONGEST, MEMORY = 1e-4, 40, 61, 40, 2
-REMEMBERED = (in_force.Hold, in_force.Seat, switch.Account, Claim, Notes)
+REMEMBERED = (in_force.Hold, in_force.Seat, configs.Account, Claim, Notes)
 Batch = dict[str, Tensor]
 
 
@@ -226,7 +226,7 @@ def remembered() -> Counter[str]:
     """What is alive of all that a use makes, and what stands on the models."""
     gc.collect()
     found = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in REMEMBERED)
-    return found + Counter({"accounts": len(switch.ACCOUNTS), "lasting": len(in_force.LASTING)})
+    return found + Counter({"accounts": len(configs.ACCOUNTS), "lasting": len(in_force.LASTING)})
 
 
 def attributes(models: dict[str, Any]) -> list[set[str]]:

@@ -18,8 +18,8 @@ import truemask as tm
 from tests.support.huggingface_models import SMALL, TOKENS, assert_same, model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.checkpointing import TOLD
+from truemask.interop.huggingface.configs import ACCOUNTS
 from truemask.interop.huggingface.layers import MARK
-from truemask.interop.huggingface.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

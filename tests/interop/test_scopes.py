@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import truemask as tm
 from tests.support.huggingface_models import assert_same, model_of, tokens
+from truemask.interop.huggingface.configs import ACCOUNTS
 from truemask.interop.huggingface.layers import MARK
-from truemask.interop.huggingface.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

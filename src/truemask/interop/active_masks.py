@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from truemask.interop.huggingface.fallback import seat_of
+from truemask.interop.huggingface.layers import seat_of
 from truemask.masks.core.mask import Mask
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from itertools import count
 
 from torch import nn
 
@@ -13,8 +12,6 @@ from truemask.common.formatting import describe, suggest
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
-
-USES = count(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +44,7 @@ def assigned(
     rules = _rules(mask, where)
     for wanted in rules:
         _check_clear(model, layers, wanted)
-    number = next(USES)
-    found = {module: changed(_with_mask(layer, rules, replace), used=number) for module, layer in layers.items()}
+    found = {module: _with_mask(layer, rules, replace) for module, layer in layers.items()}
     _check_reached(model, found, rules)
     return {module: layer for module, layer in found.items() if not layer.own_way}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,13 +10,14 @@ from truemask.backends.context import check_backend
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.scopes import kept
+from truemask.interop.switching import Switch
 from truemask.masks.core.mask import Mask
 
 
 class Use:
     """A model with a mask: a context manager, or what `enable` returns, with `undo()`."""
 
-    def __init__(self, model: nn.Module, switch: Any, everywhere: bool = False) -> None:
+    def __init__(self, model: nn.Module, switch: Switch, everywhere: bool = False) -> None:
         self._model, self._switch, self._everywhere = model, switch, everywhere
         self._depth = 0
 
@@ -133,20 +133,20 @@ def enable(
     return new
 
 
-def _switch(model: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
+def _switch(model: nn.Module) -> tuple[nn.Module, type[Switch]]:
     """The model inside its wrappers, and what puts it to use, by the library that the model is from."""
     inside = _outermost(model)
     if len(inside) == 1:
-        from truemask.interop.huggingface.attention import switch
+        from truemask.interop.huggingface.switch import HuggingFaceSwitch
 
-        return next(iter(inside.values())), switch
+        return next(iter(inside.values())), HuggingFaceSwitch
     if inside:
         models = ", ".join(f"`{path}` ({type(each).__name__})" for path, each in inside.items())
         raise MaskError(f"{type(model).__name__} holds several models of transformers: put each to use, {models}")
     if any(_is_from("x_transformers", part) for part in model.modules()):
-        from truemask.interop.x_transformers.switch import Switch
+        from truemask.interop.x_transformers.switch import XTransformersSwitch
 
-        return model, Switch
+        return model, XTransformersSwitch
     if _is_from("transformers", model):
         raise MaskError(
             f"use takes a whole model of transformers, and {type(model).__name__} is a part of one: use the model, and "

@@ -17,9 +17,9 @@ import truemask as tm
 from tests.support.huggingface_models import KINDS, TOKENS, assert_same, model_of, other_of, tokens
 from truemask.attention.planning.cache import CACHE
 from truemask.errors import MaskError
+from truemask.interop.huggingface.configs import ACCOUNTS
 from truemask.interop.huggingface.coverage import check_selection
 from truemask.interop.huggingface.layers import CROSS, attention_layers
-from truemask.interop.huggingface.switch import ACCOUNTS
 from truemask.interop.use import enable, use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")

@@ -14,11 +14,12 @@ from truemask.attention.attend import attend
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.checkpointing import checkpoints
-from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown, seat_of
+from truemask.interop.huggingface.configs import account_of
+from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
 from truemask.interop.huggingface.inputs import REASON
+from truemask.interop.huggingface.layers import LayerSeat, seat_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import Claim
-from truemask.interop.huggingface.switch import Switch, account_of
 from truemask.interop.huggingface.tensor_masks import PLACE, of_tensor
 from truemask.interop.layer_masks import Layer
 from truemask.interop.positions import FORWARD
@@ -39,13 +40,13 @@ def register() -> None:
     AttentionMaskInterface.register(KEY, torch.compiler.disable(mask_here, reason=REASON))
 
 
-def unpickled(values: dict[str, Any]) -> Layer:
-    """A layer that comes from another process, in which its model was in use: here the key may not be known yet."""
+def unpickled(*said: Any) -> LayerSeat:
+    """What was said of a layer in another process, where its model was in use: here the key may not be known yet."""
     register()
-    return Layer(**values)
+    return LayerSeat(*said)
 
 
-copyreg.pickle(Layer, lambda layer: (unpickled, (vars(layer),)))
+copyreg.pickle(LayerSeat, lambda seat: (unpickled, seat.__reduce__()[1]))
 
 
 # -- in use here, or only elsewhere ------------------------------------------------------------------------------------
@@ -236,11 +237,3 @@ def _refuse(options: dict[str, Any], own: Claim) -> None:
             "cu_seq_lens_q says that documents are packed, but the model's mask does not keep them apart: transformers "
             "does that if position_ids restart and neither attention_mask nor a cache is passed"
         )
-
-
-# -- the switch --------------------------------------------------------------------------------------------------------
-
-
-def switch(model: Any, mask: object, layers: object, replace: bool, backend: str | None) -> Switch:
-    """A model on our attention with these masks, between `apply` and `undo`."""
-    return Switch(KEY, register, model, mask, layers, replace, backend)

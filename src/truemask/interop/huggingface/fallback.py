@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.layers import MARK
-from truemask.interop.huggingface.switch import LayerSeat, account_of
+from truemask.interop.huggingface.configs import account_of
+from truemask.interop.huggingface.layers import LayerSeat
 
 EAGER = "eager"  # the attention that no registry knows: it stands in the file of its model
 
@@ -57,8 +57,3 @@ def refuse_unknown(module: nn.Module) -> NoReturn:
         f"{type(module).__name__} runs the attention 'truemask', but no `tm.use` or `tm.enable` knows its model: call "
         "one of them on the model instead of choosing the key yourself"
     )
-
-
-def seat_of(module: nn.Module) -> LayerSeat | None:
-    """What the uses of a layer say."""
-    return vars(module).get(MARK)

@@ -1,4 +1,4 @@
-"""Which layers of a transformers model attend, and what they are called."""
+"""Which layers of a transformers model attend, what they are called, and what the uses of each say."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from truemask.errors import MaskError
 from truemask.interop.huggingface.coverage import MIXES, asks_for_attention, check_selection, own_ways, partitions
 from truemask.interop.layer_masks import Layer
+from truemask.interop.scopes import Seat
 
 MARK = "_truemask"  # the attribute of an attention layer in use that says what it runs, and where
 CROSS = re.compile(
@@ -92,3 +93,34 @@ def kind_of(config: Any, index: int) -> str:
     if getattr(config, "sliding_window", None) is not None:
         return "sliding_attention"
     return "full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
+
+
+# -- what uses say of a layer ------------------------------------------------------------------------------------------
+
+
+class LayerSeat(Seat[Layer]):
+    """What the uses of an attention layer say; `plain` is the layer without a mask, `before` its attention in no use.
+
+    A copy of the layer runs for good what counted where it was copied, for its config is a copy too, and names ours.
+    """
+
+    def __init__(self, layer: Layer, before: str | None = None, always: Layer | None = None) -> None:
+        super().__init__(always)
+        self.plain, self.before, self.standing = changed(layer, mask=None, replace=False), before, 1
+
+    def __deepcopy__(self, _: object) -> LayerSeat:
+        return self.for_good()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        copied = self.for_good()
+        return LayerSeat, (copied.plain, None, copied.always)
+
+    def for_good(self) -> LayerSeat:
+        """A seat of its own, in which what counts here counts everywhere."""
+        found = self.now()
+        return LayerSeat(self.plain, always=self.plain if found is None else found.value)
+
+
+def seat_of(module: nn.Module) -> LayerSeat | None:
+    """What the uses of a layer say."""
+    return vars(module).get(MARK)

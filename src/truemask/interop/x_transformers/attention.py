@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from truemask.attention.attend import attend
 from truemask.errors import MaskError, PlanError
 from truemask.interop.checkpointing import checkpoints
+from truemask.interop.layer_masks import Layer
 from truemask.interop.removed_pairs import warn_of_dropped
 from truemask.interop.scopes import Said, Seat
 from truemask.interop.x_transformers.inputs import Frame, Input, StandIn, arguments, known_positions, put
@@ -25,33 +26,22 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense
 
 
-@dataclass(eq=False)
-class Use:
-    """One layer's part in one use of a model."""
-
-    mask: Mask | None
-    replace: bool
-    number: int = 0  # of the use of the model
-    path: str = ""  # of the layer
-    backend: str | None = None  # that the use names
-
-
 @dataclass(frozen=True, eq=False)
 class Note:
     """What `Attention` knows of a call and `Attend` is not given."""
 
-    said: Said[Use]
+    said: Said[Layer]
     place: Place
     max_attend_past: int | None
     attn_mask: Tensor | None
     own_path: bool  # whether `attend` cannot compute it
 
     @property
-    def use(self) -> Use:
+    def layer(self) -> Layer:
         return self.said.value
 
 
-CALL: ContextVar[tuple[Seat[Use], Note] | None] = ContextVar("truemask_call", default=None)  # that attention is in
+CALL: ContextVar[tuple[Seat[Layer], Note] | None] = ContextVar("truemask_call", default=None)  # that attention is in
 
 
 class AttentionForward(StandIn):
@@ -60,7 +50,7 @@ class AttentionForward(StandIn):
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         self.frame = Frame()
-        self.seat: Seat[Use] = Seat()
+        self.seat: Seat[Layer] = Seat()
         self._bare: Any = None  # the module without `max_attend_past`, which the expression says
 
     @torch.compiler.disable(recursive=False)
@@ -68,21 +58,21 @@ class AttentionForward(StandIn):
         said, frame = self._here()
         if said is None:
             return self.original(*args, **named)
-        use, given = said.value, arguments(self.module, args, named)
+        layer, given = said.value, arguments(self.module, args, named)
         objections = objections_to(self.module, given)
-        plain = use.mask is None and use.backend is None and self.module.max_attend_past is None
+        plain = layer.mask is None and layer.backend is None and self.module.max_attend_past is None
         if objections and plain:
             return self.original(**given)
         return self._read(given, said, frame, objections)
 
     @torch.compiler.disable(recursive=True)
-    def _here(self) -> tuple[Said[Use] | None, Input]:
+    def _here(self) -> tuple[Said[Layer] | None, Input]:
         """The use that holds in this context, and what the stack runs on; or in the forward that is recomputed."""
         around = checkpoints()
         return self.seat.said(around), self.frame.here(around)
 
     @torch.compiler.disable(recursive=False)
-    def _read(self, given: dict[str, Any], said: Said[Use], frame: Input, objections: list[str]) -> Any:
+    def _read(self, given: dict[str, Any], said: Said[Layer], frame: Input, objections: list[str]) -> Any:
         """The call without its masks, which the note holds meanwhile."""
         masked = said.value.mask is not None
         place = self._place(given, frame, masked)
@@ -98,12 +88,12 @@ class AttentionForward(StandIn):
             out[1].truemask_front = registers_of(given.get("cache"), frame)
         return out
 
-    def _run(self, given: dict[str, Any], use: Use) -> Any:
+    def _run(self, given: dict[str, Any], layer: Layer) -> Any:
         """The forward as it was, on a module without `max_attend_past`: other threads may want it."""
         if self.module.max_attend_past is None:
             return self.original(**given)
         if self.previous is not None:
-            if use.replace:
+            if layer.replace:
                 raise MaskError(
                     "replace=True cannot take the place of attn_max_attend_past in an `Attention` whose forward "
                     "somebody else has replaced: put the model to use before"
@@ -143,13 +133,13 @@ class AttendForward(StandIn):
         call = Call(self.module, q, k, v, mask, named, note, place)
         own = partial(self._own_path, call)
         if note.own_path:
-            if note.use.backend is not None:
+            if note.layer.backend is not None:
                 raise PlanError(
-                    f"backend={note.use.backend!r}: this layer computes what `attend` cannot, on x-transformers' own "
+                    f"backend={note.layer.backend!r}: this layer computes what `attend` cannot, on x-transformers' own "
                     "path; use the model without backend="
                 )
             return own()
-        out = on_backends(self.module, q, k, v, call.expression, named.get("attn_bias"), note.use.backend)
+        out = on_backends(self.module, q, k, v, call.expression, named.get("attn_bias"), note.layer.backend)
         if self.module.flash:
             return out, intermediates_of(self.module)
         return out, Maps(own)
@@ -161,7 +151,7 @@ class AttendForward(StandIn):
         return checkpoints().as_in_forward(self, lambda: own)
 
     def _own_path(self, call: Call) -> tuple[Tensor, Any]:
-        named = {**call.named, "causal": call.causal and not call.note.use.replace}
+        named = {**call.named, "causal": call.causal and not call.note.layer.replace}
         return self.original(call.q, call.k, call.v, mask=call.matrix, **named)
 
 
@@ -188,15 +178,15 @@ class Call:
     @cached_property
     def expression(self) -> Mask:
         note, place = self.note, self.place
-        own = everything if note.use.replace else claimed(self.causal, note.max_attend_past)
+        own = everything if note.layer.replace else claimed(self.causal, note.max_attend_past)
         if not place.cross and own != everything:
-            use, length = note.use, place.keys - place.extra - place.front - place.back
-            warn_of_dropped(use.number, use.path, use.mask, own, length, self.q.shape[0], self.q.shape[1])
+            layer, length = note.layer, place.keys - place.extra - place.front - place.back
+            warn_of_dropped(layer.used, layer.path, layer.mask, own, length, self.q.shape[0], self.q.shape[1])
         flags = self.mask
         whole = flags is not None and flags.ndim == 4 and flags.shape[-2] > 1  # where `max_attend_past` is in it
         given = dense(flags) if whole else from_flags(flags, place)
         matrix = from_matrix(note.attn_mask, self.q.shape[1], place)
-        return both(expression(own, note.use.mask, place), given, matrix)
+        return both(expression(own, note.layer.mask, place), given, matrix)
 
     @property
     def matrix(self) -> Tensor:

@@ -1,58 +1,79 @@
-"""`tm.use` on models of x-transformers: masks as expressions, their attention on truemask's backends."""
+"""An x-transformers model switched to our attention and back: what stands in for forwards while it is in use."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
-from truemask.errors import MaskError
-from truemask.interop.layer_masks import assigned
-from truemask.interop.scopes import Hold
-from truemask.interop.x_transformers.attention import Use, check_maskable
-from truemask.interop.x_transformers.layers import begin, find, watch
-from truemask.masks.core.mask import Mask
+from truemask.interop.layer_masks import Layer, assigned
+from truemask.interop.scopes import REPLICATE, Hold, stand, withdraw
+from truemask.interop.switching import Switch
+from truemask.interop.x_transformers.attention import AttendForward, AttentionForward, check_maskable
+from truemask.interop.x_transformers.inputs import StackForward, StandIn, WrapperForward
+from truemask.interop.x_transformers.layers import Found, attention_layers
+
+F = TypeVar("F", bound=StandIn)
 
 
-class Switch:
-    """An x-transformers model with masks, between `apply` and `undo`; the arguments of `tm.use`."""
+class XTransformersSwitch(Switch):
+    """An x-transformers model on our attention, between `apply` and `undo`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mask: Mask | None = None,
-        layers: Any = None,
-        replace: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        self._model, self._found = model, find(model)
-        known = {found.module: found.layer for found in self._found if found.layer is not None}
-        chosen = assigned(model, known, mask, layers, replace) if known or mask is not None else {}
-        self._masks = {module: layer.mask for module, layer in chosen.items()}
-        self._layers = chosen
-        self._replace, self._backend = replace, backend
-        if replace and all(own is None for own in self._masks.values()):
-            raise MaskError("use: replace=True says that a mask takes the place of the model's own, but there is none")
+    def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, Layer]:
+        self._found = attention_layers(self.model)
+        named = {found.module: found.layer for found in self._found if not found.pools}
+        masked = assigned(self.model, named, mask, layers, replace) if named or mask is not None else {}
         for found in self._found:
-            if self._masks.get(found.module) is not None:
+            if found.module in masked and masked[found.module].mask is not None:
                 check_maskable(found.module, found.stack, replace)
-        self._hold: Hold | None = None
+        return {found.module: masked.get(found.module, found.layer) for found in self._found}
 
-    def apply(self, everywhere: bool = False) -> None:
-        """Put the model to use, for this context or for all."""
-        hold = self._hold = Hold(everywhere)
+    def _change(self, layers: Mapping[nn.Module, Layer], hold: Hold) -> None:
         for found in self._found:
-            own = self._masks.get(found.module)
-            layer = self._layers.get(found.module)
-            told = {} if layer is None else {"number": layer.used, "path": layer.path}
-            use = Use(own, self._replace and own is not None, backend=self._backend, **told)
-            hold.change(partial(begin, found, use, hold))
+            hold.change(partial(_begin, found, layers[found.module], hold))
         for stack in {found.stack: None for found in self._found if found.stack is not None}:
-            hold.change(partial(watch, self._model, stack))
+            hold.change(partial(_watch, self.model, stack))
 
-    def undo(self) -> None:
-        """End the use; nothing if that is done. Uses of a model may end in any order."""
-        if self._hold is not None:
-            self._hold.stop()
-            self._hold = None
+
+def _begin(found: Found, layer: Layer, hold: Hold) -> Callable[[], None]:
+    """Put one `Attention` to use; what is returned takes back what that changed."""
+    module, core = found.module, found.module.attend
+    outer = _stood_in(module, AttentionForward)
+    hold.sit(outer.seat, layer)
+    inner = stand(
+        core,
+        "forward",
+        lambda known: isinstance(known, AttendForward) and known.owner is outer,
+        lambda: AttendForward(core, outer),
+    )
+    standing: dict[nn.Module, StandIn] = {module: outer, core: inner}
+    if found.stack is not None:
+        stack = standing[found.stack] = _stood_in(found.stack, StackForward)
+        outer.frame = stack.frame
+    return partial(_end, standing)
+
+
+def _watch(model: nn.Module, stack: nn.Module) -> Callable[[], None]:
+    """Let the wrappers around a stack say what they put beside its tokens; what is returned takes that back."""
+    standing: dict[nn.Module, StandIn] = {}
+    for module in model.modules():
+        if getattr(module, "attn_layers", None) is stack:
+            wrapper = standing[module] = _stood_in(module, WrapperForward)
+            wrapper.frame = vars(stack)["forward"].frame
+    return partial(_end, standing)
+
+
+def _stood_in(module: nn.Module, kind: type[F]) -> F:
+    """What stands in for a module's forward."""
+    return stand(module, "forward", lambda known: isinstance(known, kind), lambda: kind(module))
+
+
+def _end(standing: dict[nn.Module, StandIn]) -> None:
+    """Withdraw what stands in for the forwards of some modules."""
+    for module, forward in standing.items():
+        if withdraw(module, "forward", forward) and forward.previous is not None:
+            vars(module)["forward"] = forward.previous
+        if not forward.standing:
+            vars(module).pop(REPLICATE, None)

@@ -1,0 +1,54 @@
+"""A model switched to our attention and back: what the switches of all libraries share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace as changed
+
+from torch import nn
+
+from truemask.errors import MaskError
+from truemask.interop.layer_masks import Layer
+from truemask.interop.scopes import Hold
+
+
+class Switch(ABC):
+    """A model on our attention with these masks, between `apply` and `undo`; the arguments are those of `tm.use`.
+
+    Which layer gets which mask is settled here, for the layers that the model has when the use is written.
+    """
+
+    def __init__(self, model: nn.Module, mask: object, layers: object, replace: bool, backend: str | None) -> None:
+        self.model, self._backend = model, backend
+        self._layers = self._assigned(mask, layers, replace)
+        if replace and all(layer.mask is None for layer in self._layers.values()):
+            raise MaskError(
+                "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
+            )
+        self._hold: Hold | None = None
+
+    def apply(self, everywhere: bool = False) -> None:
+        """Switch the model over, for this context or for all."""
+        hold = self._hold = Hold(everywhere)
+        try:
+            used = {module: changed(layer, used=hold.number) for module, layer in self._layers.items()}
+            self._change({module: changed(layer, backend=self._backend) for module, layer in used.items()}, hold)
+        except BaseException:
+            del hold  # the error remembers what stands here
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """End the use; nothing if that is done. Uses of a model may end in any order."""
+        if self._hold is not None:
+            self._hold.stop()
+            self._hold = None
+
+    @abstractmethod
+    def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, Layer]:
+        """The layers of the model that attend, with their masks."""
+
+    @abstractmethod
+    def _change(self, layers: Mapping[nn.Module, Layer], hold: Hold) -> None:
+        """Change the model by `hold`, which takes it back."""
