@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import truemask as tm
 from tests.support.cases import CASES
+from tests.support.equality import assert_same
 from truemask.attention.call import AttendArgs
 from truemask.attention.decomposition import attend_plain
 
@@ -31,10 +32,6 @@ def _own_dynamo() -> Any:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def assert_same(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 class Call(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.support.nn_models import FEATURES, assert_same, featured, ids
+from tests.support.equality import assert_same
+from tests.support.nn_models import FEATURES, featured, ids
 from truemask.errors import ConventionWarning, MaskError
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.masks.compose.boolean import everything

@@ -15,7 +15,8 @@ from torch.distributed._composable.checkpoint_activation import checkpoint as co
 from torch.utils.checkpoint import checkpoint
 
 import truemask as tm
-from tests.support.huggingface_models import SMALL, TOKENS, assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import SMALL, TOKENS, model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.checkpointing import TOLD
 from truemask.interop.huggingface.configs import ACCOUNTS

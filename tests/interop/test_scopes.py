@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import truemask as tm
-from tests.support.huggingface_models import assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import model_of, tokens
 from truemask.interop.huggingface.configs import ACCOUNTS
 from truemask.interop.huggingface.layers import MARK
 from truemask.interop.use import enable, use

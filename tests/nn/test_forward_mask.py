@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.nn_models import HEADS, TOKENS, assert_same, decoder, encoder, features, ids, layer, wrapped
+from tests.support.equality import assert_same
+from tests.support.nn_models import HEADS, TOKENS, decoder, encoder, features, ids, layer, wrapped
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.compose.per_axis import per_head
 from truemask.masks.core.mask import Mask

@@ -10,18 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.support.nn_models import (
-    FEATURES,
-    TOKENS,
-    assert_same,
-    decoder,
-    encoder,
-    featured,
-    features,
-    ids,
-    layer,
-    wrapped,
-)
+from tests.support.equality import assert_same
+from tests.support.nn_models import FEATURES, TOKENS, decoder, encoder, featured, features, ids, layer, wrapped
 from truemask.masks.compose.boolean import everything
 from truemask.masks.leaves.bands import causal, window
 from truemask.nn.config import FeedForwardConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.nn_models import FEATURES, assert_same, decoder, featured, features, ids, wrapped
+from tests.support.equality import assert_same
+from tests.support.nn_models import FEATURES, decoder, featured, features, ids, wrapped
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, window

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from tests.support.nn_models import DIM, HEADS, assert_same, decoder, encoder, features, ids, wrapped
+from tests.support.equality import assert_same
+from tests.support.nn_models import DIM, HEADS, decoder, encoder, features, ids, wrapped
 from truemask.errors import ConventionWarning, MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.data import DataLoader
 
-from tests.support.nn_models import TOKENS, assert_same, decoder, wrapped
+from tests.support.equality import assert_same
+from tests.support.nn_models import TOKENS, decoder, wrapped
 from truemask.attention.attend import attend
 from truemask.masks.leaves.bands import causal, window
 from truemask.packing.collate import PackCollator

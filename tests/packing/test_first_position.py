@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import truemask as tm
+from tests.support.equality import assert_same
 
 FIRST = 2  # padding_idx + 1
 GIVEN = [[8, 9, 10, 11], [5, 6, 7], [12, 13]]
@@ -44,7 +45,7 @@ def test_documents_are_what_they_are_alone(family: str, length: int | None) -> N
     assert torch.equal(batch["position_ids"], packed.positions)
     found = packed.unpack(run(net, family, batch, batch["mask"]))
     for got, own in zip(found, GIVEN, strict=True):
-        torch.testing.assert_close(got, net(torch.tensor([own])).last_hidden_state[0], rtol=1e-4, atol=1e-5)
+        assert_same(got, net(torch.tensor([own])).last_hidden_state[0])
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def test_completions_are_what_they_are_alone(window: tm.Mask | None) -> None:
     with tm.use(net, tm.causal if window is None else window):
         for got, own in zip(trees.unpack(states)[0], completions, strict=True):
             alone = net(torch.tensor([prompt + own])).last_hidden_state[0, len(prompt) :]
-            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+            assert_same(got, alone)
 
 
 def test_positions_start_where_they_are_told_to_and_masks_do_not() -> None:

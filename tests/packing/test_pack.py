@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.nn_models import TOKENS, assert_same, decoder, wrapped
+from tests.support.equality import assert_same
+from tests.support.nn_models import TOKENS, decoder, wrapped
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.masks.leaves.bands import causal, window
 from truemask.nn.wrappers import TransformerWrapper

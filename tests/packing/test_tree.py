@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.support.nn_models import TOKENS, assert_same, decoder, wrapped
+from tests.support.equality import assert_same
+from tests.support.nn_models import TOKENS, decoder, wrapped
 from truemask.masks.leaves.tree import tree
 from truemask.nn.wrappers import TransformerWrapper
 from truemask.packing.tree import PackedTrees, pack_tree

@@ -139,12 +139,6 @@ WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Equal as the laws have it for fp32: relative 1e-4 of the largest."""
-    scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(scale, 1e-3))
-
-
 def other_of(name: str) -> Any:
     """A model whose layers are not all attention, or whose attention says more than its mask."""
     import transformers

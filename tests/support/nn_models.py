@@ -71,8 +71,3 @@ def features(*shape: int, seed: int = 0) -> Tensor:
 def ids(*shape: int, seed: int = 0) -> Tensor:
     """Random tokens."""
     return torch.randint(TOKENS, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(left: Tensor, right: Tensor) -> None:
-    """Equal as the laws have it for fp64: within 1e-9."""
-    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)

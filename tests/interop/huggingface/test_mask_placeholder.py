@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import truemask as tm
-from tests.support.huggingface_models import assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.huggingface.mask_functions import Lifted
 from truemask.interop.huggingface.masks import Claim

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from tests.support.huggingface_models import asks_beyond_the_window, assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import asks_beyond_the_window, model_of, tokens
 from truemask.errors import ConventionWarning, MaskError
 from truemask.interop.positions import first_position
 from truemask.interop.use import use

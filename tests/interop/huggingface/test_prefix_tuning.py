@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from tests.support.huggingface_models import assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.use import use
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import truemask as tm
-from tests.support.huggingface_models import TOKENS, assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import TOKENS, model_of, tokens
 from truemask.errors import ConventionWarning, MaskError
 from truemask.interop.use import enable, use
 

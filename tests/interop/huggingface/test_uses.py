@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import truemask as tm
-from tests.support.huggingface_models import KINDS, TOKENS, assert_same, model_of, other_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import KINDS, TOKENS, model_of, other_of, tokens
 from truemask.attention.planning.cache import CACHE
 from truemask.errors import MaskError
 from truemask.interop.huggingface.configs import ACCOUNTS

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import truemask as tm
-from tests.support.huggingface_models import assert_same
+from tests.support.equality import assert_same
 from truemask.interop.use import enable, use
 
 X: Any = pytest.importorskip("x_transformers", reason="x-transformers is not installed (the extra `peers` has it)")

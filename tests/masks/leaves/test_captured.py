@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks
 
 import truemask as tm
+from tests.support.equality import assert_same
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.base import Inputs
 from truemask.backends.shared.eager import eager_attention
@@ -44,9 +45,9 @@ def test_a_tensor_that_was_written_to_is_read_again(backend: str | None) -> None
     seen.logical_not_()
     after = tm.attend(Q, Q, Q, mask, backend=backend)
     assert not torch.allclose(before, after)
-    assert torch.allclose(after, wanted(mask), atol=1e-5)
+    assert_same(after, wanted(mask))
     seen.logical_not_()
-    assert torch.allclose(tm.attend(Q, Q, Q, mask, backend=backend), before, atol=1e-6)
+    assert_same(tm.attend(Q, Q, Q, mask, backend=backend), before)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_within_an_expression_too(around: Callable[[Mask], Mask]) -> None:
     mask = around(tm.predicate(lambda b, h, q, k: seen[k] | (q < 0)))
     tm.attend(Q, Q, Q, mask)
     seen[:9] = torch.arange(9) % 3 == 0
-    assert torch.allclose(tm.attend(Q, Q, Q, mask), wanted(mask), atol=1e-5)
+    assert_same(tm.attend(Q, Q, Q, mask), wanted(mask))
 
 
 def test_in_a_compiled_function_and_in_a_model() -> None:
@@ -84,7 +85,7 @@ def test_in_a_compiled_function_and_in_a_model() -> None:
     for call, old in zip(calls, before, strict=True):
         new = call(mask)
         assert not torch.allclose(new, old)
-        assert torch.allclose(new, call(tm.dense(mask.to_dense(N))), atol=1e-5)
+        assert_same(new, call(tm.dense(mask.to_dense(N))))
 
 
 def test_the_same_function_wrapped_again_is_asked_again() -> None:
