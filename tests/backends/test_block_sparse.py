@@ -362,6 +362,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - res
 """
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("options", ["{}", "{'softcap': 30.0}"])
 def test_memory_is_that_of_inputs_results_and_a_chunk(options: str) -> None:
     """Padded causal, b 4, h 8: SDPA's dense mask alone would be 256 MiB at n 4096."""

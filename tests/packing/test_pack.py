@@ -241,6 +241,7 @@ def test_wrong_outputs_and_indices_are_told() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_a_hundred_thousand_sequences_take_seconds() -> None:
     """A quadratic search would take minutes; the bound is ten times what it takes."""
     import time

@@ -188,6 +188,7 @@ def test_bars_and_times_are_read_off(script: Script) -> None:
     assert [harness.ms(seconds) for seconds in (0.000123, 0.01234, 1.234)] == ["0.123", "12.3", "1234"]
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_the_peak_of_a_process_of_its_own(script: Script) -> None:
     harness = script("harness")
