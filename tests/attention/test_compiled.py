@@ -398,9 +398,9 @@ def test_forward_mode_around_is_refused() -> None:
 def test_a_graph_without_gradients_says_so() -> None:
     """The operator called as a graph has it that was traced where nothing wanted gradients."""
     q = torch.randn(1, 2, 6, 8, requires_grad=True)
-    asked = (q, q, q, "M0", [MASK.ticket], [], [], None, "None", None, None, None, None, 0.0, None, False, False, "")
+    op = OperatorArgs(q, q, q, "M0", [MASK.ticket], [], [], "None", None, "", AttendArgs())
     with pytest.raises(tm.PlanError, match="was traced where nothing wanted gradients"):
-        torch.ops.truemask.attend(*asked)[0].sum().backward()
+        torch.ops.truemask.attend(*op.flat)[0].sum().backward()
 
 
 def test_a_higher_limit_takes_more_classes_of_masks() -> None:

@@ -14,21 +14,21 @@ from tests.support import oracle
 from tests.support.cases import CASES, Case
 from tests.support.oracle import Three, three
 from truemask.attention.planning.plan import plan
+from truemask.backends import registry
+from truemask.backends.backend import ANY
+from truemask.backends.base import Request
 from truemask.backends.shared.dropout import kept
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import indices
 
-# One entry for each backend: the tolerance (relative to the largest number compared) that it declares for each dtype.
-BACKENDS = {
-    "native": {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3},
-    "sdpa": {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3},
-    "block_sparse": {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3},
-    "flex": {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3},
-    "reference": {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3},
+TRAINING = Request(1, 1, 1, 1, 1, 1, 1, torch.float32, torch.device("cpu"), grad=True)
+BACKENDS = {backend.name: backend.tolerance for backend in registry.BACKENDS}  # what each declares for each dtype
+FORWARD_ONLY = {  # on the CPU; what they compute is compared without gradients
+    backend.name
+    for backend in registry.BACKENDS
+    if (backend.devices.get("cpu") or backend.devices[ANY]).lacks(TRAINING)
 }
-FORWARD_ONLY = {"flex"}  # on the CPU; what they compute is compared without gradients
 DTYPES = list(BACKENDS["sdpa"])
-EXACT = {"native": torch.float32}  # the widest dtype, if that is not float64
 
 pytestmark = pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")  # rectangles are on purpose here
 
@@ -82,7 +82,7 @@ MASKS = {
 
 def exact(name: str) -> torch.dtype:
     """The widest dtype that a backend computes in."""
-    return EXACT.get(name, torch.float64)
+    return max(BACKENDS[name], key=lambda dtype: dtype.itemsize)
 
 
 def agree(name: str, problem: Problem, dtype: torch.dtype, options: dict[str, Any], extra: dict[str, Any]) -> None:

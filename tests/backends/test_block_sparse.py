@@ -23,7 +23,7 @@ from truemask.backends.block_sparse import backend as block_sparse
 from truemask.backends.block_sparse import batching as groups
 from truemask.backends.block_sparse import flash_path as strip_kernel
 from truemask.backends.block_sparse import math_path as strip_math
-from truemask.backends.block_sparse.backend import BlockSparse
+from truemask.backends.block_sparse.backend import StripsProposal
 from truemask.backends.block_sparse.batching import Steps
 from truemask.backends.block_sparse.from_slabs import from_slabs
 from truemask.backends.block_sparse.from_tiles import from_tiles
@@ -374,7 +374,8 @@ def test_memory_is_that_of_inputs_results_and_a_chunk(options: str) -> None:
 
 def test_a_lowered_job_says_its_size() -> None:
     job = job_of(BIGBIRD, 1024, 1024)
-    lowered = BlockSparse().lower(job)
+    proposal = StripsProposal(job)
+    lowered = proposal.lower()
     held = 0
     for plane in lowered.data.planes:
         for group in plane.groups:
@@ -383,12 +384,13 @@ def test_a_lowered_job_says_its_size() -> None:
             tensors += [] if masking is None else [masking.table, masking.bits, masking.which]
             held += sum(x.nbytes for x in tensors if x is not None)
     assert held <= lowered.nbytes <= held + 2048
-    assert not any(isinstance(x, Strips) for x in job.notes.values())
+    proposal.forget()
+    assert not any(isinstance(x, Strips) for x in vars(proposal).values())
 
 
 def test_it_is_chosen_where_a_mask_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """If there is no native kernel."""
-    monkeypatch.setattr(Native, "objections", lambda self, job: ["it is on holiday"])
+    monkeypatch.setattr(Native, "propose", lambda self, job: ["it is on holiday"])
     CACHE.clear()
     for mask in (tm.window(512), tm.causal.packed([700] * 12), tm.causal & (tm.window(256) | tm.prefix(4))):
         found = tm.plan(mask, 8192)

@@ -19,7 +19,7 @@ from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.plan import plan
 from truemask.backends.base import Job
 from truemask.backends.flex import backend as flex
-from truemask.backends.flex.backend import Flex
+from truemask.backends.flex.backend import Flex, FlexProposal
 from truemask.backends.flex.score_mod import LEAST_SIZE, padded
 from truemask.masks.core.mask import Mask
 
@@ -103,7 +103,8 @@ def test_autocast_does_not_round_its_products() -> None:
         out = tm.attend(q, k, v, tm.causal, backend="flex")
     assert out.dtype == torch.bfloat16
     want = tm.attend(*(x.bfloat16().float() for x in (q, k, v)), tm.causal)
-    torch.testing.assert_close(out, want.bfloat16(), rtol=8e-3, atol=1e-6)
+    tolerance = Flex.tolerance[torch.bfloat16]
+    torch.testing.assert_close(out, want.bfloat16(), rtol=tolerance, atol=tolerance)
 
 
 # -- who may call, and what is refused ---------------------------------------------------------------------------------
@@ -168,8 +169,8 @@ def test_what_is_lowered_says_its_size() -> None:
         patch.setattr(flex, "COMPILE_ON_CPU", True)
         job = Job(tm.causal.packed([10, 27]), plan(tm.causal, 37).request)
         lists = 4 * (2 + 2 * 2) * 4
-        assert Flex().lower(job).nbytes == lists + 4 * LEAST_SIZE * 8
-    assert Flex().lower(job).nbytes == 0
+        assert FlexProposal(job).lower().nbytes == lists + 4 * LEAST_SIZE * 8
+    assert FlexProposal(job).lower().nbytes == 0
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.planning.plan import CACHE, plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job
-from truemask.backends.sdpa import DENSE_LIMIT, Dense, Sdpa, front_end, lower_dense, with_bias
+from truemask.backends.sdpa import DENSE_LIMIT, Dense, SdpaProposal, front_end, lower_dense, with_bias
 from truemask.masks.core.mask import Mask
 
 
@@ -77,12 +77,11 @@ def test_patterns_are_proven_at_the_sizes(pattern: str, mask: Mask, q_len: int, 
 
 
 def test_a_flag_takes_no_memory_and_a_mask_only_what_varies() -> None:
-    backend = Sdpa()
-    assert backend.lower(job(tm.causal, 700)).nbytes == 0
-    assert backend.lower(job(tm.everything, 700)).nbytes == 0
-    dense = backend.lower(job(tm.keys(torch.arange(700) > 3), 500, 700, batch=2)).data
+    assert SdpaProposal(job(tm.causal, 700)).lower().nbytes == 0
+    assert SdpaProposal(job(tm.everything, 700)).lower().nbytes == 0
+    dense = SdpaProposal(job(tm.keys(torch.arange(700) > 3), 500, 700, batch=2)).lower().data
     assert dense.additive.shape == (1, 1, 1, 700)
-    assert backend.lower(job(tm.window(3), 500)).data.additive.shape == (1, 1, 500, 500)
+    assert SdpaProposal(job(tm.window(3), 500)).lower().data.additive.shape == (1, 1, 500, 500)
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_the_front_end_of_other_devices() -> None:
         for given in (None, bias):
             call = read_call(q, k, v, mask, AttendArgs(bias=given))
             found = Job(mask, call.request)
-            data = Sdpa().lower(found).data
+            data = SdpaProposal(found).lower().data
             dense = data if isinstance(data, Dense) else None
             if given is not None:
                 dense = with_bias(dense, call.inputs, found)

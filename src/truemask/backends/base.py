@@ -1,14 +1,8 @@
-"""The contract between the plan, which chooses, and the backends, which compute; and the laws that bind each of them.
+"""What a plan and the backends speak of, and the laws that bind every backend: requests, jobs, inputs, results.
 
-A backend answers five questions about a `Job` (a mask and a `Request`: sizes, kinds and flags, never tensors):
-
-* `objections(job)`: every reason why it cannot run the job, in words; an empty list is a promise to run it. No data is
-  touched, nothing large is built, and no reason depends on the values of tensors;
-* `cost(job)`: predicted seconds on this kind of machine, of the forward, and of the backward too if `request.grad`;
-* `way(job)`: how it would run the job, in a few words for the plan's table; asked only if it has no objection;
-* `lower(job)`: whatever can be worked out before the tensors come (a dense mask, lists of tiles). It happens once for
-  each plan, its result is immutable, shared between threads and layers, and says its own size in bytes;
-* `run(lowered, inputs, job)`: the attention.
+A backend (see `backend`) is asked about a `Job`: a mask and a `Request` (sizes, kinds and flags, never tensors). It
+makes a `Proposal`, or says in words why it cannot run the job; what it has `Lowered` is run with the tensors of each
+call.
 
 What `run` owes (the numbers are those of the laws in `docs/conventions.md`):
 
@@ -22,14 +16,13 @@ What `run` owes (the numbers are those of the laws in `docs/conventions.md`):
 * 10: its error against fp64 stays within 1.5 times that of `F.scaled_dot_product_attention` in the same dtype.
 
 Dropout drops the cells that `truemask.backends.shared.dropout.kept` names, whoever runs it and in both directions.
-A new backend is one file, one entry in `registry.py` and one row in `tests/backends/test_agree.py`.
+A new backend is one file and one entry in `registry.py`; `tests/backends/test_agree.py` holds it to what it declares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,9 +191,9 @@ class Job:
         return tiles.cells_to_evaluate <= LOOKED_AT and not any(part.cells.any() for part in tiles.patterns())
 
     @remembered
-    def notes(self) -> dict[str, Any]:
-        """What a backend keeps for the next question about this job."""
-        return {}
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """The positions of rows and keys, which bias objects are asked about (law 7)."""
+        return self.mask.positions(self.request.q_len, self.request.kv_len)
 
     @property
     def mask_batch(self) -> int:
@@ -223,11 +216,6 @@ class Job:
         return bool(differs.truth(zero, zero, q[:, None], keys).any())
 
 
-def reasons(lacks: Sequence[tuple[bool, str]]) -> list[str]:
-    """The objections that hold."""
-    return [reason for lacking, reason in lacks if lacking]
-
-
 def looked_at(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
     """The mask as a bool tensor on the CPU; an outermost `at` moves the indices and is not bound, as decoding wants."""
     q_start, k_start, base = (mask.q_start, mask.k_start, mask.base) if isinstance(mask, At) else (0, 0, mask)
@@ -245,37 +233,3 @@ def batched_refusal(backend: str) -> PlanError:
         "`vectorize=True` or `vmap` make): loop over them, or use `torch.func.jacrev`, `jacfwd` or `vjp` with `vmap` "
         'on a function that calls attend(..., backend="reference") or runs under `tm.attention_backend("reference")`'
     )
-
-
-class Backend(Protocol):
-    """One way to compute attention; the module's docstring says what each method owes."""
-
-    @property
-    def name(self) -> str:
-        """What `backend=` calls it."""
-        ...
-
-    @property
-    def last_resort(self) -> bool:
-        """Whether it is chosen only by name, or when nobody else is willing."""
-        ...
-
-    def objections(self, job: Job) -> list[str]:
-        """Why it cannot run the job; empty if it can."""
-        ...
-
-    def cost(self, job: Job) -> float:
-        """Predicted seconds."""
-        ...
-
-    def way(self, job: Job) -> str:
-        """How it would run the job, in words."""
-        ...
-
-    def lower(self, job: Job) -> Lowered:
-        """The job, worked out as far as it goes without tensors."""
-        ...
-
-    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
-        """The attention."""
-        ...

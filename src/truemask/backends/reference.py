@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
+
+from truemask.backends.backend import ANY, OPTIONS, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Result
 from truemask.backends.costs.model import seconds, table
 from truemask.backends.shared.eager import eager_attention
@@ -9,24 +14,20 @@ from truemask.backends.shared.eager import eager_attention
 LARGEST_DENSE = 1 << 26  # bytes of a mask that is worth keeping
 
 
-class Reference:
-    """Plain torch in chunks of rows, bounded memory, every derivative; see `eager`."""
+class ReferenceProposal(Proposal):
+    """Chunks of rows, under the dense mask if it is small."""
 
-    name = "reference"
-    last_resort = True
+    @property
+    def cost(self) -> float:
+        return seconds(table().reference, self.job.request, self.job.request.cells)
 
-    def objections(self, job: Job) -> list[str]:
-        return []
-
-    def cost(self, job: Job) -> float:
-        return seconds(table().reference, job.request, job.request.cells)
-
-    def way(self, job: Job) -> str:
+    @property
+    def description(self) -> str:
         return "plain torch, in chunks of rows"
 
-    def lower(self, job: Job) -> Lowered:
+    def lower(self) -> Lowered:
         """The dense mask, a byte a cell, if it is small: the layers of a model then evaluate it once."""
-        r, mask = job.request, job.mask
+        job, r, mask = self.job, self.job.request, self.job.mask
         if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > LARGEST_DENSE:
             return Lowered()
         if job.small is not None:
@@ -34,6 +35,21 @@ class Reference:
         else:
             dense = mask.to_dense(r.q_len, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
         return Lowered(dense, dense.nbytes)
+
+
+class Reference(Backend):
+    """Plain torch in chunks of rows, bounded memory, every derivative; see `eager`."""
+
+    name = "reference"
+    devices: ClassVar = {ANY: Capabilities(frozenset(OPTIONS))}
+    tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+    @property
+    def last_resort(self) -> bool:
+        return True
+
+    def propose(self, job: Job) -> Proposal | list[str]:
+        return self.lacking(job.request) or ReferenceProposal(job)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         request = job.request

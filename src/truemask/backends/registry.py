@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truemask.backends.base import Backend
+from truemask.backends.backend import Backend
 from truemask.backends.block_sparse.backend import BlockSparse
 from truemask.backends.flex.backend import Flex
 from truemask.backends.native.backend import Native

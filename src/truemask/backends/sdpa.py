@@ -13,13 +13,14 @@ On the CPU the kernel is called directly, because it gives the log-sum-exp too (
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons
+from truemask.backends.backend import ANY, Backend, Capabilities, Proposal
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs.model import SPEED_BACKWARD, rows_at_once, seconds, slowed, table
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import Flash, all_fitted
@@ -39,27 +40,12 @@ class Dense(NamedTuple):
     dead: Tensor | None
 
 
-class Sdpa:
-    """Torch's fused attention."""
+class SdpaProposal(Proposal):
+    """Torch's kernel with no mask, its causal flag, or a dense mask."""
 
-    name = "sdpa"
-    last_resort = False
-
-    def objections(self, job: Job) -> list[str]:
-        r = job.request
-        lacks = [
-            (r.softcap, "softcap: the kernel has no soft cap"),
-            (r.dropout, "dropout: the kernel cannot drop the cells that other backends drop"),
-            (r.return_weights, "return_weights: the kernel never holds the weights"),
-            (r.bias_grad, "the gradient of a bias: the kernel has none"),
-            (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
-            (r.return_lse and r.device.type != "cpu", "return_lse: the kernel gives it on the CPU only"),
-            (r.sinks and r.device.type != "cpu", "sink_logits: they need the kernel's lse, which the CPU's gives"),
-        ]
-        return reasons(lacks) + _too_large(job)
-
-    def cost(self, job: Job) -> float:
-        r = job.request
+    @property
+    def cost(self) -> float:
+        job, r = self.job, self.job.request
         rates = table().sdpa
         joining = _dense_bytes(job) / rates.join if r.bias else 0.0  # in every call; a mask alone is lowered once
         cells = r.cells * (causal_share(r) if _flag(job) else 1.0)
@@ -69,7 +55,9 @@ class Sdpa:
         slow = slowed(cells, r.q_len, SPEED_BACKWARD)
         return forward + joining + seconds(rates, r, slow) - seconds(rates, r._replace(grad=False), slow)
 
-    def way(self, job: Job) -> str:
+    @property
+    def description(self) -> str:
+        job = self.job
         if _flag(job):
             return "the causal flag"
         if job.pattern == "everything" and not job.request.bias:
@@ -78,13 +66,36 @@ class Sdpa:
         what = "bias" if job.pattern == "everything" else "mask and bias" if job.request.bias else "mask"
         return f"dense {what}, {memory(cells * itemsize)}"
 
-    def lower(self, job: Job) -> Lowered:
-        if _flag(job):
+    def lower(self) -> Lowered:
+        if _flag(self.job):
             return Lowered(True)
-        if job.pattern == "everything":
+        if self.job.pattern == "everything":
             return Lowered()
-        dense = lower_dense(job)
+        dense = lower_dense(self.job)
         return Lowered(dense, sum(x.nbytes for x in dense if x is not None))
+
+
+class Sdpa(Backend):
+    """Torch's fused attention."""
+
+    name = "sdpa"
+    devices: ClassVar = {
+        "cpu": Capabilities(frozenset(("grad", "bias", "sinks", "return_lse"))),
+        ANY: Capabilities(frozenset(("grad", "bias"))),
+    }
+    tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+    words: ClassVar = {
+        "softcap": "softcap: the kernel has no soft cap",
+        "dropout": "dropout: the kernel cannot drop the cells that other backends drop",
+        "return_weights": "return_weights: the kernel never holds the weights",
+        "bias_grad": "the gradient of a bias: the kernel has none",
+        "transform": "{transform}: the kernel has no rule for it",
+        "return_lse": "return_lse: the kernel gives it on the CPU only",
+        "sinks": "sink_logits: they need the kernel's lse, which the CPU's gives",
+    }
+
+    def propose(self, job: Job) -> Proposal | list[str]:
+        return self.lacking(job.request) + _too_large(job) or SdpaProposal(job)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         causal = lowered.data is True
@@ -153,8 +164,7 @@ def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
     bias = inputs.bias
     if isinstance(bias, Bias):
         r = job.request
-        positions = job.mask.positions(r.q_len, r.kv_len)
-        bias = bias_values(bias, positions, slice(None), (r.batch, r.heads), inputs.q.device)
+        bias = bias_values(bias, job.positions, slice(None), (r.batch, r.heads), inputs.q.device)
     assert bias is not None
     bias = bias.detach().to(_mask_dtype(job.request))
     if dense is not None:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from truemask.attention.attend import attend
-from truemask.backends.base import Backend, Job, Request
+from truemask.backends.backend import Backend, Proposal
+from truemask.backends.base import Job, Request
 from truemask.backends.costs.model import assumed
 from truemask.backends.costs.rates import BACKENDS as NAMES
 from truemask.backends.costs.rates import SHIPPED, Rates
@@ -65,7 +66,7 @@ def measured_costs(
     say: Say, small: Probe = SMALL, large: Probe = LARGE, seconds: float = SECONDS
 ) -> dict[str, dict[str, float]]:
     """The constants of every backend, in the form in which they are stored; `say` hears what is being measured."""
-    backends = [b for b in BACKENDS if b.name in NAMES and not b.objections(large.job(False))]
+    backends = [b for b in BACKENDS if b.name in NAMES and b.can_run(large.job(False))]
     times = partial(_times, say, backends, seconds)
     forward, train = ([(probe, times(probe, grad)) for probe in (small, large)] for grad in (False, True))
     others = {
@@ -95,7 +96,7 @@ def _times(say: Say, backends: list[Backend], seconds: float, probe: Probe, grad
     """The least seconds of each backend that can run the job."""
     say(f"{'forward and backward' if grad else 'forward'}, {probe}")
     course = Course.of(probe.n, probe.heads, probe.d, dtype=probe.dtype)
-    names = [backend.name for backend in backends if not backend.objections(probe.job(grad))]
+    names = [backend.name for backend in backends if backend.can_run(probe.job(grad))]
     runs = {name: course.run(by_truemask(probe.mask, name), grad) for name in names}
     return {name: timing.least for name, timing in race(runs, seconds).items()}
 
@@ -148,7 +149,9 @@ def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> 
 def predicted(backend: Backend, rates: Rates, measured: Measured) -> float:
     """What the backend would cost if these were its constants; of a new job, because a job remembers choices."""
     with assumed(replace(SHIPPED, **{backend.name: rates})):
-        return float(backend.cost(measured.probe.job(measured.grad)))
+        proposal = backend.propose(measured.probe.job(measured.grad))
+        assert isinstance(proposal, Proposal)
+        return float(proposal.cost)
 
 
 def join_rate(seconds: float, n: int = 1024) -> float:

@@ -16,6 +16,7 @@ from truemask.attention.planning import cache as _cache
 from truemask.attention.planning.cache import CACHE, PlanCache
 from truemask.attention.planning.plan import plan
 from truemask.backends import sdpa
+from truemask.backends.backend import Proposal
 from truemask.backends.base import Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends
 
@@ -160,7 +161,7 @@ def test_what_wants_a_gradient_says_so_in_both_forms() -> None:
 
 def test_a_refusal_lists_everybodys_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in (backend for backend in BACKENDS if backend.name != "sdpa"):
-        monkeypatch.setattr(type(backend), "objections", lambda self, job: ["it is on holiday"])
+        monkeypatch.setattr(type(backend), "propose", lambda self, job: ["it is on holiday"])
     with pytest.raises(tm.PlanError) as caught:
         plan(MASK, 5, softcap=1.0, return_weights=True)
     assert str(caught.value).splitlines() == [
@@ -480,12 +481,12 @@ def test_the_backend_of_an_earlier_choice_may_object() -> None:
     first = plan(mask.at(q_start=20_000), 1, 20_001)
     limited = next(b for b in BACKENDS if b.name == first.backend)
     with pytest.MonkeyPatch.context() as patch:
-        objections = type(limited).objections
+        propose = type(limited).propose
 
-        def limits(self: Any, job: Job) -> list[str]:
-            return [*objections(self, job), *(["too long"] if job.request.kv_len > 30_000 else [])]
+        def limits(self: Any, job: Job) -> Proposal | list[str]:
+            return ["too long"] if job.request.kv_len > 30_000 else propose(self, job)
 
-        patch.setattr(type(limited), "objections", limits)
+        patch.setattr(type(limited), "propose", limits)
         longer = [plan(mask.at(q_start=i), 1, i + 1) for i in (40_000, 40_001, 40_002)]
         assert {found.backend for found in longer} & {first.backend} == set()
         assert CACHE.info().misses == 2
@@ -518,14 +519,14 @@ def test_long_answers_do_not_drive_out_other_plans() -> None:
 
 def test_threads_share_one_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = sdpa.Sdpa.lower
+    real = sdpa.SdpaProposal.lower
 
-    def slow(self: sdpa.Sdpa, job: Job) -> Lowered:
+    def slow(self: sdpa.SdpaProposal) -> Lowered:
         calls.append(1)
         threading.Event().wait(0.05)
-        return real(self, job)
+        return real(self)
 
-    monkeypatch.setattr(sdpa.Sdpa, "lower", slow)
+    monkeypatch.setattr(sdpa.SdpaProposal, "lower", slow)
     torch.manual_seed(0)
     given = tensors()
     want = tm.attend(*given, MASK, backend="reference")

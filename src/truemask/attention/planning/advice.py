@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from truemask.attention.planning.proposals import Proposals
 from truemask.attention.planning.table import sizes_text, tiles_text
 from truemask.backends.base import Job
 from truemask.backends.costs.model import source
-from truemask.backends.registry import BACKENDS
 from truemask.common.formatting import duration
 from truemask.diagnosis.recognise import recognise
 from truemask.masks.core.mask import Mask
@@ -27,11 +27,12 @@ class Change(NamedTuple):
     job: Job
 
 
-def advice(job: Job, chosen: str, objections: dict[str, list[str]], costs: dict[str, float]) -> str:
+def advice(job: Job, chosen: str, proposals: Proposals) -> str:
     """The explanation as plain text."""
+    costs = proposals.costs
     lines = [f"`{job.mask}`", sizes_text(job.request), tiles_text(job), ""]
-    lines += [_why(chosen, costs), *_others(chosen, costs), *_refusals(objections), ""]
-    faster = list(_faster(job, costs.get(chosen, NEVER)))
+    lines += [_why(chosen, costs), *_others(chosen, costs), *_refusals(proposals.objections), ""]
+    faster = list(_faster(job, proposals, costs.get(chosen, NEVER)))
     lines += ["what would make it faster:", *faster] if faster else ["nothing that is known here would make it faster"]
     return "\n".join(lines)
 
@@ -63,26 +64,25 @@ def _refusals(objections: dict[str, list[str]]) -> Iterator[str]:
         yield from (f"  {name} cannot: {reason}" for reason in reasons)
 
 
-def _faster(job: Job, now: float) -> Iterator[str]:
+def _faster(job: Job, proposals: Proposals, now: float) -> Iterator[str]:
     """Changes after which the fastest backend takes less than the fastest of now, the best first."""
-    cost, name = _fastest(job)
+    cost, name = _fastest(proposals)
     named = cost < WORTH * now < NEVER
     if named:
         yield f"  without `backend=`, if it was given: {name} in {duration(cost)}{_times(cost, now)}"
-    found: list[tuple[float, str]] = []
+    lines: list[tuple[float, str]] = []
     for text, other in _changes(job):
-        less, name = _fastest(other)
+        less, name = _fastest(Proposals.of(other))
         if less < WORTH * cost:
             times = _times(less, cost) + " than that" * named if cost < NEVER else ""
-            found.append((less, f"  {text}: {name} in {duration(less)}{times}"))
-    yield from (line for _, line in sorted(found))
+            lines.append((less, f"  {text}: {name} in {duration(less)}{times}"))
+    yield from (line for _, line in sorted(lines))
 
 
-def _fastest(job: Job) -> tuple[float, str]:
+def _fastest(proposals: Proposals) -> tuple[float, str]:
     """The least predicted seconds and who needs them; `NEVER` if nobody can run it."""
-    able = [backend for backend in BACKENDS if not backend.objections(job)]
-    first = min(able, key=lambda backend: (backend.last_resort, backend.cost(job)), default=None)
-    return (NEVER, "") if first is None else (first.cost(job), first.name)
+    best = proposals.best()
+    return (NEVER, "") if best is None else (proposals.costs[best.name], best.name)
 
 
 def _changes(job: Job) -> Iterator[Change]:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.attention.planning.selection import SHORT, Choice, Plan, checked_job, choose, planned
-from truemask.backends.base import Backend, Job, Lowered, Request
+from truemask.attention.planning.selection import SHORT, Choice, Plan, Selection, checked_job, select, select_again
+from truemask.backends.backend import Backend, Proposal
+from truemask.backends.base import Job, Lowered, Request
 from truemask.backends.context import check_backend, named_here
 from truemask.common.real_tensors import ordinary_tensors
 from truemask.masks.compose.reindex import At, Take
@@ -128,6 +129,7 @@ class Entry:
 
     key: Hashable
     plan: Plan
+    proposal: Proposal
     lowered: Lowered | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     parts: Parts = field(default_factory=dict[tuple[int, int], int])
@@ -226,24 +228,21 @@ class PlanCache:
         """A plan, the family of calls that its choice is for (None: this call alone), and whether the choice is new."""
         job = checked_job(mask, request)
         family = structure_key(mask, request, wanted) if request.q_len <= SHORT else None
-        choice = None if family is None else self._kept(family, job)
-        new = choice is None
-        if choice is None:
-            choice = choose(job, wanted)  # outside the lock: two threads may do it twice, neither waits
-        return Entry(key, planned(job, choice)), family, new
+        selection = None if family is None else self._kept(family, job)
+        new = selection is None
+        if selection is None:
+            selection = select(job, wanted)  # outside the lock: two threads may do it twice, neither waits
+        return Entry(key, selection.plan(job), selection.proposal), family, new
 
-    def _kept(self, family: Hashable, job: Job) -> Choice | None:
-        """An earlier choice that holds for this job, if its backend can run it."""
+    def _kept(self, family: Hashable, job: Job) -> Selection | None:
+        """By an earlier choice that holds for this job."""
         with self._lock:
             known = self._families.get(family)
             if known is None:
                 return None
             self._touch(self._families, known)
             choices = tuple(known.choices)
-        for choice in choices:
-            if choice.low <= job.request.kv_len <= choice.high and not choice.backend.objections(job):
-                return choice
-        return None
+        return next(filter(None, (select_again(job, choice) for choice in choices)), None)
 
     def _keep(self, key: Hashable, plan: Plan) -> None:
         family = self._families.setdefault(key, Family(key, structure_of(plan.mask)))
@@ -269,7 +268,8 @@ class PlanCache:
         with entry.lock:
             if entry.lowered is None:
                 with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
-                    made = entry.backend.lower(entry.plan.job)
+                    made = entry.proposal.lower()
+                    entry.proposal.forget()
                 with self._lock:  # weighed, kept and counted in one step: nobody gives up what was not counted
                     parts = entry.weighed(made)
                     entry.lowered = made

@@ -75,7 +75,9 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
     """
     tensors = _speaks_of_tensors(given, keywords)
     mask, request = (_from_tensors if tensors else _from_sizes)(**_by_name(given, keywords, tensors))
-    return CACHE.entry(mask, request, backend).plan
+    entry = CACHE.entry(mask, request, backend)
+    entry.proposal.forget()  # nobody may ever run it
+    return entry.plan
 
 
 def _speaks_of_tensors(given: tuple[Any, ...], keywords: dict[str, Any]) -> bool:

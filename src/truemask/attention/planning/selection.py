@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from truemask.attention.planning.advice import advice
+from truemask.attention.planning.proposals import Proposals
 from truemask.attention.planning.table import explain_plan, refusal
 from truemask.attention.validation import checked_length
-from truemask.backends.base import Backend, Job, Request
+from truemask.backends.backend import Backend, Proposal
+from truemask.backends.base import Job, Request
 from truemask.backends.context import check_backend
-from truemask.backends.registry import BACKENDS
 from truemask.diagnosis.convention_warnings import one_axis, top_left, upside_down
 from truemask.errors import PlanError
 from truemask.masks.core.mask import Mask
@@ -53,6 +54,11 @@ class Plan:
     job: Job
     choice: Choice
     warning: str = ""
+    answers: Proposals | None = field(default=None, repr=False)  # if all were asked to choose for this very call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What backends answered stays behind, and is asked again."""
+        return {"job": self.job, "choice": self.choice, "warning": self.warning, "answers": None}
 
     @property
     def backend(self) -> str:
@@ -60,19 +66,24 @@ class Plan:
         return self.choice.backend.name
 
     @cached_property
+    def proposals(self) -> Proposals:
+        """What every backend says of the call."""
+        return self.answers or Proposals.of(self.job)
+
+    @property
     def objections(self) -> dict[str, list[str]]:
         """Of every backend, why it cannot run the call."""
-        return {backend.name: backend.objections(self.job) for backend in BACKENDS}
+        return self.proposals.objections
 
-    @cached_property
+    @property
     def costs(self) -> dict[str, float]:
         """Predicted seconds of those that can run it."""
-        return {backend.name: backend.cost(self.job) for backend in BACKENDS if not self.objections[backend.name]}
+        return self.proposals.costs
 
-    @cached_property
+    @property
     def ways(self) -> dict[str, str]:
         """How each of those would run it."""
-        return {backend.name: backend.way(self.job) for backend in BACKENDS if not self.objections[backend.name]}
+        return self.proposals.descriptions
 
     @property
     def mask(self) -> Mask:
@@ -86,37 +97,49 @@ class Plan:
 
     def __str__(self) -> str:
         notes = [self.choice.text, f"warning: {self.warning}" if self.warning else ""]
-        return explain_plan(self.job, self.backend, self.objections, self.costs, self.ways, notes)
+        return explain_plan(self.job, self.backend, self.proposals, notes)
 
     def explain(self) -> str:
         """In sentences: why this backend, what each refusing one objects to, and what would make the call faster."""
-        return advice(self.job, self.backend, self.objections, self.costs)
+        return advice(self.job, self.backend, self.proposals)
 
     def __repr__(self) -> str:
         return f"<Plan of `{self.mask}`: {self.backend}>"
 
 
-def choose(job: Job, wanted: str | None) -> Choice:
+class Selection(NamedTuple):
+    """Who runs a job, and how: the choice, its proposal, and what all said if all were asked."""
+
+    choice: Choice
+    proposal: Proposal
+    answers: Proposals | None = None
+
+    def plan(self, job: Job) -> Plan:
+        """The plan of the job, with what should be said of its mask."""
+        mask, r = job.mask, job.request
+        warning = top_left(mask, r.q_len, r.kv_len) or one_axis(mask, r.q_len, r.kv_len)
+        return Plan(job, self.choice, warning or upside_down(mask, r.q_len, r.kv_len), self.answers)
+
+
+def select(job: Job, wanted: str | None) -> Selection:
     """Ask every backend about the job; `wanted` names the only one that may run it."""
     check_backend(wanted)
-    objections = {backend.name: backend.objections(job) for backend in BACKENDS}
-    willing = [backend for backend in BACKENDS if not objections[backend.name] and wanted in (None, backend.name)]
-    if not willing:
-        raise PlanError(refusal(job, objections, wanted))
-    best = willing[0]
-    if len(willing) > 1:
-        best = min(willing, key=lambda backend: (backend.last_resort, backend.cost(job)))
+    answers = Proposals.of(job)
+    backend = answers.best(wanted)
+    if backend is None:
+        raise PlanError(refusal(job, answers.objections, wanted))
     kv_len = job.request.kv_len
     low = 0 if kv_len <= FEW else kv_len // 4
-    return Choice(best, job.request.q_len, kv_len, low, max(4 * kv_len, FEW))
+    choice = Choice(backend, job.request.q_len, kv_len, low, max(4 * kv_len, FEW))
+    return Selection(choice, answers.willing[backend.name], answers)
 
 
-def planned(job: Job, choice: Choice) -> Plan:
-    """The choice as the plan of one job, with what should be said of it."""
-    mask, r = job.mask, job.request
-    slip = top_left(mask, r.q_len, r.kv_len) or one_axis(mask, r.q_len, r.kv_len)
-    slip = slip or upside_down(mask, r.q_len, r.kv_len)
-    return Plan(job, choice, slip)
+def select_again(job: Job, choice: Choice) -> Selection | None:
+    """By an earlier choice that holds for this job, if its backend can run it."""
+    if not choice.low <= job.request.kv_len <= choice.high:
+        return None
+    proposal = choice.backend.propose(job)
+    return Selection(choice, proposal) if isinstance(proposal, Proposal) else None
 
 
 def checked_job(mask: Mask, request: Request) -> Job:

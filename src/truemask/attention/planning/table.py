@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from truemask.attention.planning.proposals import Proposals
 from truemask.backends.base import Job, Request
 from truemask.backends.costs.model import source
 from truemask.common.formatting import duration
@@ -12,23 +13,17 @@ from truemask.masks.leaves.matrices import Dense
 EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
 
 
-def explain_plan(
-    job: Job,
-    chosen: str,
-    objections: dict[str, list[str]],
-    costs: dict[str, float],
-    ways: dict[str, str],
-    notes: Iterable[str] = (),
-) -> str:
+def explain_plan(job: Job, chosen: str, proposals: Proposals, notes: Iterable[str] = ()) -> str:
     """The plan as plain text: the mask, the sizes, the tiles, a line for each backend, and the notes that say anything.
 
     `>` marks the chosen backend; one that cannot run the call says why.
     """
     rows = []
-    for name, reasons in objections.items():
+    costs, descriptions = proposals.costs, proposals.descriptions
+    for name, reasons in proposals.objections.items():
         mark = ">" if name == chosen else " "
         cost = duration(costs[name]) if name in costs else "cannot"
-        rows.append((f"{mark} {name}", cost, ways[name] if not reasons else reasons[0]))
+        rows.append((f"{mark} {name}", cost, reasons[0] if reasons else descriptions[name]))
         rows.extend(("", "", reason) for reason in reasons[1:])
     widths = [max(len(row[i]) for row in [*rows, ("  backend", "predicted", "")]) for i in range(2)]
     table = [("  backend", "predicted", "how, or why not"), *rows]
@@ -72,6 +67,6 @@ def refusal(job: Job, objections: dict[str, list[str]], wanted: str | None) -> s
     names = [wanted] if wanted else list(objections)
     who = f"the backend {wanted!r} cannot" if wanted else "no backend can"
     reasons = [f"  {name}: {reason}" for name in names for reason in objections[name]]
-    able = [name for name, found in objections.items() if not found]
+    able = [name for name, reasons in objections.items() if not reasons]
     way_out = [f"backend={able[0]!r} can"] if able else []
     return "\n".join([f"{who} run `{job.mask}` with {sizes_text(job.request)}:", *reasons, *way_out])

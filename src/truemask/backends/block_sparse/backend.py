@@ -12,13 +12,16 @@ chunks of a few megabytes; half precision is computed in fp32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at, reasons
+from truemask.backends.backend import OPTIONS, Backend, Capabilities, Proposal
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at
 from truemask.backends.block_sparse.batching import CALL_CELLS, planes
 from truemask.backends.block_sparse.cells import Sparse
 from truemask.backends.block_sparse.flash_path import StripKernel
@@ -30,10 +33,10 @@ from truemask.backends.costs.model import SPEED_BACKWARD, seconds, slowed, table
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import fitted
 from truemask.biases import Bias
+from truemask.common.real_tensors import remembered
 from truemask.geometry.slabs.slabs import Slabs
 from truemask.geometry.tiles.tile_map import TileMap
 
-CHOICE = "block_sparse choice"  # in a job's notes
 FEW = 16  # rows that are looked at cell by cell
 KEYS = 64  # keys of a tile
 HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
@@ -52,47 +55,24 @@ class Choice:
     words: str
 
 
-class BlockSparse:
+class BlockSparse(Backend):
     """Torch's fused attention on what is not EMPTY."""
 
     name = "block_sparse"
-    last_resort = False
+    devices: ClassVar = {"cpu": Capabilities(frozenset(OPTIONS) - {"return_weights", "transform"})}
+    tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+    words: ClassVar = {
+        "device": "the device {device.type}: the kernel that runs the strips is the CPU's",
+        "return_weights": "return_weights: the weights are never held at once",
+        "transform": "{transform}: the kernel has no rule for it",
+    }
 
-    def objections(self, job: Job) -> list[str]:
-        r = job.request
-        lacks = [
-            (r.device.type != "cpu", f"the device {r.device.type}: the kernel that runs the strips is the CPU's"),
-            (r.return_weights, "return_weights: the weights are never held at once"),
-            (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
-        ]
-        return reasons(lacks)
-
-    def cost(self, job: Job) -> float:
-        return choice(job).cost
-
-    def way(self, job: Job) -> str:
-        return choice(job).words
-
-    def lower(self, job: Job) -> Lowered:
-        r = job.request
-        strips = strips_of(job)
-        dtype = r.compute_dtype
-        heads = r.heads if job.mask_heads == 1 else 1
-        dead = strips.dead()
-        covered = int(strips.heights.sum()) == strips.shape[0] * strips.shape[1] * r.q_len
-        sparse = Sparse(
-            planes(strips, dtype, heads, heads * (r.head_dim + r.value_dim) * dtype.itemsize),
-            (job.mask_batch, job.mask_heads),
-            covered,
-            torch.from_numpy(dead) if dead.any() else None,
-            bool((strips.pattern == ASKED).any()),
-            int(strips.widths.sum()) < strips.shape[0] * strips.shape[1] * r.kv_len,
-        )
-        return Lowered(sparse, sparse.nbytes)
+    def propose(self, job: Job) -> Proposal | list[str]:
+        return self.lacking(job.request) or StripsProposal(job)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r, sparse = job.request, lowered.data
-        positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
+        positions = job.positions if r.bias_object else None
         compute = r.compute_dtype
         q, k, v = inputs[:3]
         later = sparse.few_keys and not r.grad  # converting a whole cache would take longer than a step of decoding
@@ -132,20 +112,93 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Leaves:
 # -- how tall the strips are -------------------------------------------------------------------------------------------
 
 
-def strips_of(job: Job) -> Strips:
-    """The strips that a job runs."""
-    return from_cells(_few(job).numpy()) if _is_short(job) else _made(job, choice(job).height)
+class StripsProposal(Proposal):
+    """Strips of the height that costs least."""
 
+    @remembered
+    def choice(self) -> Choice:
+        """The height, what it costs and what it is in words."""
+        if self.is_short:
+            return _choice(self.job, self.job.request.q_len, self.strips)
+        return min((_choice(self.job, *pair) for pair in self._heights()), key=lambda one: one.cost)
 
-def choice(job: Job) -> Choice:
-    """The height that costs least, worked out once."""
-    if CHOICE not in job.notes:
-        job.notes[CHOICE] = _choice(job, job.request.q_len, strips_of(job)) if _is_short(job) else _least(job)
-    return job.notes[CHOICE]
+    @property
+    def cost(self) -> float:
+        return self.choice.cost
 
+    @property
+    def description(self) -> str:
+        return self.choice.words
 
-def _is_short(job: Job) -> bool:
-    return job.request.q_len <= FEW or not job.request.kv_len
+    def lower(self) -> Lowered:
+        job, r, strips = self.job, self.job.request, self.strips
+        dtype = r.compute_dtype
+        heads = r.heads if job.mask_heads == 1 else 1
+        dead = strips.dead()
+        covered = int(strips.heights.sum()) == strips.shape[0] * strips.shape[1] * r.q_len
+        sparse = Sparse(
+            planes(strips, dtype, heads, heads * (r.head_dim + r.value_dim) * dtype.itemsize),
+            (job.mask_batch, job.mask_heads),
+            covered,
+            torch.from_numpy(dead) if dead.any() else None,
+            bool((strips.pattern == ASKED).any()),
+            int(strips.widths.sum()) < strips.shape[0] * strips.shape[1] * r.kv_len,
+        )
+        return Lowered(sparse, sparse.nbytes)
+
+    def forget(self) -> None:
+        for name in ("strips", "slabs", "tiles"):
+            vars(self).pop(name, None)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the rows are so few that they are looked at cell by cell."""
+        return self.job.request.q_len <= FEW or not self.job.request.kv_len
+
+    @remembered
+    def strips(self) -> Strips:
+        """The strips that run, with their patterns; forgotten once lowered, as are slabs and tiles."""
+        return from_cells(_few(self.job).numpy()) if self.is_short else self._cut(self.choice.height)
+
+    @remembered
+    def slabs(self) -> list[tuple[int, int, Slabs]] | None:
+        """The exact form of every sample and head, those that are the same as one object; None if there is none."""
+        exact = self.job.exact
+        if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
+            return None
+        return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
+
+    @remembered
+    def tiles(self) -> dict[int, TileMap]:
+        """The tile maps that were asked for, by height."""
+        return {}
+
+    def _tiles(self, height: int) -> TileMap:
+        job, r, tiles = self.job, self.job.request, self.tiles
+        if height not in tiles:
+            tiles[height] = job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads)
+        return tiles[height]
+
+    def _heights(self) -> Iterator[tuple[int, Strips]]:
+        """Strips of several heights are cut if the mask has an exact form and they are few; or else tiles are counted.
+
+        Where no tile of the lowest strips is EMPTY, none of higher ones is, and the highest cost least.
+        """
+        job, r = self.job, self.job.request
+        lowest, *others = (height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0]))
+        if job.mask_batch * job.mask_heads * r.q_len <= MANY and self.slabs is not None:
+            yield from ((height, self._cut(height, drawn=False)) for height in (lowest, *others))
+            return
+        tiles = self._tiles(lowest)
+        yield lowest, rough(tiles)
+        for height in others if tiles.counts.empty else others[-1:]:
+            yield height, rough(self._tiles(height))
+
+    def _cut(self, height: int, *, drawn: bool = True) -> Strips:
+        job, r, slabs = self.job, self.job.request, self.slabs
+        if slabs is None:
+            return from_tiles(self._tiles(height))
+        return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height, drawn=drawn)
 
 
 def _few(job: Job) -> Tensor:
@@ -155,48 +208,12 @@ def _few(job: Job) -> Tensor:
     return looked_at(job.mask, job.mask_batch, job.mask_heads, job.request.q_len, job.request.kv_len)
 
 
-def _least(job: Job) -> Choice:
-    """Strips of several heights are cut if the mask has an exact form and they are few; or else tiles are counted.
-
-    Where no tile of the lowest strips is EMPTY, none of higher ones is, and the highest cost least.
-    """
-    r = job.request
-    lowest, *others = (height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0]))
-    if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
-        cut = {height: _made(job, height, drawn=False) for height in (lowest, *others)}
-    else:
-        tiles = _tiles(job, lowest)
-        cut = {lowest: rough(tiles)}
-        cut.update((height, rough(_tiles(job, height))) for height in (others if tiles.counts.empty else others[-1:]))
-    return min((_choice(job, *pair) for pair in cut.items()), key=lambda one: one.cost)
-
-
 def _choice(job: Job, height: int, strips: Strips) -> Choice:
     r = job.request
     rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
     share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
     words = f"strips of up to {height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
     return Choice(height, cost_of(strips, job), words)
-
-
-def _made(job: Job, height: int, *, drawn: bool = True) -> Strips:
-    r, slabs = job.request, slabs_of(job)
-    if slabs is None:
-        return from_tiles(_tiles(job, height))
-    return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height, drawn=drawn)
-
-
-def _tiles(job: Job, height: int) -> TileMap:
-    r = job.request
-    return job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads)
-
-
-def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
-    """The exact form of every sample and head, those that are the same as one object; None if there is none."""
-    exact = job.exact
-    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
-        return None
-    return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
 
 
 def cost_of(strips: Strips, job: Job) -> float:

@@ -16,7 +16,7 @@ import functools
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, reasons, wide
+from truemask.backends.backend import Backend, Capabilities, Proposal
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, wide
 from truemask.backends.costs.model import seconds, table
 from truemask.backends.flex.score_mod import ScoreMod, score_mod_of, static_data, table_bytes
 from truemask.backends.shared.cpu_flash import finite
@@ -36,60 +37,64 @@ from truemask.masks.core.mask import Mask
 
 COMPILE_ON_CPU = os.environ.get("TRUEMASK_FLEX_COMPILE") == "1"
 LARGEST_SCORES = 4 << 30  # bytes of scores that are too many
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LN_2 = 0.6931471805599453
 MOST_VARIANTS = 64  # compiled for one structure: directions, dtypes, numbers of heads, head sizes
 
 
-class Flex:
+class FlexProposal(Proposal):
+    """FlexAttention, compiled or not."""
+
+    @property
+    def cost(self) -> float:
+        job, r = self.job, self.job.request
+        if r.device.type != "cuda":
+            return 2 * seconds(table().reference, r, r.cells)
+        empty, mixed, full = job.tiles.counts
+        return 1.5 * seconds(table().sdpa, r, r.cells * (mixed + full) / max(1, empty + mixed + full))
+
+    @property
+    def description(self) -> str:
+        job = self.job
+        if not compiles(job):
+            return f"FlexAttention without compiling: every score, {memory(_score_bytes(job.request))}"
+        empty, mixed, full = job.tiles.counts
+        return f"compiled FlexAttention, {mixed + full} of {empty + mixed + full} blocks"
+
+    def lower(self) -> Lowered:
+        job, r = self.job, self.job.request
+        if not compiles(job):
+            return Lowered(MaskMod(job.mask, r.device))
+        blocks = compact(block_mask_of(job.mask, job.tiles, r.device))
+        return Lowered(blocks, sum(x.nbytes for x in blocks.lists().values()) + table_bytes(blocks.mask_mod))
+
+
+class Flex(Backend):
     """Torch's FlexAttention."""
 
     name = "flex"
+    devices: ClassVar = {
+        "cpu": Capabilities(frozenset(("bias", "bias_grad", "softcap", "sinks", "return_lse"))),
+        "cuda": Capabilities(frozenset(("grad", "bias", "softcap", "sinks", "return_lse")), dtypes=KERNEL_DTYPES),
+    }
+    tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+    words: ClassVar = {
+        "device": "{device.type}: FlexAttention is run on the CPU and on CUDA only",
+        "grad": "gradients: FlexAttention has no backward on the CPU",
+        "return_weights": "return_weights: FlexAttention never gives the weights",
+        "dropout": "dropout: FlexAttention has none",
+        "bias_grad": "the gradient of a bias: FlexAttention's has not been checked",
+        "transform": "{transform}: FlexAttention has no rule for it",
+        "dtype": "{dtype}: FlexAttention's kernels compute in fp32 at most",
+    }
 
     @property
     def last_resort(self) -> bool:
         """Without CUDA it is chosen by name only; with it, its cost keeps it from the CPU's calls."""
         return not torch.cuda.is_available()
 
-    def objections(self, job: Job) -> list[str]:
-        r, cuda = job.request, job.request.device.type == "cuda"
-        lacks = [
-            (
-                r.device.type not in ("cpu", "cuda"),
-                f"{r.device.type}: FlexAttention is run on the CPU and on CUDA only",
-            ),
-            (r.grad and not cuda, "gradients: FlexAttention has no backward on the CPU"),
-            (r.return_weights, "return_weights: FlexAttention never gives the weights"),
-            (r.dropout, "dropout: FlexAttention has none"),
-            (r.bias_grad and cuda, "the gradient of a bias: FlexAttention's has not been checked"),
-            (bool(r.transform), f"{r.transform}: FlexAttention has no rule for it"),
-            (cuda and r.dtype not in KERNEL_DTYPES, f"{r.dtype}: FlexAttention's kernels compute in fp32 at most"),
-            (cuda and min(r.head_dim, r.value_dim) < 16, "head sizes below 16: FlexAttention's kernels want more"),
-            (cuda and _hashes(job.mask), "`random`: torch's code generator doubles its hash with every step"),
-            (cuda and find_spec("triton") is None, "triton is not installed, and FlexAttention's kernels need it"),
-        ]
-        return reasons(lacks) + _too_large(job)
-
-    def cost(self, job: Job) -> float:
-        r = job.request
-        if r.device.type != "cuda":
-            return 2 * seconds(table().reference, r, r.cells)
-        empty, mixed, full = job.tiles.counts
-        return 1.5 * seconds(table().sdpa, r, r.cells * (mixed + full) / max(1, empty + mixed + full))
-
-    def way(self, job: Job) -> str:
-        if not compiles(job):
-            return f"FlexAttention without compiling: every score, {memory(_score_bytes(job.request))}"
-        empty, mixed, full = job.tiles.counts
-        return f"compiled FlexAttention, {mixed + full} of {empty + mixed + full} blocks"
-
-    def lower(self, job: Job) -> Lowered:
-        r = job.request
-        if not compiles(job):
-            return Lowered(MaskMod(job.mask, r.device))
-        tiles = job.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
-        blocks = compact(block_mask_of(job.mask, tiles, r.device))
-        return Lowered(blocks, sum(x.nbytes for x in blocks.lists().values()) + table_bytes(blocks.mask_mod))
+    def propose(self, job: Job) -> Proposal | list[str]:
+        return self.lacking(job.request) + _limits(job) or FlexProposal(job)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r = job.request
@@ -120,6 +125,19 @@ def compiles(job: Job) -> bool:
 
 def _hashes(mask: Mask) -> bool:
     return any(part.kind == "random" for part in mask.walk())
+
+
+def _limits(job: Job) -> list[str]:
+    """What the kernels on CUDA refuse, and scores that do not fit where nothing is compiled."""
+    r = job.request
+    if r.device.type != "cuda":
+        return _too_large(job)
+    limits = [
+        (min(r.head_dim, r.value_dim) < 16, "head sizes below 16: FlexAttention's kernels want more"),
+        (_hashes(job.mask), "`random`: torch's code generator doubles its hash with every step"),
+        (find_spec("triton") is None, "triton is not installed, and FlexAttention's kernels need it"),
+    ]
+    return [reason for beyond, reason in limits if beyond]
 
 
 def _too_large(job: Job) -> list[str]:

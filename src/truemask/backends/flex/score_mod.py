@@ -55,7 +55,7 @@ def score_mod_of(inputs: Inputs, job: Job) -> ScoreMod | None:
         return None
     softcap = None if inputs.softcap is None else torch.full((), inputs.softcap, dtype=r.compute_dtype, device=r.device)
     if isinstance(bias, Bias):
-        positions = job.mask.positions(r.q_len, r.kv_len)
+        positions = job.positions
         if not isinstance(bias, (Alibi, Relative)):
             bias = bias_values(bias, positions, slice(None), (r.batch, r.heads), r.device)
     if isinstance(bias, Tensor) or bias is None:

@@ -8,73 +8,23 @@ multiplied by zero. Results are bit for bit the same whatever the number of thre
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from truemask.backends.base import Inputs, Job, Lowered, Result, reasons
+from truemask.backends.backend import BIASES, Backend, Capabilities, Proposal
+from truemask.backends.base import Inputs, Job, Lowered, Result
 from truemask.backends.costs.model import seconds, table
 from truemask.backends.native.call import TILE, NativeCall, tiles_of
 from truemask.backends.native.library import missing
 from truemask.backends.shared.autograd import attention, tensors_of
-from truemask.biases import Bias
 from truemask.common.formatting import memory
+from truemask.common.real_tensors import remembered
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.leaves.matrices import Dense
 
 FEW = 8  # rows up to which keys are read as they lie; for more they are packed before
-SIZE = "native size"  # in a job's notes
 MOST_WORDS = 1 << 28  # bytes of the cells of MIXED tiles
-
-
-class Native:
-    """The kernel of `csrc/`."""
-
-    name = "native"
-    last_resort = False
-
-    def objections(self, job: Job) -> list[str]:
-        r = job.request
-        lacks = [
-            (r.device.type != "cpu", f"the device {r.device.type}: the kernel is the CPU's"),
-            (bool(missing()), f"there is no native kernel: {missing()}"),
-            (r.dtype == torch.float64, "float64: the kernel computes in float32"),
-            (r.bias == "object", "a bias of another class than alibi and relative: the kernel cannot ask it"),
-            (r.bias_grad, "the gradient of a bias: the kernel has none"),
-            (r.return_weights, "return_weights: the weights are never held at once"),
-            (bool(r.transform), f"{r.transform}: the kernel has no rule for it"),
-        ]
-        return reasons(lacks) or _too_many_words(job)
-
-    def cost(self, job: Job) -> float:
-        r, counts = job.request, _size(job).counts
-        planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
-        cells = (counts.mixed + counts.full) * min(r.q_len, TILE) * TILE * planes
-        rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
-        keys = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * 4  # bytes, of all that might be read
-        reading = keys * min(1, cells / max(1, r.cells)) * (1 if rows <= FEW else 2)
-        return seconds(table().native, r, cells) + reading / table().native.read
-
-    def way(self, job: Job) -> str:
-        counts = _size(job).counts
-        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
-
-    def lower(self, job: Job) -> Lowered:
-        tiles = tiles_of(_tiles(job), job.exact)
-        return Lowered(tiles, tiles.nbytes)
-
-    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
-        r = job.request
-        positions = job.mask.positions(r.q_len, r.kv_len) if isinstance(inputs.bias, Bias) else None
-        call = NativeCall(lowered.data, inputs, inputs.bias, positions)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
-        out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
-        return Result(out, lse if r.return_lse else None)
-
-
-def _tiles(job: Job) -> TileMap:
-    r = job.request
-    return job.mask.tiles(r.q_len, r.kv_len, TILE, batch=job.mask_batch, heads=job.mask_heads)
 
 
 class Size(NamedTuple):
@@ -84,21 +34,88 @@ class Size(NamedTuple):
     words: int
 
 
-def _size(job: Job) -> Size:
-    """Worked out once, without looking at cells."""
-    if SIZE not in job.notes:
-        tiles = _tiles(job)
-        job.notes[SIZE] = Size(tiles.counts, 0 if job.exact else tiles.cells_to_evaluate // 8)
-    return job.notes[SIZE]
+class TilesProposal(Proposal):
+    """One pass over the tiles that are not EMPTY."""
+
+    @remembered
+    def tiles(self) -> TileMap:
+        """Of the samples and heads that the mask tells apart, as the kernel takes them; forgotten once lowered."""
+        job = self.job
+        return job.mask.tiles(job.request.q_len, job.request.kv_len, TILE, batch=job.mask_batch, heads=job.mask_heads)
+
+    @remembered
+    def size(self) -> Size:
+        """Worked out without looking at cells."""
+        return Size(self.tiles.counts, 0 if self.job.exact else self.tiles.cells_to_evaluate // 8)
+
+    @property
+    def cost(self) -> float:
+        job, r, counts = self.job, self.job.request, self.size.counts
+        planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
+        cells = (counts.mixed + counts.full) * min(r.q_len, TILE) * TILE * planes
+        rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
+        keys = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * 4  # bytes, of all that might be read
+        reading = keys * min(1, cells / max(1, r.cells)) * (1 if rows <= FEW else 2)
+        return seconds(table().native, r, cells) + reading / table().native.read
+
+    @property
+    def description(self) -> str:
+        counts = self.size.counts
+        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
+
+    def too_many_words(self) -> list[str]:
+        """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k.
+
+        An eighth of the tensors that a mask holds is not too much to ask, whatever their size.
+        """
+        job, r = self.job, self.job.request
+        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS:
+            return []
+        most = MOST_WORDS + sum(leaf.tensor.tensor.nbytes // 8 for leaf in job.mask.walk() if isinstance(leaf, Dense))
+        if self.size.words <= most:
+            return []
+        return [f"{memory(self.size.words)} of cells in tiles that differ: the limit is {memory(most)}"]
+
+    def lower(self) -> Lowered:
+        tiles = tiles_of(self.tiles, self.job.exact)
+        return Lowered(tiles, tiles.nbytes)
+
+    def forget(self) -> None:
+        vars(self).pop("tiles", None)
 
 
-def _too_many_words(job: Job) -> list[str]:
-    """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k.
+class Native(Backend):
+    """The kernel of `csrc/`."""
 
-    An eighth of the tensors that a mask holds is not too much to ask, whatever their size.
-    """
-    r = job.request
-    most = MOST_WORDS + sum(leaf.tensor.tensor.nbytes // 8 for leaf in job.mask.walk() if isinstance(leaf, Dense))
-    if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS or _size(job).words <= most:
-        return []
-    return [f"{memory(_size(job).words)} of cells in tiles that differ: the limit is {memory(most)}"]
+    name = "native"
+    devices: ClassVar = {
+        "cpu": Capabilities(
+            frozenset(("grad", "bias", "softcap", "sinks", "dropout", "return_lse")),
+            biases=BIASES - {"object"},
+        )
+    }
+    tolerance: ClassVar = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+    words: ClassVar = {
+        "device": "the device {device.type}: the kernel is the CPU's",
+        "dtype": "float64: the kernel computes in float32",
+        "bias": "a bias of another class than alibi and relative: the kernel cannot ask it",
+        "bias_grad": "the gradient of a bias: the kernel has none",
+        "return_weights": "return_weights: the weights are never held at once",
+        "transform": "{transform}: the kernel has no rule for it",
+    }
+
+    def unavailable(self) -> str:
+        why = missing()
+        return why and f"there is no native kernel: {why}"
+
+    def propose(self, job: Job) -> Proposal | list[str]:
+        proposal = TilesProposal(job)
+        return self.lacking(job.request) or proposal.too_many_words() or proposal
+
+    def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
+        r = job.request
+        positions = job.positions if r.bias_object else None
+        call = NativeCall(lowered.data, inputs, inputs.bias, positions)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
+        out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
+        return Result(out, lse if r.return_lse else None)
