@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import truemask as tm
 from tests.support.cases import CASES
 from tests.support.equality import assert_same
-from truemask.attention.planning.cache import CACHE
+from truemask.attention.planning.cache import CACHE, Entry
 from truemask.common.real_tensors import is_real
 
 SOURCE = Path(tm.__file__).parent
@@ -140,7 +140,7 @@ def test_the_walk_sees_what_is_hidden_in_caches() -> None:
     CACHE.clear()
     mask = tm.keys([True] * 5)
     tm.attend(Q, Q, Q, mask)
-    entry = next(iter(CACHE._entries.values()))
+    entry = next(holder for holder in CACHE._kept if isinstance(holder, Entry))
     vars(entry.plan.job)["small"] = fake
     assert not all(map(is_real, reachable([])))
     CACHE.clear()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from truemask.biases import Bias
+from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import remembered
 from truemask.errors import PlanError
 from truemask.geometry.slabs.slabs import Slabs
@@ -123,7 +124,7 @@ class Exact(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(HoldsArrays):
     """A mask and a request, and what geometry knows of the two, worked out once and only if somebody asks."""
 
     mask: Mask

@@ -10,25 +10,22 @@ What is kept is bounded in bytes: of what backends worked out, and of the masks,
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from truemask.attention.planning.memory import Holder, Shelf
 from truemask.attention.planning.selection import SHORT, Choice, Plan, Selection, checked_job, select, select_again
-from truemask.backends.backend import Backend, Proposal
+from truemask.backends.backend import Backend
 from truemask.backends.base import Job, Lowered, Request
-from truemask.backends.context import check_backend, named_here
+from truemask.common.memory import Memory, arrays_in, memory_of
 from truemask.common.real_tensors import ordinary_tensors
 from truemask.masks.compose.reindex import At, Take
-from truemask.masks.core.data import Data
 from truemask.masks.core.mask import Mask
+from truemask.masks.core.memory import mask_memory
 
 MOST_PLANS = 256
 MOST_STEPS = 64  # of them for few queries: a long answer must not drive out the plans of training
@@ -51,96 +48,24 @@ def structure_of(mask: Mask) -> Mask:
     return mask
 
 
-# -- bytes -------------------------------------------------------------------------------------------------------------
-
-PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, Request))  # what holds no array
-Parts = dict[tuple[int, int], int]  # bytes of the memory at an address, by that and its size
-
-
-def arrays_in(thing: object, counted: Mask | None = None) -> Parts:
-    """The memory of all arrays that a mask or a job holds: its data, and what was worked out and is remembered.
-
-    What single numbers take, and what a user's function holds, is not counted, nor what `counted` holds.
-
-    >>> from truemask.masks.leaves.per_token import keys
-    >>> sum(arrays_in(keys([True] * 500)).values()) >= 500
-    True
-    """
-    found: Parts = {}
-    seen = {id(counted)}
-    left: list[Any] = [thing]
-    while left:
-        one = left.pop()
-        kind = type(one)
-        if kind in PLAIN or id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, (Tensor, np.ndarray)):
-            place = memory_of(one)
-            found.update({place: place[1]} if place else {})
-        elif kind is dict:
-            left += list(one.values())  # in one step: another thread may be remembering something
-        elif isinstance(one, (tuple, list)):
-            left += () if kind is list and one and type(one[0]) in PLAIN else one
-        elif kind.__module__.startswith("truemask."):
-            left += list(getattr(one, "__dict__", {}).values())
-            left += [one.tensor] if kind is Data else []
-    return found
-
-
-def memory_of(array: Tensor | np.ndarray) -> tuple[int, int] | None:
-    """The address and the bytes of the memory that an array is part of; None for a single number."""
-    root: Any = array
-    while isinstance(root, np.ndarray) and isinstance(root.base, (np.ndarray, Tensor)):
-        root = root.base
-    if isinstance(root, np.ndarray):
-        return root.__array_interface__["data"][0], root.nbytes
-    if root.numel() < 2:
-        return None
-    storage = root.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
-class Tally:
-    """Bytes that several holders have: what they share counts once."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._holders: Counter[tuple[int, int]] = Counter()
-
-    def swap(self, before: Parts, after: Parts) -> None:
-        """A holder of `before` holds `after` from now on."""
-        for part, size in after.items():
-            self.nbytes += 0 if self._holders[part] else size
-            self._holders[part] += 1
-        for part, size in before.items():
-            self._holders[part] -= 1
-            if not self._holders[part]:
-                self.nbytes -= size
-                del self._holders[part]
-
-
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Entry:
+class Entry(Holder):
     """The plan of an exact call, and what its backend has worked out for it."""
 
-    key: Hashable
-    plan: Plan
-    proposal: Proposal
-    lowered: Lowered | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    parts: Parts = field(default_factory=dict[tuple[int, int], int])
-    used: int = 0  # when last
-    counted: Mask | None = None  # what its family holds, and has been counted there
+    def __init__(self, key: Hashable, plan: Plan, selection: Selection) -> None:
+        super().__init__(key)
+        self.plan, self.proposal = plan, selection.proposal
+        self.lowered: Lowered | None = None
+        self.lock = threading.Lock()
+        self.structure: Mask | None = None  # what its family holds, and has been counted there
 
-    def weighed(self, made: Lowered | None = None) -> Parts:
-        """The memory that it holds now, or with what has been lowered just now."""
-        lowered = self.lowered if made is None else made
-        own = {} if lowered is None else {(-id(self), 0): lowered.nbytes}
-        return {**arrays_in(self.plan.job, self.counted), **own}
+    def memory(self) -> Memory:
+        """The mask, what was worked out for the job and to name its price, and what was lowered."""
+        worked_out = memory_of(arrays_in(list(vars(self.proposal).values())))
+        lowered = {} if self.lowered is None else {(-id(self), 0): self.lowered.nbytes}
+        return mask_memory(self.plan.mask, self.structure) | worked_out | lowered
 
     @property
     def backend(self) -> Backend:
@@ -150,22 +75,20 @@ class Entry:
     @property
     def is_short(self) -> bool:
         """Whether the call has few queries, so that its plan is worth little."""
-        return self.plan.job.request.q_len <= SHORT
+        return self.plan.request.q_len <= SHORT
 
 
-@dataclass(eq=False)
-class Family:
+class Family(Holder):
     """The choices for calls that share a structure."""
 
-    key: Hashable
-    mask: Mask
-    choices: list[Choice] = field(default_factory=list[Choice])
-    parts: Parts = field(default_factory=dict[tuple[int, int], int])
-    used: int = 0
+    def __init__(self, key: Hashable, mask: Mask) -> None:
+        super().__init__(key)
+        self.mask = mask
+        self.choices: list[Choice] = []
 
-    def weighed(self) -> Parts:
-        """The memory that it holds now."""
-        return arrays_in(self.mask)
+    def memory(self) -> Memory:
+        """The mask."""
+        return mask_memory(self.mask)
 
 
 class CacheInfo(NamedTuple):
@@ -189,77 +112,57 @@ class PlanCache:
         self.most_plans, self.most_bytes = most_plans, most_bytes
         self.most_steps = min(MOST_STEPS, most_plans)
         self._lock = threading.Lock()
-        self._clock = itertools.count(1)
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._families: OrderedDict[Hashable, Family] = OrderedDict()
-        self._tally = Tally()
-        self._steps = 0  # entries for few queries
-        self._hits = self._misses = self._lowered = 0
+        self._kept: Shelf[Entry | Family] = Shelf()
+        self._numbers: Counter[str] = Counter()  # of entries, of those for few queries, of families; and of events
 
     def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
-        """The plan for such a call, made now if there is none."""
-        check_backend(wanted)
-        wanted = named_here(wanted)
+        """The plan for such a call, made now if there is none; `wanted` names the backend."""
         key = mask, request, wanted
         with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._touch(self._entries, found)
-                self._hits += 1
-                return found
+            if isinstance(kept := self._kept.get(key), Entry):
+                self._numbers["hits"] += 1
+                return kept
         with ordinary_tensors():
-            made, family, new = self._made(key, *key)
+            job = checked_job(mask, request)
+            family = structure_key(mask, request, wanted) if request.q_len <= SHORT else None
+            selection = None if family is None else self._selected_before(family, job)
+            is_new = selection is None
+            if selection is None:
+                selection = select(job, wanted)  # outside the lock: two threads may do it twice, neither waits
+            entry = Entry(key, selection.plan(job), selection)
         with self._lock:
-            self._hits, self._misses = self._hits + (not new), self._misses + new
-            if new and family is not None:
-                self._keep(family, made.plan)
-            entry = self._entries.setdefault(key, made)
-            if entry is made:
-                self._steps += made.is_short
-                self._touch(self._entries, made)
-                if family is None:
-                    self._weigh(made)
-                elif family in self._families:  # a step of decoding, which is weighed when it is lowered
-                    made.counted = self._families[family].mask
-            self._shrink()
-        return entry
+            self._numbers["misses" if is_new else "hits"] += 1
+            if is_new and family is not None:
+                self._keep_choice(family, entry.plan)
+            return self._keep(entry, family)
 
-    def _made(self, key: Hashable, mask: Mask, request: Request, wanted: str | None) -> tuple[Entry, Hashable, bool]:
-        """A plan, the family of calls that its choice is for (None: this call alone), and whether the choice is new."""
-        job = checked_job(mask, request)
-        family = structure_key(mask, request, wanted) if request.q_len <= SHORT else None
-        selection = None if family is None else self._kept(family, job)
-        new = selection is None
-        if selection is None:
-            selection = select(job, wanted)  # outside the lock: two threads may do it twice, neither waits
-        return Entry(key, selection.plan(job), selection.proposal), family, new
-
-    def _kept(self, family: Hashable, job: Job) -> Selection | None:
+    def _selected_before(self, key: Hashable, job: Job) -> Selection | None:
         """By an earlier choice that holds for this job."""
         with self._lock:
-            known = self._families.get(family)
-            if known is None:
-                return None
-            self._touch(self._families, known)
-            choices = tuple(known.choices)
+            family = self._kept.get(key)
+            choices = list(family.choices) if isinstance(family, Family) else []
         return next(filter(None, (select_again(job, choice) for choice in choices)), None)
 
-    def _keep(self, key: Hashable, plan: Plan) -> None:
-        family = self._families.setdefault(key, Family(key, structure_of(plan.mask)))
+    def _keep_choice(self, key: Hashable, plan: Plan) -> None:
+        family = self._kept.get(key)
+        if not isinstance(family, Family):
+            family = Family(key, structure_of(plan.mask))
+            self._put(family)
         family.choices.append(plan.choice)
-        self._touch(self._families, family)
-        self._weigh(family)
+        self._kept.weigh(family)
 
-    def _touch(self, kept: OrderedDict[Hashable, Any], one: Entry | Family) -> None:
-        kept.move_to_end(one.key)
-        one.used = next(self._clock)
-
-    def _weigh(self, one: Entry | Family) -> None:
-        self._count(one, one.weighed())
-
-    def _count(self, one: Entry | Family, parts: Parts) -> None:
-        self._tally.swap(one.parts, parts)
-        one.parts = parts
+    def _keep(self, entry: Entry, family: Hashable) -> Entry:
+        """The entry, or another thread's that came first. A step of decoding is weighed when it is lowered."""
+        if isinstance(kept := self._kept.get(entry.key), Entry):
+            return kept
+        self._put(entry)
+        if family is None:
+            self._kept.weigh(entry)
+        elif isinstance(holder := self._kept.get(family), Family):
+            entry.structure = holder.mask
+            self._kept.get(entry.key)
+        self._shrink()
+        return entry
 
     def lowered(self, entry: Entry) -> Lowered:
         """What the entry's backend works out ahead; done once, however many threads and layers ask."""
@@ -268,56 +171,61 @@ class PlanCache:
         with entry.lock:
             if entry.lowered is None:
                 with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
-                    made = entry.proposal.lower()
+                    lowered = entry.proposal.lower()
                     entry.proposal.forget()
-                with self._lock:  # weighed, kept and counted in one step: nobody gives up what was not counted
-                    parts = entry.weighed(made)
-                    entry.lowered = made
-                    self._lowered += 1
-                    if self._entries.get(entry.key) is entry:
-                        self._touch(self._entries, entry)
-                        self._count(entry, parts)
+                with self._lock:  # kept and counted in one step: nobody gives up what was not counted
+                    entry.lowered = lowered
+                    self._numbers["lowered"] += 1
+                    if self._kept.get(entry.key) is entry:
+                        self._kept.weigh(entry)
                         self._shrink()
             return entry.lowered
 
-    def _shrink(self) -> None:
-        while self._steps > self.most_steps:
-            self._drop(next(entry for entry in self._entries.values() if entry.is_short))
-        while len(self._entries) > self.most_plans:
-            self._drop(next(iter(self._entries.values())))
-        while len(self._families) > self.most_plans:
-            self._drop(next(iter(self._families.values())))
-        while self._tally.nbytes > self.most_bytes and (oldest := self._oldest()):
+    def _put(self, holder: Entry | Family) -> None:
+        self._kept.put(holder)
+        self._numbers.update(_counted_as(holder))
+
+    def _drop(self, holder: Entry | Family) -> None:
+        self._kept.drop(holder)
+        self._numbers.subtract(_counted_as(holder))
+
+    def _drop_oldest(self, condition: Callable[[Entry | Family], bool]) -> bool:
+        """Whether there was one."""
+        oldest = next(filter(condition, self._kept), None)
+        if oldest is not None:
             self._drop(oldest)
+        return oldest is not None
 
-    def _oldest(self) -> Entry | Family | None:
-        """What was used least recently, the newest of each kind aside."""
-        kinds = self._entries, self._families
-        heads = [next(iter(kept.values())) for kept in kinds if len(kept) > 1]
-        return min(heads, key=lambda one: one.used, default=None)
+    def _shrink(self) -> None:
+        for name, most in (("steps", self.most_steps), ("entries", self.most_plans), ("families", self.most_plans)):
+            while self._numbers[name] > most:
+                self._drop_oldest(lambda holder, name=name: name in _counted_as(holder))
+        while self._kept.nbytes > self.most_bytes and self._drop_oldest(self._is_not_the_last):
+            pass
 
-    def _drop(self, one: Entry | Family) -> None:
-        if isinstance(one, Entry):
-            del self._entries[one.key]
-            self._steps -= one.is_short
-        else:
-            del self._families[one.key]
-        self._tally.swap(one.parts, {})
+    def _is_not_the_last(self, holder: Entry | Family) -> bool:
+        """The newest entry and the newest family are kept whatever their size."""
+        return self._numbers[_counted_as(holder)[0]] > 1
 
     def info(self) -> CacheInfo:
         """The counts so far."""
         with self._lock:
-            for one in (*self._entries.values(), *self._families.values()):
-                self._weigh(one)  # a mask may have worked out more since
-            return CacheInfo(self._hits, self._misses, self._lowered, len(self._entries), self._tally.nbytes)
+            for holder in self._kept:
+                self._kept.weigh(holder)  # a mask may have worked out more since
+            n = self._numbers
+            return CacheInfo(n["hits"], n["misses"], n["lowered"], n["entries"], self._kept.nbytes)
 
     def clear(self) -> None:
         """Forget every plan and set the counts to zero."""
         with self._lock:
-            self._entries.clear()
-            self._families.clear()
-            self._tally = Tally()
-            self._hits = self._misses = self._lowered = self._steps = 0
+            self._kept.clear()
+            self._numbers.clear()
+
+
+def _counted_as(holder: Entry | Family) -> tuple[str, ...]:
+    if isinstance(holder, Family):
+        return ("families",)
+    return ("entries", "steps") if holder.is_short else ("entries",)
 
 
 CACHE = PlanCache()

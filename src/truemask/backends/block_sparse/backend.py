@@ -147,7 +147,7 @@ class StripsProposal(Proposal):
         return Lowered(sparse, sparse.nbytes)
 
     def forget(self) -> None:
-        for name in ("strips", "slabs", "tiles"):
+        for name in ("strips", "tiles"):
             vars(self).pop(name, None)
 
     @property
@@ -157,16 +157,8 @@ class StripsProposal(Proposal):
 
     @remembered
     def strips(self) -> Strips:
-        """The strips that run, with their patterns; forgotten once lowered, as are slabs and tiles."""
+        """The strips that run, with their patterns; forgotten once lowered, as are tiles."""
         return from_cells(_few(self.job).numpy()) if self.is_short else self._cut(self.choice.height)
-
-    @remembered
-    def slabs(self) -> list[tuple[int, int, Slabs]] | None:
-        """The exact form of every sample and head, those that are the same as one object; None if there is none."""
-        exact = self.job.exact
-        if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
-            return None
-        return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
 
     @remembered
     def tiles(self) -> dict[int, TileMap]:
@@ -186,7 +178,7 @@ class StripsProposal(Proposal):
         """
         job, r = self.job, self.job.request
         lowest, *others = (height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0]))
-        if job.mask_batch * job.mask_heads * r.q_len <= MANY and self.slabs is not None:
+        if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
             yield from ((height, self._cut(height, drawn=False)) for height in (lowest, *others))
             return
         tiles = self._tiles(lowest)
@@ -195,7 +187,7 @@ class StripsProposal(Proposal):
             yield height, rough(self._tiles(height))
 
     def _cut(self, height: int, *, drawn: bool = True) -> Strips:
-        job, r, slabs = self.job, self.job.request, self.slabs
+        job, r, slabs = self.job, self.job.request, slabs_of(self.job)
         if slabs is None:
             return from_tiles(self._tiles(height))
         return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height, drawn=drawn)
@@ -206,6 +198,14 @@ def _few(job: Job) -> Tensor:
     if job.small is not None:
         return job.small
     return looked_at(job.mask, job.mask_batch, job.mask_heads, job.request.q_len, job.request.kv_len)
+
+
+def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
+    """The exact form of every sample and head, those that are the same as one object; None if there is none."""
+    exact = job.exact
+    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
+        return None
+    return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
 
 
 def _choice(job: Job, height: int, strips: Strips) -> Choice:

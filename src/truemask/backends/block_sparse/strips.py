@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from truemask.common.memory import HoldsArrays
+
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
@@ -35,7 +37,7 @@ class Pattern(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Strips:
+class Strips(HoldsArrays):
     """Strips of rows `[q0, q1)` of sample b and head h (0 where the mask does not vary), each row in at most one.
 
     Strip i sees nothing outside the intervals `keys[starts[i]:starts[i + 1]]`, which are in order and apart. Inside

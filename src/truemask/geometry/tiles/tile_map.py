@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from truemask.common.memory import HoldsArrays
 from truemask.geometry.logic import EMPTY, FULL, MIXED, States, three
 from truemask.geometry.slabs.slabs import Region
 
@@ -116,7 +117,7 @@ class TileRows:
 
 
 @dataclass(frozen=True)
-class TileMap:
+class TileMap(HoldsArrays):
     """Which tiles of a mask are EMPTY, MIXED or FULL, stored as runs; sound always, exact after `refine()`.
 
     `shape` is (samples, heads, rows of tiles, columns of tiles), with 1 where the mask does not vary. The last tiles
