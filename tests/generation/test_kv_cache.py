@@ -88,9 +88,9 @@ def test_the_past_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None
     from truemask.nn import attention
 
     rows: list[tuple[int, int]] = []
-    real = attention.attend
+    real = attention.results
     monkeypatch.setattr(
-        attention, "attend", lambda q, k, *rest, **kw: rows.append((q.shape[2], k.shape[2])) or real(q, k, *rest, **kw)
+        attention, "results", lambda q, k, *rest, **kw: rows.append((q.shape[2], k.shape[2])) or real(q, k, *rest, **kw)
     )
     cached(featured("registers"), ids(1, 9), [6, 1, 2])
     assert rows[::2] == [(9, 9), (1, 10), (2, 12)]  # three registers, then the tokens alone

@@ -81,8 +81,8 @@ def test_every_layer_gets_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None
     from truemask.nn import attention
 
     got: list[Mask] = []
-    real = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, **kw: got.append(mask) or real(q, k, v, mask, **kw))
+    real = attention.results
+    monkeypatch.setattr(attention, "results", lambda q, k, v, mask, args: got.append(mask) or real(q, k, v, mask, args))
     decoder()(X, FLAGS, window(3))
     assert len(got) == 2
     assert got[0] is got[1]

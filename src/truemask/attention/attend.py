@@ -11,6 +11,7 @@ from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.compiled import attend_traced
 from truemask.attention.decomposition import attend_plain
 from truemask.attention.run import run
+from truemask.backends.base import Result
 from truemask.biases import Bias
 from truemask.common.real_tensors import is_recorded
 from truemask.masks.core.mask import Mask
@@ -133,18 +134,16 @@ def attend(
         bias=bias, scale=scale, softcap=softcap, sink_logits=sink_logits, dropout=dropout, backend=backend,
         return_lse=return_lse, return_weights=return_weights,
     )  # fmt: skip
-    return attend_with(q, k, v, mask, args)
-
-
-def attend_with(q: Tensor, k: Tensor, v: Tensor, mask: Masked, args: AttendArgs) -> Tensor | tuple[Tensor, ...]:
-    """`attend` with its options as one value."""
-    if torch.compiler.is_dynamo_compiling():
-        result = attend_traced(q, k, v, mask, args)
-    elif is_recorded():
-        result = attend_plain(q, k, v, mask, args)
-    else:
-        result = run(read_call(q, k, v, mask, args), args.backend)
-    if not (args.return_lse or args.return_weights):
+    result = results(q, k, v, mask, args)
+    if not (return_lse or return_weights):
         return result.out
-    wanted = (True, args.return_lse, args.return_weights)
-    return tuple([x for x, returned in zip(result, wanted, strict=True) if returned and x is not None])
+    return tuple([x for x in result if x is not None])
+
+
+def results(q: Tensor, k: Tensor, v: Tensor, mask: Masked, args: AttendArgs) -> Result:
+    """`attend` with its options as one value: out, and lse and weights where they were asked for."""
+    if torch.compiler.is_dynamo_compiling():
+        return attend_traced(q, k, v, mask, args)
+    if is_recorded():
+        return attend_plain(q, k, v, mask, args)
+    return run(read_call(q, k, v, mask, args))

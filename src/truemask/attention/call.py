@@ -23,6 +23,7 @@ from truemask.attention.validation import (
     check_weights,
 )
 from truemask.backends.base import Inputs, Request
+from truemask.backends.context import named_here
 from truemask.biases import Alibi, Bias, Relative
 from truemask.common.torch_internals import transform
 from truemask.masks.core.mask import Mask
@@ -39,6 +40,7 @@ class AttendArgs(NamedTuple):
     backend: str | None = None
     return_lse: bool = False
     return_weights: bool = False
+    preferred: str | None = None  # by a module: the backend, unless the call or a block around it names another
 
 
 NO_OPTIONS = AttendArgs()
@@ -50,6 +52,7 @@ class Call(NamedTuple):
     mask: Mask
     request: Request
     inputs: Inputs
+    backend: str | None  # that was named, by the call or around it
 
 
 def read_call(
@@ -101,7 +104,7 @@ def read_call(
         return_weights=args.return_weights,
         transform=transform(),
     )
-    return Call(mask, request, inputs)
+    return Call(mask, request, inputs, named_here(args.backend, args.preferred))
 
 
 def _wants_gradients(inputs: Inputs) -> bool:

@@ -113,7 +113,8 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) 
     if exporting:
         out, *more = attend_exported(*flat)
         return Result(out, more[0] if args.return_lse else None, more[-1] if args.return_weights else None)
-    return Result(*torch.ops.truemask.attend(*flat)[:3])
+    out, lse, weights, _ = torch.ops.truemask.attend(*flat)
+    return Result(out, lse if args.return_lse else None, weights if args.return_weights else None)
 
 
 def at_once(call: Callable[[Any], None]) -> None:
@@ -239,7 +240,7 @@ def _read(op: OperatorArgs, mask: Any) -> Call:
 def _eagerly(op: OperatorArgs) -> Result:
     """The call as it runs without `torch.compile`."""
     mask = read(op.mask, op.tensors, op.ints, op.floats)
-    return run(_read(op, mask), op.options.backend, op.seed)
+    return run(_read(op, mask), op.seed)
 
 
 def _own(x: Tensor) -> Tensor:

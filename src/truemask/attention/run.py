@@ -13,9 +13,9 @@ from truemask.backends.base import Request, Result
 from truemask.errors import ConventionWarning
 
 
-def run(call: Call, backend: str | None, seed: Tensor | None = None) -> Result:
+def run(call: Call, seed: Tensor | None = None) -> Result:
     """The results of the call; `seed`, whole and below 2**32, chooses the cells that dropout drops."""
-    entry = CACHE.entry(call.mask, call.request, backend)
+    entry = CACHE.entry(call.mask, call.request, call.backend)
     if entry.plan.warning:
         warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=4)
     inputs = call.inputs

@@ -9,7 +9,6 @@ from truemask.common.formatting import describe
 from truemask.errors import PlanError
 
 CHOSEN: ContextVar[str | None] = ContextVar("truemask_backend", default=None)
-UNLESS_CHOSEN = " unless chosen"
 
 
 class attention_backend:
@@ -57,24 +56,18 @@ def check_backend(name: object) -> None:
         return
     if not isinstance(name, str):
         raise TypeError(f"backend must be None or one of {', '.join(backends())}, got {describe(name)}")
-    if name.removesuffix(UNLESS_CHOSEN) not in backends():
+    if name not in backends():
         raise PlanError(unknown_backend(name))
 
 
-def unless_chosen(name: str) -> str:
-    """What a module passes as `backend=` that has a usual one: a block around it may name another."""
-    return name + UNLESS_CHOSEN
-
-
-def named_here(backend: str | None) -> str | None:
-    """The backend that a call names, or else the block that it runs in.
+def named_here(backend: str | None, preferred: str | None = None) -> str | None:
+    """The backend that a call names, or else the block that it runs in, or else what a module prefers.
 
     >>> with attention_backend("reference"):
-    ...     named_here(None), named_here("sdpa"), named_here(unless_chosen("sdpa"))
+    ...     named_here(None), named_here("sdpa"), named_here(None, preferred="sdpa")
     ('reference', 'sdpa', 'reference')
-    >>> named_here(unless_chosen("sdpa"))
+    >>> named_here(None, preferred="sdpa")
     'sdpa'
     """
-    if backend is not None and not backend.endswith(UNLESS_CHOSEN):
-        return backend
-    return CHOSEN.get() or (None if backend is None else backend.removesuffix(UNLESS_CHOSEN))
+    check_backend(backend)
+    return backend or CHOSEN.get() or preferred

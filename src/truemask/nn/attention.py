@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from truemask.attention.attend import attend
-from truemask.backends.context import unless_chosen
+from truemask.attention.attend import results
+from truemask.attention.call import AttendArgs
 from truemask.masks.core.mask import Mask
 from truemask.nn.config import LayersConfig
 from truemask.nn.norms import HeadRMSNorm
 from truemask.nn.positions import Rotation, rotate
-
-REFERENCE, SDPA = unless_chosen("reference"), unless_chosen("sdpa")
 
 
 class LayerCache(Protocol):
@@ -79,15 +77,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # b g j e
         drop = self.dropout if self.training else 0.0
-        out = attend(
-            q,
-            k,
-            v,
-            mask,
-            scale=self.scale,
-            dropout=drop,
-            backend=None if self.flash else REFERENCE if drop else SDPA,  # sdpa cannot drop the same cells
-        )  # b h n e
+        plain = "reference" if drop else "sdpa"  # sdpa cannot drop the same cells
+        args = AttendArgs(scale=self.scale, dropout=drop, preferred=None if self.flash else plain)
+        out = results(q, k, v, mask, args).out  # b h n e
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _with_memories(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

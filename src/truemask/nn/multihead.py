@@ -355,11 +355,11 @@ def attend_and_weigh(
     """
     if backend == "reference" or cannot_look():
         return attend(q, k, v, seen, bias=bias, dropout=dropout, backend="reference", return_weights=True)
-    args = AttendArgs(bias=bias, dropout=dropout)
-    weigh = read_call(q, k, v[..., :1], seen, args._replace(return_weights=True))
+    args = AttendArgs(bias=bias, dropout=dropout, backend=backend)
+    weigh = read_call(q, k, v[..., :1], seen, args._replace(backend=None, return_weights=True))
     seed = new_seed() if dropout else None
-    out = run(read_call(q, k, v, seen, args), backend, seed).out
-    return out, cast("Tensor", run(weigh, None, seed).weights)
+    out = run(read_call(q, k, v, seen, args), seed).out
+    return out, cast("Tensor", run(weigh, seed).weights)
 
 
 def _shapes(given: dict[str, Tensor]) -> str:

@@ -9,11 +9,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from truemask.attention.call import AttendArgs, read_call
+from truemask.attention.call import AttendArgs, Call, read_call
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.selection import Plan
 from truemask.attention.validation import check_flag, checked_length
-from truemask.backends.base import Request
 from truemask.common.arguments import whole
 from truemask.common.formatting import describe, suggest
 from truemask.errors import MaskError
@@ -74,8 +73,8 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
     ['softcap: the kernel has no soft cap']
     """
     tensors = _speaks_of_tensors(given, keywords)
-    mask, request = (_from_tensors if tensors else _from_sizes)(**_by_name(given, keywords, tensors))
-    entry = CACHE.entry(mask, request, backend)
+    call = (_from_tensors if tensors else _from_sizes)(**_by_name(given, keywords, tensors), backend=backend)
+    entry = CACHE.entry(call.mask, call.request, call.backend)
     entry.proposal.forget()  # nobody may ever run it
     return entry.plan
 
@@ -111,9 +110,8 @@ def _by_name(given: tuple[Any, ...], keywords: dict[str, Any], tensors: bool) ->
     return named
 
 
-def _from_tensors(q: Tensor, k: Tensor, v: Tensor, mask: object = None, **keywords: Any) -> tuple[Mask, Request]:
-    call = read_call(q, k, v, mask, AttendArgs(**keywords))
-    return call.mask, call.request
+def _from_tensors(q: Tensor, k: Tensor, v: Tensor, mask: object = None, **keywords: Any) -> Call:
+    return read_call(q, k, v, mask, AttendArgs(**keywords))
 
 
 def _from_sizes(
@@ -129,7 +127,7 @@ def _from_sizes(
     device: torch.device | str = "cpu",
     grad: bool = False,
     **keywords: Any,
-) -> tuple[Mask, Request]:
+) -> Call:
     mask = from_text(mask)
     if isinstance(mask, (list, tuple)):
         raise MaskError(not_a_mask("plan: mask must be a mask expression, its text, a bool tensor or None", mask))
@@ -151,7 +149,7 @@ def _from_sizes(
     k = torch.empty(batch, kv_heads, whole(kv_len, "kv_len"), head_dim, dtype=dtype, device="meta")
     call = read_call(q, k, k, mask, AttendArgs(**keywords), device=torch.device(device))
     checked_length(call.mask, batch, heads, q_len, k.shape[2], tensors=False)
-    return call.mask, call.request._replace(grad=check_flag("grad", grad) or call.request.grad)
+    return call._replace(request=call.request._replace(grad=check_flag("grad", grad) or call.request.grad))
 
 
 def _four_axes(mask: Tensor) -> tuple[int, int]:
@@ -173,5 +171,5 @@ def _names(*functions: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names) - {"keywords"}
 
 
-OPTIONS = frozenset(AttendArgs._fields) - {"backend"}
+OPTIONS = frozenset(AttendArgs._fields) - {"backend", "preferred"}
 SIZES_FORM, TENSORS_FORM = _names(_from_sizes) | OPTIONS, _names(_from_tensors) | OPTIONS
