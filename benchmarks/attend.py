@@ -28,7 +28,8 @@ from bench_masks import attend_masks
 from harness import Table, finish, ms, options
 
 from truemask.backends.costs.model import source
-from truemask.backends.native.library import ISAS, VARIABLE, isa
+from truemask.backends.isa import ISAS, VARIABLE
+from truemask.backends.native.library import isa
 from truemask.benchmarking.workloads import Course
 
 HEADS, QUICK_LENGTH = 8, 300

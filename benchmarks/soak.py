@@ -33,7 +33,8 @@ from soak_cases import Case, drawn_case
 from soak_check import Fault, Verdict, checked
 
 import truemask as tm
-from truemask.backends.native.library import ISAS, VARIABLE, isa, missing
+from truemask.backends.isa import ISAS, VARIABLE
+from truemask.backends.native.library import isa, missing
 from truemask.cli.console import make_console, plain
 
 QUICK_CASES, PLAIN_EVERY = 25, 10.0  # seconds between lines where there is no terminal

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,20 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES, PLACE = ROOT / "csrc", ROOT / "src" / "truemask" / "_native"
 FLAGS = "-O3 -std=c++17 -fPIC -shared -pthread -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi".split()
 STATIC = ("-static-libstdc++", "-static-libgcc")
-AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split()
-X86 = {
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "avx512": AVX512,
-    "avx2": "-mavx2 -mfma".split(),
-    "base": [],
-}
+SETS = runpy.run_path(str(ROOT / "src" / "truemask" / "backends" / "isa.py"))["SETS"]
 ELSEWHERE: dict[str, list[str]] = {"base": []}
 SWITCH, OFF = "TRUEMASK_NATIVE", "off"
 
 
 def variants() -> dict[str, list[str]]:
     """The compiler's flags for every instruction set of this machine's kind."""
-    return X86 if platform.machine().lower() in ("x86_64", "amd64") else ELSEWHERE
+    x86 = {one.name: list(one.compiler) for one in SETS}
+    return x86 if platform.machine().lower() in ("x86_64", "amd64") else ELSEWHERE
 
 
 def compiler() -> str | None:

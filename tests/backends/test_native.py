@@ -19,9 +19,11 @@ from torch import Tensor
 import truemask as tm
 from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.cache import CACHE
+from truemask.backends import isa as isa_files
+from truemask.backends.isa import ISAS, VARIABLE, file_of
 from truemask.backends.native import library as native_library
 from truemask.backends.native.backend import Native
-from truemask.backends.native.library import ISAS, VARIABLE, file_of, isa, library, missing
+from truemask.backends.native.library import isa, library, missing
 from truemask.masks.core.mask import Mask
 
 BUILT = [name for name in ISAS if file_of(name).is_file()]
@@ -299,7 +301,7 @@ def test_a_plan_says_why_there_is_no_kernel(value: str, words: str, monkeypatch:
 
 def test_a_library_that_was_never_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(native_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(isa_files, "FOLDER", tmp_path)
     native_library._loaded.cache_clear()
     assert "it was not built" in missing()
     (tmp_path / "missing.txt").write_text("the compiler was on holiday\n")

@@ -23,7 +23,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 import pytest
-import_module("truemask.backends.native.library").FOLDER = Path(sys.argv[1])
+import_module("truemask.backends.isa").FOLDER = Path(sys.argv[1])
 tests = ["tests/backends/test_native.py", "-k", "not fork and not never_built"]
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 """

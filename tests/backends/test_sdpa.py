@@ -87,7 +87,7 @@ def test_a_flag_takes_no_memory_and_a_mask_only_what_varies() -> None:
 @pytest.fixture
 def native_halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a CPU that computes in bfloat16 and float16 itself."""
-    monkeypatch.setattr(sdpa, "NATIVE_HALVES", (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(sdpa, "native_halves", lambda: (torch.bfloat16, torch.float16))
     CACHE.clear()
     yield
     CACHE.clear()

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
 from tests.laws.test_attend_laws import BACKENDS, Given
-from truemask.backends.native.library import ISAS, VARIABLE, missing
+from truemask.backends.isa import ISAS, VARIABLE
+from truemask.backends.native.library import missing
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

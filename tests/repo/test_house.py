@@ -44,7 +44,7 @@ STAIRS = """
     biases.py
     backends/base.py
     backends/backend.py
-    backends/native/library.py
+    backends/isa.py
     backends/costs
     backends/shared
     backends/block_sparse

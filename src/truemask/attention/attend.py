@@ -135,9 +135,7 @@ def attend(
         return_lse=return_lse, return_weights=return_weights,
     )  # fmt: skip
     result = results(q, k, v, mask, args)
-    if not (return_lse or return_weights):
-        return result.out
-    return tuple([x for x in result if x is not None])
+    return tuple([x for x in result if x is not None]) if return_lse or return_weights else result.out
 
 
 def results(q: Tensor, k: Tensor, v: Tensor, mask: Masked, args: AttendArgs) -> Result:

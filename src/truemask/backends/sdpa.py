@@ -13,6 +13,7 @@ On the CPU the kernel is called directly, because it gives the log-sum-exp too (
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,7 +31,6 @@ from truemask.common.formatting import memory
 from truemask.masks.compose.boolean import everything
 
 DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many
-NATIVE_HALVES = (torch.bfloat16,) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()
 
 
 class Dense(NamedTuple):
@@ -180,7 +180,13 @@ def kernel_dtype(r: Request) -> torch.dtype:
     """
     if r.device.type != "cpu" or r.dtype.itemsize >= 4:
         return r.dtype
-    return r.dtype if r.dtype in NATIVE_HALVES and not r.sinks else torch.float32
+    return r.dtype if r.dtype in native_halves() and not r.sinks else torch.float32
+
+
+@cache
+def native_halves() -> tuple[torch.dtype, ...]:
+    """The half-precision dtypes that this CPU computes in itself."""
+    return (torch.bfloat16,) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()
 
 
 def _mask_dtype(r: Request) -> torch.dtype:

@@ -1,8 +1,4 @@
-"""The native kernel as a library: its structure, which one was built for this processor, and why there is none.
-
-`pip install` compiles `csrc/` once for each instruction set; the best that the processor has is loaded when somebody
-first asks. `TRUEMASK_ISA` names another one (`avx512_bf16`, `avx512`, `avx2`, `base`), or `off`.
-"""
+"""The native kernel as a library: its structure, the one that is loaded for this processor, and why there is none."""
 
 from __future__ import annotations
 
@@ -14,13 +10,11 @@ from pathlib import Path
 
 import torch
 
+from truemask.backends import isa as isa_files
+from truemask.backends.isa import ISAS, OFF, VARIABLE, built, file_of, in_use, runs_on
 from truemask.common.formatting import suggest
 from truemask.errors import PlanError
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "_native"
-VARIABLE, OFF = "TRUEMASK_ISA", "off"
-ISAS = ("avx512_bf16", "avx512", "avx2", "base")  # the best first
-CAPABILITIES = {"AVX512": ISAS[1:], "AVX2": ISAS[2:]}  # by what torch says of the processor
 SLABS = ("slab_first", "slab_rows", "slab_starts", "slab_lo", "slab_hi")
 
 
@@ -85,18 +79,17 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{VARIABLE}={OFF} says so"
     if wanted and wanted not in ISAS:
         return None, f"{VARIABLE}={wanted!r} is none of {', '.join((*ISAS, OFF))}{suggest(wanted, ISAS)}"
-    built = [name for name in ISAS if file_of(name).is_file()]
-    if not built:
+    names = built()
+    if not names:
         return None, _why_not_built()
-    able = CAPABILITIES.get(torch.backends.cpu.get_cpu_capability().split()[0], ISAS[3:])
-    able = _by_processor() or able
-    usable = [name for name in built if name in able and wanted in ("", name)]
-    if not usable:
-        return None, f"built are {', '.join(built)}; this processor runs {', '.join(able)}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = in_use(capability)
+    if not name:
+        return None, f"built are {', '.join(names)}; this processor runs {', '.join(runs_on(capability))}"
     try:
-        found = ctypes.CDLL(str(file_of(usable[0])))
+        found = ctypes.CDLL(str(file_of(name)))
     except OSError as error:
-        return None, f"{file_of(usable[0]).name} cannot be loaded ({error})"
+        return None, f"{file_of(name).name} cannot be loaded ({error})"
     if found.tm_call_bytes() != ctypes.sizeof(CallStruct):
         return None, "it was built from other sources than these: install truemask again"
     for name in ("tm_forward", "tm_backward"):
@@ -119,27 +112,7 @@ def _openmp() -> int | None:
 
 
 def _why_not_built() -> str:
-    note = FOLDER / "missing.txt"
+    note = isa_files.FOLDER / "missing.txt"
     if note.is_file():
         return f"it was not built: {note.read_text(encoding='utf-8').strip()}"
     return "it was not built, which takes a C++ compiler when truemask is installed (`g++` or `clang++`)"
-
-
-def file_of(name: str) -> Path:
-    """Where the library of an instruction set lies, built or not."""
-    return FOLDER / f"truemask_{name}.so"
-
-
-def _by_processor() -> tuple[str, ...]:
-    """What Linux says that the processor has, whatever torch was told to use; nothing elsewhere."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return ()
-    line = next((line for line in info.read_text(errors="replace").splitlines() if line.startswith("flags")), "")
-    flags = set(line.split())
-    if not flags:
-        return ()
-    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
-    if wide:
-        return ISAS if "avx512_bf16" in flags else ISAS[1:]
-    return ISAS[2:] if {"avx2", "fma"} <= flags else ISAS[3:]
