@@ -1,7 +1,9 @@
-// One call, as Python describes it: `backends/native/library.py` has the same fields in the same order.
+// One call, as Python describes it: `backends/native/abi.py` has the same fields in the same order.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace {
 
@@ -60,5 +62,40 @@ struct Call {
   int64_t bytes() const { return dtype == FLOAT ? 4 : 2; }  // of a number
   int64_t keys(int64_t j) const { return std::min(TILE, nk - j * TILE); }
 };
+
+// What Python must agree on, as text: the fields with their places and sizes, and the constants. A field that is missing
+// here moves those behind it, or changes the size of all.
+inline std::string layout() {
+  std::string text;
+  const auto say = [&](const char* name, int64_t a, int64_t b) {
+    text += std::string(name) + " " + std::to_string(a) + " " + std::to_string(b) + "\n";
+  };
+#define TM_FIELD(type, name) say(#name, offsetof(type, name), sizeof(type::name));
+#define TM_CALL(name) TM_FIELD(Call, name)
+  TM_FIELD(Array, data) TM_FIELD(Array, sample) TM_FIELD(Array, head) TM_FIELD(Array, row)
+  TM_CALL(b) TM_CALL(hq) TM_CALL(hk) TM_CALL(nq) TM_CALL(nk) TM_CALL(d) TM_CALL(dv) TM_CALL(dtype) TM_CALL(threads)
+  TM_CALL(scale) TM_CALL(softcap) TM_CALL(q) TM_CALL(k) TM_CALL(v) TM_CALL(out) TM_CALL(lse) TM_CALL(sinks)
+  TM_CALL(mask_b) TM_CALL(mask_h) TM_CALL(starts) TM_CALL(runs) TM_CALL(words) TM_CALL(order)
+  TM_CALL(slab_first) TM_CALL(slab_rows) TM_CALL(slab_starts) TM_CALL(slab_lo) TM_CALL(slab_hi)
+  TM_CALL(bias_kind) TM_CALL(bias) TM_CALL(bias_strides) TM_CALL(reach)
+  TM_CALL(q_positions) TM_CALL(k_positions) TM_CALL(q_stride) TM_CALL(k_stride)
+  TM_CALL(drop_below) TM_CALL(seed) TM_CALL(keep_scale)
+  TM_CALL(dout) TM_CALL(dq) TM_CALL(dk) TM_CALL(dv_out) TM_CALL(dlse) TM_CALL(keys_lse) TM_CALL(delta)
+#undef TM_CALL
+#undef TM_FIELD
+  say("bytes", sizeof(Array), sizeof(Call));
+  say("tile", TILE, TILE);
+  say("dtypes", FLOAT, FLOAT), say("dtypes", BFLOAT, HALF);
+  say("runs", ALL, SLABS);
+  say("biases", TENSOR, ALIBI), say("biases", ALIBI, RELATIVE);
+  return text;
+}
+
+// FNV-1a of that.
+inline uint64_t abi() {
+  uint64_t hash = 14695981039346656037u;
+  for (const unsigned char c : layout()) hash = (hash ^ c) * 1099511628211u;
+  return hash;
+}
 
 }  // namespace

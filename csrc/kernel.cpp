@@ -140,7 +140,7 @@ int guarded(F run) {
 extern "C" {
 void tm_start_threads_with(Parallel start) { starter() = {start, getpid()}; }  // or with null: by ourselves
 double tm_peak(double seconds, int pairs) { return PAIRS && pairs ? peak<Pair>(seconds) : peak<float>(seconds); }
-int tm_call_bytes() { return sizeof(Call); }  // Python looks whether its structure is this one
+uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and constants are these
 int tm_forward(const Call* c) {
   return guarded([&] {
     const Cut cut(*c);

@@ -21,6 +21,7 @@ from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.cache import CACHE
 from truemask.backends import isa as isa_files
 from truemask.backends.isa import ISAS, VARIABLE, file_of
+from truemask.backends.native import abi as native_abi
 from truemask.backends.native import library as native_library
 from truemask.backends.native.backend import Native
 from truemask.backends.native.library import isa, library, missing
@@ -297,6 +298,15 @@ def test_a_plan_says_why_there_is_no_kernel(value: str, words: str, monkeypatch:
     assert any(words in reason for reason in made.objections["native"])
     with pytest.raises(tm.PlanError, match="native kernel is missing"):
         library()
+
+
+def test_a_library_with_another_structure_or_other_constants_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_abi, "TILE", 128)
+    native_library._loaded.cache_clear()
+    assert missing() == "it was built from other sources than these: install truemask again"
+    monkeypatch.undo()
+    native_library._loaded.cache_clear()
+    assert not missing()
 
 
 def test_a_library_that_was_never_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from truemask.backends.backend import BIASES, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Result
 from truemask.backends.costs.model import seconds, table
-from truemask.backends.native.call import TILE, NativeCall, tiles_of
+from truemask.backends.native.abi import TILE
+from truemask.backends.native.call import NativeCall, tiles_of
 from truemask.backends.native.library import missing
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory

@@ -12,17 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.backends.base import Exact, Inputs
-from truemask.backends.native.library import ArrayStruct, CallStruct, run
+from truemask.backends.native.abi import ALIBI, ALL, DTYPES, RELATIVE, SLABS, TENSOR, TILE, ArrayStruct, CallStruct
+from truemask.backends.native.library import run
 from truemask.backends.shared.autograd import Gradients
 from truemask.biases import Alibi, Bias, Relative
 from truemask.common.hashing import threshold
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles.tile_map import TileMap
 
-TILE = 64  # queries and keys: what a row of a MIXED tile lets through is one 64-bit word
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TENSOR, ALIBI, RELATIVE = 1, 2, 3
-ALL, SLABS = -1, -2  # what a run of tiles may have instead of a pattern: everything is seen, or the slabs say what
 FORK = 1 << 23  # additions and multiplications that are worth a thread
 
 

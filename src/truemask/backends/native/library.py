@@ -1,10 +1,10 @@
-"""The native kernel as a library: its structure, the one that is loaded for this processor, and why there is none."""
+"""The native kernel as a library: the one that is loaded for this processor, and why there is none."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_float, c_int64, c_uint64, c_void_p
+from ctypes import c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -12,39 +12,9 @@ import torch
 
 from truemask.backends import isa as isa_files
 from truemask.backends.isa import ISAS, OFF, VARIABLE, built, file_of, in_use, runs_on
+from truemask.backends.native.abi import CallStruct, abi
 from truemask.common.formatting import suggest
 from truemask.errors import PlanError
-
-SLABS = ("slab_first", "slab_rows", "slab_starts", "slab_lo", "slab_hi")
-
-
-class ArrayStruct(ctypes.Structure):
-    """A tensor `[b, h, n, d]` without gaps in its last axis: strides in elements."""
-
-    _fields_ = (("data", c_void_p), ("sample", c_int64), ("head", c_int64), ("row", c_int64))
-
-
-class CallStruct(ctypes.Structure):
-    """`Call` of `csrc/abi.h`, field by field."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("b", "hq", "hk", "nq", "nk", "d", "dv", "dtype", "threads")),
-        *((name, c_float) for name in ("scale", "softcap")),
-        *((name, ArrayStruct) for name in ("q", "k", "v", "out")),
-        *((name, c_void_p) for name in ("lse", "sinks")),
-        *((name, c_int64) for name in ("mask_b", "mask_h")),
-        *((name, c_void_p) for name in ("starts", "runs", "words", "order", *SLABS)),
-        ("bias_kind", c_int64),
-        ("bias", c_void_p),
-        ("bias_strides", c_int64 * 4),
-        ("reach", c_int64),
-        *((name, c_void_p) for name in ("q_positions", "k_positions")),
-        *((name, c_int64) for name in ("q_stride", "k_stride")),
-        *((name, c_uint64) for name in ("drop_below", "seed")),
-        ("keep_scale", c_float),
-        *((name, ArrayStruct) for name in ("dout", "dq", "dk", "dv_out")),
-        *((name, c_void_p) for name in ("dlse", "keys_lse", "delta")),
-    )
 
 
 def library() -> ctypes.CDLL:
@@ -90,7 +60,7 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
         found = ctypes.CDLL(str(file_of(name)))
     except OSError as error:
         return None, f"{file_of(name).name} cannot be loaded ({error})"
-    if found.tm_call_bytes() != ctypes.sizeof(CallStruct):
+    if _abi_of(found) != abi():
         return None, "it was built from other sources than these: install truemask again"
     for name in ("tm_forward", "tm_backward"):
         getattr(found, name).restype = ctypes.c_int
@@ -99,6 +69,15 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     found.tm_start_threads_with.argtypes = [ctypes.c_void_p]
     found.tm_start_threads_with(_openmp())
     return found, ""
+
+
+def _abi_of(kernel: ctypes.CDLL) -> int:
+    """What the library says of its structure; 0 from one of long ago, which says nothing."""
+    try:
+        kernel.tm_abi.restype = c_uint64
+        return kernel.tm_abi()
+    except AttributeError:
+        return 0
 
 
 def _openmp() -> int | None:

@@ -1,0 +1,71 @@
+"""What this side and `csrc/abi.h` agree on: the structure of a call, field by field, and the constants in it.
+
+The library says a hash of its own (`tm_abi`); one that says another was built from other sources, and is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_uint64, c_void_p
+
+import torch
+
+TILE = 64  # queries and keys: what a row of a MIXED tile lets through is one 64-bit word
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TENSOR, ALIBI, RELATIVE = 1, 2, 3  # kinds of bias; 0 is none
+ALL, SLABS = -1, -2  # what a run of tiles may have instead of a pattern: everything is seen, or the slabs say what
+ENDS = ("slab_first", "slab_rows", "slab_starts", "slab_lo", "slab_hi")
+
+
+class ArrayStruct(ctypes.Structure):
+    """A tensor `[b, h, n, d]` without gaps in its last axis: strides in elements."""
+
+    _fields_ = (("data", c_void_p), ("sample", c_int64), ("head", c_int64), ("row", c_int64))
+
+
+class CallStruct(ctypes.Structure):
+    """`Call` of `csrc/abi.h`, field by field."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("b", "hq", "hk", "nq", "nk", "d", "dv", "dtype", "threads")),
+        *((name, c_float) for name in ("scale", "softcap")),
+        *((name, ArrayStruct) for name in ("q", "k", "v", "out")),
+        *((name, c_void_p) for name in ("lse", "sinks")),
+        *((name, c_int64) for name in ("mask_b", "mask_h")),
+        *((name, c_void_p) for name in ("starts", "runs", "words", "order", *ENDS)),
+        ("bias_kind", c_int64),
+        ("bias", c_void_p),
+        ("bias_strides", c_int64 * 4),
+        ("reach", c_int64),
+        *((name, c_void_p) for name in ("q_positions", "k_positions")),
+        *((name, c_int64) for name in ("q_stride", "k_stride")),
+        *((name, c_uint64) for name in ("drop_below", "seed")),
+        ("keep_scale", c_float),
+        *((name, ArrayStruct) for name in ("dout", "dq", "dk", "dv_out")),
+        *((name, c_void_p) for name in ("dlse", "keys_lse", "delta")),
+    )
+
+
+def abi() -> int:
+    """The hash (FNV-1a) of `layout`."""
+    value = 14695981039346656037
+    for byte in layout().encode():
+        value = (value ^ byte) * 1099511628211 % (1 << 64)
+    return value
+
+
+def layout() -> str:
+    """The fields with their places and sizes, and the constants, as `layout` of `csrc/abi.h` writes them."""
+    fields = [(struct, name) for struct in (ArrayStruct, CallStruct) for name, *_ in struct._fields_]
+    places = [(name, getattr(struct, name).offset, getattr(struct, name).size) for struct, name in fields]
+    floats, brains, halves = DTYPES.values()
+    constants = [
+        ("bytes", ctypes.sizeof(ArrayStruct), ctypes.sizeof(CallStruct)),
+        ("tile", TILE, TILE),
+        ("dtypes", floats, floats),
+        ("dtypes", brains, halves),
+        ("runs", ALL, SLABS),
+        ("biases", TENSOR, ALIBI),
+        ("biases", ALIBI, RELATIVE),
+    ]
+    return "".join(f"{name} {a} {b}\n" for name, a, b in (*places, *constants))
