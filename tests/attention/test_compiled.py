@@ -25,7 +25,7 @@ from truemask.attention import compiled as _compiled
 from truemask.attention.call import AttendArgs
 from truemask.attention.compiled import OperatorArgs
 from truemask.attention.planning.cache import CACHE
-from truemask.masks.core.registry import OWNERS, mask_of
+from truemask.masks.core.handles import HANDLES, mask_of
 
 MASK = tm.causal & (tm.window(3) | tm.prefix(1))
 
@@ -327,7 +327,7 @@ def test_the_operator_keeps_torchs_rules(grad: bool) -> None:
     sinks = torch.zeros(4, requires_grad=grad)
     beside = AttendArgs(sink_logits=sinks, return_lse=True)
     names = ("q k v sink_logits", "q k v bias") if grad else ("", "")
-    op = OperatorArgs(q, k, v, "_at(M0, I0, I1)", [MASK.ticket], [0, 0], [], "None", None, names[0], beside)
+    op = OperatorArgs(q, k, v, "_at(M0, I0, I1)", [MASK.handle], [0, 0], [], "None", None, names[0], beside)
     torch.library.opcheck(_compiled.attend_op, op.flat)
     table = torch.randn(4, 13, requires_grad=grad)
     added, cells = AttendArgs(bias=table, return_lse=True), torch.ones(7, 7).bool()
@@ -398,7 +398,7 @@ def test_forward_mode_around_is_refused() -> None:
 def test_a_graph_without_gradients_says_so() -> None:
     """The operator called as a graph has it that was traced where nothing wanted gradients."""
     q = torch.randn(1, 2, 6, 8, requires_grad=True)
-    op = OperatorArgs(q, q, q, "M0", [MASK.ticket], [], [], "None", None, "", AttendArgs())
+    op = OperatorArgs(q, q, q, "M0", [MASK.handle], [], [], "None", None, "", AttendArgs())
     with pytest.raises(tm.PlanError, match="was traced where nothing wanted gradients"):
         torch.ops.truemask.attend(*op.flat)[0].sum().backward()
 
@@ -425,16 +425,16 @@ def test_a_constant_bias_is_not_trained() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_tickets_come_and_go_with_their_masks() -> None:
+def test_handles_come_and_go_with_their_masks() -> None:
     mask = tm.window(23) & tm.causal
-    ticket, gone = mask.ticket, ref(mask)
-    assert mask_of(ticket) == mask
-    held = len(OWNERS)
+    handle, gone = mask.handle, ref(mask)
+    assert mask_of(handle) == mask
+    held = len(HANDLES)
     del mask
     assert gone() is None  # without the garbage collector
-    assert mask_of(ticket.view(1)) == tm.window(23) & tm.causal
-    del ticket
-    assert len(OWNERS) < held
+    assert mask_of(handle.view(1)) == tm.window(23) & tm.causal
+    del handle
+    assert len(HANDLES) < held
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

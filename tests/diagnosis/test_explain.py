@@ -12,8 +12,8 @@ import truemask as tm
 from tests.support.cases import CASES, Case
 from truemask import MaskError, causal, explain, keys, prefix, window
 from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import KINDS
 
 
 def cells(case: Case) -> list[tuple[int, int, int, int]]:

@@ -76,7 +76,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_language_page_has_every_mask() -> None:
-    from truemask.masks.core.registry import KINDS
+    from truemask.masks.core.kinds import KINDS
 
     missing = {kind for kind in KINDS if kind not in NAMES.findall(read(ROOT / "docs" / "language.md"))}
     assert missing <= NOT_IN_THE_LANGUAGE, f"docs/language.md does not show {sorted(missing)}"

@@ -35,6 +35,7 @@ from truemask.geometry.slabs.slabs import Slabs
 from truemask.geometry.tiles.tile_map import Ints, TileMap
 from truemask.masks.compose.boolean import everything
 from truemask.masks.compose.reindex import At
+from truemask.masks.core.exact_form import exact_slabs, variants
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 
@@ -144,10 +145,10 @@ class Job(HoldsArrays):
     def exact(self) -> Exact | None:
         """The exact form of every sample and head; None if some of them has none."""
         r = self.request
-        members, which = self.mask._variants(self.mask_batch, self.mask_heads)
+        members, which = variants(self.mask, self.mask_batch, self.mask_heads)
         found: list[Slabs] = []
         for b, h in members:
-            slabs = self.mask._exact(b, h, r.q_len, r.kv_len)
+            slabs = exact_slabs(self.mask, b, h, r.q_len, r.kv_len)
             if slabs is None:
                 return None
             found.append(slabs)

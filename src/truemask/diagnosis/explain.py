@@ -18,8 +18,9 @@ from truemask.masks.compose.packed import Packed, Padded, Prepended
 from truemask.masks.compose.per_axis import PerHead, PerSample, Select
 from truemask.masks.compose.reindex import At, Take, Transposed
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.queries import ANY
+from truemask.masks.core.queries import sees
 from truemask.masks.core.segments import Segments
+from truemask.masks.core.value import ANY
 from truemask.masks.core.verdict import Cell
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.leaves.per_token import number_for
@@ -156,7 +157,7 @@ def _noted(note: str, decision: Decision) -> Decision:
 
 def _own(mask: Mask, cell: Cell, start: int, after: int, allowed: bool | None = None) -> Decision:
     """What a part says itself, marked from `after` on in its text."""
-    seen = mask._sees(*cell) if allowed is None else allowed  # pyright: ignore[reportPrivateUsage]
+    seen = sees(mask, *cell) if allowed is None else allowed
     span = (start + after, start + len(mask.text))
     return seen, [Way((Reason(mask, seen, cell, because(mask, seen, cell), span),))]
 

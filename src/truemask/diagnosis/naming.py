@@ -13,7 +13,7 @@ from truemask.diagnosis.recognise import recognise
 from truemask.errors import MaskError
 from truemask.masks.core.data import Data
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.queries import ANY
+from truemask.masks.core.value import ANY
 from truemask.masks.leaves.per_token import GlobalTokens, Padding
 from truemask.masks.leaves.predicate import Predicate
 

@@ -14,7 +14,7 @@ from truemask.common.formatting import counted, describe, ranges, shortened
 from truemask.diagnosis.rules.context import tokens_held
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.queries import ANY
+from truemask.masks.core.value import ANY
 from truemask.masks.formats.as_mask import expression, from_text
 from truemask.masks.leaves.bands import causal
 

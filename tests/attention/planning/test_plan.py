@@ -19,6 +19,7 @@ from truemask.backends import sdpa
 from truemask.backends.backend import Proposal
 from truemask.backends.base import Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends
+from truemask.masks.core.exact_form import exact_slabs
 
 ODD: Any = (5, 7)
 MASK = tm.causal & (tm.window(5) | tm.prefix(2))
@@ -329,12 +330,12 @@ def test_a_random_mask_keeps_no_runs() -> None:
     mask = tm.dense(random_cells(n, 0)[:1])
     tm.plan(mask, n)
     assert mask.nbytes < 3 * n * n
-    assert mask._exact(0, 0, n, n) is None
+    assert exact_slabs(mask, 0, 0, n, n) is None
     assert torch.equal(mask.to_dense(n), random_cells(n, 0)[:1])
     assert int(mask.count(n)) == int(random_cells(n, 0)[:1].sum())
     for named in (tm.causal & tm.window(50), tm.dilated(2), tm.causal.packed([100, 300, 201])):
         assert tm.dense(named.to_dense(n)).equivalent(named, n)
-        assert tm.dense(named.to_dense(n))._exact(0, 0, n, n) is not None
+        assert exact_slabs(tm.dense(named.to_dense(n)), 0, 0, n, n) is not None
 
 
 def test_an_entry_given_up_while_in_use_still_works() -> None:

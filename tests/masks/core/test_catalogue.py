@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import truemask as tm
 from tests.support import descriptions
 from tests.support.cases import CASES, Case
-from truemask.masks.core.registry import KINDS
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.formats.serialization import from_json, to_json
 from truemask.masks.leaves.predicate import Predicate
 

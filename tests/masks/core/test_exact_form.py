@@ -20,6 +20,7 @@ from tests.support.strategies import FREE, LEAVES, Drawn, Reach, expressions
 from tests.support.work import work_of
 from truemask.geometry.tiles.tile_map import Rectangles
 from truemask.masks.core import exact_form as exact
+from truemask.masks.core import queries
 from truemask.masks.core.slab_tensors import SlabTensors
 from truemask.masks.core.verdict import Cell, Verdict
 
@@ -249,13 +250,13 @@ def test_live_keys_of_a_long_past() -> None:
 
 def test_samples_and_heads_that_share_a_mask_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    find = exact.Exact._rough
+    find = exact.rough_slabs
 
-    def watched(self: Any, *place: int) -> Any:
+    def watched(mask: tm.Mask, *place: int) -> Any:
         asked.append(place[:2])
-        return find(self, *place)
+        return find(mask, *place)
 
-    monkeypatch.setattr(exact.Exact, "_rough", watched)
+    monkeypatch.setattr(queries, "rough_slabs", watched)
     starts = [3, 0, 3, 3, 0]
     heads = [tm.causal, tm.window(2), tm.causal]
     flags = torch.tensor([[True, True, False], [True, False, True], [True, True, False]])

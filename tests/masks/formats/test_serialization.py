@@ -16,7 +16,7 @@ import truemask as tm
 from tests.support.cases import CASES
 from tests.support.descriptions import formula
 from tests.support.strategies import LEAVES, Drawn, expressions
-from truemask.masks.core.registry import KINDS
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.formats.serialization import from_json, to_json
 
 SAVABLE = [case for case in CASES if "predicate" not in case.name]

@@ -25,8 +25,9 @@ from truemask.geometry.edges import Edges
 from truemask.geometry.ranges import Areas
 from truemask.geometry.slabs.slabs import Region
 from truemask.geometry.tiles.tile_map import TileMap
+from truemask.masks.core import queries
 from truemask.masks.core.data import STRIDE, Data
-from truemask.masks.core.queries import Questions
+from truemask.masks.core.exact_form import exact_slabs
 from truemask.masks.leaves import tile_sample as sampled
 from truemask.masks.leaves.matrices import Dense
 
@@ -74,7 +75,7 @@ class Looked:
 READERS = (
     (Dense, "_truth"),
     (TileMap, "_cells"),
-    (Questions, "_planes"),
+    (queries, "_planes"),
     (Edges, "of"),
     (Areas, "__init__"),
     (slips, "_sees_only_later"),
@@ -111,7 +112,7 @@ def test_a_sample_is_the_same_everywhere_and_says_what_it_saw() -> None:
 def test_tensors_that_are_patterns_keep_their_exact_form() -> None:
     for mask in PATTERNS.values():
         dense = tm.dense(mask.to_dense(N))
-        assert dense._exact(0, 0, N, N) is not None
+        assert exact_slabs(dense, 0, 0, N, N) is not None
         assert dense.tiles(N).counts == mask.tiles(N).counts
 
 

@@ -12,7 +12,9 @@ from truemask.masks.compose.boolean import Minus, Not, everything
 from truemask.masks.compose.packed import Packed, Padded, Prepended
 from truemask.masks.compose.per_axis import Select
 from truemask.masks.compose.reindex import At, Take, Transposed
+from truemask.masks.core.exact_form import exact_slabs
 from truemask.masks.core.mask import Mask
+from truemask.masks.core.queries import first, rows_held, sizes_of
 from truemask.masks.core.verdict import Cell
 from truemask.masks.leaves.bands import causal, local
 from truemask.masks.leaves.documents import Documents, Same
@@ -47,7 +49,7 @@ class Subject:
 
     def first(self, mask: Mask) -> Cell | None:
         """A pair that a mask lets through."""
-        return mask._first(*mask._sizes(self.q_len, self.kv_len, *self._of(mask).values()))  # pyright: ignore
+        return first(mask, sizes_of(mask, self.q_len, self.kv_len, *self._of(mask).values()))
 
     def _of(self, mask: Mask) -> dict[str, int | None]:
         """The sizes, where the mask does not hold its own."""
@@ -62,7 +64,7 @@ class Subject:
         for times in LONGER:
             q_len, kv_len = times * self.q_len + 1, times * self.kv_len + 1
             try:
-                if q_len * kv_len > MOST_CELLS and self.mask._exact(0, 0, q_len, kv_len) is None:  # pyright: ignore
+                if q_len * kv_len > MOST_CELLS and exact_slabs(self.mask, 0, 0, q_len, kv_len) is None:
                     return True
                 if not self.mask.equivalent(other, q_len, kv_len, **self._of(self.mask ^ other)):
                     return False
@@ -174,7 +176,7 @@ def tokens_held(masks: Iterable[Mask]) -> int | None:
     9
     """
     sides = [side for mask in masks for side in (mask, mask.T)]
-    return min((n for side in sides if (n := side._rows_held(0)) is not None), default=None)  # pyright: ignore
+    return min((n for side in sides if (n := rows_held(side)) is not None), default=None)
 
 
 def at_cell(cell: Cell, mask: Mask) -> str:

@@ -265,8 +265,8 @@ class Prepended(Mask):
     def kv_len_for(self, q_len: int) -> int:
         return self.k + self.base.kv_len_for(max(0, q_len - self.q))
 
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def varies_with_query(self) -> bool:
         return self.base.varies_with_query or (self.q > 0 and self.base != self.seen)
 
     def _write(self) -> Written:

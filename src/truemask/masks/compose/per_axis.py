@@ -22,10 +22,9 @@ from truemask.masks.core.data import Data, integers
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.lookup import look_up, low_high, within
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.queries import ANY
 from truemask.masks.core.registry import operand
 from truemask.masks.core.unparse import ATOM, call, method
-from truemask.masks.core.value import Written
+from truemask.masks.core.value import ANY, Written
 
 
 @dataclass(frozen=True, eq=False, repr=False)

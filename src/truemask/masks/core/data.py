@@ -138,14 +138,21 @@ class Data(HoldsArrays):
     def __hash__(self) -> int:
         return self.fingerprint
 
-    def __getstate__(self) -> Tensor:
-        return self.tensor
-
-    def __setstate__(self, state: Tensor) -> None:
-        self.tensor, self.late = state, False
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restore_data, (self.tensor,)
 
     def __repr__(self) -> str:
         return f"Data({self.text})"
+
+
+def restore_data(tensor: Tensor) -> Data:
+    """The data that was pickled: pickles name this function as `truemask.masks.restore_data`, in every release."""
+    data = object.__new__(Data)
+    data.tensor, data.late = tensor, False
+    return data
+
+
+restore_data.__module__ = "truemask.masks"
 
 
 def _refuse_without_numbers(tensor: Tensor) -> None:

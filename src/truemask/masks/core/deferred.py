@@ -1,19 +1,10 @@
-"""What is built while `torch.compile` traces: a note of it, which the compiled graph reads again in every call.
-
-Inside a compiled function nothing of a mask is computed. `mask.at(q_start=start) & window(64)` becomes a `Traced`,
-which remembers names and arguments; `Note` writes it down as text with places for what may change from call to call:
-
-    _and(_at(M0, I0, I1), window(I2, {}))      masks M and tensors T of the list of tensors, ints I, floats F
-
-and `read` makes the mask from that text when the numbers and tensors are there.
-"""
+"""What is built while `torch.compile` traces: a note of it, which the compiled graph reads again in every call."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from functools import lru_cache, update_wrapper
-from types import FunctionType
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, ParamSpec
 
 import torch
@@ -23,9 +14,34 @@ from truemask.common.real_tensors import is_diverted, is_recorded
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.tiles.tile_map import Rectangles
+from truemask.masks.core.handles import mask_of
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import KINDS, NOTES, made_apart, mask_of
+from truemask.masks.core.registry import made_apart, register_deferred
 from truemask.masks.core.value import Written
+
+# What Dynamo, which reads a function's bytecode to make a graph of tensors of it, cannot do with masks:
+#
+# * It cannot follow what building one does: data is copied, checked number by number and hashed, and tables are made
+#   with numpy. Each would break the graph in two, or keep numbers of the first call for all later ones.
+# * It treats an object that comes from outside (a mask in a closure, an argument, an attribute of a module) as a
+#   constant: it compares the object in every call and compiles anew when another one comes, so decoding, with another
+#   offset in each step, would compile in each step.
+# * It can take tensors and numbers as inputs of the graph, and no mask; an operator of a graph (`torch.library`) takes
+#   tensors, numbers and text.
+#
+# What is done instead:
+#
+# * A mask from outside enters the graph as its handle, a tensor of one number (handles.py).
+# * What is built inside is not built. `mask.at(q_start=start) & window(64)` becomes a `Traced`, a mask that remembers
+#   names and arguments: `build` (registry.py) makes it in place of what an operator makes, `recorded` in place of what
+#   a public function makes. Only `attend` and the modules can use it, and any question refuses.
+# * `Note` writes it as text with places for what may change from call to call, which are inputs of the graph:
+#
+#       _and(_at(M0, I0, I1), window(I2, {}))      masks M and tensors T of the list of tensors, ints I, floats F
+#
+# * `read` makes the mask from the text in every call, with its places filled; equal ones are made once.
+# * `torch.export` runs what it traces once more before it ends: there a mask from outside is written by its number.
 
 P = ParamSpec("P")
 BUILDERS: dict[str, Callable[..., Any]] = {}
@@ -53,22 +69,24 @@ class Traced(Mask):
         )
 
 
-NOTES.append(Traced)
+register_deferred(Traced)
 BUILDERS["numbered"] = mask_of
 
 
 def recorded(fn: Callable[P, Mask]) -> Callable[P, Mask]:
     """A public function that makes a mask, able to stand in a compiled function."""
-    BUILDERS[fn.__name__] = fn
-    is_tracing, note, apart, diverted = torch.compiler.is_dynamo_compiling, Traced, made_apart, is_diverted
+    name = fn.__name__
+    BUILDERS[name] = fn
+    examples: Any = fn  # doctest passes over what another module wrapped, and looks into `__test__`
+    examples.__globals__.setdefault("__test__", {})[name] = fn
 
-    def made(*args: P.args, **keywords: P.kwargs) -> Mask:
-        if is_tracing():
-            return note(fn.__name__, (*args, keywords))
-        return apart(fn, args, keywords) if diverted() else fn(*args, **keywords)
+    @wraps(fn)
+    def build_or_defer(*args: P.args, **keywords: P.kwargs) -> Mask:
+        if torch.compiler.is_dynamo_compiling():
+            return Traced(name, (*args, keywords))
+        return made_apart(fn, args, keywords) if is_diverted() else fn(*args, **keywords)
 
-    # of the module of `fn`, where doctest looks for its example
-    return update_wrapper(FunctionType(made.__code__, fn.__globals__, closure=made.__closure__), fn)
+    return build_or_defer
 
 
 class Note:
@@ -92,7 +110,7 @@ class Note:
         if isinstance(value, Mask) and self.by_number:
             return f"numbered({value.number!r}, {{}})"
         if isinstance(value, Mask):
-            self.tensors.append(value.ticket)
+            self.tensors.append(value.handle)
             return f"M{len(self.tensors) - 1}"
         if isinstance(value, Tensor):
             self.tensors.append(value)

@@ -1,44 +1,38 @@
-"""What a mask is: an immutable expression that answers `truth` for cells and `tile` for rectangles.
+"""What may be asked of every mask, and how masks are combined and re-indexed: one class, explained here.
 
-True means "may attend" and positions are logical, 0-based and absolute (docs/conventions.md). A kind of mask is a
-frozen dataclass that says
-
-* `_truth(b, h, q, k)`: the meaning, index arithmetic on tensors that broadcast together, called on a *bound* copy, in
-  which numbers are 0-d tensors and `self.table(name)` is data on the right device;
-* `_tile(rectangles)`: EMPTY, MIXED or FULL for whole rectangles, soundly;
-* how large its data is (`_check`, `batch_size`, `head_count`) and how it is written (`_write`).
-
-What operators and re-indexing methods build (`combine.py`, `reindex.py`) is found through the registry of kinds.
+The answers are functions of a mask: counts, cells and equivalence in `queries.py`, which stands on `exact_form.py`;
+pictures in `pictures.py`; bytes in `memory.py`. What a kind of mask says of itself is in `value.py`. The kinds that
+operators and re-indexing methods build (`compose/`) derive from this class and are found by their names.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from abc import abstractmethod
-from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from truemask.common.arguments import whole
-from truemask.common.real_tensors import is_late, ordinary_tensors, remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
-from truemask.geometry.slabs.algebra import cropped
-from truemask.geometry.slabs.normal_form import Form
-from truemask.geometry.slabs.slabs import NoExactFormError, Region, Slabs
-from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import Data
+from truemask.geometry.tiles.tile_map import Rectangles, TileMap
+from truemask.masks.core import pictures, queries
+from truemask.masks.core.block_mask import block_mask_of
+from truemask.masks.core.handles import handle_fields
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.memory import mask_memory
-from truemask.masks.core.queries import ANY, Questions
-from truemask.masks.core.registry import KINDS, build, names_of, operand
-from truemask.masks.core.value import Value, joined
+from truemask.masks.core.queries import sizes_of
+from truemask.masks.core.registry import build, operand
+from truemask.masks.core.slab_tensors import SlabTensors
+from truemask.masks.core.value import Value
 from truemask.masks.core.verdict import Verdict
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+    from typing_extensions import Self
 
-class Mask(Value, Questions):
+
+class Mask(Value):
     """A rule that says which query may attend to which key, in each sample and head.
 
     Masks are values: immutable, hashable, picklable; `==` compares expressions, `equivalent` compares meaning. Combine
@@ -53,123 +47,28 @@ class Mask(Value, Questions):
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 1, 1, 1]]
     """
 
-    kind: ClassVar[str] = ""
-    _numbers: ClassVar[tuple[str, ...]] = ()  # fields that reach `_truth` as 0-d tensors
-    _reads_query: ClassVar[bool] = True  # whether `_truth` itself looks at q, its parts aside
-
-    ticket: Tensor  # this mask in a compiled graph (building.py)
+    handle: Tensor  # this mask in a compiled graph (handles.py)
     number: str  # the same while `torch.export` traces by way of dynamo
 
-    def __new__(cls, *_: object, **__: object) -> Any:
+    def __new__(cls, *_: object, **__: object) -> Self:
         new = super().__new__(cls)
-        vars(new).update({} if torch.compiler.is_dynamo_compiling() else names_of(new))
+        vars(new).update({} if torch.compiler.is_dynamo_compiling() else handle_fields(new))
         return new
 
     def __init_subclass__(cls) -> None:
         if cls.kind:
             KINDS[cls.kind] = cls
 
-    # -- what each kind says ---------------------------------------------------------------------------------------
+    @classmethod
+    def make(cls, *args: Any, **parts: Any) -> Mask:
+        """Build from what a user may write; kinds with canonical fields override it."""
+        return cls(*args, **parts)
 
-    children: tuple[Mask, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @abstractmethod
-    def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Bool tensor that broadcasts with the indices."""
-
-    def _slabs(self, r: Region) -> Slabs:
-        """What `slabs_in` answers, for kinds that know it themselves."""
-        raise NoExactFormError(f"`{self}` has no exact form")
-
-    def _form(self, r: Region) -> Form:
-        """The same, which may be rough or negated."""
-        return Form(self._slabs(r))
-
-    def form_in(self, r: Region) -> Form:
-        """The same, found once in answering a question."""
-        known = {} if r.known is None else r.known
-        key = (self, *r[:-1])
-        if key not in known:
-            known[key] = self._form(r)
-        return known[key]
-
-    def slabs_in(self, r: Region) -> Slabs:
-        """The exact form for a region that is not empty, or `NoExactFormError`."""
-        return self.form_in(r).settled
-
-    def _variant(self, b: int, h: int) -> Hashable:
-        """What tells sample b and head h from others: those that share it have the same mask."""
-        own = [part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2]
-        return (*own, *(child._variant(b, h) for child in self.children))
-
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        """Numbers that are equal for tiles (of one size) only if their cells are."""
-        return [r.q0, r.k0, *([r.b] if self.batch_size != 1 else []), *([r.h] if self.head_count != 1 else [])]
-
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
-        """A row from which on what is seen of the keys below `k_stop` repeats, and with what period; None: never.
-
-        Rows beyond the mask's data do not count.
-        """
-        found = [child._settles(k_stop) for child in self.children]
-        known = [pair for pair in found if pair is not None]
-        if len(known) < len(found) or (not found and self._reads_query):
-            return None  # a leaf whose rows hold data never settles before they end
-        return max((row for row, _ in known), default=0), math.lcm(*(period for _, period in known))
-
-    def _check(self, q_stop: int, k_stop: int) -> None:
-        """Raise if positions below `q_stop` and `k_stop` are more than the data answers for."""
-        for child in self.children:
-            child._check(q_stop, k_stop)
-
-    def _tables(self) -> dict[str, Tensor]:
-        """The tensors that `_truth` looks things up in, on the CPU."""
-        return {name: part.tensor for name, part in self.parts.items() if isinstance(part, Data)}
-
-    def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Logical positions of rows `q` and keys `k` if this mask re-indexes them; `[n]` or `[b, n]`."""
-        found = [(child, pair) for child in self.children if (pair := child._logical(q, k)) is not None]
-        for child, pair in found[1:]:
-            if not all(bool((own == first).all()) for own, first in zip(pair, found[0][1], strict=True)):
-                raise MaskError(
-                    f"`{found[0][0]}` and `{child}` count positions differently, so the rows of `{self}` have no one "
-                    "position: pass positions yourself (`pos=`), or re-index the whole expression once"
-                )
-        return max((pair for _, pair in found), key=lambda pair: pair[0].ndim + pair[1].ndim, default=None)
-
-    @remembered
-    def batch_size(self) -> int:
-        """1 if all samples have the same mask, 0 if it varies without holding a number of samples, else that number."""
-        return joined("samples", self.children, [child.batch_size for child in self.children])
-
-    @remembered
-    def head_count(self) -> int:
-        """1 if all heads have the same mask, 0 if it varies without holding a number of heads, else that number."""
-        return joined("heads", self.children, [child.head_count for child in self.children])
-
-    @remembered
-    def varies_with_query(self) -> bool:
-        """False only if every query provably sees the same keys."""
-        return self._reads_query or any(child.varies_with_query for child in self.children)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that the mask holds, and of what it has worked out and remembers; shared ones once.
-
-        >>> from truemask.masks.leaves.per_token import keys
-        >>> flags = keys([True] * 500)
-        >>> flags.nbytes, (flags & flags).nbytes
-        (500, 500)
-        """
-        return sum(mask_memory(self).values())
-
-    def kv_len_for(self, q_len: int) -> int:
-        """What `kv_len=None` means for `q_len` queries: as many keys as positions have passed."""
-        return q_len
-
-    def q_len_for(self, kv_len: int) -> int:
-        """The same from the other side: how many queries go with `kv_len` keys, as `.T` asks."""
-        return kv_len
+    def twin(self) -> Self:
+        """An equal mask that shares all data but is another object, without a handle."""
+        new = object.__new__(type(self))
+        vars(new).update({name: part for name, part in vars(self).items() if name not in ("handle", "number")})
+        return new
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
@@ -270,20 +169,7 @@ class Mask(Value, Questions):
         """
         return build("prepended", self, q, k, build("everything") if seen is None else seen)
 
-    @classmethod
-    def make(cls, *args: Any, **parts: Any) -> Mask:
-        """Build from what a user may write; kinds with canonical fields override it."""
-        return cls(*args, **parts)
-
-    # -- meaning -----------------------------------------------------------------------------------------------------
-
-    def truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may attend to key k in sample b and head h: int64 tensors that broadcast, to bool.
-
-        It has the signature of FlexAttention's `mask_mod`. Indices beyond the mask's data are the caller's to avoid.
-        """
-        shape = torch.broadcast_tensors(b, h, q, k)[0].shape
-        return self.bound(q.device)._truth(b, h, q, k).expand(shape)
+    # -- cells and tiles ---------------------------------------------------------------------------------------------
 
     def tile(self, rectangles: Rectangles) -> States:
         """EMPTY (0), MIXED (1) or FULL (2) for whole rectangles; EMPTY and FULL are proofs, MIXED promises nothing.
@@ -296,40 +182,148 @@ class Mask(Value, Questions):
         """
         return self._tile(rectangles)
 
-    def bound(self, device: torch.device | str) -> Mask:
-        """This mask with its numbers and data as tensors on `device`; made once if they are real there."""
-        cache = vars(self).setdefault("_bound", {})
-        place = str(device)
-        if place in cache:
-            return cache[place]
-        if place == "meta" or self.is_late:
-            return self._bind(torch.device(device))
-        with ordinary_tensors():
-            cache[place] = self._bind(torch.device(device))
-        return cache[place]
+    def __getitem__(self, place: tuple[int, int]) -> bool:
+        """Whether query `place[0]` may attend to key `place[1]`."""
+        return queries.cell(self, place)
 
-    def _bind(self, device: torch.device) -> Mask:
-        new = copy.copy(self)
-        place = vars(new)
-        for name in self._numbers:
-            number = getattr(self, name)
-            place[name] = number if is_late(number) else torch.tensor(number, device=device)
-        for name in self._child_fields:
-            value = getattr(self, name)
-            place[name] = value.bound(device) if isinstance(value, Mask) else tuple(m.bound(device) for m in value)
-        place["_bound_tables"] = {name: table.to(device) for name, table in self._tables().items()}
-        return new
+    def tiles(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        block: int | tuple[int, int] = 128,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+    ) -> TileMap:
+        """Which tiles are EMPTY, MIXED or FULL, without evaluating cells; `block` is an int or (queries, keys).
 
-    def table(self, name: str) -> Tensor:
-        """A table of the bound mask."""
-        return vars(self)["_bound_tables"][name]
+        >>> from truemask.masks.leaves.bands import causal
+        >>> causal.tiles(1024).counts
+        TileCounts(empty=28, mixed=8, full=28)
+        """
+        return queries.tiles(self, sizes_of(self, q_len, kv_len, batch, heads), block)
+
+    def to_dense(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """The mask as a bool tensor `[b, h, q, k]`, True = may attend; size 1 where it does not vary."""
+        return queries.dense(self, sizes_of(self, q_len, kv_len, batch, heads), device)
+
+    def to_block_mask(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        block: int | tuple[int, int] = 128,
+        batch: int | None = None,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> BlockMask:
+        """The mask for FlexAttention: a `torch.nn.attention.flex_attention.BlockMask`, without evaluating every cell.
+
+        Its lists are those of torch's `create_block_mask`, its `mask_mod` is `truth`; `block` is an int or (queries,
+        keys). `device=None` is the CPU. It can be made in a `DataLoader` worker, pinned, and moved with `.to(device)`,
+        which takes the mask's data along (docs/flex.md).
+
+        >>> from truemask.masks.leaves.bands import causal
+        >>> causal.to_block_mask(512).full_kv_num_blocks
+        tensor([[[0, 1, 2, 3]]], dtype=torch.int32)
+        """
+        return block_mask_of(self, self.tiles(q_len, kv_len, block, batch=batch, heads=heads), device)
+
+    def to_slabs(
+        self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> SlabTensors:
+        """The exact form as plain int64 tensors: slabs of rows, and runs of keys whose ends move by 0 or 1 a row.
+
+        Raises MaskError if the mask has none (predicates, random cells) or it would be larger than two million runs.
+
+        >>> from truemask.masks.leaves.bands import window
+        >>> slabs = window(3).to_slabs(8)
+        >>> slabs.q_start.tolist(), slabs.q_stop.tolist(), slabs.starts.tolist()
+        ([0, 3], [3, 8], [0, 1, 2])
+        >>> slabs.low.tolist(), slabs.low_slope.tolist(), slabs.high.tolist(), slabs.high_slope.tolist()
+        ([0, -2], [0, 1], [1, 1], [1, 1])
+        """
+        return queries.slabs(self, sizes_of(self, q_len, kv_len, batch, heads))
+
+    def show(
+        self, q_len: int = 16, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> str:
+        """A picture in text, one panel for each sample and head that differs."""
+        return pictures.text_panels(self, sizes_of(self, q_len, kv_len, batch, heads))
+
+    def _repr_html_(self) -> str:
+        return pictures.html_panels(self)
+
+    # -- questions ---------------------------------------------------------------------------------------------------
 
     def check(self, q_len: int, kv_len: int, *, batch: int | None = None, heads: int | None = None) -> None:
-        """The door: raise a MaskError if the mask cannot answer for these sizes."""
-        for name, size, own in (("samples", batch, self.batch_size), ("heads", heads, self.head_count)):
-            if size is not None and whole(size, name) != own and own not in (ANY, 1):
-                raise MaskError(f"the mask `{self}` holds data for {own} {name}, but was asked about {size}")
-        self._check(q_len, kv_len)
+        """Raise a MaskError if the mask cannot answer for these sizes."""
+        queries.check(self, q_len, kv_len, batch, heads)
+
+    def count(
+        self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> Tensor:
+        """The number of (query, key) pairs let through, int64 `[b, h]` (size 1 where the mask does not vary).
+
+        >>> from truemask.masks.leaves.bands import causal
+        >>> causal.count(5)
+        tensor([[15]])
+        """
+        return queries.count(self, sizes_of(self, q_len, kv_len, batch, heads))
+
+    def density(
+        self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> float:
+        """The share of all (query, key) pairs that is let through, a mean over samples and heads; 0.0 of nothing."""
+        pairs = self.count(q_len, kv_len, batch=batch, heads=heads)
+        cells = q_len * (self.kv_len_for(q_len) if kv_len is None else kv_len)
+        return float(pairs.double().mean()) / cells if cells else 0.0
+
+    def dead_queries(
+        self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> Tensor:
+        """Which queries may attend to nothing, bool `[b, h, q]`: their output is zeros (law 5, docs/conventions.md)."""
+        return ~queries.live_queries(self, sizes_of(self, q_len, kv_len, batch, heads))
+
+    def dead_keys(
+        self, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
+    ) -> Tensor:
+        """Which keys no query may attend to, bool `[b, h, k]`."""
+        return ~queries.seen(self, sizes_of(self, q_len, kv_len, batch, heads))
+
+    def live_keys(
+        self,
+        q_start: int,
+        kv_len: int | None = None,
+        *,
+        q_stop: int | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
+    ) -> Tensor:
+        """Which of the keys so far any later query may still see, bool `[b, h, k]`: what a cache must keep.
+
+        Later queries are those from position `q_start` on, up to `q_stop`; by default all that can ever come (as far as
+        the mask's data reach). `kv_len` is the number of keys, by default `q_start`.
+
+        >>> from truemask.masks.leaves.bands import causal, window
+        >>> from truemask.masks.leaves.per_token import prefix
+        >>> mask = causal & (window(3) | prefix(1))
+        >>> mask.live_keys(6)[0, 0].int().tolist()  # the sink, and what position 6 and later ones look back at
+        [1, 0, 0, 0, 1, 1]
+        """
+        q_start = whole(q_start, "q_start")
+        kv_len = q_start if kv_len is None else whole(kv_len, "kv_len")
+        stop = queries.last_query(self, q_start, kv_len) if q_stop is None else whole(q_stop, "q_stop", q_start)
+        later = self.at(q_start=q_start)
+        return queries.seen(later, sizes_of(later, max(0, stop - q_start), kv_len, batch, heads))
 
     def equivalent(
         self, other: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
@@ -345,7 +339,7 @@ class Mask(Value, Questions):
         no: query 8 may see key 0 under `causal`, but not under `window(8)`
         """
         other = operand("equivalent", other)
-        return self._refuted(self ^ other, other, q_len, kv_len, batch, heads)
+        return queries.refuted(self, other, self ^ other, q_len, kv_len, batch, heads)
 
     def implies(
         self, other: Mask, q_len: int, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
@@ -359,28 +353,7 @@ class Mask(Value, Questions):
         Cell(sample=0, head=0, query=8, key=0)
         """
         other = operand("implies", other)
-        return self._refuted(self - other, other, q_len, kv_len, batch, heads)
-
-    def _refuted(
-        self, against: Mask, other: Mask, q_len: int, kv_len: int | None, batch: int | None, heads: int | None
-    ) -> Verdict:
-        """What a cell of `against`, if there is one, says of this mask and another."""
-        kv_len = self.kv_len_for(whole(q_len, "q_len")) if kv_len is None else kv_len
-        cell = against._first(*against._sizes(q_len, kv_len, batch, heads))
-        if cell is None:
-            return Verdict(None)
-        sees, hides = (self, other) if self._sees(*cell) else (other, self)
-        sizes = zip(("sample", "head"), cell, (against.batch_size, against.head_count), strict=False)
-        where = "".join(f" in {name} {place}" for name, place, size in sizes if size != 1)
-        seen = f"query {cell.query} may see key {cell.key}{where} under `{sees}`"
-        return Verdict(cell, f"no: {seen}, but not under `{hides}`")
-
-    def _sees(self, b: int, h: int, q: int, k: int) -> bool:
-        """One cell, without tables of all positions where slabs know it."""
-        try:
-            return len(cropped(self.slabs_in(Region(b, h, q, q + 1, k, k + 1)), k, k + 1).owner) > 0
-        except NoExactFormError:
-            return bool(self.truth(*(torch.tensor(i) for i in (b, h, q, k))))
+        return queries.refuted(self, other, self - other, q_len, kv_len, batch, heads)
 
     def positions(self, q_len: int, kv_len: int | None = None) -> tuple[Tensor, Tensor]:
         """The logical positions of rows and keys, int64 `[n]` or `[b, n]`: what rotary embeddings need.
@@ -391,7 +364,15 @@ class Mask(Value, Questions):
         >>> causal.packed([2, 3]).positions(5)[0].tolist()
         [0, 1, 0, 1, 2]
         """
-        kv_len = self.kv_len_for(q_len) if kv_len is None else kv_len
-        q, k = torch.arange(q_len), torch.arange(kv_len)
-        self._check(q_len, kv_len)
-        return self._logical(q, k) or (q, k)
+        return queries.positions(self, q_len, kv_len)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that the mask holds, and of what it has worked out and remembers; shared ones once.
+
+        >>> from truemask.masks.leaves.per_token import keys
+        >>> flags = keys([True] * 500)
+        >>> flags.nbytes, (flags & flags).nbytes
+        (500, 500)
+        """
+        return sum(mask_memory(self).values())

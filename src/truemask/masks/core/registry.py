@@ -1,19 +1,9 @@
-"""How masks come to be: by kind, with a ticket, or, while `torch.compile` traces, as a note of what was asked for.
-
-A ticket is a mask as a tensor, so that it can enter a compiled graph without becoming a constant of it.
-
-`torch.compile` compares what it treats as a constant, and compiles again when it changed. A tensor it takes as given.
-So every mask has a ticket, a tensor that holds a number, and whoever meets the ticket at run time gets the mask back.
-A ticket that a graph keeps for its backward keeps the mask too: the tensor's memory is an `Owner`.
-"""
+"""How masks come to be: by kind, or, while `torch.compile` traces, as a note of what was asked for (deferred.py)."""
 
 from __future__ import annotations
 
-import itertools
-import sys
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -21,16 +11,22 @@ from torch import Tensor
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_diverted, is_late, is_real, ordinary_tensors, trusted
 from truemask.errors import MaskError
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.value import Value
 
-KINDS: dict[str, type[Any]] = {}  # every kind of mask by its name
-NOTES: list[type[Any]] = []  # the class of notes (traced.py)
+_deferred: Callable[[str, Any], Any] | None = None  # what makes a note, for which `deferred.py` needs `Mask`
+
+
+def register_deferred(deferred: Callable[[str, Any], Any]) -> None:
+    """Say what makes a note of a mask, given the name of a builder and its arguments."""
+    global _deferred
+    _deferred = deferred
 
 
 def build(kind: str, *args: Any) -> Any:
-    """What an operator or a re-indexing method makes."""
-    if torch.compiler.is_dynamo_compiling():
-        return NOTES[0](f"_{kind}", args)
+    """What an operator or a re-indexing method makes: the kinds are found by name, for they derive from `Mask`."""
+    if _deferred is not None and torch.compiler.is_dynamo_compiling():
+        return _deferred(f"_{kind}", args)
     return made_apart(KINDS[kind].make, args) if is_diverted() else KINDS[kind].make(*args)
 
 
@@ -53,54 +49,6 @@ def is_known(thing: Any) -> bool:
     if isinstance(thing, (list, tuple)):
         return all(map(is_known, thing))
     return all(map(is_known, thing.values())) if isinstance(thing, dict) else not (is_late(thing) or callable(thing))
-
-
-# -- tickets -----------------------------------------------------------------------------------------------------------
-
-
-class Owner(bytearray):
-    """The memory of one ticket: its number, and who it stands for."""
-
-    __slots__ = ("__weakref__", "mask", "twin")
-    mask: ref[Value]
-    twin: Value | None  # made when the ticket is first shown; holding `mask` itself would be a cycle through a tensor
-
-
-OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
-NUMBERS = itertools.count(1)
-
-
-def names_of(mask: Value) -> dict[str, Any]:
-    """What a graph may call the mask: a new ticket, int64 `[1]` on the CPU, and its number as text."""
-    number = next(NUMBERS)
-    return {"ticket": _ticket_for(mask, number), "number": str(number)}
-
-
-def _ticket_for(mask: Value, number: int) -> Tensor:
-    owner = Owner(number.to_bytes(8, sys.byteorder))
-    owner.mask, owner.twin = ref(mask), None
-    OWNERS[number] = owner
-    if torch.is_inference_mode_enabled() or is_diverted():
-        with torch.inference_mode(False), ordinary_tensors():
-            return torch.frombuffer(owner, dtype=torch.int64)
-    return torch.frombuffer(owner, dtype=torch.int64)
-
-
-def mask_of(ticket: Tensor | str) -> Any:
-    """The mask of a ticket, or of its number, or one equal to it."""
-    owner = OWNERS[int(ticket)]
-    if owner.twin is None:
-        mask = owner.mask()
-        assert mask is not None, "a ticket lives in its mask, and was shown before it could outlive it"
-        owner.twin = twin(mask)
-    return owner.twin
-
-
-def twin(mask: Value) -> Value:
-    """An equal mask that shares all data but is another object, without a ticket."""
-    new = object.__new__(type(mask))
-    vars(new).update({name: part for name, part in vars(mask).items() if name not in ("ticket", "number")})
-    return new
 
 
 def operand(sign: str, value: object) -> Any:

@@ -162,8 +162,8 @@ class Documents(_Labelled):
         q, k = self._sides
         return q.numbered and k.numbered and q.ends.shape == k.ends.shape
 
-    @property
-    def has_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def has_text(self) -> bool:
         return all(side is None or side.complete for side in self._shown)
 
     def _write(self) -> Written:
@@ -197,8 +197,8 @@ class Same(_Labelled):
         q, k = self._sides
         return Data(q.each), Data(k.each) if self.kv_ends else None
 
-    @property
-    def has_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def has_text(self) -> bool:
         return all(side is None or side.complete for side in self._shown)
 
     def _write(self) -> Written:

@@ -37,12 +37,12 @@ class Dense(Mask):
     tensor: Data
     kind: ClassVar[str] = "dense"
 
-    @property
-    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def batch_size(self) -> int:
         return self.tensor.tensor.shape[0]
 
-    @property
-    def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def head_count(self) -> int:
         return self.tensor.tensor.shape[1]
 
     @remembered
@@ -78,8 +78,8 @@ class Dense(Mask):
         """Whether the runs of a part of the tensor take less room than its cells, the sample asked first."""
         return (self.sample is None or self.sample.shows_runs) and runs_are_few(cells)
 
-    @property
-    def holds_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def holds_cells(self) -> bool:
         return True
 
     def _plane(self, r: Region) -> Flags:
@@ -93,8 +93,8 @@ class Dense(Mask):
         beyond(self, self.tensor.tensor.shape[2], q_stop, "queries")
         beyond(self, self.tensor.tensor.shape[3], k_stop, "keys")
 
-    @property
-    def has_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def has_text(self) -> bool:
         return self.tensor.complete
 
     def _write(self) -> Written:
@@ -141,8 +141,8 @@ class BlockPattern(Mask):
     kind: ClassVar[str] = "block_pattern"
     _numbers: ClassVar[tuple[str, ...]] = ("size",)
 
-    @property
-    def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def head_count(self) -> int:
         return self.matrix.tensor.shape[0] if self.matrix.tensor.ndim == 3 else 1
 
     @remembered

@@ -12,6 +12,7 @@ from torch import Tensor
 from truemask.common.arguments import whole
 from truemask.common.formatting import describe
 from truemask.common.hashing import WORD, hash32, threshold
+from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_and, three
 from truemask.geometry.slabs.algebra import pieces
@@ -139,8 +140,8 @@ class Random(Mask):
         """Hashes below this are let through."""
         return threshold(self.rate)
 
-    @property
-    def head_count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def head_count(self) -> int:
         return 0 if self.per_head else 1
 
     def _draw(self, h: Tensor | Ints, row: Tensor | Ints, column: Tensor | Ints) -> Tensor | Ints:

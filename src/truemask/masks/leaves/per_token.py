@@ -54,8 +54,8 @@ class Prefix(Mask):
     _reads_query: ClassVar[bool] = False
     _tiles_exact: ClassVar[bool] = True
 
-    @property
-    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def batch_size(self) -> int:
         return self.length.tensor.shape[0] if isinstance(self.length, Data) else 1
 
     def _tables(self) -> dict[str, Tensor]:
@@ -139,12 +139,12 @@ class Padding(Mask):
         assert edge is not None
         return edge
 
-    @property
-    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def batch_size(self) -> int:
         return self._edge.tensor.shape[0] if isinstance(self._edge, Data) else 1
 
-    @property
-    def varies_with_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def varies_with_query(self) -> bool:
         return self.on != "keys"
 
     def _tables(self) -> dict[str, Tensor]:
@@ -207,8 +207,8 @@ class _Flagged(Mask):
     flags: Data
     _tiles_exact: ClassVar[bool] = True
 
-    @property
-    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def batch_size(self) -> int:
         return rows_of(self.flags)
 
     @remembered

@@ -19,9 +19,8 @@ from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles.tile_map import Rectangles
 from truemask.masks.core.deferred import recorded
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.queries import ANY
 from truemask.masks.core.unparse import ATOM
-from truemask.masks.core.value import Written
+from truemask.masks.core.value import ANY, Written
 from truemask.masks.leaves.captured import State
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -33,7 +32,6 @@ class Predicate(Mask):
 
     fn: MaskMod
     kind: ClassVar[str] = "predicate"
-    has_text: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @remembered
     def _state(self) -> State:
@@ -41,7 +39,7 @@ class Predicate(Mask):
         return State(self.fn)
 
     @remembered
-    def _key(self) -> tuple[object, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _key(self) -> tuple[object, ...]:
         return (self.kind, self.fn, self._state.key)
 
     @property
@@ -92,6 +90,10 @@ class Predicate(Mask):
 
     def _settles(self, k_stop: int) -> None:
         return None
+
+    @remembered
+    def has_text(self) -> bool:
+        return False
 
     def _write(self) -> Written:
         return f"predicate({getattr(self.fn, '__qualname__', type(self.fn).__name__)})", ATOM

@@ -33,8 +33,8 @@ class Tree(Mask):
     lengths: Data | None
     kind: ClassVar[str] = "tree"
 
-    @property
-    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @remembered
+    def batch_size(self) -> int:
         return max(rows_of(self.parents), 1 if self.lengths is None else rows_of(self.lengths))
 
     @remembered
