@@ -5,8 +5,6 @@ And which masks say themselves how tokens lie in the rows of a batch.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -24,44 +22,6 @@ class Told(NamedTuple):
     positions: Tensor | None = None  # position_ids `[b or 1, q]`, as they were passed
     cached: int | None = None  # keys that the cache held
     first: int = 0  # the position of a sample's first token
-
-
-class Forward(threading.local):
-    """The models of which this thread runs the forward, the outermost first, each with what it was told.
-
-    `last` is what the layers of the innermost were told: a backward may compute them once more.
-    """
-
-    def __init__(self) -> None:
-        self.running: list[tuple[weakref.ref[nn.Module], Told]] = []
-        self.last = Told()
-
-    def begin(self, module: nn.Module, told: Told) -> bool:
-        """Note a call of a model; whether it is part of no other one that runs.
-
-        Positions are the outermost caller's, as far as they are handed on: a model makes some for its parts too.
-        """
-        if self.running:
-            outer = self.running[0][0]()
-            if outer is None or outer is module or all(module is not part for part in outer.modules()):
-                self.running.clear()  # left behind by a forward that was interrupted
-        if self.running and told.positions is not None:
-            told = told._replace(positions=self.running[0][1].positions)
-        self.running.append((weakref.ref(module), told))
-        self.last = told
-        return len(self.running) == 1
-
-    def end(self, module: nn.Module) -> None:
-        """The end of that call: the layers that come next are those of the model around it."""
-        if all(running() is not module for running, _ in self.running):
-            return  # which began before it was watched
-        while self.running.pop()[0]() is not module:
-            continue
-        if self.running:
-            self.last = self.running[-1][1]
-
-
-FORWARD = Forward()
 
 
 def first_position(model: nn.Module) -> int:

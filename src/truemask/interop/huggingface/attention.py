@@ -16,13 +16,13 @@ from truemask.errors import MaskError
 from truemask.interop.checkpointing import checkpoints
 from truemask.interop.huggingface.configs import account_of
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
+from truemask.interop.huggingface.forward_context import ForwardContext, forward_context
 from truemask.interop.huggingface.inputs import REASON
 from truemask.interop.huggingface.layers import LayerSeat, seat_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import Claim
-from truemask.interop.huggingface.tensor_masks import PLACE, of_tensor
+from truemask.interop.huggingface.tensor_masks import of_tensor
 from truemask.interop.layer_masks import Layer
-from truemask.interop.positions import FORWARD
 from truemask.interop.removed_pairs import warn_of_dropped
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
@@ -127,19 +127,18 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
-    own = _claim_for(module, layer, attention_mask, query, key, is_causal)
+    context, around = forward_context(), checkpoints()
+    own = _claim_for(context, module, layer, attention_mask, query, key, is_causal)
     own.note(module, layer)
-    around = checkpoints()
-    own.tell(around.as_in_forward((module, "told"), lambda: FORWARD.last))
+    own.tell(around.as_in_forward((module, "told"), lambda: context.told))
     _refuse(options, own)
     if layer.cross:
-        mask = own.cross_mask(
-            layer.mask, around.as_in_forward((module, "rows"), lambda: _rows_before(layer, own)), layer.replace
-        )
+        rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, own))
+        mask = own.cross_mask(layer.mask, rows, layer.replace)
     else:
         users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
         own.warn_of_documents(users)
-        mask, PLACE.rows = own.mask(users, layer.replace, places), (layer, own)
+        mask, context.rows = own.mask(users, layer.replace, places), (layer, own)
         if users is not None and not layer.replace:
             rule, length = own.own_beside(users, places)
             warn_of_dropped(layer.used, layer.path, users, rule, length, own.batch, query.shape[1])
@@ -171,7 +170,15 @@ def _with_batch(users: Mask | None, given: object) -> Mask | None:
     return given if users is None else users & given
 
 
-def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: Tensor, is_causal: bool | None) -> Claim:
+def _claim_for(
+    context: ForwardContext,
+    module: nn.Module,
+    layer: Layer,
+    mask: Any,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+) -> Claim:
     """The model's own mask, whatever came: a claim, a 4-D tensor, or nothing."""
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
@@ -183,7 +190,7 @@ def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: T
         rule, placed = causal if looks_back else everything, q_len == k_len
         return Claim(Lifted(rule, looks_back=bool(looks_back)), (batch, q_len, k_len), placed=placed)
     if isinstance(mask, Tensor):
-        return of_tensor(mask, (batch, q_len, k_len), module)
+        return of_tensor(context, mask, (batch, q_len, k_len), module)
     if not isinstance(mask, Claim):
         raise MaskError(
             f"`{layer.path}` was given {describe(mask)} as its mask: tensors and masks of `tm.use` are known"
@@ -196,11 +203,11 @@ def _claim_for(module: nn.Module, layer: Layer, mask: Any, query: Tensor, key: T
     return mask
 
 
-def _rows_before(layer: Layer, own: Claim) -> Claim | None:
+def _rows_before(context: ForwardContext, layer: Layer, own: Claim) -> Claim | None:
     """The claim of the self-attention that came just before in the same layer: it knows where the rows stand."""
-    if PLACE.rows is None:
+    if context.rows is None:
         return None
-    before, rows = PLACE.rows
+    before, rows = context.rows
     same = (before.used, before.part, before.index) == (layer.used, layer.part, layer.index)
     return rows if same and rows.q_len == own.q_len else None
 

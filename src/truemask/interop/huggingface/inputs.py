@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.interop.positions import FORWARD, Told, first_position
+from truemask.interop.huggingface.forward_context import begin_forward, end_forward
+from truemask.interop.positions import Told, first_position
 from truemask.interop.scopes import Kept, stand, withdraw
 from truemask.nn.validation import warn
 
@@ -31,8 +32,8 @@ class BeforeForward:
         given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
         positions = given.get("position_ids")
         told = Told(_two_axes(positions), _length(given.get("past_key_values")), self.first)
-        outermost = FORWARD.begin(module, told)
-        if outermost and self.first and isinstance(positions, Tensor) and not self.warned:
+        context = begin_forward(module, told)
+        if context.whole is context and self.first and isinstance(positions, Tensor) and not self.warned:
             self._warn_if_smaller(module, positions, given.get("input_ids"))
 
     def _warn_if_smaller(self, module: nn.Module, positions: Tensor, ids: object) -> None:
@@ -56,7 +57,7 @@ class AfterForward:
 
     @torch.compiler.disable(recursive=True, reason=REASON)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
-        FORWARD.end(module)
+        end_forward(module)
 
 
 @lru_cache(maxsize=256)

@@ -1,33 +1,22 @@
-"""Claims that come as 4-D tensors, and what a thread read last."""
+"""Claims that come as 4-D tensors."""
 
 from __future__ import annotations
 
-import threading
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
+from truemask.interop.huggingface.forward_context import ForwardContext
 from truemask.interop.huggingface.mask_functions import Lifted
 from truemask.interop.huggingface.masks import Claim
 from truemask.masks.compose.boolean import everything
 from truemask.masks.foreign.importers import from_torch_sdpa
 
 
-class Place(threading.local):
-    """What this thread read last: cross-attention follows a self-attention, and layers share a 4-D tensor."""
-
-    rows: tuple[Any, Claim] | None = None
-    tensor: tuple[Any, int, Claim] | None = None
-
-
-PLACE = Place()
-
-
-def of_tensor(mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> Claim:
+def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> Claim:
     """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
 
     Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias. The layers
@@ -42,13 +31,13 @@ def of_tensor(mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> C
         )
     if mask.is_inference() or mask.requires_grad:
         return _read(mask, sizes)
-    if PLACE.tensor is not None:
-        known, version, claim = PLACE.tensor
+    if context.tensor is not None:
+        known, version, claim = context.tensor
         same = known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len)
         if same and not claim.read_by(reader):
             return claim
     claim = _read(mask, sizes)
-    PLACE.tensor = weakref.ref(mask), mask._version, claim
+    context.tensor = weakref.ref(mask), mask._version, claim
     return claim
 
 

@@ -1,0 +1,152 @@
+"""A forward has its own context: those inside of it, beside it and behind it neither read it nor take it away."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import truemask as tm
+from tests.support.huggingface_models import assert_same, model_of, tokens
+from truemask.interop.huggingface.forward_context import CONTEXT, ForwardContext
+from truemask.interop.use import enable, use
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
+
+MASK = tm.causal & (tm.window(4) | tm.prefix(1))
+STARTS = torch.tensor([[4], [0]])
+
+
+def padded() -> dict[str, Tensor]:
+    """A batch whose padding is told by `position_ids` and a 4-D mask together: without the first nobody knows it.
+
+    The mask wants its gradient, so every layer reads it anew.
+    """
+    real = torch.arange(12) >= STARTS
+    mask = tm.causal.to_dense(12) & real[:, None, None]
+    return {
+        "input_ids": tokens(2, 12),
+        "attention_mask": torch.where(mask, 0.0, torch.finfo(torch.float32).min).requires_grad_(),
+        "position_ids": (real.long().cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def logits(model: Any) -> Tensor:
+    return model(**padded(), use_cache=False).logits[torch.arange(12) >= STARTS]
+
+
+@contextmanager
+def inside(model: Any, call: Callable[[], object]) -> Iterator[None]:
+    """Before its second layer the model runs something else, once."""
+
+    def once(*_: object) -> None:
+        hook.remove()
+        call()
+
+    hook = model.model.layers[1].register_forward_pre_hook(once)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def running() -> ForwardContext | None:
+    context = CONTEXT.get()
+    return context if context is not None and context.running else None
+
+
+def expected(model: Any) -> Tensor:
+    with use(model, MASK):
+        return logits(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_model_inside_another_one_leaves_it_its_positions(name: str) -> None:
+    model, other = model_of("llama"), model_of(name)
+    with torch.no_grad():
+        want, wanted = expected(model), other(tokens(1, 5)).logits
+        with use(model, MASK), use(other), inside(model, lambda: assert_same(other(tokens(1, 5)).logits, wanted)):
+            assert_same(logits(model), want)
+    assert running() is None
+
+
+def test_a_model_may_run_itself_inside() -> None:
+    model = model_of("llama")
+    with torch.no_grad(), use(model, MASK):
+        want = logits(model)
+        with inside(model, lambda: model(tokens(1, 5))):
+            assert_same(logits(model), want)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_ends_a_forward_is_not_read_by_the_next(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
+    model, other = model_of("llama"), model_of("qwen3")
+    with torch.no_grad():
+        want = expected(model)
+        with enable_of(model), enable_of(other):
+            plain = other(tokens()).logits
+            with inside(model, fail), pytest.raises(error):
+                logits(model)
+            if error is ValueError:  # torch calls no hook behind an interrupt
+                assert running() is None
+            assert_same(other(tokens()).logits, plain)
+            part = model.model(tokens(), use_cache=False).last_hidden_state  # no part of the forward that failed
+            assert_same(model.lm_head(part), model(tokens(), use_cache=False).logits)
+            assert_same(logits(model), want)
+            assert running() is None
+
+
+@contextmanager
+def enable_of(model: Any) -> Iterator[None]:
+    enabled = enable(model, MASK)
+    try:
+        yield
+    finally:
+        enabled.undo()
+
+
+def test_tasks_and_threads_have_their_own() -> None:
+    model = model_of("llama")
+    with torch.no_grad(), use(model, MASK):
+        want, bare = logits(model), model(tokens(1, 5)).logits
+
+        async def both() -> tuple[Tensor, Tensor]:
+            return await asyncio.gather(
+                asyncio.to_thread(lambda: torch.no_grad()(logits)(model)),
+                asyncio.to_thread(lambda: torch.no_grad()(model)(tokens(1, 5)).logits),
+            )
+
+        for _ in range(3):
+            padded_logits, bare_logits = asyncio.run(both())
+            assert_same(padded_logits, want)
+            assert_same(bare_logits, bare)
+        with ThreadPoolExecutor(1) as pool:  # a forward in a thread that another forward waits for
+
+            def elsewhere() -> None:
+                found = pool.submit(copy_context().run, torch.no_grad()(model), tokens(1, 5)).result().logits
+                assert_same(found, bare)
+
+            with inside(model, elsewhere):
+                assert_same(logits(model), want)
+
+
+def test_a_model_is_not_kept_by_its_last_forward() -> None:
+    model = model_of("llama")
+    with torch.no_grad(), use(model, MASK):
+        logits(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
