@@ -215,7 +215,11 @@ def _layer_types(config: Any, layers: int | None) -> tuple[str, ...]:
 
 
 def _of_layer(kind: str, config: Any, looks_back: bool) -> Mask:
-    """The mask of one layer, as transformers' `masking_utils` has it."""
+    """The mask of one layer, as transformers' `masking_utils` has it.
+
+    It is worked out here from the configuration and not by interop, which lifts what transformers made: an audit is a
+    second opinion.
+    """
     text = config.get_text_config()
     size = getattr(text, "sliding_window", None)
     if kind == "sliding_attention" and isinstance(size, int):

@@ -23,6 +23,7 @@ from truemask.interop.removed_pairs import dropped
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_huggingface_2d, from_torch_mha
+from truemask.masks.foreign.token_spans import token_spans
 from truemask.masks.formats.as_mask import from_text
 from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.per_token import padding
@@ -190,11 +191,10 @@ def _padding(subject: Subject) -> Mask | None:
 
 def _begun(mask: Mask, real: Tensor, subject: Subject) -> Mask:
     """The mask at positions that count from each sample's first token (law 2); itself where that changes nothing."""
-    first, total = real.int().argmax(dim=1), real.sum(dim=1)
-    solid = all(bool(row[start : start + n].all()) for row, start, n in zip(real, first, total, strict=True))
-    if not solid or not first.any():
+    spans = token_spans(real)
+    if not spans.solid.all() or not spans.first.any():
         return mask
-    moved = mask.padded(first.tolist())
+    moved = mask.padded(spans.first.tolist())
     same = matrix_of(moved, subject) == matrix_of(mask, subject)
     return mask if bool(same[real[:, :, None] & real[:, None, :]].all()) else moved
 
@@ -225,7 +225,10 @@ def _means_true(subject: Subject) -> bool:
 
 
 def _documents(subject: Subject, real: Tensor | None) -> Tensor | None:
-    """Documents told by positions that begin again, int64 `[b, n]`; None if every sample is one."""
+    """Documents told by positions that begin again, int64 `[b, n]`; None if every sample is one.
+
+    The audit reads this itself: in interop equal positions may be pads.
+    """
     positions = subject.keywords.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] != subject.length:
         return None

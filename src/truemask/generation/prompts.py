@@ -14,6 +14,7 @@ from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
+from truemask.masks.foreign.token_spans import token_spans
 from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.masks.leaves.per_token import keys
 from truemask.nn.validation import require_bool
@@ -85,17 +86,13 @@ def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tens
             f"mask= is {describe(mask)}; a tensor speaks of the prompt's tokens, bool {list(prompts.shape)}. "
             "A rule for prompt and answer is an expression, such as mask=tm.window(256)"
         )
-    spans = [_real(row, index) for index, row in enumerate(flags)]
-    rows, kept = ([row[s] for row, s in zip(part, spans, strict=True)] for part in (tokens, flags))
-    return rows, kept, single
-
-
-def _real(flags: Tensor, index: int) -> slice:
-    """From the first real token of a prompt to its last."""
-    places = flags.nonzero().flatten().tolist()
-    if not places:
+    spans = token_spans(flags)
+    if not spans.count.all():
+        index = int(spans.count.argmin())
         raise MaskError(f"mask= marks every token of prompt {index} as padding; each prompt needs at least one token")
-    return slice(places[0], places[-1] + 1)
+    ends = spans.first.tolist(), spans.stop.tolist()
+    rows, kept = ([row[first:stop] for row, first, stop in zip(part, *ends, strict=True)] for part in (tokens, flags))
+    return rows, kept, single
 
 
 def _read_list(prompts: Sequence[Tensor], mask: Mask | Tensor | None) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
+from truemask.interop.padding import alike
 from truemask.masks.compose.boolean import Or, everything, nothing
 from truemask.masks.compose.per_axis import per_sample
 from truemask.masks.core.mask import Mask
@@ -106,12 +107,6 @@ def lift(function: MaskFunction, *, cell_by_cell: bool = False) -> Lifted:
     if not callable(function):
         raise MaskError(f"a mask function of transformers takes (b, h, q, k), got {describe(function)}")
     return Lifted(predicate(each_cell(function) if cell_by_cell else function))
-
-
-def alike(rows: Tensor) -> Tensor:
-    """`[b, n]` on the CPU, or `[n]` where all samples have the same: such a mask is cheaper."""
-    rows = rows.detach().to("cpu")
-    return rows[0] if rows.ndim == 2 and bool((rows == rows[:1]).all()) else rows
 
 
 def each_cell(function: MaskFunction) -> MaskFunction:

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.mask_functions import Lifted, Packing, alike
+from truemask.interop.huggingface.mask_functions import Lifted, Packing
 from truemask.interop.huggingface.mask_placeholder import StandIn
 from truemask.interop.huggingface.placement import Sizes, Standing, standing, standing_of_tensor
 from truemask.interop.layer_masks import Layer
+from truemask.interop.padding import BatchPadding, alike, batch_padding
 from truemask.interop.positions import LAID_OUT, Told, lies_in_rows
 from truemask.masks.compose.boolean import And, everything
 from truemask.masks.compose.packed import Packed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.leaves.documents import documents
-from truemask.masks.leaves.per_token import keys, padding
 from truemask.nn.validation import warn
 
-ROOM = 256  # data of tokens reaches up to a multiple of this, so that a step of generation does not change the mask
 APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
 
 
@@ -139,7 +138,7 @@ class Claim(StandIn):
             own = [] if replace and users is not None else [self._rule_beside(users, position_ids)]
             asked = [] if users is None else [self._placed(users)]
             if replace and users is not None and self.k_start:
-                self._check_kept(users, _all([*asked, self._padding[0]]))
+                self._check_kept(users, _all([*asked, self._padding.keys]))
             self._masks[users, replace] = self._in_call(own, asked, users)
         return self._masks[users, replace]
 
@@ -151,7 +150,7 @@ class Claim(StandIn):
             return self._rule_beside(users, position_ids), self._stop
         if self.packing is not None:
             return self.lifted.bare, int(self.packing.positions.max()) + 1
-        known = self._padding[1]
+        known = self._padding.positions
         return self.lifted.bare, self._stop if known is None else int(known[..., : self._stop].max()) + 1
 
     def _in_call(self, own: list[Mask], asked: list[Mask], users: Mask | None) -> Mask:
@@ -159,11 +158,11 @@ class Claim(StandIn):
         starts = self.q_start, self.k_start
         stand = starts if users is None else self.standing[:2]
         if users is not None and self.standing.as_they_lie(users):
-            terms = [_at(_all([*own, self._padding[0]]), starts), *asked]
+            terms = [_at(_all([*own, self._padding.keys]), starts), *asked]
         elif stand == starts:
-            terms = [_at(_all([*own, *asked, self._padding[0]]), starts)]
+            terms = [_at(_all([*own, *asked, self._padding.keys]), starts)]
         else:
-            terms = [_at(_all(own), starts), _at(_all([*asked, self._padding[0]]), stand)]
+            terms = [_at(_all(own), starts), _at(_all([*asked, self._padding.keys]), stand)]
         return _all(terms)
 
     def _rule_beside(self, users: Mask | None, position_ids: object) -> Mask:
@@ -196,7 +195,7 @@ class Claim(StandIn):
         self._check_samples(users)
         own = [] if replace and users is not None else [self.lifted.mask]
         if users is None:
-            return _all([*own, self._padding[0]])
+            return _all([*own, self._padding.keys])
         if users.varies_with_query and rows is None:
             raise MaskError(
                 f"`{users}` for cross-attention asks which position a query has, and this model does not say: use a "
@@ -207,7 +206,7 @@ class Claim(StandIn):
         q = None if rows is None else rows._positions_of_rows()
         k = self._positions_for(users)
         taken = users if q is None and k is None else users.take(q=q, k=k)
-        return _all([*own, taken, self._padding[0]])
+        return _all([*own, taken, self._padding.keys])
 
     def warn_of_documents(self, users: Mask | None) -> None:
         """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
@@ -256,7 +255,7 @@ class Claim(StandIn):
     def _positions_of_rows(self) -> Tensor:
         """Logical positions of the rows, `[q]` or `[b, q]`."""
         start = self.standing.q_start
-        known, stop = self._padding[1], start + self.q_len
+        known, stop = self._padding.positions, start + self.q_len
         return torch.arange(start, stop) if known is None else known[..., start:stop]
 
     def _placed(self, users: Mask) -> Mask:
@@ -273,7 +272,7 @@ class Claim(StandIn):
             return users
         if self.packing is not None:
             return users if lies_in_rows(users, packed=True) else self.packing.of(users)
-        starts = self._padding[2]
+        starts = self._padding.starts
         if lies_in_rows(users, packed=stand.taken is not None):
             return users
         if stand.taken is not None:
@@ -285,7 +284,7 @@ class Claim(StandIn):
 
     def _positions_for(self, users: Mask) -> Tensor | None:
         """Logical positions where pads move them, as far as `users` has data: at least up to the last key."""
-        positions = self._padding[1]
+        positions = self._padding.positions
         if positions is None or _answers_for(users, int(positions.max()) + 1):
             return positions
         return positions[..., : self._stop]
@@ -302,31 +301,8 @@ class Claim(StandIn):
         return self.k_start + self.keys_written
 
     @cached_property
-    def _padding(self) -> tuple[Mask, Tensor | None, list[int] | None]:
-        """The real keys, logical positions where pads move them, and how many pads stand before each sample.
-
-        A token's position is the number of real tokens before it, and counts on behind the last key. `starts` are known
-        if pads stand nowhere else but before and behind.
-        """
-        real = self._real if self._visible is None else self.standing.real
-        if real is None:
-            return everything, None, None
-        stop = self._stop
-        real = torch.nn.functional.pad(real, (0, max(0, stop - real.shape[1])))[:, :stop].cpu()
-        if bool(real.all()):
-            return everything, None, None
-        totals, first = real.sum(1), real.int().argmax(1)
-        first = torch.where(totals > 0, first, stop)
-        last = stop - real.flip(1).int().argmax(1)
-        solid = bool(((last - first == totals) | (totals == 0)).all())
-        only_left = solid and bool((first + totals == stop).all())
-        starts = (first[:1] if bool((first == first[0]).all()) else first).tolist()
-        real = torch.nn.functional.pad(real, (0, -stop % ROOM), value=True)
-        seen = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
-        positions = alike((real.long().cumsum(1) - 1).clamp(min=0))
-        if solid:
-            return seen, positions if any(starts) else None, starts if any(starts) else None
-        return seen, positions, None
+    def _padding(self) -> BatchPadding:
+        return batch_padding(self._real if self._visible is None else self.standing.real, self._stop)
 
 
 def _answers_for(mask: Mask, length: int) -> bool:

@@ -17,6 +17,7 @@ from truemask.errors import MaskError
 from truemask.interop.positions import Told
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
+from truemask.masks.foreign.token_spans import token_positions
 from truemask.masks.leaves.bands import causal
 
 SAYS_ROWS = ("at", "take", "dense")
@@ -146,7 +147,7 @@ def standing_of_tensor(sizes: Sizes, visible: Tensor, told: Told) -> Standing:
 def _compared(found: Standing, places: Tensor, counted: Tensor, first: int, flags: str) -> Standing:
     """position_ids against the positions that tokens have by counting them."""
     rows = slice(found.q_start, counted.shape[1])
-    own, tokens = (counted.long().cumsum(1) - 1)[:, rows], counted[:, rows]
+    own, tokens = token_positions(counted)[:, rows], counted[:, rows]
     numbers = torch.arange(rows.start, rows.stop)
     for moved in {0, first}:
         if bool(((places - moved == own) | ~tokens).all()) or bool((places - moved == numbers).all()):
