@@ -13,17 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from truemask.auditing.distances import Ruler
-from truemask.auditing.probes import Seen, Step
-from truemask.auditing.subject import SEED, Subject
+from truemask.auditing.distances import Distances
+from truemask.auditing.probes import Dependencies, ProgressCallback
+from truemask.auditing.subject import SEED, AuditedModel
 
-TIMES = 8  # that a change is repeated, with everything else moved a little
-NEARBY = 0.01  # how much
-SEEDS = (1, 2)  # directions that must all say so
+REPETITIONS = 8  # that a change is repeated, with everything else moved a little
+NEARBY_SHARE = 0.01  # how much
+DIRECTION_SEEDS = (1, 2)  # directions that must all say so
 MOST_COLUMNS = 16  # that are asked again
 
 
-class Way(NamedTuple):
+class Amplification(NamedTuple):
     """How a hidden input is asked.
 
     Attributes:
@@ -37,70 +37,76 @@ class Way(NamedTuple):
     least: float
 
 
-GROWS = Way((64.0, 256.0), 0.05, 0.1)  # rounding in a convolution by FFT was seen to scatter by 0.1 and more
-BOUNDED = Way((1.0, 1.0), 0.5, 3.0)  # behind a norm a larger change does no more
+# rounding in a convolution by FFT was seen to scatter by 0.1 and more
+GROWING = Amplification((64.0, 256.0), 0.05, 0.1)
+BOUNDED = Amplification((1.0, 1.0), 0.5, 3.0)  # behind a norm a larger change does no more
 
 
-def look_by_larger_changes(subject: Subject, ruler: Ruler, seen: Seen, hidden: Tensor, step: Step) -> None:
-    """Note in `seen` which inputs matter to outputs from which they are `hidden`, bool `[b, n, n]`.
+def look_by_larger_changes(
+    subject: AuditedModel, distances: Distances, dependencies: Dependencies, hidden: Tensor, progress: ProgressCallback
+) -> None:
+    """Note in `dependencies` which inputs matter to outputs from which they are `hidden`, bool `[b, n, n]`.
 
     It is asked only where nothing was seen to leak so far.
     """
-    if subject.features is None or seen.neighbours or bool((seen.visible & hidden).any()):
+    if subject.features is None or dependencies.neighbours or bool((dependencies.visible & hidden).any()):
         return
-    asked = [k for k in seen.columns if bool(hidden[:, :, k].any())]
-    moved = torch.zeros_like(seen.size)
-    for done, k in enumerate(asked):
-        change = _direction(subject, k, 0) * GROWS.scales[0]
-        difference = _difference(subject, ruler, subject.features, k, change).abs().amax(dim=-1)
-        moved[:, :, k] = torch.where(hidden[:, :, k], difference, 0.0)
-        step("larger changes", done + 1, len(asked))
-    by_column = moved.amax(dim=(0, 1))
+    columns = [k for k in dependencies.columns if bool(hidden[:, :, k].any())]
+    movement = torch.zeros_like(dependencies.size)
+    for turn, k in enumerate(columns):
+        change = _direction(subject, k, 0) * GROWING.scales[0]
+        difference = _difference(subject, distances, subject.features, k, change).abs().amax(dim=-1)
+        movement[:, :, k] = torch.where(hidden[:, :, k], difference, 0.0)
+        progress("larger changes", turn + 1, len(columns))
+    by_column = movement.amax(dim=(0, 1))
     for k in by_column.argsort(descending=True)[:MOST_COLUMNS].tolist():
         if float(by_column[k]) > 0:
-            _ask_again(subject, ruler, seen, moved[:, :, k] > 0, k)
+            _ask_again(subject, distances, dependencies, movement[:, :, k] > 0, k)
 
 
-def _ask_again(subject: Subject, ruler: Ruler, seen: Seen, cells: Tensor, k: int) -> None:
+def _ask_again(subject: AuditedModel, distances: Distances, dependencies: Dependencies, cells: Tensor, k: int) -> None:
     """Whether input `k` matters to some of the outputs `cells`, bool `[b, n]`."""
-    for way in (GROWS, BOUNDED):
-        left, size = cells, torch.zeros_like(cells, dtype=torch.float64)
-        for seed in SEEDS:
-            if bool(left.any()):
-                scatter, size = _asked(subject, ruler, k, seed, way)
-                left = left & (scatter <= way.scatter) & (size > max(way.least * ruler.unit, 8 * ruler.noise))
-        if bool(left.any()):
-            seen.by_larger[:, :, k] = left
-            seen.size[:, :, k] = torch.where(left, size, seen.size[:, :, k])
+    for amplification in (GROWING, BOUNDED):
+        candidates, size = cells, torch.zeros_like(cells, dtype=torch.float64)
+        for seed in DIRECTION_SEEDS:
+            if bool(candidates.any()):
+                scatter, size = _repeated_differences(subject, distances, k, seed, amplification)
+                least = max(amplification.least * distances.unit, 8 * distances.noise)
+                candidates = candidates & (scatter <= amplification.scatter) & (size > least)
+        if bool(candidates.any()):
+            dependencies.by_larger[:, :, k] = candidates
+            dependencies.size[:, :, k] = torch.where(candidates, size, dependencies.size[:, :, k])
             return
 
 
-def _asked(subject: Subject, ruler: Ruler, k: int, seed: int, way: Way) -> tuple[Tensor, Tensor]:
+def _repeated_differences(
+    subject: AuditedModel, distances: Distances, k: int, seed: int, amplification: Amplification
+) -> tuple[Tensor, Tensor]:
     """How far the differences scatter, and how large their mean is: both float64 `[b, n]`."""
     assert subject.features is not None
     change, differences = _direction(subject, k, seed), []
-    least, most = way.scales
-    for turn in range(TIMES):
-        scale = least * (most / least) ** (turn / (TIMES - 1))
+    least, most = amplification.scales
+    for turn in range(REPETITIONS):
+        scale = least * (most / least) ** (turn / (REPETITIONS - 1))
         noise = torch.randn(subject.features.shape, generator=_generator(k, seed, turn + 1), dtype=torch.float64)
-        nearby = (subject.features.detach().double().cpu() * (1 + NEARBY * noise)).to(subject.features)
-        differences.append(_difference(subject, ruler, nearby, k, change * scale) / scale)
-    each = torch.stack(differences)  # times b n e
-    mean = each.mean(dim=0)
-    apart = (each - mean).norm(dim=-1).square().mean(dim=0).sqrt()
-    return apart / mean.norm(dim=-1).clamp(min=1e-300), mean.abs().amax(dim=-1)
+        nearby = (subject.features.detach().double().cpu() * (1 + NEARBY_SHARE * noise)).to(subject.features)
+        differences.append(_difference(subject, distances, nearby, k, change * scale) / scale)
+    repetitions = torch.stack(differences)  # times b n e
+    mean = repetitions.mean(dim=0)
+    deviation = (repetitions - mean).norm(dim=-1).square().mean(dim=0).sqrt()
+    return deviation / mean.norm(dim=-1).clamp(min=1e-300), mean.abs().amax(dim=-1)
 
 
-def _difference(subject: Subject, ruler: Ruler, features: Tensor, k: int, change: Tensor) -> Tensor:
+def _difference(subject: AuditedModel, distances: Distances, features: Tensor, k: int, change: Tensor) -> Tensor:
     """What outputs differ by when input `k` is changed, float64 `[b, n, e]`; 0 where they are no numbers."""
     changed = features.detach().clone()
     changed[:, k] += change.to(changed)
     with torch.no_grad():
         before, after = subject.outputs_of_features(features.detach()), subject.outputs_of_features(changed)
-    return ruler.weighed(after - before).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return distances.weighed(after - before).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _direction(subject: Subject, k: int, seed: int) -> Tensor:
+def _direction(subject: AuditedModel, k: int, seed: int) -> Tensor:
     """A change as large as the input vectors, float64 `[b, d]`."""
     assert subject.features is not None
     size = subject.features.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
@@ -109,4 +115,4 @@ def _direction(subject: Subject, k: int, seed: int) -> Tensor:
 
 
 def _generator(k: int, seed: int, turn: int) -> torch.Generator:
-    return torch.Generator().manual_seed(SEED + (k * (len(SEEDS) + 1) + seed) * (TIMES + 1) + turn)
+    return torch.Generator().manual_seed(SEED + (k * (len(DIRECTION_SEEDS) + 1) + seed) * (REPETITIONS + 1) + turn)

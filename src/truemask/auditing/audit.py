@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from truemask.auditing import checks as judging
 from truemask.auditing.amplified_probes import look_by_larger_changes
-from truemask.auditing.batch_invariance import padded_alone
-from truemask.auditing.cached_decoding import decoded
+from truemask.auditing.batch_invariance import padding_findings
+from truemask.auditing.cached_decoding import decoding_findings
 from truemask.auditing.cross_attention import context_findings
 from truemask.auditing.determinism import unsteady_calls, unsteady_in_training
-from truemask.auditing.distances import Ruler
-from truemask.auditing.expected_masks import Claim, checked, claim_of, matrix_of, reach_of
-from truemask.auditing.multimodal import Signals, without_signals
+from truemask.auditing.distances import Distances
+from truemask.auditing.expected_masks import ExpectedMask, check_fit, expected_mask_of, matrix_of, reach_of
+from truemask.auditing.multimodal import VectorModel, without_signals
 from truemask.auditing.placeholders import placeholders
-from truemask.auditing.probes import Seen, Step, choose, confirm, look
+from truemask.auditing.probes import Dependencies, ProgressCallback, confirm, look, probed_positions
 from truemask.auditing.report import Finding, Findings, Report
-from truemask.auditing.subject import AuditError, Subject, undisturbed
+from truemask.auditing.subject import AuditedModel, AuditError, undisturbed
 from truemask.auditing.torch_modules import without_queries
 from truemask.common.formatting import describe
 
@@ -38,7 +38,7 @@ def audit(
     positions: int = MOST_POSITIONS,
     train: bool = False,
     cache: bool = True,
-    progress: Step | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Report:
     """What each output of a model really depends on, held to the mask that it should run.
 
@@ -80,27 +80,27 @@ def audit(
     """
     _check(seeds, positions)
     model, batch = without_queries(*without_signals(model, batch))
-    subject = Subject(model, batch)
-    given = model.training
+    subject = AuditedModel(model, batch)
+    was_training = model.training
     with undisturbed(model, train=train):
         baseline = _baseline(subject)
-        claim = checked(claim_of(subject, mask, layers), subject)
-        ruler = Ruler(baseline)
-        ruler.listen(subject)
-        reach = reach_of(claim, subject)
-        seen = look(subject, ruler, seeds=seeds, positions=positions, step=progress or _silent)
-        confirm(subject, seen, ~reach)
-        real = torch.ones(reach.shape[:2], dtype=torch.bool) if claim.real is None else claim.real
-        hidden = ~reach & real[:, :, None] & ~subject.held[:, None, :]
-        look_by_larger_changes(subject, ruler, seen, hidden, progress or _silent)
-        ruler.listen(subject, times=1)  # a model that drifts from call to call is heard now
-        facts = _Facts(subject, claim, ruler, reach, seen, seeds)
-        unsteady = unsteady_calls(subject, ruler, train)
-        found = [*unsteady, *facts.findings(steady=not unsteady, cache=cache)]
-    if given and not train and not unsteady:
+        expected = check_fit(expected_mask_of(subject, mask, layers), subject)
+        distances = Distances(baseline)
+        distances.listen(subject)
+        reach = reach_of(expected, subject)
+        dependencies = look(subject, distances, seeds=seeds, positions=positions, progress=progress or _silent)
+        confirm(subject, dependencies, ~reach)
+        real_tokens = torch.ones(reach.shape[:2], dtype=torch.bool) if expected.real is None else expected.real
+        hidden = ~reach & real_tokens[:, :, None] & ~subject.signal_places[:, None, :]
+        look_by_larger_changes(subject, distances, dependencies, hidden, progress or _silent)
+        distances.listen(subject, times=1)  # a model that drifts from call to call is heard now
+        measurements = _Measurements(subject, expected, distances, reach, dependencies, seeds)
+        unsteady = unsteady_calls(subject, distances, train)
+        results = [*unsteady, *measurements.findings(steady=not unsteady, cache=cache)]
+    if was_training and not train and not unsteady:
         with undisturbed(model, train=True):
-            found += unsteady_in_training(subject, ruler)
-    return facts.report(found, positions)
+            results += unsteady_in_training(subject, distances)
+    return measurements.report(results, positions)
 
 
 def assert_no_leak(model: nn.Module, batch: Tensor | Mapping[str, Any], mask: object = None, **options: Any) -> Report:
@@ -134,41 +134,41 @@ def _silent(what: str, done: int, of: int) -> None:
     """The progress of an audit that nobody watches."""
 
 
-def _baseline(subject: Subject) -> Tensor:
+def _baseline(subject: AuditedModel) -> Tensor:
     with torch.no_grad():
         return subject.find_embedding()
 
 
-def _outside(subject: Subject) -> list[str]:
+def _unaudited_notes(subject: AuditedModel) -> list[str]:
     """What of this call no audit changes, in words."""
-    notes = list(subject.model.outside) if isinstance(subject.model, Signals) else []
-    if bool(subject.held.any()):
-        named = placeholders(subject.model)
-        held = subject.inputs[subject.held.to(subject.inputs.device)].unique().tolist()
-        tokens = ", ".join(f"{token} ({named[token]})" for token in held)
+    notes = list(subject.model.outside) if isinstance(subject.model, VectorModel) else []
+    if bool(subject.signal_places.any()):
+        names = placeholders(subject.model)
+        ids = subject.inputs[subject.signal_places.to(subject.inputs.device)].unique().tolist()
+        tokens = ", ".join(f"{token} ({names[token]})" for token in ids)
         notes.append(
-            f"{int(subject.held.sum())} places hold images, sounds or videos, by the tokens {tokens}: they were never "
-            "replaced, moved or removed, so nothing is known of which outputs depend on each of them"
+            f"{int(subject.signal_places.sum())} places hold images, sounds or videos, by the tokens {tokens}: they "
+            "were never replaced, moved or removed, so nothing is known of which outputs depend on each of them"
         )
     return notes
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _Measurements:
     """Everything that was measured of one call."""
 
-    subject: Subject
-    claim: Claim
-    ruler: Ruler
+    subject: AuditedModel
+    expected: ExpectedMask
+    distances: Distances
     reach: Tensor
-    seen: Seen
+    dependencies: Dependencies
     seeds: int
 
     @property
     def judged(self) -> Tensor:
         """The outputs that are held to the mask, bool `[b, n]`."""
         everyone = torch.ones(self.reach.shape[:2], dtype=torch.bool)
-        return everyone if self.claim.real is None else self.claim.real
+        return everyone if self.expected.real is None else self.expected.real
 
     @property
     def looked(self) -> Tensor:
@@ -177,18 +177,23 @@ class _Facts:
         A position's own input is counted only if the mask shows it, since a model need not hand it on. The places of
         images and sounds are never changed.
         """
-        own = torch.eye(self.subject.length, dtype=torch.bool)
-        return self.seen.looked & (self.shown | ~own) & self.finite[:, :, None] & ~self.subject.held[:, None, :]
+        diagonal = torch.eye(self.subject.length, dtype=torch.bool)
+        return (
+            self.dependencies.looked
+            & (self.shown | ~diagonal)
+            & self.finite[:, :, None]
+            & ~self.subject.signal_places[:, None, :]
+        )
 
     @property
     def shown(self) -> Tensor:
         """What the mask of some layer lets an output attend to, bool `[b, n, n]`."""
-        return torch.stack([matrix_of(mask, self.subject) for mask in self.claim.masks]).any(dim=0)
+        return torch.stack([matrix_of(mask, self.subject) for mask in self.expected.masks]).any(dim=0)
 
     @property
     def finite(self) -> Tensor:
         """The outputs that are numbers before anything was changed, bool `[b, n]`; banned logits may be infinite."""
-        outputs = self.ruler.baseline
+        outputs = self.distances.baseline
         return (~outputs.isnan().any(dim=-1) & outputs.isfinite().any(dim=-1)).cpu()
 
     def findings(self, *, steady: bool, cache: bool) -> list[Finding | str]:
@@ -197,23 +202,27 @@ class _Facts:
         Calls of other shapes draw other random numbers, so they are compared only where equal calls agree.
         """
         judged = self.judged[:, :, None]
-        hidden, visible = ~self.reach & judged, self.seen.visible
+        hidden, visible = ~self.reach & judged, self.dependencies.visible
         blind = self.reach & ~visible & self.looked & judged
         cache = cache and steady and not bool(self.reach.triu(1).any())
-        by_context = [*context_findings(self.subject, self.ruler, self.reach, self.seeds)]
-        sound = not any(isinstance(one, Finding) and one.severity == "error" for one in by_context)
+        by_context = [*context_findings(self.subject, self.distances, self.reach, self.seeds)]
+        sound = not any(isinstance(result, Finding) and result.severity == "error" for result in by_context)
         return [
             *self._not_finite(),
             *judging.nothing_seen(visible, self.reach & judged & self.looked),
-            *judging.leaks(self.subject, self.claim, self.seen, visible & hidden, self.reach),
-            *judging.unbounded(self.claim, visible & judged, self.reach, self.shown),
-            *judging.neighbours(self.seen),
-            *judging.small_positions(self.subject, self.claim),
+            *judging.leaks(self.subject, self.expected, self.dependencies, visible & hidden, self.reach),
+            *judging.unbounded(self.expected, visible & judged, self.reach, self.shown),
+            *judging.neighbours(self.dependencies),
+            *judging.small_positions(self.subject, self.expected),
             *by_context,
-            *(padded_alone(self.subject, self.claim, self.ruler, sound) if steady else ()),
-            *judging.blind_spots(self.claim, blind, self.reach & judged, self.seen, self.seeds),
-            *(decoded(self.subject, self.claim, self.judged, self.ruler) if cache else ()),
-            *(judging.poisoned(self.subject, self.ruler, hidden & ~visible) if not self.seen.neighbours else ()),
+            *(padding_findings(self.subject, self.expected, self.distances, sound) if steady else ()),
+            *judging.blind_spots(self.expected, blind, self.reach & judged, self.dependencies, self.seeds),
+            *(decoding_findings(self.subject, self.expected, self.judged, self.distances) if cache else ()),
+            *(
+                ()
+                if self.dependencies.neighbours
+                else judging.poisoned(self.subject, self.distances, hidden & ~visible)
+            ),
         ]
 
     def _not_finite(self) -> list[Finding]:
@@ -225,30 +234,34 @@ class _Facts:
         fix = "a query that sees no key gives NaN in many kernels; in `truemask.attend` it gives 0"
         return [Finding("not-finite", "warning", f"sample {b}, output {q}", text, fix)]
 
-    def report(self, found: list[Finding | str], positions: int) -> Report:
+    def report(self, results: list[Finding | str], positions: int) -> Report:
         """The findings as a report."""
         b, n = self.subject.batch, self.subject.length
-        layers = self.claim.layers
+        layers = self.expected.layers
         through = f", through {layers} layer{'s' * (layers != 1)}" if layers else ", through any number of layers"
         title = (
             f"audit of {type(self.subject.model).__name__}, {b} sample{'s' * (b != 1)} of {n} positions: held to "
-            f"{self.claim.text} ({self.claim.source}){through}"
+            f"{self.expected.text} ({self.expected.source}){through}"
         )
-        notes = [*self.claim.notes, *_outside(self.subject), *(one for one in found if isinstance(one, str))]
+        notes = [
+            *self.expected.notes,
+            *_unaudited_notes(self.subject),
+            *(result for result in results if isinstance(result, str)),
+        ]
         more = self.reach & ~self.shown & ~torch.eye(n, dtype=torch.bool)
         if layers is None and bool(more.any()):
             notes.append(
                 "nobody said how many layers there are, so whatever the mask lets through any number of them was "
                 "allowed; pass layers= to be held to less"
             )
-        if self.seen.no_gradient:
-            notes.append(f"gradients could not be followed, changes alone were tried: {self.seen.no_gradient}")
+        if self.dependencies.no_gradient:
+            notes.append(f"gradients could not be followed, changes alone were tried: {self.dependencies.no_gradient}")
         if b == 1:
             notes.append("the batch has one sample, so nothing is known of neighbours")
         if n > positions:
-            probed = choose(n, positions)
-            notes.append(f"{len(probed)} of {n} positions were probed: {', '.join(map(str, probed[:12]))}, ...")
-        findings = Findings(one for one in found if isinstance(one, Finding))
+            probes = probed_positions(n, positions)
+            notes.append(f"{len(probes)} of {n} positions were probed: {', '.join(map(str, probes[:12]))}, ...")
+        findings = Findings(result for result in results if isinstance(result, Finding))
         return Report(
-            title, findings, tuple(notes), self.reach, self.seen.visible, self.looked, self.judged.expand(b, n)
+            title, findings, tuple(notes), self.reach, self.dependencies.visible, self.looked, self.judged.expand(b, n)
         )

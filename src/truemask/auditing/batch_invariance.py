@@ -9,47 +9,49 @@ import torch
 from torch import Tensor
 
 from truemask.auditing.cross_attention import Context, context_of
-from truemask.auditing.distances import Ruler
-from truemask.auditing.expected_masks import Claim
-from truemask.auditing.multimodal import Signals
-from truemask.auditing.subject import Subject, line_of
+from truemask.auditing.distances import Distances
+from truemask.auditing.expected_masks import ExpectedMask
+from truemask.auditing.multimodal import VectorModel
+from truemask.auditing.subject import AuditedModel, line_of
 from truemask.common.finding import Finding
 from truemask.interop.positions import first_position
 
-MOST_ALONE = 4  # padded samples that are run once more without their padding
-STARTS = "seq_start_pos"
+MAX_SAMPLES_ALONE = 4  # padded samples that are run once more without their padding
+START_POSITIONS = "seq_start_pos"
 
 
-def padded_alone(subject: Subject, claim: Claim, ruler: Ruler, sound: bool) -> Iterator[Finding | str]:
+def padding_findings(
+    subject: AuditedModel, expected: ExpectedMask, distances: Distances, sound: bool
+) -> Iterator[Finding | str]:
     """Each padded sample, run once more without its padding; and without that of its context, if that was `sound`."""
     context = context_of(subject)
-    real = torch.ones(subject.batch, subject.length, dtype=torch.bool) if claim.real is None else claim.real
-    read = real if context is None else context.real
-    whole = real.all(dim=1) & (read.all(dim=1) | ~torch.tensor(sound))
+    real = torch.ones(subject.batch, subject.length, dtype=torch.bool) if expected.real is None else expected.real
+    context_real = real if context is None else context.real
+    whole = real.all(dim=1) & (context_real.all(dim=1) | ~torch.tensor(sound))
     padded = (~whole & real.any(dim=1)).nonzero().flatten().tolist()
     if not padded:
         return
     strange = [name for name in subject.keywords if not _cuts(subject, context, name)]
-    if strange or isinstance(subject.model, Signals):
+    if strange or isinstance(subject.model, VectorModel):
         because = f"of {', '.join(strange)} in the batch" if strange else "what makes their vectors lies outside"
         yield f"padded samples were not run without their padding, because {because}"
         return
-    for s in padded[:MOST_ALONE]:
+    for s in padded[:MAX_SAMPLES_ALONE]:
         places = real[s].nonzero().flatten()
         try:
             with torch.no_grad():
-                alone = _alone(subject, context, s, places, read[s].nonzero().flatten()).outputs()
+                alone = _alone(subject, context, s, places, context_real[s].nonzero().flatten()).outputs()
         except Exception as error:  # a mask of `tm.use` that holds data for all samples, or anything else
             yield f"padded samples could not be run without their padding: {line_of(error)}"
             return
-        apart = ruler.between(alone, ruler.baseline[s : s + 1, places])[0]
-        worst = int(apart.argmax())
-        if float(apart[worst]) > ruler.tolerance:
-            yield _padded(s, int(places[worst]), float(apart[worst]), subject, bool(real[s].all()))
+        distance = distances.between(alone, distances.baseline[s : s + 1, places])[0]
+        worst = int(distance.argmax())
+        if float(distance[worst]) > distances.tolerance:
+            yield _padded(s, int(places[worst]), float(distance[worst]), subject, bool(real[s].all()))
             return
 
 
-def _padded(s: int, place: int, apart: float, subject: Subject, of_context: bool) -> Finding:
+def _padded(s: int, place: int, distance: float, subject: AuditedModel, of_context: bool) -> Finding:
     fix = "make padding invisible, and let positions begin at each sample's first real token"
     if "attention_mask" in subject.keywords and "position_ids" not in subject.keywords and not of_context:
         first = first_position(subject.model)
@@ -61,32 +63,34 @@ def _padded(s: int, place: int, apart: float, subject: Subject, of_context: bool
         "padded-differs",
         "error",
         f"sample {s}, output {place}",
-        f"{what} an output that differs by {apart:.2g}: padding matters, which this proves",
+        f"{what} an output that differs by {distance:.2g}: padding matters, which this proves",
         fix,
     )
 
 
-def _cuts(subject: Subject, context: Context | None, name: str) -> bool:
+def _cuts(subject: AuditedModel, context: Context | None, name: str) -> bool:
     """Whether a keyword can be cut to one sample and some places."""
     value = subject.keywords[name]
-    if value is None or name == STARTS or (context is not None and name in (context.name, context.padding)):
+    if value is None or name == START_POSITIONS or (context is not None and name in (context.name, context.padding)):
         return True
     if isinstance(value, Tensor):
         return value.ndim >= 2 and value.shape[0] in (1, subject.batch) and value.shape[1] == subject.length
     return isinstance(value, (bool, int, float, str))
 
 
-def _alone(subject: Subject, context: Context | None, s: int, places: Tensor, read: Tensor) -> Subject:
-    """The call of sample `s` at its real `places`, reading the places `read` of its context."""
+def _alone(
+    subject: AuditedModel, context: Context | None, s: int, places: Tensor, context_places: Tensor
+) -> AuditedModel:
+    """The call of sample `s` at its real `places`, reading the places `context_places` of its context."""
 
     def cut(name: str | None, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         of_context = context is not None and name in (context.name, context.padding)
-        kept = value[min(s, len(value) - 1)][None]
+        sample = value[min(s, len(value) - 1)][None]
         if of_context and context is not None and context.is_signal:
-            return kept
-        return kept[:, (read if of_context else places).to(value.device)]
+            return sample
+        return sample[:, (context_places if of_context else places).to(value.device)]
 
-    kept = {name: cut(name, value) for name, value in subject.keywords.items() if name != STARTS}
-    return subject.changed(cut(None, subject.inputs), kept)
+    keywords = {name: cut(name, value) for name, value in subject.keywords.items() if name != START_POSITIONS}
+    return subject.changed(cut(None, subject.inputs), keywords)

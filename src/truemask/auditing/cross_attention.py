@@ -13,17 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from truemask.auditing.distances import Ruler
-from truemask.auditing.multimodal import SIGNALS
-from truemask.auditing.subject import SEED, Subject
+from truemask.auditing.distances import Distances
+from truemask.auditing.multimodal import SIGNAL_KEYWORDS
+from truemask.auditing.subject import SEED, AuditedModel
 from truemask.common.finding import Finding
 
-NAMES = {  # the context, its padding, and what that says of real tokens
+CONTEXT_PADDING = {  # the context, its padding, and what that says of real tokens
     "context": ("context_mask", True),
     "memory": ("memory_key_padding_mask", False),
     "encoder_hidden_states": ("encoder_attention_mask", True),
 }
-ENCODED = {"input_ids": ("attention_mask", True), "inputs_embeds": ("attention_mask", True)}
+ENCODER_PADDING = {"input_ids": ("attention_mask", True), "inputs_embeds": ("attention_mask", True)}
 
 
 class Context(NamedTuple):
@@ -37,35 +37,35 @@ class Context(NamedTuple):
     @property
     def is_signal(self) -> bool:
         """Whether it is a picture or sound, of which an encoder makes vectors first."""
-        return self.name in SIGNALS
+        return self.name in SIGNAL_KEYWORDS
 
 
-def context_of(subject: Subject) -> Context | None:
+def context_of(subject: AuditedModel) -> Context | None:
     """What the audited call gives to cross-attention, if that is a sequence for each sample; or a picture or sound."""
-    given = subject.keywords
-    names = NAMES | (ENCODED if str(subject.name).startswith("decoder_") else {})
+    keywords = subject.keywords
+    names = CONTEXT_PADDING | (ENCODER_PADDING if str(subject.name).startswith("decoder_") else {})
     for name, (padding, means) in names.items():
-        value, flags = given.get(name), given.get(padding)
+        value, flags = keywords.get(name), keywords.get(padding)
         if isinstance(value, Tensor) and value.ndim in (2, 3) and len(value) == subject.batch:
             real = torch.ones(value.shape[:2], dtype=torch.bool)
             if isinstance(flags, Tensor) and flags.shape == real.shape and not flags.is_floating_point():
                 real = flags.cpu().bool() == means
             return Context(name, value, real, padding)
-    for name in SIGNALS:
-        value = given.get(name)
+    for name in SIGNAL_KEYWORDS:
+        value = keywords.get(name)
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
             return Context(name, value, torch.ones(value.shape[:2], dtype=torch.bool))
     return None
 
 
-def context_findings(subject: Subject, ruler: Ruler, reach: Tensor, seeds: int) -> Iterator[Finding | str]:
+def context_findings(subject: AuditedModel, distances: Distances, reach: Tensor, seeds: int) -> Iterator[Finding | str]:
     """Padded context that matters, context that matters to other samples or too early, or that matters to nobody."""
     context = context_of(subject)
     if context is None:
         return
     whole = torch.ones_like(context.real)
-    by_all = _moved(subject, ruler, context, whole, seeds)
-    if not bool((by_all > ruler.floor).any()):
+    by_all = _moved(subject, distances, context, whole, seeds)
+    if not bool((by_all > distances.floor).any()):
         yield Finding(
             "context-ignored",
             "warning",
@@ -75,62 +75,64 @@ def context_findings(subject: Subject, ruler: Ruler, reach: Tensor, seeds: int) 
         )
     if context.is_signal:
         yield f"`{context.name}` was replaced as a whole only: what makes vectors of it lies outside this audit"
-    yield from _by_padding(_moved(subject, ruler, context, ~context.real, seeds), ruler, context)
-    if bool(subject.held.any()):
-        yield from _too_early(subject, ruler, context, by_all, reach)
+    yield from _by_padding(_moved(subject, distances, context, ~context.real, seeds), distances, context)
+    if bool(subject.signal_places.any()):
+        yield from _too_early(subject, distances, context, by_all, reach)
     elif len(context.value) == subject.batch > 1:
         first = torch.zeros_like(whole)
         first[0] = True
-        yield from _by_others(_moved(subject, ruler, context, first, seeds)[1:], ruler, context)
+        yield from _by_others(_moved(subject, distances, context, first, seeds)[1:], distances, context)
 
 
-def _by_padding(moved: Tensor, ruler: Ruler, context: Context) -> Iterator[Finding]:
-    if bool((moved > ruler.floor).any()):
+def _by_padding(movement: Tensor, distances: Distances, context: Context) -> Iterator[Finding]:
+    if bool((movement > distances.floor).any()):
         yield Finding(
             "padding-matters",
             "error",
             f"`{context.name}`",
-            f"outputs moved by {float(moved.max()):.2g} when the padding of `{context.name}` was replaced, which "
+            f"outputs moved by {float(movement.max()):.2g} when the padding of `{context.name}` was replaced, which "
             "proves that cross-attention, or the encoder, sees it",
             "hide padded keys of the context from every query: its mask goes to cross-attention in every layer",
         )
 
 
-def _by_others(moved: Tensor, ruler: Ruler, context: Context) -> Iterator[Finding]:
-    if bool((moved > ruler.floor).any()):
+def _by_others(movement: Tensor, distances: Distances, context: Context) -> Iterator[Finding]:
+    if bool((movement > distances.floor).any()):
         yield Finding(
             "batch-neighbours",
             "error",
             f"`{context.name}` of sample 0",
-            f"outputs of other samples moved by {float(moved.max()):.2g} when that was replaced, which proves "
+            f"outputs of other samples moved by {float(movement.max()):.2g} when that was replaced, which proves "
             "that they depend on it",
             "look for a reshape that mixes samples with heads or positions, and for a context that is not repeated as "
             "its samples are",
         )
 
 
-def _too_early(subject: Subject, ruler: Ruler, context: Context, moved: Tensor, reach: Tensor) -> Iterator[Finding]:
+def _too_early(
+    subject: AuditedModel, distances: Distances, context: Context, movement: Tensor, reach: Tensor
+) -> Iterator[Finding]:
     """Outputs that moved with the pictures although the mask shows them no place of one."""
-    seen = (moved > ruler.floor) & ~(reach & subject.held[:, None, :]).any(dim=-1)
-    if bool(seen.any()):
-        b, q = (int(i) for i in seen.nonzero()[0])
+    early = (movement > distances.floor) & ~(reach & subject.signal_places[:, None, :]).any(dim=-1)
+    if bool(early.any()):
+        b, q = (int(i) for i in early.nonzero()[0])
         yield Finding(
             "leak",
             "error",
             f"sample {b}, output {q}, `{context.name}`",
-            f"output {q} depends on `{context.name}`, although no place of it may reach it ({int(seen.sum())} such "
-            f"outputs): replacing it moved the output by {float(moved[b, q]):.2g}, which proves it",
+            f"output {q} depends on `{context.name}`, although no place of it may reach it ({int(early.sum())} such "
+            f"outputs): replacing it moved the output by {float(movement[b, q]):.2g}, which proves it",
             "look for a mask that opens the places of images to everybody, or pictures that lie in another sample",
         )
 
 
-def _moved(subject: Subject, ruler: Ruler, context: Context, places: Tensor, seeds: int) -> Tensor:
+def _moved(subject: AuditedModel, distances: Distances, context: Context, places: Tensor, seeds: int) -> Tensor:
     """How far outputs move, at most, when the context is replaced at `places`, bool `[b, m]`: float64 `[b, n]`."""
-    moved = torch.zeros(subject.batch, subject.length, dtype=torch.float64)
+    movement = torch.zeros(subject.batch, subject.length, dtype=torch.float64)
     for seed in range(seeds) if places.any() else ():
         generator = torch.Generator().manual_seed(SEED + seed)
         changed = subject.other_context(context.value, places, generator)
         with torch.no_grad():
             outputs = subject.outputs(**{context.name: changed})
-        moved = torch.maximum(moved, ruler.moved(outputs))
-    return moved
+        movement = torch.maximum(movement, distances.moved(outputs))
+    return movement

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing.subject import Subject
-from truemask.auditing.torch_modules import assumed_of, own_mask
+from truemask.auditing.subject import AuditedModel
+from truemask.auditing.torch_modules import assumed_mask_of, torch_mask_of
 from truemask.interop.active_masks import Given, given_to_transformers, given_to_x_transformers
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
@@ -31,114 +31,118 @@ _NAMED = {True: "`causal`", False: "`everything`"}
 
 
 @dataclass(frozen=True)
-class Said:
+class DeclaredMask:
     """What a model says, before padding and packing are added; `layers` is None where it does not say.
 
-    `given` is what `tm.use` gave each layer besides, or empty.
+    `user_masks` is what `tm.use` gave each layer besides, or empty.
     """
 
     masks: tuple[Mask, ...]
     source: str
     layers: int | None = None
     notes: tuple[str, ...] = ()
-    given: tuple[Given, ...] = ()
+    user_masks: tuple[Given, ...] = ()
 
 
-def said_of(subject: Subject) -> Said:
+def declared_mask_of(subject: AuditedModel) -> DeclaredMask:
     """What this model says."""
     stack = stack_of(subject)
     if stack is not None:
         return _of_truemask(subject, stack)
     if is_peer(subject):
-        return _with_given(_of_x_transformers(subject), given_to_x_transformers(_own_attentions(subject)))
+        return _with_user_masks(_of_x_transformers(subject), given_to_x_transformers(_attentions_of(subject)))
     if is_hugging_face(subject):
         part = "decoder" if str(subject.name).startswith("decoder_") else None
-        return _with_given(_of_hugging_face(subject), given_to_transformers(subject.model, part))
-    own = own_mask(subject)
-    if own is not None:
-        return Said((own.mask,), own.source, own.layers)
-    mask, note = assumed_of(subject)
-    return Said((mask,), ASSUMED, None, (note,))
+        return _with_user_masks(_of_hugging_face(subject), given_to_transformers(subject.model, part))
+    torch_mask = torch_mask_of(subject)
+    if torch_mask is not None:
+        return DeclaredMask((torch_mask.mask,), torch_mask.source, torch_mask.layers)
+    mask, note = assumed_mask_of(subject)
+    return DeclaredMask((mask,), ASSUMED, None, (note,))
 
 
-def _with_given(said: Said, given: list[Given]) -> Said:
+def _with_user_masks(declared: DeclaredMask, user_masks: list[Given]) -> DeclaredMask:
     """What the model says of its layers, and what `tm.use` gave them."""
-    if all(one.mask is None for one in given):
-        return said
-    own = said.masks * len(given) if len(said.masks) == 1 else said.masks
-    if len(own) != len(given):
-        note = f"it says what {len(own)} layers run and tm.use gave masks to {len(given)}; pass mask= with one for each"
-        return replace(said, notes=(*said.notes, note))
-    return replace(said, masks=own, given=tuple(given), source=f"{said.source}, and tm.use")
+    if all(user_mask.mask is None for user_mask in user_masks):
+        return declared
+    masks = declared.masks * len(user_masks) if len(declared.masks) == 1 else declared.masks
+    if len(masks) != len(user_masks):
+        note = f"it says what {len(masks)} layers run and tm.use gave masks to {len(user_masks)}; "
+        note += "pass mask= with one for each"
+        return replace(declared, notes=(*declared.notes, note))
+    return replace(declared, masks=masks, user_masks=tuple(user_masks), source=f"{declared.source}, and tm.use")
 
 
-def is_hugging_face(subject: Subject) -> bool:
+def is_hugging_face(subject: AuditedModel) -> bool:
     """Whether the model has a configuration as transformers has them."""
     config = getattr(subject.model, "config", None)
     return hasattr(config, "model_type") and hasattr(config, "get_text_config")
 
 
-def is_peer(subject: Subject) -> bool:
+def is_peer(subject: AuditedModel) -> bool:
     """Whether the model is one of x-transformers'."""
     return type(subject.model).__module__.partition(".")[0] == "x_transformers"
 
 
-def heads_of(subject: Subject) -> int | None:
+def heads_of(subject: AuditedModel) -> int | None:
     """How many heads each attention of the model has, if it says so."""
     stack, model = stack_of(subject), subject.model
     if stack is not None:
         return stack.config.heads
     if is_peer(subject):
         return next(
-            (own.heads for part in _own_attentions(subject) for own in part.modules() if hasattr(own, "heads")), None
+            (module.heads for part in _attentions_of(subject) for module in part.modules() if hasattr(module, "heads")),
+            None,
         )
     return getattr(getattr(model, "config", None), "num_attention_heads", None)
 
 
-def layers_of(subject: Subject) -> int | None:
+def layers_of(subject: AuditedModel) -> int | None:
     """How many layers mix positions, if the model says so."""
     stack = stack_of(subject)
     if stack is not None:
         return stack.depth
     if is_peer(subject):
-        return len(_own_attentions(subject)) or None
+        return len(_attentions_of(subject)) or None
     return _layer_count(subject, subject.model.config) if is_hugging_face(subject) else None
 
 
-def four_axes(subject: Subject) -> bool:
+def has_four_axes(subject: AuditedModel) -> bool:
     """Whether the batch holds a 4-D attention_mask for the audited input, which transformers takes as it is."""
-    given = subject.keywords.get("attention_mask")
-    return isinstance(given, Tensor) and given.ndim == 4 and not str(subject.name).startswith("decoder_")
+    attention_mask = subject.keywords.get("attention_mask")
+    return (
+        isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and not str(subject.name).startswith("decoder_")
+    )
 
 
-def stack_of(subject: Subject) -> AttentionLayers | None:
+def stack_of(subject: AuditedModel) -> AttentionLayers | None:
     """The layers of one of truemask's own models; None of any other."""
     model = subject.model
     model = model.attn_layers if isinstance(model, TransformerWrapper) else model
     return model if isinstance(model, AttentionLayers) else None
 
 
-def _of_truemask(subject: Subject, stack: AttentionLayers) -> Said:
-    given = subject.keywords
+def _of_truemask(subject: AuditedModel, stack: AttentionLayers) -> DeclaredMask:
+    keywords = subject.keywords
     heads = stack.config.heads
     x = subject.inputs
     layout = Layout(batch=subject.batch, heads=heads, new=subject.length)
-    user = read_masks(given.get("mask"), given.get("attn_mask"), layout, x)
-    looks_back = stack.causal if given.get("causal") is None else bool(given["causal"])
+    user = read_masks(keywords.get("mask"), keywords.get("attn_mask"), layout, x)
+    looks_back = stack.causal if keywords.get("causal") is None else bool(keywords["causal"])
     mask = causal & user if looks_back and user is not everything else causal if looks_back else user
-    return Said((mask,), f"what {type(subject.model).__name__} runs", stack.depth)
+    return DeclaredMask((mask,), f"what {type(subject.model).__name__} runs", stack.depth)
 
 
-def _of_x_transformers(subject: Subject) -> Said:
-    given, model = subject.keywords, subject.model
+def _of_x_transformers(subject: AuditedModel) -> DeclaredMask:
+    keywords, model = subject.keywords, subject.model
     stack: Any = getattr(model, "attn_layers", model)
     parts = []
-    looks_back = given.get("causal") if given.get("causal") is not None else getattr(stack, "causal", True)
+    looks_back = keywords.get("causal") if keywords.get("causal") is not None else getattr(stack, "causal", True)
     if type(stack).__name__ == "PrefixDecoder":
-        parts.append(causal | prefix(given.get("prefix_attn_len") or 0))
+        parts.append(causal | prefix(keywords.get("prefix_attn_len") or 0))
     elif looks_back:
         parts.append(causal)
-    attn_mask, flags = given.get("attn_mask"), given.get("self_attn_kv_mask")
+    attn_mask, flags = keywords.get("attn_mask"), keywords.get("self_attn_kv_mask")
     if isinstance(attn_mask, Tensor):
         parts.append(from_x_transformers(attn_mask=attn_mask))
     if isinstance(flags, Tensor):
@@ -147,10 +151,10 @@ def _of_x_transformers(subject: Subject) -> Said:
     pasts = [getattr(part, "max_attend_past", None) for part in _peer_attentions(stack)]
     masks = tuple(base & (window(past + 1) | ~causal) if past is not None else base for past in pasts) or (base,)
     masks = masks[:1] if len(set(masks)) == 1 else masks
-    return Said(masks, f"what x-transformers' {type(stack).__name__} says", len(pasts) or None)
+    return DeclaredMask(masks, f"what x-transformers' {type(stack).__name__} says", len(pasts) or None)
 
 
-def _own_attentions(subject: Subject) -> list[Any]:
+def _attentions_of(subject: AuditedModel) -> list[Any]:
     return _peer_attentions(getattr(subject.model, "attn_layers", subject.model))
 
 
@@ -159,42 +163,42 @@ def _peer_attentions(stack: Any) -> list[Any]:
     return [layer[1] for kind, layer in zip(types, layers, strict=False) if kind == "a"]
 
 
-def _of_hugging_face(subject: Subject) -> Said:
+def _of_hugging_face(subject: AuditedModel) -> DeclaredMask:
     config: Any = subject.model.config
     name = type(subject.model).__name__
-    given = subject.keywords.get("attention_mask")
+    attention_mask = subject.keywords.get("attention_mask")
     layers = _layer_count(subject, config)
-    if isinstance(given, Tensor) and four_axes(subject):
-        read = from_torch_sdpa if given.dtype == torch.bool else from_additive
-        return Said((read(given),), "the 4-D attention_mask", layers)
+    if isinstance(attention_mask, Tensor) and has_four_axes(subject):
+        read = from_torch_sdpa if attention_mask.dtype == torch.bool else from_additive
+        return DeclaredMask((read(attention_mask),), "the 4-D attention_mask", layers)
     looks_back, notes = _is_causal(subject, config)
     types = _layer_types(config, layers)
     masks = tuple(_of_layer(kind, config, looks_back) for kind in types) or (causal if looks_back else everything,)
     masks = masks[:1] if len(set(masks)) == 1 else masks
-    return Said(masks, f"the configuration of {name}", layers, notes)
+    return DeclaredMask(masks, f"the configuration of {name}", layers, notes)
 
 
-def _layer_count(subject: Subject, config: Any) -> int | None:
+def _layer_count(subject: AuditedModel, config: Any) -> int | None:
     names = ["num_hidden_layers", "num_layers"]
-    found = [getattr(config.get_text_config(), name, None) for name in names]
+    counts = [getattr(config.get_text_config(), name, None) for name in names]
     if str(subject.name).startswith("decoder_"):
-        own = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers")]
-        found = [*own, *[getattr(config.get_text_config(decoder=True), name, None) for name in names]]
-    return next((count for count in found if isinstance(count, int)), None)
+        decoder_counts = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers")]
+        counts = [*decoder_counts, *[getattr(config.get_text_config(decoder=True), name, None) for name in names]]
+    return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _is_causal(subject: Subject, config: Any) -> tuple[bool, tuple[str, ...]]:
+def _is_causal(subject: AuditedModel, config: Any) -> tuple[bool, tuple[str, ...]]:
     text = config.get_text_config()
     if str(subject.name).startswith("decoder_") or getattr(text, "is_decoder", False):
         return True, ()
     if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", None) is False:
         return False, ()
-    said = _flags(subject.model, text)
-    if said in ({True}, {False}):
-        return said == {True}, ()
+    flags = _flags(subject.model, text)
+    if flags in ({True}, {False}):
+        return flags == {True}, ()
     name = type(subject.model).__name__
-    named = any(word in name for word in CAUSAL_NAMES)
-    return named, (f"{name} does not say whether it is causal; by its name it was held to {_NAMED[named]}",)
+    by_name = any(word in name for word in CAUSAL_NAMES)
+    return by_name, (f"{name} does not say whether it is causal; by its name it was held to {_NAMED[by_name]}",)
 
 
 def _flags(model: nn.Module, text: Any) -> set[bool]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from truemask.auditing.subject import Subject
+from truemask.auditing.subject import AuditedModel
 
-ROUNDING = 64  # the noise floor in units of the dtype's eps, of a typical output; less in half precision
+ROUNDING_EPS = 64  # the noise floor in units of the dtype's eps, of a typical output; less in half precision
 
 
-class Ruler:
+class Distances:
     """Distances from the outputs of a call, the baseline `[b, n, e]`.
 
     Attributes:
@@ -34,15 +34,15 @@ class Ruler:
         self._plain = bool((self._weights > 0.5).all())
         eps = torch.finfo(baseline.dtype).eps
         self.unit = eps * typical
-        self.rounding = min(ROUNDING * eps, eps**0.5 / 8) * typical
+        self.rounding = min(ROUNDING_EPS * eps, eps**0.5 / 8) * typical
         self.tolerance = eps**0.5 * max(typical, 1e-30)
         self.noise, self.floor = 0.0, self.rounding
 
-    def listen(self, subject: Subject, times: int = 2) -> None:
+    def listen(self, subject: AuditedModel, times: int = 2) -> None:
         """Repeat the call, and count nothing that is as small as what comes of it."""
         with torch.no_grad():
-            heard = max(float(self.moved(subject.outputs()).max()) for _ in range(times))
-        self.noise = max(self.noise, heard)
+            noise = max(float(self.moved(subject.outputs()).max()) for _ in range(times))
+        self.noise = max(self.noise, noise)
         self.floor = max(8 * self.noise, self.rounding)
 
     def moved(self, outputs: Tensor) -> Tensor:
@@ -54,16 +54,16 @@ class Ruler:
         wide = _wide(difference.detach())
         return (wide if self._plain else wide * self._weights.to(wide)).double().cpu()
 
-    def between(self, one: Tensor, other: Tensor) -> Tensor:
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
         """The largest difference at each position, float64 `[b, n]`; infinite where only one of them is a number."""
-        left, right = (_wide(x.detach()) for x in (one, other))
-        apart = (left - right).abs()
-        if not bool(torch.isfinite(apart.sum())):
+        left, right = (_wide(x.detach()) for x in (first, second))
+        distance = (left - right).abs()
+        if not bool(torch.isfinite(distance.sum())):
             same = (left == right) | (left.isnan() & right.isnan())
-            apart = torch.where(same, 0.0, apart).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            distance = torch.where(same, 0.0, distance).nan_to_num(nan=torch.inf, posinf=torch.inf)
         if not self._plain:
-            apart = apart * self._weights.to(apart)
-        return apart.amax(dim=-1).double().cpu()
+            distance = distance * self._weights.to(distance)
+        return distance.amax(dim=-1).double().cpu()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing.subject import INPUTS, LEAST_POSITIONS, AuditError, first_outputs
+from truemask.auditing.subject import INPUT_KEYWORDS, LEAST_POSITIONS, AuditError, first_outputs
 from truemask.common.formatting import describe
 
-SIGNALS = ("pixel_values", "input_values", "input_features")
+SIGNAL_KEYWORDS = ("pixel_values", "input_values", "input_features")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-FLAGS = "attention_mask"
+ATTENTION_MASK = "attention_mask"
 MOST_NAMES = 3
 
 
-class Place(NamedTuple):
+class VectorSite(NamedTuple):
     """Where vectors pass: what a module is given (`before`) or gives, in its so-manieth call that fits."""
 
     module: nn.Module
@@ -30,16 +30,16 @@ class Place(NamedTuple):
     turn: int
 
 
-class Signals(nn.Module):
+class VectorModel(nn.Module):
     """A model and its batch, called with vectors `[b, n, d]` in the place of those that it makes of the batch.
 
     Attributes:
         outside: what the audit cannot see of this model, in words.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], place: Place, outside: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], site: VectorSite, outside: tuple[str, ...]) -> None:
         super().__init__()
-        self.model, self._batch, self._place = model, dict(batch), [place]  # a list: its module is no second child
+        self.model, self._batch, self._site = model, dict(batch), [site]  # a list: its module is no second child
         self.config = getattr(model, "config", None)
         self.training, self.outside = model.training, outside
 
@@ -48,92 +48,94 @@ class Signals(nn.Module):
         turns = count(1)
 
         def other(module: nn.Module, vectors: Tensor, before: bool) -> Tensor | None:
-            return x if next(turns) == self._place[0].turn else None
+            return x if next(turns) == self._site[0].turn else None
 
-        with _watched([self._place[0]], x.shape[:2], other):
+        with _watched([self._site[0]], x.shape[:2], other):
             return self.model(**self._batch)
 
 
 def without_signals(model: nn.Module, batch: Any) -> tuple[nn.Module, Any]:
     """The model and batch as they are, or as a model of vectors where the batch holds a picture or sound."""
-    if not isinstance(batch, Mapping) or any(isinstance(batch.get(name), Tensor) for name in INPUTS):
+    if not isinstance(batch, Mapping) or any(isinstance(batch.get(name), Tensor) for name in INPUT_KEYWORDS):
         return model, batch
-    name = next((name for name in SIGNALS if isinstance(batch.get(name), Tensor)), None)
+    name = next((name for name in SIGNAL_KEYWORDS if isinstance(batch.get(name), Tensor)), None)
     if name is None:
         return model, batch
-    place, vectors, earlier = _first_vectors(model, batch, name)
-    flags, unknown = _flags(model, batch.get(FLAGS), vectors.shape[1])
-    outside = (_outside(model, name, place, earlier), *unknown)
-    named = type(type(model).__name__, (Signals,), {})  # reports and claims go by the name of the class
-    return named(model, batch, place, outside), {"x": vectors} | ({} if flags is None else {FLAGS: flags})
+    site, vectors, earlier = _first_vectors(model, batch, name)
+    flags, unknown = _flags(model, batch.get(ATTENTION_MASK), vectors.shape[1])
+    outside = (_outside(model, name, site, earlier), *unknown)
+    named = type(type(model).__name__, (VectorModel,), {})  # reports and expected masks go by the name of the class
+    return named(model, batch, site, outside), {"x": vectors} | ({} if flags is None else {ATTENTION_MASK: flags})
 
 
-def _first_vectors(model: nn.Module, batch: Mapping[str, Any], name: str) -> tuple[Place, Tensor, list[nn.Module]]:
+def _first_vectors(model: nn.Module, batch: Mapping[str, Any], name: str) -> tuple[VectorSite, Tensor, list[nn.Module]]:
     """The first place that a vector for each output position passes, those vectors, and which modules ran earlier."""
     with torch.no_grad():
         result = model(**batch)
     outputs = first_outputs(result)
     if outputs is not None and outputs.shape[1] >= LEAST_POSITIONS:
-        passed: list[tuple[Place, Tensor]] = []
+        passes: list[tuple[VectorSite, Tensor]] = []
         earlier: list[nn.Module] = []
 
         def watch(module: nn.Module, vectors: Tensor, before: bool) -> None:
-            turn = 1 + sum(place.module is module and place.before == before for place, _ in passed)
-            passed.append((Place(module, before, turn), vectors.detach().clone()))
+            turn = 1 + sum(site.module is module and site.before == before for site, _ in passes)
+            passes.append((VectorSite(module, before, turn), vectors.detach().clone()))
 
-        def ran(module: nn.Module, args: Any, result: Any) -> None:
-            if not passed:
+        def note_earlier(module: nn.Module, args: Any, result: Any) -> None:
+            if not passes:
                 earlier.append(module)
 
         inner = [module for module in model.modules() if module is not model]
-        sides = [Place(module, before, 0) for module in inner for before in (True, False)]
-        handles = [module.register_forward_hook(ran) for module in inner]
+        sides = [VectorSite(module, before, 0) for module in inner for before in (True, False)]
+        handles = [module.register_forward_hook(note_earlier) for module in inner]
         try:
             with torch.no_grad(), _watched(sides, outputs.shape[:2], watch):
                 model(**batch)
         finally:
             for handle in handles:
                 handle.remove()
-        if passed:
-            return *passed[0], earlier
-    gave = result if isinstance(result, Mapping) else {"outputs": outputs}
+        if passes:
+            return *passes[0], earlier
+    named_outputs = result if isinstance(result, Mapping) else {"outputs": outputs}
     shapes = ", ".join(
-        f"{key} {describe(value).partition(' on ')[0]}" for key, value in gave.items() if isinstance(value, Tensor)
+        f"{key} {describe(value).partition(' on ')[0]}"
+        for key, value in named_outputs.items()
+        if isinstance(value, Tensor)
     )
     attending = _attending(model)
-    way = f"the part that attends ({attending})" if attending else "a part that takes a vector for each position"
+    advice = f"the part that attends ({attending})" if attending else "a part that takes a vector for each position"
     raise AuditError(
         f"{type(model).__name__} takes {name} and gives {shapes or describe(result)}: no part of it makes a vector for "
         f"each output position of `logits` or `last_hidden_state` [b, n, d], with n {LEAST_POSITIONS} or more. Audit "
-        f"{way}, with the vectors [b, n, d] that it is given"
+        f"{advice}, with the vectors [b, n, d] that it is given"
     )
 
 
-Other = Callable[..., Tensor | None]
+VectorCallback = Callable[..., Tensor | None]
 
 
 @contextmanager
-def _watched(places: list[Place], shape: torch.Size, told: Other) -> Iterator[None]:
+def _watched(sites: list[VectorSite], shape: torch.Size, callback: VectorCallback) -> Iterator[None]:
     """Call `told(module, vectors, before=)` when vectors of this shape pass; what it returns takes their place."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == shape and value.is_floating_point()
 
-    def given(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def before_call(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         first = args[0] if args else next(iter(named.values()), None)
-        other = told(module, first, before=True) if fits(first) else None
+        other = callback(module, first, before=True) if fits(first) else None
         if other is None:
             return None
         return ((other, *args[1:]), named) if args else (args, {**named, next(iter(named)): other})
 
-    def gave(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-        return told(module, result, before=False) if fits(result) else None
+    def after_call(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        return callback(module, result, before=False) if fits(result) else None
 
     handles = [
-        place.module.register_forward_pre_hook(given, with_kwargs=True)
-        if place.before
-        else place.module.register_forward_hook(gave)
-        for place in places
+        site.module.register_forward_pre_hook(before_call, with_kwargs=True)
+        if site.before
+        else site.module.register_forward_hook(after_call)
+        for site in sites
     ]
     try:
         yield
@@ -142,34 +144,34 @@ def _watched(places: list[Place], shape: torch.Size, told: Other) -> Iterator[No
             handle.remove()
 
 
-def _flags(model: nn.Module, given: Any, n: int) -> tuple[Tensor | None, tuple[str, ...]]:
+def _flags(model: nn.Module, attention_mask: Any, n: int) -> tuple[Tensor | None, tuple[str, ...]]:
     """Which of the `n` vectors are real, `[b, n]`, of an attention_mask that may count samples; and what is unknown."""
-    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] == n:
-        return given if isinstance(given, Tensor) and given.ndim == 2 else None, ()
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] == n:
+        return attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None, ()
     for module in model.modules():
         shorter = getattr(module, "_get_feature_vector_attention_mask", None)
         if callable(shorter):
-            flags = shorter(n, given)
-            if isinstance(flags, Tensor) and flags.shape == (len(given), n):
+            flags = shorter(n, attention_mask)
+            if isinstance(flags, Tensor) and flags.shape == (len(attention_mask), n):
                 return flags.long(), ()
     unknown = (
-        f"{FLAGS} speaks of {given.shape[1]} places and the model does not say which of the {n} vectors are padding"
+        f"{ATTENTION_MASK} speaks of {attention_mask.shape[1]} places and the model does not say which of the {n} "
     )
-    return None, (f"{unknown}: none was taken for it",)
+    return None, (f"{unknown}vectors are padding: none was taken for it",)
 
 
-def _outside(model: nn.Module, name: str, place: Place, earlier: list[nn.Module]) -> str:
+def _outside(model: nn.Module, name: str, site: VectorSite, earlier: list[nn.Module]) -> str:
     """What the audit does not see of a model of pictures or sound."""
     names = {module: path for path, module in model.named_modules()}
-    told = f"`{name}` was changed as the vectors that `{names[place.module]}` {'is given' if place.before else 'gives'}"
+    text = f"`{name}` was changed as the vectors that `{names[site.module]}` {'is given' if site.before else 'gives'}"
     mixing = [module for module in dict.fromkeys(earlier) if isinstance(module, CONVOLUTIONS) and _overlaps(module)]
     if not mixing:
-        return f"{told}; what makes them of it lies outside this audit"
+        return f"{text}; what makes them of it lies outside this audit"
     first = ", ".join(f"`{names[module]}`" for module in mixing[:MOST_NAMES])
     more = f" and {len(mixing) - MOST_NAMES} more" if len(mixing) > MOST_NAMES else ""
     many = len(mixing) != 1
     return (
-        f"{told}; the convolution{'s' * many} before {'them' if many else 'it'} ({first}{more}) mix{'es' * (not many)} "
+        f"{text}; the convolution{'s' * many} before {'them' if many else 'it'} ({first}{more}) mix{'es' * (not many)} "
         "neighbouring places and what stands in padding, which lies outside this audit"
     )
 
@@ -182,12 +184,12 @@ def _overlaps(module: nn.Module) -> bool:
 
 def _attending(model: nn.Module) -> str:
     """The parts of a model that are stacks of layers with attention, by name; empty if none is found."""
-    found = [
+    paths = [
         path
         for path, module in model.named_modules()
         if path and any(isinstance(part, nn.ModuleList) and _attends(part) for part in module.children())
     ]
-    return ", ".join(f"model.{path}" for path in found[:MOST_NAMES])
+    return ", ".join(f"model.{path}" for path in paths[:MOST_NAMES])
 
 
 def _attends(layers: nn.ModuleList) -> bool:

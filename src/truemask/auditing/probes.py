@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from truemask.auditing.distances import Ruler
-from truemask.auditing.subject import SEED, Subject, line_of
+from truemask.auditing.distances import Distances
+from truemask.auditing.subject import SEED, AuditedModel, line_of
 
 PROPORTION = 0.1  # how far three times a gradient may be from the gradient of three times the sum
-MOST_POISONED = 3  # positions in which NaN and huge numbers are planted
-Step = Callable[[str, int, int], None]
+MAX_POISONED_POSITIONS = 3  # positions in which NaN and huge numbers are planted
+ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclass
-class Seen:
+class Dependencies:
     """What was seen to matter, and where anybody looked.
 
     Attributes:
@@ -64,11 +64,13 @@ class Seen:
         return looked
 
 
-def look(subject: Subject, ruler: Ruler, *, seeds: int, positions: int, step: Step) -> Seen:
+def look(
+    subject: AuditedModel, distances: Distances, *, seeds: int, positions: int, progress: ProgressCallback
+) -> Dependencies:
     """Probe a call: neighbours first, since samples that see each other must be changed one at a time."""
     b, n = subject.batch, subject.length
-    places = choose(n, positions)
-    seen = Seen(
+    places = probed_positions(n, positions)
+    dependencies = Dependencies(
         by_gradient=torch.zeros(b, n, n, dtype=torch.bool),
         by_change=torch.zeros(b, n, n, dtype=torch.bool),
         size=torch.zeros(b, n, n, dtype=torch.float64),
@@ -76,14 +78,14 @@ def look(subject: Subject, ruler: Ruler, *, seeds: int, positions: int, step: St
         columns=places,
         blind_rows=torch.zeros(b, n, dtype=torch.bool),
     )
-    look_at_neighbours(subject, ruler, seen, seeds)
-    groups = [[s] for s in range(b)] if seen.neighbours else [list(range(b))]
-    look_by_changes(subject, ruler, seen, groups, seeds, step)
-    look_by_gradients(subject, seen, groups, seeds, step)
-    return seen
+    look_at_neighbours(subject, distances, dependencies, seeds)
+    groups = [[s] for s in range(b)] if dependencies.neighbours else [list(range(b))]
+    look_by_changes(subject, distances, dependencies, groups, seeds, progress)
+    look_by_gradients(subject, dependencies, groups, seeds, progress)
+    return dependencies
 
 
-def choose(n: int, most: int) -> list[int]:
+def probed_positions(n: int, most: int) -> list[int]:
     """Positions to probe: all, or the first, the last, and others drawn at random.
 
     >>> choose(5, 8), len(choose(1000, 10)), choose(1000, 10)[-1]
@@ -91,11 +93,11 @@ def choose(n: int, most: int) -> list[int]:
     """
     if n <= most:
         return list(range(n))
-    drawn = torch.randperm(n - 2, generator=torch.Generator().manual_seed(SEED))[: max(0, most - 2)] + 1
-    return sorted({0, n - 1, *drawn.tolist()})
+    sample = torch.randperm(n - 2, generator=torch.Generator().manual_seed(SEED))[: max(0, most - 2)] + 1
+    return sorted({0, n - 1, *sample.tolist()})
 
 
-def look_at_neighbours(subject: Subject, ruler: Ruler, seen: Seen, seeds: int) -> None:
+def look_at_neighbours(subject: AuditedModel, distances: Distances, dependencies: Dependencies, seeds: int) -> None:
     """Replace a whole sample and see whether the others notice."""
     if subject.batch == 1:
         return
@@ -104,33 +106,38 @@ def look_at_neighbours(subject: Subject, ruler: Ruler, seen: Seen, seeds: int) -
             places = torch.zeros(subject.batch, subject.length, dtype=torch.bool)
             places[s] = True
             with torch.no_grad():
-                apart = ruler.moved(subject.outputs(subject.other_inputs(places, _generator(seed))))
-            for t, largest in enumerate(apart.amax(dim=1).tolist()):
-                if t != s and largest > ruler.floor:
-                    seen.neighbours[s, t] = max(largest, seen.neighbours.get((s, t), 0.0))
+                distance = distances.moved(subject.outputs(subject.other_inputs(places, _generator(seed))))
+            for t, largest in enumerate(distance.amax(dim=1).tolist()):
+                if t != s and largest > distances.floor:
+                    dependencies.neighbours[s, t] = max(largest, dependencies.neighbours.get((s, t), 0.0))
     try:
-        _look_across_samples(subject, seen, seeds)
+        _look_across_samples(subject, dependencies, seeds)
     except Exception as error:  # as in look_by_gradients, which says so
-        seen.no_gradient = line_of(error)
+        dependencies.no_gradient = line_of(error)
 
 
 def look_by_changes(
-    subject: Subject, ruler: Ruler, seen: Seen, groups: list[list[int]], seeds: int, step: Step
+    subject: AuditedModel,
+    distances: Distances,
+    dependencies: Dependencies,
+    groups: list[list[int]],
+    seeds: int,
+    progress: ProgressCallback,
 ) -> None:
     """Replace one position at a time, in all samples of a group at once, and see which outputs change."""
-    turns = [(seed, group, k) for seed in range(seeds) for group in groups for k in seen.columns]
-    for done, (seed, group, k) in enumerate(turns):
+    turns = [(seed, group, k) for seed in range(seeds) for group in groups for k in dependencies.columns]
+    for count, (seed, group, k) in enumerate(turns):
         places = torch.zeros(subject.batch, subject.length, dtype=torch.bool)
         places[group, k] = True
         with torch.no_grad():
             outputs = subject.outputs(subject.other_inputs(places, _generator(seed * subject.length + k)))
-        apart = ruler.moved(outputs)[group]
-        seen.by_change[group, :, k] |= apart > ruler.floor
-        seen.size[group, :, k] = torch.maximum(seen.size[group, :, k], apart)
-        step("changing positions", done + 1, len(turns))
+        distance = distances.moved(outputs)[group]
+        dependencies.by_change[group, :, k] |= distance > distances.floor
+        dependencies.size[group, :, k] = torch.maximum(dependencies.size[group, :, k], distance)
+        progress("changing positions", count + 1, len(turns))
 
 
-def _look_across_samples(subject: Subject, seen: Seen, seeds: int) -> None:
+def _look_across_samples(subject: AuditedModel, dependencies: Dependencies, seeds: int) -> None:
     """Ask all outputs of one sample for their gradient at the others; it counts where it grows in proportion."""
     if subject.features is None:
         return
@@ -139,19 +146,19 @@ def _look_across_samples(subject: Subject, seen: Seen, seeds: int) -> None:
         with torch.enable_grad():
             outputs = subject.outputs_of_features(features)
             for t in range(subject.batch):
-                found = _proportional(outputs, features, [t], slice(None), _generator(seed * subject.batch + t))
-                for s in found.any(dim=1).nonzero().flatten().tolist():
+                dependent = _proportional(outputs, features, [t], slice(None), _generator(seed * subject.batch + t))
+                for s in dependent.any(dim=1).nonzero().flatten().tolist():
                     if s != t:
-                        seen.neighbours.setdefault((s, t), 0.0)
+                        dependencies.neighbours.setdefault((s, t), 0.0)
 
 
-def confirm(subject: Subject, seen: Seen, hidden: Tensor) -> None:
+def confirm(subject: AuditedModel, dependencies: Dependencies, hidden: Tensor) -> None:
     """Ask again where a gradient alone says that something hidden matters: `hidden` is bool `[b, n, n]`.
 
     Rounding makes tiny gradients too (a convolution by FFT, say). What is real grows in proportion to the sum that is
     asked; what rounding made does not.
     """
-    doubtful = seen.by_gradient & ~seen.by_change & hidden
+    doubtful = dependencies.by_gradient & ~dependencies.by_change & hidden
     if subject.features is None or not bool(doubtful.any()):
         return
     features = subject.features.detach().clone().requires_grad_()
@@ -159,7 +166,7 @@ def confirm(subject: Subject, seen: Seen, hidden: Tensor) -> None:
         outputs = subject.outputs_of_features(features)
         for b, q in doubtful.any(dim=-1).nonzero().tolist():
             real = _proportional(outputs, features, [b], q, _generator(q))[b]
-            seen.by_gradient[b, q] &= ~doubtful[b, q] | real
+            dependencies.by_gradient[b, q] &= ~doubtful[b, q] | real
 
 
 def _proportional(
@@ -173,27 +180,29 @@ def _proportional(
     return ((thrice - 3 * once).norm(dim=-1) <= PROPORTION * (3 * once).norm(dim=-1)) & (once != 0).any(dim=-1)
 
 
-def look_by_gradients(subject: Subject, seen: Seen, groups: list[list[int]], seeds: int, step: Step) -> None:
+def look_by_gradients(
+    subject: AuditedModel, dependencies: Dependencies, groups: list[list[int]], seeds: int, progress: ProgressCallback
+) -> None:
     """Ask each output, as a random sum of its features, for its gradient at every input vector.
 
     The first seed asks at the batch itself, the others close to it, where other units may be awake.
     """
     if subject.features is None:
-        seen.no_gradient = "no module was found that turns the ids into vectors"
+        dependencies.no_gradient = "no module was found that turns the ids into vectors"
         return
-    turns = [(group, q) for group in groups for q in seen.rows]
+    turns = [(group, q) for group in groups for q in dependencies.rows]
     try:
         for seed in range(seeds):
             features = _moved(subject.features, seed).requires_grad_()
             with torch.enable_grad():
                 outputs = subject.outputs_of_features(features)
-                for done, (group, q) in enumerate(turns):
-                    found = _gradient(outputs, features, group, q, _generator(seed * subject.length + q))
-                    seen.blind_rows[group, q] |= found.isnan().flatten(1).any(dim=1)[group]
-                    seen.by_gradient[group, q] |= (found.nan_to_num(nan=0.0) != 0).any(dim=-1)[group]
-                    step("following gradients", seed * len(turns) + done + 1, seeds * len(turns))
+                for count, (group, q) in enumerate(turns):
+                    gradient = _gradient(outputs, features, group, q, _generator(seed * subject.length + q))
+                    dependencies.blind_rows[group, q] |= gradient.isnan().flatten(1).any(dim=1)[group]
+                    dependencies.by_gradient[group, q] |= (gradient.nan_to_num(nan=0.0) != 0).any(dim=-1)[group]
+                    progress("following gradients", seed * len(turns) + count + 1, seeds * len(turns))
     except Exception as error:  # autograd, or a backward of the model's own, cannot go through it
-        seen.no_gradient = line_of(error)
+        dependencies.no_gradient = line_of(error)
 
 
 def _moved(features: Tensor, seed: int) -> Tensor:
@@ -216,11 +225,11 @@ def _gradient(
 ) -> Tensor:
     weights = times * torch.randn(outputs.shape[-1], generator=generator).to(outputs)
     total = (outputs[group, q].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * weights).sum()
-    (found,) = torch.autograd.grad(total, features, retain_graph=True)
-    return found.cpu()
+    (gradient,) = torch.autograd.grad(total, features, retain_graph=True)
+    return gradient.cpu()
 
 
-def look_with_poison(subject: Subject, ruler: Ruler, hidden: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+def look_with_poison(subject: AuditedModel, distances: Distances, hidden: Tensor) -> Iterator[tuple[str, int, Tensor]]:
     """Plant NaN and huge numbers where some output must not see them: what, where, and who noticed, bool `[b, n]`.
 
     `hidden`: bool `[b, n, n]`, what must not matter. Only differences that are not numbers count here.
@@ -229,13 +238,13 @@ def look_with_poison(subject: Subject, ruler: Ruler, hidden: Tensor) -> Iterator
         return
     columns = hidden.any(dim=1).any(dim=0).nonzero().flatten().tolist()
     huge = torch.finfo(subject.features.dtype).max
-    for k in columns[-1:] + columns[: MOST_POISONED - 1 if len(columns) > 1 else 0]:
+    for k in columns[-1:] + columns[: MAX_POISONED_POSITIONS - 1 if len(columns) > 1 else 0]:
         for what, value in (("NaN", torch.nan), (f"{huge:.2g}", huge)):
             features = subject.features.detach().clone()
             features[:, k] = value
             with torch.no_grad():
-                apart = ruler.moved(subject.outputs_of_features(features))
-            yield what, k, apart.isinf() & hidden[:, :, k]
+                distance = distances.moved(subject.outputs_of_features(features))
+            yield what, k, distance.isinf() & hidden[:, :, k]
 
 
 def _generator(seed: int) -> torch.Generator:

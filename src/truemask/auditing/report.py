@@ -14,7 +14,7 @@ from truemask.common.finding import Finding as Finding
 from truemask.common.finding import Findings as Findings
 from truemask.viz.picture import html_picture, text_picture
 
-SMALL = 40  # positions up to which the differences are drawn with a sign of their own
+SHORT_POSITIONS = 40  # positions up to which the differences are drawn with a sign of their own
 MOST_SAMPLES = 4
 CLEAN = (
     "nothing was found: every difference that was seen is allowed (of what was not seen this is evidence, not proof)"
@@ -82,10 +82,10 @@ class Report:
 
     def text(self, *, ascii: bool = False, pictures: bool = True) -> str:
         """The report for a terminal."""
-        said = str(self.findings) if self.findings else CLEAN
+        body = str(self.findings) if self.findings else CLEAN
         notes = [f"note: {note}" for note in self.notes]
-        drawn = self._pictures(ascii) if pictures else []
-        return "\n".join([self.title, "", said, *(["", *notes] if notes else []), *drawn])
+        drawings = self._pictures(ascii) if pictures else []
+        return "\n".join([self.title, "", body, *(["", *notes] if notes else []), *drawings])
 
     def __str__(self) -> str:
         return self.text()
@@ -94,20 +94,21 @@ class Report:
 
     def _pictures(self, ascii: bool) -> list[str]:
         lines = []
-        for s, like in self._distinct()[:MOST_SAMPLES]:
+        for s, label in self._distinct()[:MOST_SAMPLES]:
             reach, visible = self.reach[s].numpy(), self.visible[s].numpy()
-            if self.looked.any(dim=0).all() or len(reach) <= SMALL:  # else most of it would be what nobody looked at
-                pair = _drawn(reach, "may depend", ascii), _drawn(visible, f"depends, {like}", ascii)
+            # of a long text with few probes most of the picture would be what nobody looked at
+            if self.looked.any(dim=0).all() or len(reach) <= SHORT_POSITIONS:
+                pair = _picture_lines(reach, "may depend", ascii), _picture_lines(visible, f"depends, {label}", ascii)
                 lines += ["", _beside(*pair)]
             if self.leaks[s].any() or self.blind[s].any():
                 lines += ["", *self._differences(s, ascii)]
         return lines
 
     def _differences(self, s: int, ascii: bool) -> list[str]:
-        if self.reach.shape[1] <= SMALL:
+        if self.reach.shape[1] <= SHORT_POSITIONS:
             return [differences(self._codes(s), ascii=ascii)]
-        named = (("depends and must not", self.leaks[s]), ("may and was never seen to", self.blind[s]))
-        return [text_picture(cells.numpy(), title=title, ascii=ascii) for title, cells in named if cells.any()]
+        titled = (("depends and must not", self.leaks[s]), ("may and was never seen to", self.blind[s]))
+        return [text_picture(cells.numpy(), title=title, ascii=ascii) for title, cells in titled if cells.any()]
 
     def _codes(self, s: int) -> np.ndarray:
         """0 does not depend, 1 depends, 2 leak, 3 blind, 4 nobody looked."""
@@ -129,18 +130,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<li><b>{escape(one.severity)} {escape(one.code)}</b> {escape(one.where)}: {escape(one.message)}"
-            f"{'<br><i>' + escape(one.fix) + '</i>' if one.fix else ''}</li>"
-            for one in self.findings
+            f"<li><b>{escape(finding.severity)} {escape(finding.code)}</b> {escape(finding.where)}: "
+            f"{escape(finding.message)}{'<br><i>' + escape(finding.fix) + '</i>' if finding.fix else ''}</li>"
+            for finding in self.findings
         )
-        said = f"<ul>{rows}</ul>" if rows else f"<p>{CLEAN}</p>"
+        body = f"<ul>{rows}</ul>" if rows else f"<p>{CLEAN}</p>"
         notes = "".join(f"<p><small>{escape(note)}</small></p>" for note in self.notes)
         labels = ["may depend", "depends", "and must not", "never seen to"]
         pictures = []
-        for s, like in self._distinct()[:MOST_SAMPLES]:
+        for s, label in self._distinct()[:MOST_SAMPLES]:
             cells = np.stack([x[s].numpy() for x in (self.reach, self.visible, self.leaks, self.blind)])
-            pictures.append(f"<div>{html_picture(cells, title=like, labels=labels)}</div>")
-        return f"<div><p>{escape(self.title)}</p>{said}{''.join(pictures)}{notes}</div>"
+            pictures.append(f"<div>{html_picture(cells, title=label, labels=labels)}</div>")
+        return f"<div><p>{escape(self.title)}</p>{body}{''.join(pictures)}{notes}</div>"
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report as one HTML file, without scripts and without other files; returns where it is."""
@@ -165,7 +166,7 @@ def differences(codes: np.ndarray, *, ascii: bool = False) -> str:
     return "\n".join(["the difference", *lines, LEGEND.format(*signs)])
 
 
-def _drawn(cells: np.ndarray, title: str, ascii: bool) -> list[str]:
+def _picture_lines(cells: np.ndarray, title: str, ascii: bool) -> list[str]:
     """A picture as lines, without its legend where two stand side by side."""
     return text_picture(cells, title=title, ascii=ascii).splitlines()[:-1]
 
@@ -177,7 +178,7 @@ def _beside(left: list[str], right: list[str]) -> str:
         return "\n".join([*left, *right])
     height = max(len(left), len(right))
     pad = [lines + [""] * (height - len(lines)) for lines in (left, right)]
-    return "\n".join(f"{one:<{wide}}   {other}".rstrip() for one, other in zip(*pad, strict=True))
+    return "\n".join(f"{line:<{wide}}   {other}".rstrip() for line, other in zip(*pad, strict=True))
 
 
 def _samples(group: list[int]) -> str:

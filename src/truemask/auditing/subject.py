@@ -24,7 +24,7 @@ from truemask.auditing.placeholders import placeholders, places_of, special_toke
 from truemask.common.formatting import describe
 from truemask.errors import TruemaskError
 
-INPUTS = (
+INPUT_KEYWORDS = (
     "decoder_input_ids",
     "decoder_inputs_embeds",
     "input_ids",
@@ -35,7 +35,7 @@ INPUTS = (
     "tgt",
     "src",
 )
-OUTPUTS = ("logits", "last_hidden_state", "prediction_logits")
+OUTPUT_FIELDS = ("logits", "last_hidden_state", "prediction_logits")
 LEAST_POSITIONS = 2
 SEED = 20_260_714  # every call of the model begins here, so that dropout drops the same in all of them
 
@@ -44,7 +44,7 @@ class AuditError(TruemaskError, ValueError):
     """A model or batch that the audit cannot feed, or a mask that does not fit them."""
 
 
-class Subject:
+class AuditedModel:
     """A model and one call of it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Subject:
         embedding: the module that turns the ids into vectors, if one was found.
         features: float `[b, n, d]`, what that module gives (or `inputs`, if these are embeddings); None without it.
         writes_tokens: whether it gives a number for each token that it may be given.
-        held: bool `[b, n]`, the places of images, sounds and videos: no other token is ever put there.
+        signal_places: bool `[b, n]`, the places of images, sounds and videos: no other token is ever put there.
         seed: where all random generators stand when a call begins.
     """
 
@@ -64,7 +64,7 @@ class Subject:
             raise AuditError(f"model is {describe(model)}; expected a torch.nn.Module, called with ids or embeddings")
         self.model = model
         self.name, self.inputs, self.keywords = read_batch(batch)
-        self.held = places_of(self.inputs, placeholders(model))
+        self.signal_places = places_of(self.inputs, placeholders(model))
         self.embedding: nn.Module | None = None
         self.features: Tensor | None = self.inputs.detach() if self.embedded else None
         self.writes_tokens = False
@@ -96,7 +96,7 @@ class Subject:
             return self.model(**{self.name: inputs}, **keywords)
         return self.model(inputs, **keywords)
 
-    def changed(self, inputs: Tensor, keywords: dict[str, Any]) -> Subject:
+    def changed(self, inputs: Tensor, keywords: dict[str, Any]) -> AuditedModel:
         """The same model in another call, to be run and compared only."""
         other = copy(self)
         other.inputs, other.keywords = inputs, keywords
@@ -104,8 +104,8 @@ class Subject:
 
     def outputs(self, inputs: Tensor | None = None, **changes: Any) -> Tensor:
         """What comes out at each position, float `[b, n, e]`."""
-        given = self.inputs if inputs is None else inputs
-        return per_position(self.call(inputs, **changes), given.shape[0], given.shape[1], type(self.model).__name__)
+        fed = self.inputs if inputs is None else inputs
+        return per_position(self.call(inputs, **changes), fed.shape[0], fed.shape[1], type(self.model).__name__)
 
     def outputs_of_features(self, features: Tensor) -> Tensor:
         """The same with `features` `[b, n, d]` in the place of the embedded tokens."""
@@ -115,8 +115,8 @@ class Subject:
         ids, turns = self.inputs, count(1)
 
         def replace(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Any) -> Any:
-            ours = is_of(args, named, ids, ~self.held)
-            return features if ours and next(turns) >= self._turn else None
+            is_input = was_called_with(args, named, ids, ~self.signal_places)
+            return features if is_input and next(turns) >= self._turn else None
 
         handle = self.embedding.register_forward_hook(replace, with_kwargs=True)
         try:
@@ -128,12 +128,12 @@ class Subject:
         """Run the call, remember who embeds the ids, and return the outputs `[b, n, e]`."""
         if self.embedded:
             return self.outputs()
-        found: list[tuple[nn.Module, Tensor]] = []
+        embeddings: list[tuple[nn.Module, Tensor]] = []
 
         def watch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
-            ours = is_of(args, named, self.inputs, ~self.held)
-            if ours and _fits(result, self.batch, self.length) and result.ndim == 3:
-                found.append((module, result.detach()))
+            is_input = was_called_with(args, named, self.inputs, ~self.signal_places)
+            if is_input and _fits(result, self.batch, self.length) and result.ndim == 3:
+                embeddings.append((module, result.detach()))
 
         handles = [module.register_forward_hook(watch, with_kwargs=True) for module in self._candidates()]
         try:
@@ -141,9 +141,9 @@ class Subject:
         finally:
             for handle in handles:
                 handle.remove()
-        if found:
-            self.embedding, self.features = found[-1 if self._has_twin() else 0]
-            turns = sum(module is self.embedding for module, _ in found)
+        if embeddings:
+            self.embedding, self.features = embeddings[-1 if self._has_twin() else 0]
+            turns = sum(module is self.embedding for module, _ in embeddings)
             self._turn = turns if self._has_twin() else 1
         vocabulary = getattr(self.embedding, "num_embeddings", None)
         self.writes_tokens = vocabulary is not None and outputs.shape[-1] == vocabulary
@@ -159,9 +159,9 @@ class Subject:
     def _candidates(self) -> list[nn.Module]:
         """Modules that may be the input embedding, the likeliest first."""
         modules: list[nn.Module] = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        own = getattr(self.model, "get_input_embeddings", None)
+        getter = getattr(self.model, "get_input_embeddings", None)
         try:
-            first = own() if callable(own) else None
+            first = getter() if callable(getter) else None
         except (NotImplementedError, AttributeError):  # how transformers says that a model has none
             first = None
         known = isinstance(first, nn.Module) and all(first is not module for module in modules)
@@ -170,15 +170,15 @@ class Subject:
     def other_inputs(self, places: Tensor, generator: torch.Generator) -> Tensor:
         """The inputs with something else at `places`, bool `[b, n]`: other tokens, or other vectors as large.
 
-        Where images stand (`held`) the token stays.
+        Where images stand (`signal_places`) the token stays.
         """
-        return replaced(self.inputs, places & ~self.held, lambda: self._tokens, generator)
+        return replaced(self.inputs, places & ~self.signal_places, lambda: self._tokens, generator)
 
     def other_context(self, context: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """The same for another sequence of the call, `[b, m]` or `[b, m, d]`, from its own range of tokens."""
         free = places & ~places_of(context, placeholders(self.model)) if context.ndim == 2 else places
-        known = int(context.max()) + 1 if not context.is_floating_point() else 0
-        return replaced(context, free, lambda: self._ordinary(max(2, known)), generator)
+        vocabulary = int(context.max()) + 1 if not context.is_floating_point() else 0
+        return replaced(context, free, lambda: self._ordinary(max(2, vocabulary)), generator)
 
     @cached_property
     def _tokens(self) -> Tensor:
@@ -198,8 +198,8 @@ class Subject:
         return torch.arange(size)
 
     def _check_encoder_decoder(self) -> None:
-        takes = inspect.signature(self.model.forward).parameters
-        if "decoder_input_ids" in takes and not str(self.name).startswith("decoder_"):
+        parameters = inspect.signature(self.model.forward).parameters
+        if "decoder_input_ids" in parameters and not str(self.name).startswith("decoder_"):
             raise AuditError(
                 f"{type(self.model).__name__} is an encoder-decoder: to audit its decoder pass decoder_input_ids in "
                 "the batch, next to input_ids; to audit its encoder pass model.get_encoder()"
@@ -214,9 +214,9 @@ def replaced(value: Tensor, places: Tensor, tokens: Callable[[], Tensor], genera
         size = value.detach().double().std(correction=0).nan_to_num().clamp(min=1e-3).cpu()
         return torch.where(at[(..., *[None] * (value.ndim - at.ndim))], (noise * size).to(value), value)
     allowed = tokens()
-    drawn = torch.randint(len(allowed), value.shape, generator=generator)
-    other = allowed[drawn]
-    other = torch.where(other == value.cpu(), allowed[(drawn + 1) % len(allowed)], other).to(value)
+    indices = torch.randint(len(allowed), value.shape, generator=generator)
+    other = allowed[indices]
+    other = torch.where(other == value.cpu(), allowed[(indices + 1) % len(allowed)], other).to(value)
     return torch.where(at, other, value)
 
 
@@ -226,17 +226,19 @@ def read_batch(batch: Tensor | Mapping[str, Any]) -> tuple[str | None, Tensor, d
         name, inputs, keywords = None, batch, {}
     elif isinstance(batch, Mapping):
         keywords = {str(key): value for key, value in batch.items()}
-        name = next((key for key in INPUTS if isinstance(keywords.get(key), Tensor)), None)
+        name = next((key for key in INPUT_KEYWORDS if isinstance(keywords.get(key), Tensor)), None)
         if name is None:
-            raise AuditError(f"batch has the keys {sorted(keywords)}, none of which is one of {', '.join(INPUTS)}")
+            raise AuditError(
+                f"batch has the keys {sorted(keywords)}, none of which is one of {', '.join(INPUT_KEYWORDS)}"
+            )
         inputs = keywords.pop(name)
     else:
         raise AuditError(
             f"batch is {describe(batch)}; expected token ids [b, n], embeddings [b, n, d], or a dict of keywords"
         )
     if inputs.ndim != (3 if inputs.is_floating_point() else 2) or 0 in inputs.shape or inputs.dtype == torch.bool:
-        one = "; for one sample pass batch[None]" if inputs.ndim == (2 if inputs.is_floating_point() else 1) else ""
-        raise AuditError(f"the input is {describe(inputs)}; expected whole ids [b, n] or embeddings [b, n, d]{one}")
+        hint = "; for one sample pass batch[None]" if inputs.ndim == (2 if inputs.is_floating_point() else 1) else ""
+        raise AuditError(f"the input is {describe(inputs)}; expected whole ids [b, n] or embeddings [b, n, d]{hint}")
     if inputs.shape[1] < LEAST_POSITIONS:
         raise AuditError(
             f"the input is {describe(inputs)}, a single position: nothing can be seen of who depends on whom. Expected "
@@ -248,11 +250,11 @@ def read_batch(batch: Tensor | Mapping[str, Any]) -> tuple[str | None, Tensor, d
 
 def per_position(result: Any, batch: int, length: int, who: str) -> Tensor:
     """The float tensor `[b, n, e]` of a result: a tensor, a tuple, or an output object with logits or hidden states."""
-    seen = list(_tensors(result))
-    for tensor in seen:
+    tensors = list(_tensors(result))
+    for tensor in tensors:
         if _fits(tensor, batch, length):
             return tensor.reshape(batch, length, -1)
-    shapes = ", ".join(describe(tensor).partition(" on ")[0] for tensor in seen) or describe(result)
+    shapes = ", ".join(describe(tensor).partition(" on ")[0] for tensor in tensors) or describe(result)
     raise AuditError(
         f"{who} gave {shapes}; the audit needs a float output for each position, [{batch}, {length}, ...]. If this "
         "model gives a loss or one answer for the whole text, pass the network inside it"
@@ -265,8 +267,8 @@ def first_outputs(result: Any) -> Tensor | None:
     Anything else of three axes may be sound `[b, 1, samples]`, or channels before positions.
     """
     if isinstance(result, Mapping):
-        result = [result[name] for name in OUTPUTS if name in result]
-    return next((one for one in _tensors(result) if one.ndim == 3 and one.is_floating_point()), None)
+        result = [result[name] for name in OUTPUT_FIELDS if name in result]
+    return next((tensor for tensor in _tensors(result) if tensor.ndim == 3 and tensor.is_floating_point()), None)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -274,8 +276,8 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         yield result
     elif isinstance(result, Mapping) or hasattr(result, "logits") or hasattr(result, "last_hidden_state"):
         get = result.get if isinstance(result, Mapping) else lambda key: getattr(result, key, None)
-        named = [get(key) for key in OUTPUTS]
-        rest = [result[key] for key in result if key not in OUTPUTS] if isinstance(result, Mapping) else []
+        named = [get(key) for key in OUTPUT_FIELDS]
+        rest = [result[key] for key in result if key not in OUTPUT_FIELDS] if isinstance(result, Mapping) else []
         yield from (value for value in [*named, *rest] if isinstance(value, Tensor))
     elif isinstance(result, (tuple, list)):
         yield from (value for value in result if isinstance(value, Tensor))
@@ -290,7 +292,7 @@ def _fits(value: Any, batch: int, length: int) -> bool:
     )
 
 
-def is_of(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, free: Tensor) -> bool:
+def was_called_with(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, free: Tensor) -> bool:
     """Whether a module was called with these ids; where `free` is False the model may have put others."""
     first = next(iter((*args, *named.values())), None)
     return (
@@ -300,8 +302,8 @@ def is_of(args: tuple[Any, ...], named: dict[str, Any], ids: Tensor, free: Tenso
 
 def line_of(error: Exception) -> str:
     """What went wrong, in one line."""
-    said = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {said[0][:160]}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def seed_everything(seed: int) -> None:
@@ -316,8 +318,8 @@ def undisturbed(model: nn.Module, *, train: bool) -> Iterator[None]:
     """Run in the given mode; then put back modes, buffers, and the state of all random generators."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(part._buffers, name) for part in model.modules() for name in part._buffers]
-    held_before = [held[name] for held, name in buffers]
-    before = [(buffer, None if buffer is None else buffer.detach().clone()) for buffer in held_before]
+    values = [registry[name] for registry, name in buffers]
+    before = [(buffer, None if buffer is None else buffer.detach().clone()) for buffer in values]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -328,8 +330,8 @@ def undisturbed(model: nn.Module, *, train: bool) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
-            for (held, name), (buffer, copy) in zip(buffers, before, strict=True):
-                held[name] = buffer
+            for (registry, name), (buffer, copy) in zip(buffers, before, strict=True):
+                registry[name] = buffer
                 if buffer is not None and copy is not None and not torch.equal(buffer, copy):
                     buffer.copy_(copy)
         random.setstate(python)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing.subject import AuditError, Subject
+from truemask.auditing.subject import AuditedModel, AuditError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_torch_mha
@@ -22,8 +22,8 @@ from truemask.masks.leaves.bands import causal
 ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 DECODERS = (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
 ATTENTION = (*ENCODERS, *DECODERS, nn.MultiheadAttention)
-MASKS = ("mask", "src_mask", "attn_mask")
-LANGUAGE = ("CausalLM", "LMHeadModel", "Decoder", "GPT")  # names of models that look back
+MASK_KEYWORDS = ("mask", "src_mask", "attn_mask")
+LANGUAGE_MODEL_NAMES = ("CausalLM", "LMHeadModel", "Decoder", "GPT")  # names of models that look back
 
 
 class SelfAttention(nn.Module):
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         return outputs if self.model.batch_first else outputs.transpose(0, 1)
 
 
-class Own(NamedTuple):
+class TorchMask(NamedTuple):
     """What a module of torch runs: the mask, who says so, and through how many layers."""
 
     mask: Mask
@@ -68,64 +68,64 @@ def without_queries(model: nn.Module, batch: Any) -> tuple[nn.Module, Any]:
     return type(type(model).__name__, (SelfAttention,), {})(model), batch
 
 
-def own_mask(subject: Subject) -> Own | None:
+def torch_mask_of(subject: AuditedModel) -> TorchMask | None:
     """The mask of a call of one of torch's modules; None of any other model."""
     model: Any = subject.model.model if isinstance(subject.model, SelfAttention) else subject.model
     kind = f"nn.{type(model).__name__}"
     if isinstance(model, nn.RNNBase):
-        return Own(everything if model.bidirectional else causal, f"what {kind} does", model.num_layers)
+        return TorchMask(everything if model.bidirectional else causal, f"what {kind} does", model.num_layers)
     if not isinstance(model, ATTENTION):
         return None
     layers = getattr(getattr(model, "decoder", model), "num_layers", 1)
     decodes = isinstance(model, DECODERS)
-    names = ("tgt_mask",) if decodes else MASKS
+    names = ("tgt_mask",) if decodes else MASK_KEYWORDS
     for name in names:
-        given = subject.keywords.get(name)
-        if isinstance(given, Tensor):
+        value = subject.keywords.get(name)
+        if isinstance(value, Tensor):
             heads = next(part.num_heads for part in model.modules() if isinstance(part, nn.MultiheadAttention))
-            return Own(from_torch_mha(given, num_heads=heads), f"the {name} that goes into {kind}", layers)
+            return TorchMask(from_torch_mha(value, num_heads=heads), f"the {name} that goes into {kind}", layers)
     looks_back = decodes or bool(subject.keywords.get("is_causal"))
-    return Own(causal if looks_back else everything, f"{kind} without a mask", layers)
+    return TorchMask(causal if looks_back else everything, f"{kind} without a mask", layers)
 
 
-def assumed_of(subject: Subject) -> tuple[Mask, str]:
+def assumed_mask_of(subject: AuditedModel) -> tuple[Mask, str]:
     """The mask that a model is held to of which nobody says anything, and a note that says so."""
-    said = "nobody said which mask this model runs: "
+    premise = "nobody said which mask this model runs: "
     kind = _unmasked(subject)
     if not kind:
-        return causal, f"{said}it was held to `causal`. Pass mask= to say what it should be"
+        return causal, f"{premise}it was held to `causal`. Pass mask= to say what it should be"
     name = type(subject.model).__name__
-    if subject.writes_tokens or any(word in name for word in LANGUAGE):
+    if subject.writes_tokens or any(word in name for word in LANGUAGE_MODEL_NAMES):
         return causal, (
-            f"{said}it was held to `causal`, since it gives a number for each token of its vocabulary, though its "
+            f"{premise}it was held to `causal`, since it gives a number for each token of its vocabulary, though its "
             f"{kind} looks both ways. Pass mask= to say what it should be ('everything', if it is meant to see the "
             "whole text)"
         )
     return everything, (
-        f"{said}it was held to `everything`, since its {kind} looks both ways. Pass mask='causal' if it should look "
+        f"{premise}it was held to `everything`, since its {kind} looks both ways. Pass mask='causal' if it should look "
         "back"
     )
 
 
-def _unmasked(subject: Subject) -> str:
+def _unmasked(subject: AuditedModel) -> str:
     """The kind of torch's modules in this model that look both ways, if all that run in a call do; else nothing."""
     modules: list[nn.Module] = [part for part in subject.model.modules() if isinstance(part, (*ATTENTION, nn.RNNBase))]
-    told: list[bool] = []
+    directions: list[bool] = []
     kinds: list[str] = []
 
-    def heard(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        told.append(_looks_back(module, args, named))
+    def listen(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        directions.append(_looks_back(module, args, named))
         kinds.append(f"nn.{type(module).__name__}")
 
     if modules:
-        with _watching(modules, heard), torch.no_grad():
+        with _watching(modules, listen), torch.no_grad():
             subject.outputs()
-    return kinds[0] if told and not any(told) else ""
+    return kinds[0] if directions and not any(directions) else ""
 
 
 @contextmanager
-def _watching(modules: list[nn.Module], heard: Callable[..., None]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(heard, with_kwargs=True) for module in modules]
+def _watching(modules: list[nn.Module], listen: Callable[..., None]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(listen, with_kwargs=True) for module in modules]
     try:
         yield
     finally:
@@ -137,6 +137,6 @@ def _looks_back(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
     """Whether a call of one of torch's modules is given a mask, or a direction is built in."""
     if isinstance(module, nn.RNNBase):
         return not module.bidirectional
-    given = inspect.signature(module.forward).bind_partial(*args, **named).arguments
-    names = ("tgt_mask", "tgt_is_causal") if isinstance(module, DECODERS) else (*MASKS, "is_causal")
-    return any(isinstance(given.get(name), Tensor) or given.get(name) is True for name in names)
+    arguments = inspect.signature(module.forward).bind_partial(*args, **named).arguments
+    names = ("tgt_mask", "tgt_is_causal") if isinstance(module, DECODERS) else (*MASK_KEYWORDS, "is_causal")
+    return any(isinstance(arguments.get(name), Tensor) or arguments.get(name) is True for name in names)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from truemask.auditing.audit import MOST_POSITIONS
 from truemask.auditing.audit import audit as run_audit
 from truemask.auditing.placeholders import special_tokens
-from truemask.auditing.probes import Step
+from truemask.auditing.probes import ProgressCallback
 from truemask.auditing.subject import SEED, AuditError
 from truemask.cli.console import make_console, needs_ascii, plain, show_error
 from truemask.common.formatting import describe, suggest
@@ -93,7 +93,7 @@ def _mistakes() -> Iterator[None]:
 
 
 @contextmanager
-def _progress() -> Iterator[Step]:
+def _progress() -> Iterator[ProgressCallback]:
     """A bar on standard error, gone when it is done."""
     with Progress(console=make_console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}

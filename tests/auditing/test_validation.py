@@ -1,4 +1,4 @@
-"""The doors of the audit: what a wrong call says, the command line and its exit codes, the plugin elsewhere."""
+"""Where the audit is called from: what a wrong call says, the command line and its exit codes, the plugin elsewhere."""
 
 from __future__ import annotations
 
