@@ -79,27 +79,14 @@ def audit(
     (True, [1, 1, 0, 0, 0, 0])
     """
     _check(seeds, positions)
-    model, batch = without_queries(*without_signals(model, batch))
-    subject = AuditedModel(model, batch)
-    was_training = model.training
-    with undisturbed(model, train=train):
-        baseline = _baseline(subject)
-        expected = check_fit(expected_mask_of(subject, mask, layers), subject)
-        distances = Distances(baseline)
-        distances.listen(subject)
-        reach = reach_of(expected, subject)
-        dependencies = look(subject, distances, seeds=seeds, positions=positions, progress=progress or _silent)
-        confirm(subject, dependencies, ~reach)
-        real_tokens = torch.ones(reach.shape[:2], dtype=torch.bool) if expected.real is None else expected.real
-        hidden = ~reach & real_tokens[:, :, None] & ~subject.signal_places[:, None, :]
-        look_by_larger_changes(subject, distances, dependencies, hidden, progress or _silent)
-        distances.listen(subject, times=1)  # a model that drifts from call to call is heard now
-        measurements = _Measurements(subject, expected, distances, reach, dependencies, seeds)
-        unsteady = unsteady_calls(subject, distances, train)
+    subject = AuditedModel(*without_queries(*without_signals(model, batch)))
+    was_training = subject.model.training
+    with undisturbed(subject.model, train=train):
+        measurements = _measured(subject, mask, layers, seeds, positions, progress or _silent)
+        unsteady = unsteady_calls(subject, measurements.distances, train)
         results = [*unsteady, *measurements.findings(steady=not unsteady, cache=cache)]
     if was_training and not train and not unsteady:
-        with undisturbed(model, train=True):
-            results += unsteady_in_training(subject, distances)
+        results += unsteady_in_training(subject, measurements.distances)
     return measurements.report(results, positions)
 
 
@@ -134,9 +121,23 @@ def _silent(what: str, done: int, of: int) -> None:
     """The progress of an audit that nobody watches."""
 
 
-def _baseline(subject: AuditedModel) -> Tensor:
+def _measured(
+    subject: AuditedModel, mask: object, layers: int | None, seeds: int, positions: int, progress: ProgressCallback
+) -> _Measurements:
+    """What the mask lets through, and what was seen to matter."""
     with torch.no_grad():
-        return subject.find_embedding()
+        baseline = subject.find_embedding()
+    expected = check_fit(expected_mask_of(subject, mask, layers), subject)
+    distances = Distances(baseline)
+    distances.listen(subject)
+    reach = reach_of(expected, subject)
+    dependencies = look(subject, distances, seeds=seeds, positions=positions, progress=progress)
+    confirm(subject, dependencies, ~reach)
+    measurements = _Measurements(subject, expected, distances, reach, dependencies, seeds)
+    hidden = ~reach & measurements.judged[:, :, None] & ~subject.signal_places[:, None, :]
+    look_by_larger_changes(subject, distances, dependencies, hidden, progress)
+    distances.listen(subject, times=1)  # a model that drifts from call to call is heard now
+    return measurements
 
 
 def _unaudited_notes(subject: AuditedModel) -> list[str]:

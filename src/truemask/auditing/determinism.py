@@ -6,7 +6,7 @@ import torch
 
 from truemask.auditing.distances import Distances
 from truemask.auditing.report import Finding
-from truemask.auditing.subject import SEED, AuditedModel
+from truemask.auditing.subject import SEED, AuditedModel, undisturbed
 
 
 def unsteady_calls(subject: AuditedModel, distances: Distances, train: bool) -> list[Finding]:
@@ -30,8 +30,9 @@ def unsteady_calls(subject: AuditedModel, distances: Distances, train: bool) -> 
 
 
 def unsteady_in_training(subject: AuditedModel, distances: Distances) -> list[Finding]:
-    """The same for a model that was given in training mode."""
-    distance = _distance(subject, distances)
+    """The same for a model that was given in training mode, in which it runs here."""
+    with undisturbed(subject.model, train=True):
+        distance = _distance(subject, distances)
     if not distance:
         return []
     text = (

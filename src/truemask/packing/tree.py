@@ -167,25 +167,29 @@ def pack_tree(
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(not_a_mask("pack_tree: mask is an expression, such as `window(512)`, or its text", mask))
     nodes, arrays = _read(prompts, completions)
-    totals = np.bincount(nodes[0], nodes[3]).astype(np.int64)
-    length = int(totals.sum()) if length is None else whole(length, "length", 1)
+    nodes, length = _in_rows(nodes, None if length is None else whole(length, "length", 1))
+    trees = _lay_out(arrays, nodes, length, pad, ignore_index)
+    path = trees.positions
+    seen = trees.mask if mask is None else trees.mask & mask.take(q=path, k=path)
+    return replace(trees, mask=seen, positions=path + first_place)
+
+
+def _in_rows(nodes: np.ndarray, length: int | None) -> tuple[np.ndarray, int]:
+    """Prompt, completion, parent, row, start and tokens of every node, `[6, m]`, by best fit; and the rows' length."""
+    prompt, completion, parent, size = nodes
+    totals = np.bincount(prompt, size).astype(np.int64)
+    length = int(totals.sum()) if length is None else length
     if totals.max() > length:
         worst = int(totals.argmax())
-        own = counted(int((nodes[0] == worst).sum()) - 1, "completion")
+        own = counted(int((prompt == worst).sum()) - 1, "completion")
         raise ValueError(
             f"pack_tree: prompt {worst} and its {own} have {totals[worst]} tokens, which do not fit in a row of "
             f"length={length}: pass a larger length, or give the prompt twice, each time with some of its completions"
         )
     row, first = best_fit(totals, length)
-    prompt, completion, parent, size = nodes
     before = np.cumsum(size) - size
     start = first[prompt] + before - before[completion < 0][prompt]
-    trees = _lay_out(
-        arrays, np.stack((prompt, completion, parent, row[prompt], start, size)), length, pad, ignore_index
-    )
-    path = trees.positions
-    seen = trees.mask if mask is None else trees.mask & mask.take(q=path, k=path)
-    return replace(trees, mask=seen, positions=path + first_place)
+    return np.stack((prompt, completion, parent, row[prompt], start, size)), length
 
 
 def _read(prompts: Iterable[Any], completions: Iterable[Any]) -> tuple[np.ndarray, Arrays]:
