@@ -30,7 +30,7 @@ from harness import Table, finish, ms, options
 from truemask.backends.costs.model import source
 from truemask.backends.isa import ISAS, VARIABLE
 from truemask.backends.native.library import isa
-from truemask.benchmarking.workloads import Course
+from truemask.benchmarking.workloads import Workload
 
 HEADS, QUICK_LENGTH = 8, 300
 
@@ -75,8 +75,8 @@ def sizes(given: argparse.Namespace) -> list[Size]:
 
 def masks_table(size: Size, grad: bool, top: Peak, given: argparse.Namespace) -> Table:
     """All masks at one size in one direction."""
-    course = Course.of(size.n, 1 if given.quick else HEADS, size.d, dtype=DTYPES[size.dtype])
-    what = f"{size.n} tokens, {course.q.shape[1]} heads of {size.d}, {size.dtype}, {DIRECTIONS[grad]}"
+    workload = Workload.of(size.n, 1 if given.quick else HEADS, size.d, dtype=DTYPES[size.dtype])
+    what = f"{size.n} tokens, {workload.q.shape[1]} heads of {size.d}, {size.dtype}, {DIRECTIONS[grad]}"
     table = Table(what, _header(grad, given))
     table.note = f"kernel: {isa() or 'none'}; predicted from {source()}"
     if not grad:
@@ -84,7 +84,7 @@ def masks_table(size: Size, grad: bool, top: Peak, given: argparse.Namespace) ->
     wanted = given.rows or [""]
     for name, mask in attend_masks(size.n).items():
         if any(text in name for text in wanted):
-            row = measured(mask, course, grad, given)
+            row = measured(mask, workload, grad, given)
             table.add(
                 name, *_cells(row, top, given),
                 **size._asdict(), grad=grad, name=name, mask=repr(mask), density=row.density, pace=row.pace(PLANNED),

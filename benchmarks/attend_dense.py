@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
 from truemask.backends.native.library import isa
-from truemask.benchmarking.workloads import Attention, Course
+from truemask.benchmarking.workloads import Attention, Workload
 
 BAR_FRESH = 1.3  # times SDPA's time with the same tensor, where it has no structure
 TURNS = 7
@@ -54,9 +54,9 @@ def dense_table(given: argparse.Namespace) -> Table:
     table = Table("A new boolean tensor in every call", (*header, "backend"))
     table.note = f"kernel: {isa() or 'none'}; medians of {turns_of(given)} turns, of SDPA's: the median of ratios"
     for name, n, heads, d, dtype, grad in courses(given):
-        course = Course.of(n, heads, d, dtype=DTYPES[dtype])
-        theirs, ours, share = beside(course, KINDS[name], grad, turns_of(given))
-        plan = tm.plan(course.q, course.k, course.v, KINDS[name](n, 0))
+        workload = Workload.of(n, heads, d, dtype=DTYPES[dtype])
+        theirs, ours, share = beside(workload, KINDS[name], grad, turns_of(given))
+        plan = tm.plan(workload.q, workload.k, workload.v, KINDS[name](n, 0))
         bar = ("", "") if name != "random cells" else (f"{BAR_FRESH} x", verdict(share, BAR_FRESH))
         table.add(
             *(name, f"{n}", f"{heads}", f"{d}", dtype, DIRECTIONS[grad], ms(theirs), ms(ours), f"{share:.2f} x", *bar),
@@ -81,12 +81,14 @@ def turns_of(given: argparse.Namespace) -> int:
     return 2 if given.quick else TURNS
 
 
-def beside(course: Course, made: Callable[[int, int], Tensor], grad: bool, turns: int) -> tuple[float, float, float]:
+def beside(
+    workload: Workload, tensor_of: Callable[[int, int], Tensor], grad: bool, turns: int
+) -> tuple[float, float, float]:
     """Median seconds of SDPA and of `attend`, and the median of their ratios: both run on each tensor."""
     found: list[tuple[float, float]] = []
     for turn in range(turns + 1):
-        mask = made(course.q.shape[2], turn)
-        found.append((clock(course.run(by_sdpa(mask), grad)), clock(course.run(by_attend(mask), grad))))
+        mask = tensor_of(workload.q.shape[2], turn)
+        found.append((clock(workload.run(by_sdpa(mask), grad)), clock(workload.run(by_attend(mask), grad))))
     theirs, ours = zip(*found[1:], strict=True)  # the first turn warms up
     return statistics.median(theirs), statistics.median(ours), statistics.median(b / a for a, b in found[1:])
 

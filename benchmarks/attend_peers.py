@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import truemask as tm
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.native.library import isa, library, missing
-from truemask.benchmarking.workloads import Attention, Course, by_truemask, masked_sdpa
+from truemask.benchmarking.workloads import Attention, Workload, by_truemask, masked_sdpa
 
 BARE, MASKED, FLEX, X_TRANSFORMERS = "SDPA, bare", "SDPA, mask", "flex", "x-transformers"
 PLANNED, PORTABLE, NATIVE = "attend", "portable", "native"
@@ -46,10 +46,10 @@ def bars() -> Bars:
 # -- contestants -------------------------------------------------------------------------------------------------------
 
 
-def contestants(plan: tm.Plan, course: Course, given: argparse.Namespace) -> dict[str, Attention]:
+def contestants(plan: tm.Plan, workload: Workload, given: argparse.Namespace) -> dict[str, Attention]:
     """Everybody who runs under this mask."""
     mask = plan.mask
-    found: dict[str, Attention] = {PLANNED: by_truemask(mask), MASKED: masked_sdpa(mask, course)}
+    found: dict[str, Attention] = {PLANNED: by_truemask(mask), MASKED: masked_sdpa(mask, workload)}
     if mask in (tm.causal, tm.everything):
         found[BARE] = bare_sdpa(mask == tm.causal)
     portable = portable_backend(plan)
@@ -58,9 +58,9 @@ def contestants(plan: tm.Plan, course: Course, given: argparse.Namespace) -> dic
     if plan.backend != NATIVE and not plan.objections[NATIVE]:
         found[NATIVE] = by_truemask(mask, NATIVE)
     if given.flex and not plan.request.grad:
-        found[FLEX] = compiled_flex(mask, course)
+        found[FLEX] = compiled_flex(mask, workload)
     if given.x_transformers:
-        found[X_TRANSFORMERS] = x_transformers(mask, course.q.shape[2])
+        found[X_TRANSFORMERS] = x_transformers(mask, workload.q.shape[2])
     return found
 
 
@@ -75,12 +75,12 @@ def bare_sdpa(causal: bool) -> Attention:
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def compiled_flex(mask: tm.Mask, course: Course) -> Attention:
+def compiled_flex(mask: tm.Mask, workload: Workload) -> Attention:
     """FlexAttention compiled for this length, with the mask's own block mask; forward only on the CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
-    block_mask = mask.to_block_mask(course.q.shape[2])
+    block_mask = mask.to_block_mask(workload.q.shape[2])
     compiled = torch.compile(flex_attention, fullgraph=True)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def compiled_flex(mask: tm.Mask, course: Course) -> Attention:
         return out
 
     with torch.no_grad():
-        attention(course.q, course.k, course.v)  # compiling is nobody's first run
+        attention(workload.q, workload.k, workload.v)  # compiling is nobody's first run
     return attention
 
 
@@ -163,13 +163,13 @@ class Row(NamedTuple):
         return 2 * r.cells * self.density * (r.head_dim + r.value_dim) / self.seconds(PLANNED)
 
 
-def measured(mask: tm.Mask, course: Course, grad: bool, given: argparse.Namespace) -> Row:
+def measured(mask: tm.Mask, workload: Workload, grad: bool, given: argparse.Namespace) -> Row:
     """Race everybody."""
-    _, heads, n, d = course.q.shape
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == course.q.dtype)
+    _, heads, n, d = workload.q.shape
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == workload.q.dtype)
     CACHE.clear()  # of the last mask's dense form, among others
-    plan = tm.plan(mask, n, n, heads=heads, head_dim=d, dtype=course.q.dtype, grad=grad)
-    runs = {who: course.run(call, grad) for who, call in contestants(plan, course, given).items()}
+    plan = tm.plan(mask, n, n, heads=heads, head_dim=d, dtype=workload.q.dtype, grad=grad)
+    runs = {who: workload.run(call, grad) for who, call in contestants(plan, workload, given).items()}
     rivals = [who for who in runs if who not in (PLANNED, MASKED, BARE)]
     found = race(runs, 0.0 if given.quick else SECONDS, most=15, outsiders=rivals)
     return Row(plan, dtype, mask.density(n), found)

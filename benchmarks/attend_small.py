@@ -14,7 +14,7 @@ from torch import Tensor
 
 import truemask as tm
 from truemask.benchmarking.timing import Run
-from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa
+from truemask.benchmarking.workloads import Workload, by_truemask, masked_sdpa
 
 DIRECTIONS = {False: "forward", True: "forward and backward"}
 SECONDS, MOST = 1.0, 300  # for each contestant
@@ -54,14 +54,14 @@ def short_table(given: argparse.Namespace) -> Table:
     table = Table(f"Short and causal: b {batch}, h {heads}, d {SHORT_DIM}", (*header, "faster", "bar", ""))
     for n in SHORT[:2] if given.quick else SHORT:
         for dtype, grad in ((dtype, grad) for grad in DIRECTIONS for dtype in DTYPES):
-            course = Course.of(n, heads, SHORT_DIM, batch=batch, dtype=DTYPES[dtype])
+            workload = Workload.of(n, heads, SHORT_DIM, batch=batch, dtype=DTYPES[dtype])
             plan = tm.plan(
                 tm.causal, n, n, batch=batch, heads=heads, head_dim=SHORT_DIM, dtype=DTYPES[dtype], grad=grad
             )
             calls = {PLANNED: by_truemask(tm.causal), BARE: bare_sdpa(True)}
             if _beside(plan):
                 calls[NATIVE] = by_truemask(tm.causal, NATIVE)
-            found = race({who: course.run(call, grad) for who, call in calls.items()}, _seconds(given))
+            found = race({who: workload.run(call, grad) for who, call in calls.items()}, _seconds(given))
             ours, theirs = found[PLANNED].median, found[BARE].median
             bar = ("", "") if grad else (f"{BAR_SHORT} x", verdict(theirs / ours, BAR_SHORT, at_least=True))
             table.add(
@@ -130,15 +130,15 @@ def readers(k: Tensor, v: Tensor) -> dict[str, Run]:
 
 def overhead_table(given: argparse.Namespace) -> Table:
     """What `attend` with a cached plan adds to the bare kernel where there is nearly nothing to compute."""
-    course, repeats = Course.of(TINY, 1, 8), 5 if given.quick else 101
+    workload, repeats = Workload.of(TINY, 1, 8), 5 if given.quick else 101
     header = ("mask", "direction", "bare, us", "attend, us", "adds, us", "bar", "")
     table = Table(f"Overhead at {TINY} tokens, 1 head of 8, the plan cached", header)
     few = tm.causal & tm.window(5)
     for grad in (False, True):
         kernels = {"everything": (tm.everything, bare_sdpa(False)), "causal": (tm.causal, bare_sdpa(True))}
-        kernels[str(few)] = (few, masked_sdpa(few, course))
+        kernels[str(few)] = (few, masked_sdpa(few, workload))
         for name, (mask, kernel) in kernels.items():
-            runs = {MASKED: many(course.run(kernel, grad)), PLANNED: many(course.run(by_truemask(mask), grad))}
+            runs = {MASKED: many(workload.run(kernel, grad)), PLANNED: many(workload.run(by_truemask(mask), grad))}
             found = race(runs, 0.0, least=repeats)
             bare, ours = (found[who].median / CALLS for who in (MASKED, PLANNED))
             bar = BAR_OVERHEAD[grad]
@@ -176,6 +176,6 @@ def memory_of(grad: bool, quick: bool) -> int:
     fresh_threads()
     batch, heads, n, d = TINY_PADDED if quick else PADDED
     lengths = [max(1, n * share // 4) for share in (4, 3, 2, 1)][:batch]
-    mask, course = tm.causal & tm.padding(lengths=lengths), Course.of(n, heads, d, batch=batch)
-    outputs = course.q.nbytes * (4 if grad else 1)
-    return peak_beyond(course.run(by_truemask(mask), grad)) - outputs
+    mask, workload = tm.causal & tm.padding(lengths=lengths), Workload.of(n, heads, d, batch=batch)
+    outputs = workload.q.nbytes * (4 if grad else 1)
+    return peak_beyond(workload.run(by_truemask(mask), grad)) - outputs

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 from harness import Table, finish, options
 
-from truemask.benchmarking.calibrate import LARGE, SMALL, measured_costs
+from truemask.benchmarking.calibrate import LARGE_PROBE, SMALL_PROBE, measured_costs
 from truemask.cli.commands.bench import beside_shipped
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
     """Measure and show."""
     given = options(__doc__, arguments)
-    large, seconds = (LARGE._replace(n=64, heads=1), 0.01) if given.quick else (LARGE, 2.0)
-    found = measured_costs(lambda text: print(f"  {text}", file=sys.stderr), SMALL, large, seconds)
+    large, seconds = (LARGE_PROBE._replace(n=64, heads=1), 0.01) if given.quick else (LARGE_PROBE, 2.0)
+    found = measured_costs(lambda text: print(f"  {text}", file=sys.stderr), SMALL_PROBE, large, seconds)
     table = Table("Costs", ("backend", "constant", "shipped", "measured"))
     for row in beside_shipped(found):
         table.add(*row)

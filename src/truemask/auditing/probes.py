@@ -88,7 +88,7 @@ def look(
 def probed_positions(n: int, most: int) -> list[int]:
     """Positions to probe: all, or the first, the last, and others drawn at random.
 
-    >>> choose(5, 8), len(choose(1000, 10)), choose(1000, 10)[-1]
+    >>> probed_positions(5, 8), len(probed_positions(1000, 10)), probed_positions(1000, 10)[-1]
     ([0, 1, 2, 3, 4], 10, 999)
     """
     if n <= most:

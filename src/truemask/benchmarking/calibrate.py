@@ -21,15 +21,17 @@ from truemask.backends.costs.rates import BACKENDS as NAMES
 from truemask.backends.costs.rates import SHIPPED, Rates
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking.timing import race
-from truemask.benchmarking.workloads import Course, by_truemask
+from truemask.benchmarking.workloads import Workload, by_truemask
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import window
 from truemask.masks.leaves.per_token import prefix
 
 SECONDS = 0.8  # for each backend and job
-LEAST = 0.05  # of a shipped constant, and 1 / LEAST times as much at most: beyond that a measurement is not believed
-STEPS, NUDGE = 6, 1e-4
-Say = Callable[[str], object]
+LEAST_SHARE = (
+    0.05  # of a shipped constant, and 1 / LEAST times as much at most: beyond that a measurement is not believed
+)
+FITTING_STEPS, NUDGE = 6, 1e-4
+Announce = Callable[[str], object]
 
 
 class Probe(NamedTuple):
@@ -58,12 +60,12 @@ class Measured(NamedTuple):
     seconds: float
 
 
-SMALL = Probe(window(5) | prefix(1), 16, 4, 32)
-LARGE = Probe(window(256) | prefix(4), 2048, 8, 64)
+SMALL_PROBE = Probe(window(5) | prefix(1), 16, 4, 32)
+LARGE_PROBE = Probe(window(256) | prefix(4), 2048, 8, 64)
 
 
 def measured_costs(
-    say: Say, small: Probe = SMALL, large: Probe = LARGE, seconds: float = SECONDS
+    say: Announce, small: Probe = SMALL_PROBE, large: Probe = LARGE_PROBE, seconds: float = SECONDS
 ) -> dict[str, dict[str, float]]:
     """The constants of every backend, in the form in which they are stored; `say` hears what is being measured."""
     backends = [b for b in BACKENDS if b.name in NAMES and b.can_run(large.job(False))]
@@ -73,48 +75,48 @@ def measured_costs(
         "doubles": times(large._replace(dtype=torch.float64), False),
         "halves": times(large._replace(dtype=torch.bfloat16), False),
     }
-    found = {}
+    costs = {}
     for backend in backends:
         name, rates = backend.name, getattr(SHIPPED, backend.name)
-        for grad, both in ((False, forward), (True, train)):
-            few, many = (Measured(probe, grad, took[name]) for probe, took in both)
-            rates = fitted(backend, rates, few, many)
+        for grad, runs in ((False, forward), (True, train)):
+            small_job, large_job = (Measured(probe, grad, took[name]) for probe, took in runs)
+            rates = fitted(backend, rates, small_job, large_job)
         single = Measured(large, False, forward[1][1][name])
-        work = max(_parts(backend, rates, single).work, LEAST * single.seconds)
+        work = max(_cost_split(backend, rates, single).work, LEAST_SHARE * single.seconds)
         of_dtypes = {key: times[name] for key, times in others.items() if name in times}
-        factors = {key: max(LEAST, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
-        found[name] = asdict(replace(rates, **factors))
+        factors = {key: max(LEAST_SHARE, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
+        costs[name] = asdict(replace(rates, **factors))
     say("a bias that meets a mask")
     faster = join_rate(seconds) / SHIPPED.sdpa.join
-    for name in found:
-        if "join" in found[name]:
-            found[name]["join"] = faster * getattr(SHIPPED, name).join
-    return found
+    for name in costs:
+        if "join" in costs[name]:
+            costs[name]["join"] = faster * getattr(SHIPPED, name).join
+    return costs
 
 
-def _times(say: Say, backends: list[Backend], seconds: float, probe: Probe, grad: bool) -> dict[str, float]:
+def _times(say: Announce, backends: list[Backend], seconds: float, probe: Probe, grad: bool) -> dict[str, float]:
     """The least seconds of each backend that can run the job."""
     say(f"{'forward and backward' if grad else 'forward'}, {probe}")
-    course = Course.of(probe.n, probe.heads, probe.d, dtype=probe.dtype)
+    workload = Workload.of(probe.n, probe.heads, probe.d, dtype=probe.dtype)
     names = [backend.name for backend in backends if backend.can_run(probe.job(grad))]
-    runs = {name: course.run(by_truemask(probe.mask, name), grad) for name in names}
+    runs = {name: workload.run(by_truemask(probe.mask, name), grad) for name in names}
     return {name: timing.least for name, timing in race(runs, seconds).items()}
 
 
-def fitted(backend: Backend, rates: Rates, few: Measured, many: Measured) -> Rates:
+def fitted(backend: Backend, rates: Rates, small: Measured, large: Measured) -> Rates:
     """The constants of one direction scaled, so that what is predicted of the two jobs is what was measured.
 
     In steps, because a backend that chooses among ways may choose another one under other constants.
     """
     calls = work = 1.0
-    for _ in range(STEPS):
-        now = _scaled(rates, few.grad, calls, work)
-        of_calls, of_work = _factors(*(_parts(backend, now, measured) for measured in (few, many)))
-        calls, work = (min(max(LEAST, factor), 1 / LEAST) for factor in (calls * of_calls, work * of_work))
-    return _scaled(rates, few.grad, calls, work)
+    for _ in range(FITTING_STEPS):
+        scaled = _scaled(rates, small.grad, calls, work)
+        of_calls, of_work = _factors(*(_cost_split(backend, scaled, measured) for measured in (small, large)))
+        calls, work = (min(max(LEAST_SHARE, factor), 1 / LEAST_SHARE) for factor in (calls * of_calls, work * of_work))
+    return _scaled(rates, small.grad, calls, work)
 
 
-class Parts(NamedTuple):
+class CostSplit(NamedTuple):
     """Seconds of a job that calls and arithmetic should take together, and what is predicted of either."""
 
     seconds: float
@@ -122,18 +124,20 @@ class Parts(NamedTuple):
     work: float
 
 
-def _parts(backend: Backend, rates: Rates, measured: Measured) -> Parts:
+def _cost_split(backend: Backend, rates: Rates, measured: Measured) -> CostSplit:
     """What one direction should take, and takes by these constants: how the prediction answers to a small change."""
     before = predicted(backend, rates, measured)
     calls = (predicted(backend, _scaled(rates, measured.grad, calls=1 + NUDGE), measured) - before) / NUDGE
     work = (predicted(backend, _scaled(rates, measured.grad, work=1 + NUDGE), measured) - before) / NUDGE
-    return Parts(measured.seconds - (before - calls - work), calls, work)
+    return CostSplit(measured.seconds - (before - calls - work), calls, work)
 
 
-def _factors(few: Parts, many: Parts) -> tuple[float, float]:
+def _factors(small: CostSplit, large: CostSplit) -> tuple[float, float]:
     """By what to multiply calls and arithmetic."""
-    of_calls = (few.seconds * many.work - many.seconds * few.work) / (few.calls * many.work - many.calls * few.work)
-    return of_calls, (many.seconds - max(LEAST, of_calls) * many.calls) / many.work
+    of_calls = (small.seconds * large.work - large.seconds * small.work) / (
+        small.calls * large.work - large.calls * small.work
+    )
+    return of_calls, (large.seconds - max(LEAST_SHARE, of_calls) * large.calls) / large.work
 
 
 def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> Rates:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 Run = Callable[[], object]
-LONG = 2.0  # seconds; a first run that takes longer is no warm-up any more, but counts
-HOPELESS = 10.0  # times slower than the fastest
+LONG_RUN_SECONDS = 2.0  # seconds; a first run that takes longer is no warm-up any more, but counts
+HOPELESS_RATIO = 10.0  # times slower than the fastest
 
 
 class Timing(NamedTuple):
@@ -29,9 +29,9 @@ class Timing(NamedTuple):
 
 def clock(run: Run) -> float:
     """Seconds that one run takes."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def turns(
@@ -39,34 +39,34 @@ def turns(
 ) -> Iterator[tuple[str, float]]:
     """Who ran, and how long, one by one. Each gets about so many seconds, and `least` to `most` runs.
 
-    The first run of each warms up and is not told, unless it is `LONG`. An outsider who is `HOPELESS` times slower in
-    it than the fastest is out: that run is told and stays the only one.
+    The first run of each warms up and is not told, unless it takes `LONG_RUN_SECONDS`. An outsider who is
+    `HOPELESS_RATIO` times slower in it than the fastest is out: that run is told and stays the only one.
     """
     first = {name: clock(run) for name, run in contestants.items()}
-    spent, runs, going = dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0), list(contestants)
-    for name, took in first.items():
-        out = name in outsiders and took > HOPELESS * min(first.values())
+    spent, runs, contestants_left = dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0), list(contestants)
+    for name, seconds_taken in first.items():
+        out = name in outsiders and seconds_taken > HOPELESS_RATIO * min(first.values())
         if out:
-            going.remove(name)
-        if out or took > LONG:
-            spent[name], runs[name] = took, 1
-            yield name, took
+            contestants_left.remove(name)
+        if out or seconds_taken > LONG_RUN_SECONDS:
+            spent[name], runs[name] = seconds_taken, 1
+            yield name, seconds_taken
     order = 1
-    while going:
+    while contestants_left:
         order = -order  # A B C C B A: nobody always follows the same rival
-        for name in going[::order]:
-            took = clock(contestants[name])
-            spent[name] += took
+        for name in contestants_left[::order]:
+            seconds_taken = clock(contestants[name])
+            spent[name] += seconds_taken
             runs[name] += 1
-            yield name, took
-            if runs[name] >= most or (runs[name] >= least and spent[name] + took > seconds):
-                going.remove(name)
+            yield name, seconds_taken
+            if runs[name] >= most or (runs[name] >= least and spent[name] + seconds_taken > seconds):
+                contestants_left.remove(name)
 
 
-def timing(found: list[float]) -> Timing:
+def timing(seconds: list[float]) -> Timing:
     """The runs of one contestant, summed up."""
-    low, median, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
-    return Timing(median, low, high, min(found), len(found))
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return Timing(median, low, high, min(seconds), len(seconds))
 
 
 def race(
@@ -83,7 +83,7 @@ def race(
     >>> [(name, timing.runs) for name, timing in found.items()]
     [('a', 5), ('b', 5)]
     """
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    times_by_name: dict[str, list[float]] = {name: [] for name in contestants}
     for name, took in turns(contestants, seconds, least=least, most=most, outsiders=outsiders):
-        found[name].append(took)
-    return {name: timing(times) for name, times in found.items()}
+        times_by_name[name].append(took)
+    return {name: timing(times) for name, times in times_by_name.items()}

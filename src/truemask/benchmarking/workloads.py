@@ -48,7 +48,7 @@ def document_lengths(n: int, about: int = DOCUMENT, seed: int = 0) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Course:
+class Workload:
     """Tensors `[b, h, n, d]` for one size of attention, and a gradient that arrives at the output."""
 
     q: Tensor
@@ -57,15 +57,15 @@ class Course:
     arriving: Tensor
 
     @classmethod
-    def of(cls, n: int, heads: int = 8, d: int = 64, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Course:
+    def of(cls, n: int, heads: int = 8, d: int = 64, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Workload:
         """Random tensors, the same in every process."""
         generator = torch.Generator().manual_seed(0)
         q, k, v, arriving = (torch.randn(batch, heads, n, d, generator=generator).to(dtype) for _ in range(4))
         return cls(q, k, v, arriving)
 
-    def shortened(self, n: int = 512) -> Course:
+    def shortened(self, n: int = 512) -> Workload:
         """The first n tokens."""
-        return Course(*(x[:, :, :n].contiguous() for x in (self.q, self.k, self.v, self.arriving)))
+        return Workload(*(x[:, :, :n].contiguous() for x in (self.q, self.k, self.v, self.arriving)))
 
     def forward(self, attention: Attention) -> Run:
         """The call without gradients."""
@@ -87,11 +87,11 @@ class Course:
         return (out.detach(), *torch.autograd.grad(out, leaves, self.arriving))
 
 
-def masked_sdpa(mask: Mask, course: Course) -> Attention:
+def masked_sdpa(mask: Mask, workload: Workload) -> Attention:
     """SDPA with the mask as the kernel wants it, dense and additive, made beforehand."""
-    batch, heads, n, _ = course.q.shape
+    batch, heads, n, _ = workload.q.shape
     dense = mask.to_dense(n, n, batch=batch, heads=heads)
-    additive = torch.zeros(dense.shape, dtype=course.q.dtype).masked_fill_(~dense, -torch.inf)
+    additive = torch.zeros(dense.shape, dtype=workload.q.dtype).masked_fill_(~dense, -torch.inf)
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=additive)
 
 

@@ -72,8 +72,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"truemask {importlib.metadata.version('truemask')}")
         raise typer.Exit
 

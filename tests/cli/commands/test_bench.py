@@ -106,7 +106,7 @@ def test_calibration_predicts_what_it_measured() -> None:
         for grad, (few, many) in ((False, (3e-4, 0.07)), (True, (9e-4, 0.31))):
             measured = [
                 calibrate.Measured(SMALL, grad, few),
-                calibrate.Measured(calibrate.LARGE, grad, many),
+                calibrate.Measured(calibrate.LARGE_PROBE, grad, many),
             ]
             rates = calibrate.fitted(backend, rates, *measured)
             predicted = [calibrate.predicted(backend, rates, found) for found in measured]

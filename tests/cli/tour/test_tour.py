@@ -174,7 +174,7 @@ def test_ctrl_c_skips_an_act_and_twice_leaves(monkeypatch: pytest.MonkeyPatch) -
 
     acts = tuple(Act(name, name, play) for name, play in (("a", interrupt), ("b", lambda s: s.say("reached"))))
     monkeypatch.setattr(tour, "ACTS", acts)
-    monkeypatch.setattr(tour, "TWICE", 0.0)
+    monkeypatch.setattr(tour, "SECOND_PRESS_SECONDS", 0.0)
     code, out = run()
     assert code == 0
     assert "act skipped" in out
@@ -248,7 +248,7 @@ def test_the_act_of_your_model_says_what_is_not_installed(monkeypatch: pytest.Mo
 )
 def test_a_real_model_tells_a_packed_secret_and_under_a_mask_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(your_model, "TOKENS", 640)
-    monkeypatch.setattr(your_model, "JUDGED", 128)
+    monkeypatch.setattr(your_model, "JUDGED_TOKENS", 128)
     code, out = run("--only", "model")
     assert code == 0, out
     said = {

@@ -57,17 +57,17 @@ def audit(
     console = make_console()
     with _mistakes():
         stated = None if mask is None else parse(mask)
-        model, batch, own = made(load(target), length, vocab)
-        with _progress() as step:
+        model, batch, own_mask = model_and_batch(load(target), length, vocab)
+        with _progress() as progress:
             report = run_audit(
                 model,
                 batch,
-                own if stated is None else stated,
+                own_mask if stated is None else stated,
                 layers=layers,
                 seeds=seeds,
                 positions=positions,
                 train=train,
-                progress=step,
+                progress=progress,
             )
         written = None if html is None else report.to_html(html)
     if as_json:
@@ -98,12 +98,12 @@ def _progress() -> Iterator[ProgressCallback]:
     with Progress(console=make_console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def step(what: str, done: int, of: int) -> None:
+        def update(what: str, count: int, of: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], completed=done)
+            bar.update(tasks[what], completed=count)
 
-        yield step
+        yield update
 
 
 def load(target: str) -> Callable[[], Any]:
@@ -112,11 +112,11 @@ def load(target: str) -> Callable[[], Any]:
     if not colon or not name or not function:
         raise AuditError(f"{target!r} is not MODULE:FACTORY, such as my_package.models:make_tiny")
     module = _from_file(Path(name)) if name.endswith(".py") else _imported(name)
-    found = getattr(module, function, None)
-    if not callable(found):
+    factory = getattr(module, function, None)
+    if not callable(factory):
         names = [key for key, value in vars(module).items() if callable(value)]
         raise AuditError(f"the module {name!r} has no function {function!r}{suggest(function, names)}")
-    return found
+    return factory
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -128,11 +128,11 @@ def _from_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    known = sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
+    registered = sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look there
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        if known is module:
+        if registered is module:
             del sys.modules[path.stem]
         raise
     return module
@@ -148,7 +148,7 @@ def _imported(name: str) -> ModuleType:
         raise AuditError(f"there is no module {name!r}, in {Path.cwd()} or among what is installed") from error
 
 
-def made(factory: Callable[[], Any], length: int, vocab: int | None) -> tuple[nn.Module, Any, Any]:
+def model_and_batch(factory: Callable[[], Any], length: int, vocab: int | None) -> tuple[nn.Module, Any, Any]:
     """The model, batch and mask of a factory; a batch of random tokens where it gives none."""
     result = factory()
     parts = result if isinstance(result, tuple) else (result,)
@@ -158,11 +158,11 @@ def made(factory: Callable[[], Any], length: int, vocab: int | None) -> tuple[nn
         )
     model, batch, mask = parts[0], *(*parts[1:], None, None)[:2]
     if batch is None:
-        batch = _drawn(model, length, vocab)
+        batch = _random_batch(model, length, vocab)
     return model, batch, mask
 
 
-def _drawn(model: nn.Module, length: int, vocab: int | None) -> Tensor | dict[str, Tensor]:
+def _random_batch(model: nn.Module, length: int, vocab: int | None) -> Tensor | dict[str, Tensor]:
     """Random tokens `[b, length]` that mean nothing special, for both sides of an encoder-decoder."""
     config = getattr(model, "config", None)
     inner = getattr(config, "get_text_config", None)
@@ -170,9 +170,9 @@ def _drawn(model: nn.Module, length: int, vocab: int | None) -> Tensor | dict[st
     size = vocab or getattr(text, "vocab_size", None)
     if not isinstance(size, int):
         raise AuditError("the factory returned no batch: return (model, batch), or pass --vocab and --length")
-    named, generator = special_tokens(model), torch.Generator().manual_seed(SEED)
-    ordinary = torch.tensor([token for token in range(size) if token not in named] or list(range(size)))
-    drawn = [ordinary[torch.randint(len(ordinary), (SAMPLES, length), generator=generator)] for _ in range(2)]
+    special, generator = special_tokens(model), torch.Generator().manual_seed(SEED)
+    ordinary = torch.tensor([token for token in range(size) if token not in special] or list(range(size)))
+    sides = [ordinary[torch.randint(len(ordinary), (SAMPLES, length), generator=generator)] for _ in range(2)]
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
-        return drawn[0]
-    return {"input_ids": drawn[0], "decoder_input_ids": drawn[1]}
+        return sides[0]
+    return {"input_ids": sides[0], "decoder_input_ids": sides[1]}

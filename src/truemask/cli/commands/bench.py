@@ -18,7 +18,7 @@ from truemask.backends.costs import model as costs
 from truemask.backends.costs.calibration_file import store, this_machine, writable_file
 from truemask.benchmarking.calibrate import measured_costs
 from truemask.benchmarking.timing import race
-from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa, race_masks
+from truemask.benchmarking.workloads import Workload, by_truemask, masked_sdpa, race_masks
 from truemask.cli.commands.explain import Dtype
 from truemask.cli.console import make_console, plain
 from truemask.cli.options import Length
@@ -49,7 +49,7 @@ def bench(
         _calibrate(console)
         return
     masks = {text: parse(text) for text in expressions} if expressions else race_masks(length)
-    course = Course.of(length, heads, head_dim, dtype=getattr(torch, dtype.value))
+    workload = Workload.of(length, heads, head_dim, dtype=getattr(torch, dtype.value))
     direction = "forward and backward" if grad else "forward"
     plain(console, f"{length} tokens, {heads} heads of {head_dim}, {dtype.value}, {direction}; medians, taking turns\n")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -58,22 +58,22 @@ def bench(
     with console.status("") as status:
         for name, mask in masks.items():
             status.update(Text(f"racing: {name}"))
-            table.add_row(*_raced(name, mask, course, grad))
+            table.add_row(*_raced(name, mask, workload, grad))
     console.print(table)
     plain(console, f"\npredicted from {costs.source()}")
 
 
-def _raced(name: str, mask: Mask, course: Course, grad: bool) -> list[str]:
+def _raced(name: str, mask: Mask, workload: Workload, grad: bool) -> list[str]:
     """The row of a mask."""
-    contestants = {"sdpa": masked_sdpa(mask, course), "truemask": by_truemask(mask)}
-    found = race({who: course.run(call, grad) for who, call in contestants.items()}, SECONDS)
-    sdpa, ours = found["sdpa"].median, found["truemask"].median
-    (batch, heads, n, d), dtype = course.q.shape, course.q.dtype
-    chosen = plan(mask, n, n, batch=batch, heads=heads, head_dim=d, dtype=dtype, grad=grad)
+    contestants = {"sdpa": masked_sdpa(mask, workload), "truemask": by_truemask(mask)}
+    timings = race({who: workload.run(call, grad) for who, call in contestants.items()}, SECONDS)
+    sdpa, truemask = timings["sdpa"].median, timings["truemask"].median
+    (batch, heads, n, d), dtype = workload.q.shape, workload.q.dtype
+    prediction = plan(mask, n, n, batch=batch, heads=heads, head_dim=d, dtype=dtype, grad=grad)
     density = mask.density(n, n, batch=batch, heads=heads)
-    ratio = f"{sdpa / ours:.1f} x"
-    forecast = duration(chosen.costs[chosen.backend])
-    return [name, percent(density, 1), duration(sdpa), duration(ours), ratio, chosen.backend, forecast]
+    ratio = f"{sdpa / truemask:.1f} x"
+    forecast = duration(prediction.costs[prediction.backend])
+    return [name, percent(density, 1), duration(sdpa), duration(truemask), ratio, prediction.backend, forecast]
 
 
 def _calibrate(console: Console) -> None:
@@ -81,16 +81,16 @@ def _calibrate(console: Console) -> None:
     writable_file()
     if busy():
         plain(console, "other programs keep this machine busy: what is measured now is too slow; better to wait")
-    found = measured_costs(lambda text: plain(console, f"  {text}"))
-    file = store(found)
+    measured = measured_costs(lambda text: plain(console, f"  {text}"))
+    file = store(measured)
     costs.forget()
     CACHE.clear()
-    shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for i, name in enumerate(("backend", "cost", "shipped", "measured")):
-        shown.add_column(name, justify="right" if i > 1 else "left")
-    for row in beside_shipped(found):
-        shown.add_row(*row)
-    console.print(shown)
+        table.add_column(name, justify="right" if i > 1 else "left")
+    for row in beside_shipped(measured):
+        table.add_row(*row)
+    console.print(table)
     plain(console, f"stored in {file}; plans are now predicted from {costs.source()}")
 
 
@@ -99,12 +99,12 @@ def busy() -> bool:
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
 
 
-def beside_shipped(found: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
+def beside_shipped(measured: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
     """Backend, constant, shipped and measured value."""
     shipped = asdict(costs.SHIPPED)
     return [
         (backend, name, constant(name, shipped[backend][name]), constant(name, number))
-        for backend, numbers in found.items()
+        for backend, numbers in measured.items()
         for name, number in numbers.items()
     ]
 

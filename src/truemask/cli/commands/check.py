@@ -24,7 +24,7 @@ from truemask.masks.leaves.matrices import Dense
 from truemask.viz.panels import text_of
 
 COLUMNS = 32  # of the picture
-USUAL = 1024  # tokens where nothing says how many
+DEFAULT_TOKENS = 1024  # tokens where nothing says how many
 
 
 def check(
@@ -54,21 +54,27 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Find what is likely wrong with a mask. Exit code: 0 nothing worse than a note, 1 findings, 2 a mistake."""
-    mask, source, read = _read(what, tensor, axes)
-    mask, notes = (_as_padding(mask), ()) if padding else (mask, (*read, *_perhaps_padding(mask)))
+    mask, source, reading_notes = _read(what, tensor, axes)
+    mask, notes = (_as_padding(mask), ()) if padding else (mask, (*reading_notes, *_perhaps_padding(mask)))
     q_len, kv_len = sizes(mask, length, kv_length)
     claims = {"causal": causal, "documents": _lengths(documents)}
-    found = Findings([*diagnose(mask, q_len, kv_len, batch=batch, heads=heads, **claims), *notes])
+    findings = Findings([*diagnose(mask, q_len, kv_len, batch=batch, heads=heads, **claims), *notes])
     console = make_console()
     if as_json:
-        report = {"mask": mask.text, "source": source, "queries": q_len, "keys": kv_len, "findings": found.to_dicts()}
+        report = {
+            "mask": mask.text,
+            "source": source,
+            "queries": q_len,
+            "keys": kv_len,
+            "findings": findings.to_dicts(),
+        }
         plain(console, json.dumps(report, indent=2))
     else:
         plain(console, f"{source}: {q_len:,} queries x {kv_len:,} keys")
         ascii = needs_ascii(console)
         plain(console, text_of(mask, q_len, kv_len, batch=batch, heads=heads, columns=COLUMNS, ascii=ascii, title=""))
-        plain(console, str(found))
-    if not found.ok:
+        plain(console, str(findings))
+    if not findings.ok:
         raise typer.Exit(1)
 
 
@@ -88,8 +94,8 @@ def _read(what: str, tensor: str | None, axes: str | None) -> Reading:
 def sizes(mask: Mask, length: int | None, kv_length: int | None) -> tuple[int, int]:
     """Queries and keys: as asked, or those that the mask holds data for."""
     shape = mask.tensor.tensor.shape if isinstance(mask, Dense) else None
-    own = shape[2] if shape is not None and (shape[2] > 1 or length is None) else tokens_held([mask])
-    q_len = length or own or USUAL
+    held_tokens = shape[2] if shape is not None and (shape[2] > 1 or length is None) else tokens_held([mask])
+    q_len = length or held_tokens or DEFAULT_TOKENS
     kv_len = kv_length or (shape[3] if shape is not None else mask.kv_len_for(q_len))
     return q_len, kv_len
 
@@ -98,10 +104,10 @@ def _perhaps_padding(mask: Mask) -> Iterator[Finding]:
     """That a table of fewer rows than columns may be flags of tokens, a row for each sample."""
     b, h, rows, columns = mask.tensor.tensor.shape if isinstance(mask, Dense) else (0, 0, 0, 0)
     if (b, h) == (1, 1) and rows < columns:
-        said = f"it was read as {counted(rows, 'query')} x {counted(columns, 'key')}"
-        other = f"if it is the attention_mask of {counted(rows, 'sample')} of {counted(columns, 'token')}"
+        reading = f"it was read as {counted(rows, 'query')} x {counted(columns, 'key')}"
+        advice = f"if it is the attention_mask of {counted(rows, 'sample')} of {counted(columns, 'token')}"
         fix = "`--padding` here, `from_huggingface_2d(mask)` in Python"
-        yield Finding("rows-or-samples", "note", f"the table [{rows}, {columns}]", f"{said}; {other}, say so", fix)
+        yield Finding("rows-or-samples", "note", f"the table [{rows}, {columns}]", f"{reading}; {advice}, say so", fix)
 
 
 def _as_padding(mask: Mask) -> Mask:

@@ -55,7 +55,7 @@ def explain(
     for name, value in facts(mask, length, kv_len, batch, heads):
         console.print(Text.assemble((f"{name:<16}", "bold"), value), soft_wrap=True)
     plain(console, "")
-    chosen = plan(
+    forecast = plan(
         mask,
         length,
         kv_len,
@@ -65,7 +65,7 @@ def explain(
         dtype=getattr(torch, dtype.value),
         grad=grad,
     )
-    plain(console, str(chosen))
+    plain(console, str(forecast))
     plain(console, "")
     ascii = needs_ascii(console)
     plain(

@@ -20,7 +20,7 @@ from truemask.masks.formats.figures import can_plot, save_picture
 from truemask.train.config import DEFAULT_MASK, TrainConfig, TrainError
 from truemask.train.trainer import Step, Trainer
 
-PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
+LINE_SECONDS = 5.0  # seconds between lines where there is no terminal
 CHANGEABLE = ("steps", "minutes", "evaluate_every", "save_every", "keep")  # of a run that goes on
 
 
@@ -77,13 +77,15 @@ def watch(trainer: Trainer, console: Console) -> None:
     folder = trainer.folder
     assert folder is not None
     _introduce(trainer, folder, console)
-    began = trainer.step
+    first_step = trainer.step
     with stop_on_interrupt() as stopped:
         show = _with_bar if console.is_terminal else _with_lines
         show(trainer.run(stop=lambda: bool(stopped)), trainer, console)
     held_out = trainer.held_out_bits()
     base = trainer.baselines
-    plain(console, f"after {trainer.step} steps ({trainer.step - began} now), on held-out files, in bits per byte:")
+    plain(
+        console, f"after {trainer.step} steps ({trainer.step - first_step} now), on held-out files, in bits per byte:"
+    )
     plain(console, f"  model {held_out:.3f}    bigram {base.bigram:.3f}    unigram {base.unigram:.3f}")
     place = shlex.quote(str(folder))
     if trainer.share < 1:
@@ -139,16 +141,16 @@ def _with_bar(steps: Iterator[Step], trainer: Trainer, console: Console) -> None
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=1.0, step=trainer.step, bits=8.0, held_out="-", speed=0.0)
         for step in steps:
-            tested: dict[str, Any] = {} if step.held_out is None else {"held_out": f"{step.held_out:.3f}"}
-            fields = {"step": step.step, "bits": step.bits, "speed": step.tokens_per_second, **tested}
+            held_out: dict[str, Any] = {} if step.held_out is None else {"held_out": f"{step.held_out:.3f}"}
+            fields = {"step": step.step, "bits": step.bits, "speed": step.tokens_per_second, **held_out}
             progress.update(bar, completed=step.share, **fields)
 
 
 def _with_lines(steps: Iterator[Step], trainer: Trainer, console: Console) -> None:
-    said = 0.0
+    last_line = 0.0
     for step in steps:
-        if step.held_out is not None or time.monotonic() - said > PLAIN_EVERY:
-            said = time.monotonic()
+        if step.held_out is not None or time.monotonic() - last_line > LINE_SECONDS:
+            last_line = time.monotonic()
             plain(console, step_line(step))
 
 
@@ -173,8 +175,8 @@ def _new_folder(out: Path | None) -> Path:
 def _changes(context: typer.Context) -> dict[str, Any]:
     """What was given with --resume. A run goes on as it began: what would change it is refused, not ignored."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    changes = {name: context.params[name] for name in given if name != "resume"}
+    names = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    changes = {name: context.params[name] for name in names if name != "resume"}
     for name in changes:
         if name not in CHANGEABLE:
             raise TrainError(

@@ -33,12 +33,12 @@ def doctor(
     A report to paste into an issue. Exit code 1 if a backend that runs here computes something wrong.
     """
     console = make_console()
-    found = findings()
+    answers = findings()
     if as_json:
-        plain(console, json.dumps(found, indent=2))
+        plain(console, json.dumps(answers, indent=2))
     else:
-        _show(console, found, backends=not gpu)
-    good = all(one["good"] for one in found["self_test"])
+        _show(console, answers, backends=not gpu)
+    good = all(outcome["good"] for outcome in answers["self_test"])
     if gpu:
         good &= _gpu(console)
     if not good:
@@ -48,10 +48,10 @@ def doctor(
 def findings() -> dict[str, Any]:
     """Versions, machine, backends and the self-test, as plain values."""
     kernel = f"compiled for {isa()}" if not missing() else f"none: {missing()}"
-    named = [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source())]
+    names_and_values = [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source())]
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     return {
-        "facts": dict(named),
+        "facts": dict(names_and_values),
         "backends": [_backends(device, grad) for device in devices for grad in (False, True)],
         "self_test": [outcome._asdict() for outcome in self_test()],
     }
@@ -59,25 +59,25 @@ def findings() -> dict[str, Any]:
 
 def _backends(device: str, grad: bool) -> dict[str, Any]:
     """Of every backend whether it runs an example."""
-    made = plan(parse(EXAMPLE), TOKENS, device=device, grad=grad)
+    example_plan = plan(parse(EXAMPLE), TOKENS, device=device, grad=grad)
     return {
         "device": device,
         "direction": "forward and backward" if grad else "forward",
-        "chosen": made.backend,
-        "seconds": made.costs,
-        "objections": {name: reasons for name, reasons in made.objections.items() if reasons},
+        "chosen": example_plan.backend,
+        "seconds": example_plan.costs,
+        "objections": {name: reasons for name, reasons in example_plan.objections.items() if reasons},
     }
 
 
-def _show(console: Console, found: dict[str, Any], backends: bool) -> None:
-    _pairs(console, list(found["facts"].items()))
-    for example in found["backends"] if backends else []:
+def _show(console: Console, answers: dict[str, Any], backends: bool) -> None:
+    _pairs(console, list(answers["facts"].items()))
+    for example in answers["backends"] if backends else []:
         plain(console, f"\n{EXAMPLE}, {TOKENS:,} tokens, float32 on {example['device']}, {example['direction']}")
         for name in (*example["seconds"], *example["objections"]):
             plain(console, f"  {name:<14}{_says(name, example)}")
     plain(console, "\nself-test: forward and backward against the reference, with dead rows and a hidden NaN")
-    for one in found["self_test"]:
-        plain(console, f"  {one['backend']:<14}{one['text']}")
+    for outcome in answers["self_test"]:
+        plain(console, f"  {outcome['backend']:<14}{outcome['text']}")
 
 
 def _says(name: str, example: dict[str, Any]) -> str:

@@ -66,14 +66,14 @@ def gpu_facts() -> list[tuple[str, str]]:
 
 def report(device: torch.device, checks: Sequence[Check], length: int, seconds: float) -> Iterator[Line]:
     """The lines of the report, one by one; when the time is over, what is left is named and not run."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     yield Line(f"{length:,} tokens, {HEADS} heads of {HEAD_DIM} ({KV_HEADS} of k and v); errors relative to float64")
     for check in checks:
         yield Line(f"\n{check.mask}, {str(check.dtype).removeprefix('torch.')}")
         mask, inputs = parse(check.mask), _inputs(device, check.dtype, length)
         want: list[Tensor] | None = None
         for backend in BACKENDS:
-            if time.perf_counter() - began > seconds:
+            if time.perf_counter() - start > seconds:
                 yield Line(f"  {backend:<6} not run: the time is over", good=False)
                 continue
             grad, reasons = _willing(inputs, mask, backend)
@@ -99,17 +99,17 @@ def _checked(
     inputs: list[Tensor], mask: Mask, backend: str, dtype: torch.dtype, want: list[Tensor], grad: bool
 ) -> Line:
     """Errors and times of one backend."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     got = _results(inputs, mask, backend, grad=grad)
-    first = time.perf_counter() - began
+    first = time.perf_counter() - start
     errors = [_error(a, b) for a, b in zip(got, want, strict=False)]
     good = max(errors) <= TOLERANCE[dtype]
     forward = _seconds(lambda: _results(inputs, mask, backend, grad=False))
-    told = f"error {errors[0]:.1e}" + (f", gradients {max(errors[1:]):.1e}" if grad else "")
+    errors_text = f"error {errors[0]:.1e}" + (f", gradients {max(errors[1:]):.1e}" if grad else "")
     times = f"first call {first:.1f} s, forward {forward * 1e3:.3g} ms"
     if grad:
         times += f", with backward {_seconds(lambda: _results(inputs, mask, backend, grad=True)) * 1e3:.3g} ms"
-    return Line(f"  {backend:<6} {'agrees' if good else 'DIFFERS'}: {told}; {times}", good)
+    return Line(f"  {backend:<6} {'agrees' if good else 'DIFFERS'}: {errors_text}; {times}", good)
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, length: int) -> list[Tensor]:
@@ -128,20 +128,20 @@ def _results(inputs: list[Tensor], mask: Mask, backend: str, *, grad: bool) -> l
 
 def _error(got: Tensor, want: Tensor) -> float:
     """The largest difference, relative to the largest number; NaN counts as infinite."""
-    off = float((got.double() - want).abs().max() / want.abs().max())
-    return off if off == off else float("inf")
+    error = float((got.double() - want).abs().max() / want.abs().max())
+    return error if error == error else float("inf")
 
 
 def _seconds(run: Callable[[], object]) -> float:
     """The median of a few runs, each waited for."""
-    found = []
+    times = []
     for _ in range(RUNS):
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _first_line(error: Exception) -> str:

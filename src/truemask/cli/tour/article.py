@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from truemask.cli.tour.stage import SMALL, Act, Stage
+from truemask.cli.tour.stage import SMALL_LENGTH, Act, Stage
 from truemask.errors import ConventionWarning
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
@@ -27,10 +27,10 @@ def play(stage: Stage) -> None:
     stage.code(ARTICLE)
     torch.manual_seed(0)
     names: dict[str, object] = {"torch": torch, "Decoder": Decoder}
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always", ConventionWarning)
         exec(ARTICLE, names)
-    for warning in caught:
+    for warning in caught_warnings:
         if issubclass(warning.category, ConventionWarning):
             stage.say(("It runs, with one warning. ", "bold"), str(warning.message))
     decoder, x, mask = names["decoder"], names["x"], names["mask"]
@@ -42,8 +42,8 @@ def play(stage: Stage) -> None:
         _row("as meant", "mask=causal", causal, decoder, x, causal),
     ]
     stage.table(["", "the call", "keys that row 255 may see", "inputs that move its output (by gradient)"], rows)
-    drawn = [("as written", causal & keys(mask[:, :SMALL]), "mask=mask"), ("as meant", causal, "mask=causal")]
-    stage.pictures(drawn)
+    pictures = [("as written", causal & keys(mask[:, :SMALL_LENGTH]), "mask=mask"), ("as meant", causal, "mask=causal")]
+    stage.pictures(pictures)
     stage.say(
         "A (1, 256) tensor is key padding, one flag per token. The triangle has one row here, so it kept ",
         (f"{int(mask.sum())} key of {mask.shape[1]}", "bad"),
@@ -56,8 +56,8 @@ def play(stage: Stage) -> None:
 
 
 def _row(name: str, call: str, meaning: Mask, decoder: Decoder, x: Tensor, mask: Tensor | Mask) -> list[str]:
-    seen = int(meaning.to_dense(x.shape[1])[0, 0, -1].sum())
-    return [name, call, f"{seen} of {x.shape[1]}", f"{listened(decoder, x, mask)} of {x.shape[1]}"]
+    visible_keys = int(meaning.to_dense(x.shape[1])[0, 0, -1].sum())
+    return [name, call, f"{visible_keys} of {x.shape[1]}", f"{listened(decoder, x, mask)} of {x.shape[1]}"]
 
 
 def listened(decoder: Decoder, x: Tensor, mask: Tensor | Mask) -> int:

@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16}
 OTHERS = ~torch.eye(N, dtype=torch.bool)  # "attend to the others": everything but the token itself
 
 
-class Given(nn.Module):
+class WithPlantedMask(nn.Module):
     """A model that is always given the planted mask."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,8 +65,8 @@ def play(stage: Stage) -> None:
 def models() -> dict[str, nn.Module | None]:
     """Two libraries' decoders under the planted mask; None where one is not installed."""
     torch.manual_seed(0)
-    ours = TransformerWrapper(num_tokens=TOKENS, max_seq_len=N, attn_layers=Decoder(**SIZES))
-    return {"x-transformers": _peer(), "truemask": Given(ours.eval())}
+    own_model = TransformerWrapper(num_tokens=TOKENS, max_seq_len=N, attn_layers=Decoder(**SIZES))
+    return {"x-transformers": _peer(), "truemask": WithPlantedMask(own_model.eval())}
 
 
 def _peer() -> nn.Module | None:
@@ -79,7 +79,7 @@ def _peer() -> nn.Module | None:
 
     torch.manual_seed(0)
     layers = PeerDecoder(**SIZES, verbose=False)
-    return Given(PeerWrapper(num_tokens=TOKENS, max_seq_len=N, attn_layers=layers).eval())
+    return WithPlantedMask(PeerWrapper(num_tokens=TOKENS, max_seq_len=N, attn_layers=layers).eval())
 
 
 def audited(model: nn.Module) -> Report:

@@ -20,7 +20,7 @@ N = 13  # tokens
 
 
 @dataclass(frozen=True)
-class Found:
+class Examination:
     """What one library did: largest relative changes of outputs that should not have moved."""
 
     dead_nan: bool  # the last row, which may see nothing, is NaN
@@ -37,22 +37,28 @@ def play(stage: Stage) -> None:
         "upside down: every row sees only its future, the last row sees nothing. We change inputs and watch outputs."
     )
     rows: list[list[Part]] = []
-    warned: list[str] = []
+    warning_texts: list[str] = []
     missing = False
     for peer in PEERS:
         if peer.missing:
             rows.append([peer.name, ("not installed", "dim"), "", "", ""])
             missing = True
             continue
-        found = examine(peer)
+        exam = examine(peer)
         rows.append(
-            [peer.name, peer.given, dead_row(found), future(found), "a warning" if found.warning else "nothing"]
+            [
+                peer.name,
+                peer.given,
+                dead_row(exam),
+                future(exam),
+                "a warning" if exam.warning else "nothing",
+            ]
         )
-        warned.extend(f"{peer.name}: {found.warning}" for _ in range(bool(found.warning)))
+        warning_texts.extend(f"{peer.name}: {exam.warning}" for _ in range(bool(exam.warning)))
     stage.table(["library", "was given", "row without keys", "reads the future", "it said"], rows)
     if missing:
         stage.say("To see the missing ones: ", ("pip install 'truemask[peers]'", "code"))
-    for warning in warned:
+    for warning in warning_texts:
         stage.say(("The warning of ", "dim"), (warning, "dim"))
     stage.say(
         "A tensor cannot know what was meant, and a function like SDPA or ",
@@ -67,14 +73,14 @@ def play(stage: Stage) -> None:
     )
 
 
-def examine(peer: Peer) -> Found:
+def examine(peer: Peer) -> Examination:
     """Measure one library; nothing is known here of how it works."""
     torch.manual_seed(0)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         run, x = peer.build(N), torch.randn(1, N, DIM)
         before = run(x).detach()
-    said = next((str(w.message) for w in caught if issubclass(w.category, ConventionWarning)), "")
+    warning = next((str(w.message) for w in caught_warnings if issubclass(w.category, ConventionWarning)), "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         others, later = x.clone(), x.clone()
@@ -82,13 +88,13 @@ def examine(peer: Peer) -> Found:
         later[:, 1:] = torch.randn(1, N - 1, DIM)
         leaked = _moved(before[0, 0], run(later).detach()[0, 0])
         moved = _moved(before[0, -1], run(others).detach()[0, -1])
-        return Found(
+        return Examination(
             dead_nan=bool(before[0, -1].isnan().any()),
             dead_zero=not before[0, -1].any(),
             dead_moved=max(moved, leaked) if peer.causal else moved,
             leaked=leaked,
             bad_gradients=_bad_gradients(run, x),
-            warning=said,
+            warning=warning,
         )
 
 
@@ -109,18 +115,18 @@ def _bad_gradients(run: Run, x: Tensor) -> int:
     return int((~leaf.grad[0].isfinite().all(-1)).sum())
 
 
-def dead_row(found: Found) -> Part:
+def dead_row(exam: Examination) -> Part:
     """What became of the row that may see nothing."""
-    if found.dead_nan:
-        return ("NaN" + ("; gradients too" if found.bad_gradients else ""), "bad")
-    if found.dead_moved:
-        return (f"reads others, {found.dead_moved:.0%}", "bad")
-    return ("zeros" if found.dead_zero else "its input alone", "good")
+    if exam.dead_nan:
+        return ("NaN" + ("; gradients too" if exam.bad_gradients else ""), "bad")
+    if exam.dead_moved:
+        return (f"reads others, {exam.dead_moved:.0%}", "bad")
+    return ("zeros" if exam.dead_zero else "its input alone", "good")
 
 
-def future(found: Found) -> Part:
+def future(exam: Examination) -> Part:
     """Whether the first row reads what comes after it."""
-    return (f"yes, by {found.leaked:.0%}", "bad") if found.leaked else ("no", "good")
+    return (f"yes, by {exam.leaked:.0%}", "bad") if exam.leaked else ("no", "good")
 
 
 ACT = Act("inverted", "One inverted mask, every library", play)

@@ -44,10 +44,10 @@ def play(stage: Stage) -> None:
 
 
 @torch.no_grad()
-def _measure(decoder: Decoder, x: Tensor, other: Tensor, mask: Mask, own: Mask) -> list[Part]:
+def _measure(decoder: Decoder, x: Tensor, other: Tensor, mask: Mask, alone_mask: Mask) -> list[Part]:
     changed = torch.cat([other, x[:, A:]], dim=1)
     before, after = decoder(x, mask=mask), decoder(changed, mask=mask)
-    alone = decoder(x[:, A:], mask=own)
+    alone = decoder(x[:, A:], mask=alone_mask)
     heads = [value.view(1, A + B, 4, 16).transpose(1, 2) for value in (x, changed)]
     direct = [attend(h, h, h, mask)[:, :, A:] for h in heads]
     return [

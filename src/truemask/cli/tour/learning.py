@@ -22,12 +22,12 @@ from truemask.train.sample import continuation
 from truemask.train.trainer import Step, Trainer
 
 PROMPT = "def read_"
-SAMPLE = 240  # bytes
+SAMPLE_BYTES = 240  # bytes
 EVALUATIONS = 12  # on the way, at most
-MEASURING = 0.1  # of the time, at most
-ENOUGH = 1.0  # minutes of training after which the model must have learned
-REDRAW = 0.5  # seconds
-LINES = 10.0  # seconds between lines where there is no terminal
+MEASURING_SHARE = 0.1  # of the time, at most
+LEARNING_MINUTES = 1.0  # minutes of training after which the model must have learned
+REDRAW_SECONDS = 0.5  # seconds
+LINE_SECONDS = 10.0  # seconds between lines where there is no terminal
 
 
 class NotLearned(TruemaskError):
@@ -78,11 +78,11 @@ def play(stage: Stage) -> None:
     points = _train(trainer, stage)
     _result(trainer, stage, points)
     stage.say("It continues ", (PROMPT, "code"), " like this:")
-    pieces = continuation(trainer.model, trainer.mask, PROMPT, SAMPLE)
+    pieces = continuation(trainer.model, trainer.mask, PROMPT, SAMPLE_BYTES)
     stage.verbatim(visible(PROMPT + "".join(pieces)))
     stage.say(f"Saved: truemask generate {folder} --prompt 'class '")
     held_out = points[-1][1]
-    if not held_out < base.bigram and stage.minutes >= ENOUGH:
+    if not held_out < base.bigram and stage.minutes >= LEARNING_MINUTES:
         raise NotLearned(f"the model ended at {held_out:.2f} bits per byte, not below the bigram's {base.bigram:.2f}")
 
 
@@ -92,10 +92,10 @@ def _train(trainer: Trainer, stage: Stage) -> list[Point]:
     steps = _measured(trainer, points)
     if stage.console.is_terminal:
         with Live(console=stage.console, auto_refresh=False) as screen:
-            for step in every(REDRAW, steps):
+            for step in every(REDRAW_SECONDS, steps):
                 screen.update(_drawing(trainer, stage, points, step), refresh=True)
     else:
-        for step in every(LINES, steps):
+        for step in every(LINE_SECONDS, steps):
             stage.console.print(step_line(step))
     return points
 
@@ -104,11 +104,11 @@ def _measured(trainer: Trainer, points: list[Point]) -> Iterator[Step]:
     """The steps of the run, some of them measured on the held-out text: evenly, and for a small share of the time."""
     spent, due = 0.0, 1 / EVALUATIONS
     for step in trainer.run():
-        if step.share == 1 or (step.share >= due and spent <= MEASURING * step.seconds):
-            began = time.perf_counter()
+        if step.share == 1 or (step.share >= due and spent <= MEASURING_SHARE * step.seconds):
+            start = time.perf_counter()
             points.append((step.seconds, trainer.held_out_bits()))
             step = replace(step, held_out=points[-1][1])
-            spent += time.perf_counter() - began
+            spent += time.perf_counter() - start
             due = step.share + 1 / EVALUATIONS
         yield step
 

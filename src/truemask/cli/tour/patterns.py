@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from truemask.attention.planning.plan import plan
-from truemask.cli.tour.stage import SMALL, Act, Stage
+from truemask.cli.tour.stage import SMALL_LENGTH, Act, Stage
 from truemask.common.formatting import percent
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, local, window
@@ -49,11 +49,12 @@ def gallery() -> list[Pattern]:
 
 def play(stage: Stage) -> None:
     stage.say(
-        f"Drawn at {SMALL} tokens; counted and planned at {LENGTH}. Ink: the query (down) may see the key (across)."
+        f"Drawn at {SMALL_LENGTH} tokens; counted and planned at {LENGTH}. Ink: the query (down) may see the key "
+        "(across)."
     )
     for name, formula, small, real in gallery():
         count = int(real.count(LENGTH).double().mean())
-        chosen = plan(real, LENGTH)
+        forecast = plan(real, LENGTH)
         stage.picture_beside(
             small,
             [
@@ -62,7 +63,7 @@ def play(stage: Stage) -> None:
                 (str(real), "code"),
                 f"\n{count:,} pairs of {LENGTH**2:,} ({percent(count, LENGTH**2)})\n",
                 f"tiles of 128: {_tiles(real)}\n",
-                f"plan: {chosen.backend}, {chosen.costs[chosen.backend] * 1e3:.2g} ms forecast",
+                f"plan: {forecast.backend}, {forecast.costs[forecast.backend] * 1e3:.2g} ms forecast",
             ],
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from truemask.attention.planning.plan import plan
 from truemask.benchmarking.timing import clock
-from truemask.benchmarking.workloads import Course, by_truemask, masked_sdpa, race_masks
+from truemask.benchmarking.workloads import Workload, by_truemask, masked_sdpa, race_masks
 from truemask.cli.console import needs_ascii
 from truemask.cli.tour.curve import INK, LEVEL
 from truemask.cli.tour.stage import Act, Part, Stage
@@ -24,7 +24,7 @@ from truemask.masks.leaves.bands import causal
 
 HEADS, HEAD_DIM = 4, 64
 SDPA, OURS = "SDPA", "truemask"
-CLEARLY = 1.05  # a ratio below that is no difference
+CLEAR_RATIO = 1.05  # a ratio below that is no difference
 COLUMNS = 60  # of the longest bar
 ROW, WIDTH = 22, 640  # of the SVG
 
@@ -41,8 +41,8 @@ class Lane:
         """Seconds, of the one who is on the way too."""
         if self.running is None:
             return self.seconds
-        who, began = self.running
-        return {**self.seconds, who: time.perf_counter() - began}
+        who, start = self.running
+        return {**self.seconds, who: time.perf_counter() - start}
 
     @property
     def ratio(self) -> float:
@@ -52,18 +52,18 @@ class Lane:
     @property
     def outcome(self) -> Part:
         """The ratio in words."""
-        if max(self.ratio, 1 / self.ratio) < CLEARLY:
+        if max(self.ratio, 1 / self.ratio) < CLEAR_RATIO:
             return "as fast"
         faster = self.ratio > 1
         return (f"{self.ratio:.1f} x faster", "good") if faster else (f"{1 / self.ratio:.1f} x slower", "bad")
 
     def run(self, who: str, call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Let somebody run, on the clock."""
-        found: list[tuple[Tensor, ...]] = []
+        results: list[tuple[Tensor, ...]] = []
         self.running = (who, time.perf_counter())
-        took = clock(lambda: found.append(call()))
+        took = clock(lambda: results.append(call()))
         self.seconds[who], self.running = took, None
-        return found[0]
+        return results[0]
 
 
 @dataclass
@@ -97,16 +97,16 @@ def play(stage: Stage) -> None:
         ("attend", "code"),
         " gets the expression, and planning is on its clock. The shorter bar is better.",
     )
-    course, lanes, rows = Course.of(length, HEADS, HEAD_DIM), [], []
+    workload, lanes, rows = Workload.of(length, HEADS, HEAD_DIM), [], []
     bars = Bars(lanes, needs_ascii(stage.console))
-    for warm in (masked_sdpa(causal, course.shortened()), by_truemask(causal)):
-        course.shortened().result(warm)  # threads and libraries start outside the race
+    for warm in (masked_sdpa(causal, workload.shortened()), by_truemask(causal)):
+        workload.shortened().result(warm)  # threads and libraries start outside the race
     live = stage.console.is_terminal
     screen: AbstractContextManager[object] = Live(bars, console=stage.console) if live else nullcontext()
     with screen:
         for name, mask in race_masks(length).items():
             lanes.append(Lane(name))
-            rows.append(_raced(lanes[-1], mask, course))
+            rows.append(_raced(lanes[-1], mask, workload))
             if not live:
                 stage.console.print(bars.lane(lanes[-1], max(lanes[-1].seconds.values())))
     stage.figure(svg_bars(lanes), f"seconds of forward and backward at {length} tokens")
@@ -114,28 +114,28 @@ def play(stage: Stage) -> None:
     stage.say(verdict(lanes), " The difference is that of outputs and gradients, absolute.")
 
 
-def _raced(lane: Lane, mask: Mask, course: Course) -> list[Part]:
+def _raced(lane: Lane, mask: Mask, workload: Workload) -> list[Part]:
     """Both run; the row of the table."""
-    dense = masked_sdpa(mask, course)
-    theirs = lane.run(SDPA, lambda: course.result(dense))
-    ours = lane.run(OURS, lambda: course.result(by_truemask(mask)))
-    differences = (float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
-    n = course.q.shape[2]
-    chosen = plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
+    dense = masked_sdpa(mask, workload)
+    sdpa_results = lane.run(SDPA, lambda: workload.result(dense))
+    own_results = lane.run(OURS, lambda: workload.result(by_truemask(mask)))
+    differences = (float((a - b).abs().max()) for a, b in zip(sdpa_results, own_results, strict=True))
+    n = workload.q.shape[2]
+    backend = plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
     return [
         lane.name,
         percent(int(mask.count(n)), n * n),
         duration(lane.seconds[SDPA]),
         duration(lane.seconds[OURS]),
         lane.outcome,
-        chosen,
+        backend,
         f"{max(differences):.0e}",
     ]
 
 
 def verdict(lanes: list[Lane]) -> str:
     """What came of it, in one sentence."""
-    won = [lane for lane in lanes if lane.ratio >= CLEARLY]
+    won = [lane for lane in lanes if lane.ratio >= CLEAR_RATIO]
     best = max(lanes, key=lambda lane: lane.ratio)
     if not won:
         return "Here truemask was nowhere faster than SDPA."

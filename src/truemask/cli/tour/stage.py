@@ -23,7 +23,7 @@ from truemask.viz.picture import half_blocks
 
 Part = str | tuple[str, str]  # text, or (text, style)
 STYLES = {"bold": "bold", "dim": "dim", "code": "cyan", "good": "green", "bad": "bold red", "": ""}
-SMALL = 24  # length of the pictures that stand beside a text
+SMALL_LENGTH = 24  # length of the pictures that stand beside a text
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Stage:
 
     def code(self, code: str) -> None:
         """Python code, as it is run."""
-        shown = Syntax(code, "python", theme="ansi_dark", background_color="default")
-        self._print(Padding(shown if self.console.is_terminal else Text(code), (0, 0, 0, 4), expand=False))
+        syntax = Syntax(code, "python", theme="ansi_dark", background_color="default")
+        self._print(Padding(syntax if self.console.is_terminal else Text(code), (0, 0, 0, 4), expand=False))
         self.blocks.append(f"<pre>{escape(code)}</pre>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Part]]) -> None:
@@ -58,14 +58,14 @@ class Stage:
         body = "".join("<tr>" + "".join(f"<td>{_html([cell])}</td>" for cell in row) + "</tr>" for row in rows)
         self.blocks.append(f"<table><tr>{head}</tr>{body}</table>")
 
-    def pictures(self, captioned: Sequence[tuple[str, Mask, str]], length: int = SMALL) -> None:
+    def pictures(self, captioned: Sequence[tuple[str, Mask, str]], length: int = SMALL_LENGTH) -> None:
         """Small pictures side by side, each below its caption and its code."""
         grid = Table.grid(padding=(0, 4, 0, 0))
-        drawn = [
+        columns = [
             Text.assemble((caption, "bold"), "\n", (code, STYLES["code"]), "\n", self.sketch(mask, length))
             for caption, mask, code in captioned
         ]
-        grid.add_row(*drawn)
+        grid.add_row(*columns)
         self._print(grid)
         figures = "".join(
             f"<figure>{svg_of(mask, length, title=code)}<figcaption>{escape(caption)}</figcaption></figure>"
@@ -73,7 +73,7 @@ class Stage:
         )
         self.blocks.append(f'<div class="figures">{figures}</div>')
 
-    def picture_beside(self, mask: Mask, parts: Sequence[Part], length: int = SMALL) -> None:
+    def picture_beside(self, mask: Mask, parts: Sequence[Part], length: int = SMALL_LENGTH) -> None:
         """A small picture with text at its right."""
         grid = Table.grid(padding=(0, 3, 0, 0))
         grid.add_column(min_width=length + 2, no_wrap=True)

@@ -27,7 +27,7 @@ from truemask.common.formatting import suggest
 
 ACTS = (ARTICLE, INVERTED, PATTERNS, LEAK, RACE, YOUR_MODEL, AUDITED, LEARNING)
 NAMES = ", ".join(act.name for act in ACTS)
-TWICE = 2.0  # seconds within which a second Ctrl-C leaves the tour
+SECOND_PRESS_SECONDS = 2.0  # seconds within which a second Ctrl-C leaves the tour
 COMMANDS = (
     'truemask show "causal & (window(8) | prefix(2))" --length 32',
     'truemask explain "causal & (window(512) | prefix(4))" --length 8192',
@@ -43,32 +43,32 @@ def tour(
     report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report.html"),
 ) -> None:
     """Five minutes with attention masks: what goes wrong, what they cost, and a model that learns under one."""
-    chosen, console = choose(only or [], skip or []), make_console()
-    plain(console, f"truemask: a tour of attention masks in {acts(len(chosen))}. Ctrl-C skips an act, twice leaves.\n")
-    began, chapters = time.perf_counter(), []
+    played, console = selected_acts(only or [], skip or []), make_console()
+    plain(console, f"truemask: a tour of attention masks in {acts(len(played))}. Ctrl-C skips an act, twice leaves.\n")
+    start, chapters = time.perf_counter(), []
     for number, act in enumerate(ACTS, 1):
-        if act not in chosen:
+        if act not in played:
             continue
         chapter, leave = perform(act, number, Stage(console, minutes, race_length))
         chapters.append(chapter)
         if leave:
             break
     write_report(report, chapters, COMMANDS, torch.get_num_threads())
-    _close(console, chapters, time.perf_counter() - began, report)
+    _close(console, chapters, time.perf_counter() - start, report)
     if any(chapter.failure for chapter in chapters):
         raise typer.Exit(1)
 
 
-def choose(only: list[str], skip: list[str]) -> list[Act]:
+def selected_acts(only: list[str], skip: list[str]) -> list[Act]:
     """The acts that are asked for, in their order; an unknown name is an error with the nearest known one."""
-    known = [act.name for act in ACTS]
+    names = [act.name for act in ACTS]
     for name in (*only, *skip):
-        if name not in known:
-            raise typer.BadParameter(f"there is no act {name!r}{suggest(name, known)}; the acts are {NAMES}")
-    chosen = [act for act in ACTS if (not only or act.name in only) and act.name not in skip]
-    if not chosen:
+        if name not in names:
+            raise typer.BadParameter(f"there is no act {name!r}{suggest(name, names)}; the acts are {NAMES}")
+    played = [act for act in ACTS if (not only or act.name in only) and act.name not in skip]
+    if not played:
         raise typer.BadParameter("that leaves no act to play")
-    return chosen
+    return played
 
 
 def perform(act: Act, number: int, stage: Stage) -> tuple[Chapter, bool]:
@@ -76,7 +76,7 @@ def perform(act: Act, number: int, stage: Stage) -> tuple[Chapter, bool]:
     console = stage.console
     console.print(Rule(Text(f" {number}. {act.title} ", "bold"), align="left"))
     failure, skipped, leave = "", False, False
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         act.play(stage)
     except KeyboardInterrupt:
@@ -84,15 +84,15 @@ def perform(act: Act, number: int, stage: Stage) -> tuple[Chapter, bool]:
     except Exception as error:  # whatever it is, the tour says it and goes on
         failure = f"{type(error).__name__}: {error}"
         console.print(Text(f"this act failed: {failure}", "bold red"))
-    chapter = Chapter(act.name, act.title, stage.blocks, time.perf_counter() - began, failure, skipped)
+    chapter = Chapter(act.name, act.title, stage.blocks, time.perf_counter() - start, failure, skipped)
     console.print(Text(f"({chapter.state})\n", "dim"))
     return chapter, leave
 
 
 def _pressed_again(console: Console) -> bool:
     try:
-        console.print(Text(f"act skipped; Ctrl-C again within {TWICE:.0f} s leaves the tour", "dim"))
-        time.sleep(TWICE)
+        console.print(Text(f"act skipped; Ctrl-C again within {SECOND_PRESS_SECONDS:.0f} s leaves the tour", "dim"))
+        time.sleep(SECOND_PRESS_SECONDS)
     except KeyboardInterrupt:
         return True
     return False

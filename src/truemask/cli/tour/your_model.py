@@ -19,8 +19,8 @@ from truemask.masks.leaves.per_token import prefix
 
 SECRET = "Alice writes in her diary: the password of the old safe is maroon elephant 41.\n"
 QUESTION = "Bob asks: what is the password of the old safe? The password of the old safe is"
-TOKENS, JUDGED = 1536, 512  # of a text, and how many at its end are judged
-WORDS = 4  # tokens that the model goes on with
+TOKENS, JUDGED_TOKENS = 1536, 512  # of a text, and how many at its end are judged
+NEW_TOKENS = 4  # tokens that the model goes on with
 
 
 def play(stage: Stage) -> None:
@@ -37,17 +37,17 @@ def play(stage: Stage) -> None:
 
 def _secret(stage: Stage, model: Any, tokenizer: Any) -> None:
     a, b = (tokenizer(text, return_tensors="pt").input_ids for text in (SECRET, QUESTION))
-    row, lengths = torch.cat([a, b], dim=1), [a.shape[1], b.shape[1] + WORDS]
+    row, lengths = torch.cat([a, b], dim=1), [a.shape[1], b.shape[1] + NEW_TOKENS]
     stage.code(f"with tm.use(model, tm.causal.packed({lengths})):\n    model(input_ids=row)")
-    packed, own = (
+    packed, alone = (
         tokenizer.decode(goes_on(model, row, causal.packed(lengths))),
         tokenizer.decode(goes_on(model, b, None)),
     )
     leaked = tokenizer.decode(goes_on(model, row, None))
     rows: list[list[Part]] = [
-        ["A and B in one row, the model's own mask", (leaked, "bad" if leaked != own else "good")],
-        ["the same row under tm.use(model, causal.packed(...))", (packed, "good" if packed == own else "bad")],
-        ["B alone", own],
+        ["A and B in one row, the model's own mask", (leaked, "bad" if leaked != alone else "good")],
+        ["the same row under tm.use(model, causal.packed(...))", (packed, "good" if packed == alone else "bad")],
+        ["B alone", alone],
     ]
     stage.table(["after B comes", "the model goes on"], rows)
 
@@ -56,7 +56,7 @@ def _secret(stage: Stage, model: Any, tokenizer: Any) -> None:
 def goes_on(model: Any, row: Tensor, mask: Mask | None) -> list[int]:
     """The tokens that the model puts behind a row, greedily; as tokenizers do, with an attention mask of ones."""
     size = row.shape[1]
-    for _ in range(WORDS):
+    for _ in range(NEW_TOKENS):
         with use(model, mask):
             logits = model(input_ids=row, attention_mask=torch.ones_like(row), logits_to_keep=1).logits
         row = torch.cat([row, logits[:, -1:].argmax(-1)], dim=1)
@@ -65,15 +65,15 @@ def goes_on(model: Any, row: Tensor, mask: Mask | None) -> list[int]:
 
 def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
     stage.say(
-        f"How much of a text does it need? The perplexity of the last {JUDGED} of {TOKENS} tokens (Python's own "
+        f"How much of a text does it need? The perplexity of the last {JUDGED_TOKENS} of {TOKENS} tokens (Python's own "
         "argparse.py), and how many keys a cache has to keep."
     )
     ids = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, :TOKENS]
     masks = (causal, causal & window(256), causal & (window(256) | prefix(4)))
     rows: list[list[Part]] = []
     for mask in masks:
-        kept = int(mask.live_keys(TOKENS, q_stop=2 * TOKENS).sum())
-        rows.append([str(mask), f"{perplexity(model, ids, mask):.1f}", f"{kept:,} of {TOKENS:,}"])
+        live = int(mask.live_keys(TOKENS, q_stop=2 * TOKENS).sum())
+        rows.append([str(mask), f"{perplexity(model, ids, mask):.1f}", f"{live:,} of {TOKENS:,}"])
     stage.table(["tm.use(model, mask)", "perplexity", "keys to keep"], rows)
     stage.say(
         "A window alone takes away the first tokens, on which the model rests its attention (StreamingLLM, "
@@ -85,8 +85,8 @@ def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
 def perplexity(model: Any, ids: Tensor, mask: Mask) -> float:
     """Of the last tokens of a text, under a mask."""
     with use(model, mask):
-        logits = model(input_ids=ids, logits_to_keep=JUDGED + 1, use_cache=False).logits[:, :-1]
-    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[0, -JUDGED:]))
+        logits = model(input_ids=ids, logits_to_keep=JUDGED_TOKENS + 1, use_cache=False).logits[:, :-1]
+    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[0, -JUDGED_TOKENS:]))
 
 
 ACT = Act("model", "Your model: a secret in a packed row, and what forgetting costs", play)
