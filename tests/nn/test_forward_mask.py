@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.equality import assert_same
-from tests.support.nn_models import HEADS, TOKENS, decoder, encoder, features, ids, layer, wrapped
+from tests.support.nn_models import HEADS, TOKENS, block_of, decoder, encoder, features, ids, wrapped
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.compose.per_axis import per_head
 from truemask.masks.core.mask import Mask
@@ -83,7 +83,7 @@ def test_a_row_depends_on_what_the_mask_does_let_through() -> None:
 def test_rows_that_see_nothing_get_zeros_and_finite_gradients(mask: Mask, dtype: torch.dtype) -> None:
     layers = decoder().to(dtype).train()
     x = features(2, N).to(dtype).requires_grad_()
-    attended = layer(layers).attn(x, mask)
+    attended = block_of(layers).attn(x, mask)
     dead = mask.dead_queries(N)[0, 0]
     assert torch.equal(attended[:, dead], torch.zeros_like(attended[:, dead]))
     layers(x, mask=mask).sum().backward()
@@ -95,7 +95,7 @@ def test_padding_is_not_read_and_its_rows_get_zeros_from_attention() -> None:
     flags = torch.tensor([[True] * 9 + [False] * 4])
     x = features(1, N)
     assert not moved(encoder(), x, 11, mask=flags)[0, :9].any()
-    attended = layer(encoder()).attn(x, keys(flags) & queries(flags))
+    attended = block_of(encoder()).attn(x, keys(flags) & queries(flags))
     assert torch.equal(attended[:, 9:], torch.zeros_like(attended[:, 9:]))
     assert_same(encoder()(x, mask=flags)[:, :9], encoder()(x[:, :9]))
 
@@ -184,7 +184,7 @@ def test_memory_keys_are_read_by_padding_too() -> None:
     net = wrapped(encoder(attn_num_mem_kv=2), num_memory_tokens=3)
     before = net(ids(1, N), mask=REAL[None])
     with torch.no_grad():
-        layer(net.attn_layers).attn.mem_v.add_(1.0)
+        block_of(net.attn_layers).attn.mem_v.add_(1.0)
     assert (before != net(ids(1, N), mask=REAL[None])).any(dim=-1).all()
 
 
@@ -226,7 +226,7 @@ def test_memory_keys_stand_beside_every_mask(given: dict[str, object]) -> None:
     layers = decoder(attn_num_mem_kv=3)
     out = layers(features(2, N), **given)
     with torch.no_grad():
-        layer(layers).attn.mem_v.add_(1.0)
+        block_of(layers).attn.mem_v.add_(1.0)
     assert (out != layers(features(2, N), **given)).any(dim=-1).all()
     for place in (0, 7):
         assert not moved(layers, features(1, N), place, **given)[0, :place].any()

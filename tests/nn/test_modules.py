@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.support.equality import assert_same
-from tests.support.nn_models import FEATURES, TOKENS, decoder, encoder, featured, features, ids, layer, wrapped
+from tests.support.nn_models import FEATURES, TOKENS, block_of, decoder, encoder, featured, features, ids, wrapped
 from truemask.masks.compose.boolean import everything
 from truemask.masks.leaves.bands import causal, window
 from truemask.nn.config import FeedForwardConfig
@@ -91,7 +91,7 @@ def test_cosine_scores_ignore_the_length_of_queries() -> None:
     layers = decoder(attn_qk_norm=True)
     before = layers(X)
     with torch.no_grad():
-        layer(layers).attn.to_q.weight *= 5.0
+        block_of(layers).attn.to_q.weight *= 5.0
     assert_same(layers(X), before)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.equality import assert_tokens_equal_up_to_tie
-from tests.support.nn_models import DEPTH, DIM, DIM_HEAD, HEADS, TOKENS, features, ids, layer
+from tests.support.nn_models import DEPTH, DIM, DIM_HEAD, HEADS, TOKENS, block_of, features, ids
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.nn.layers import Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper
@@ -193,8 +193,8 @@ def test_initial_weights_have_the_peers_scale() -> None:
     pairs = [
         (ours.token_emb.weight, theirs.token_emb.emb.weight),
         (ours.project_out.weight, theirs.to_logits.weight),
-        (layer(ours.attn_layers).attn.to_q.weight, theirs.attn_layers.layers[0][1].to_q.weight),
-        (layer(ours.attn_layers).ff.proj_out.weight, theirs.attn_layers.layers[1][1].ff[2].weight),
+        (block_of(ours.attn_layers).attn.to_q.weight, theirs.attn_layers.layers[0][1].to_q.weight),
+        (block_of(ours.attn_layers).ff.proj_out.weight, theirs.attn_layers.layers[1][1].ff[2].weight),
     ]
     for own, other in pairs:
         assert own.shape == other.shape

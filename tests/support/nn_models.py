@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.nn.layers import AttentionLayers, Decoder, Encoder, Layer
+from truemask.nn.layers import AttentionLayers, Block, Decoder, Encoder
 from truemask.nn.wrappers import TransformerWrapper
 
 TOKENS, DIM, HEADS, DIM_HEAD, DEPTH = 31, 23, 4, 6, 2  # heads are even, so that key heads can be fewer
@@ -29,25 +29,25 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def decoder(**keywords: Any) -> Decoder:
     """A small causal stack in fp64, always the same weights."""
-    return _made(Decoder(DIM, DEPTH, HEADS, attn_dim_head=DIM_HEAD, **keywords))
+    return _random_weights(Decoder(DIM, DEPTH, HEADS, attn_dim_head=DIM_HEAD, **keywords))
 
 
 def encoder(**keywords: Any) -> Encoder:
     """A small stack in fp64 whose rows read everything."""
-    return _made(Encoder(DIM, DEPTH, HEADS, attn_dim_head=DIM_HEAD, **keywords))
+    return _random_weights(Encoder(DIM, DEPTH, HEADS, attn_dim_head=DIM_HEAD, **keywords))
 
 
 def wrapped(layers: AttentionLayers | None = None, **keywords: Any) -> TransformerWrapper:
     """A small model of tokens in fp64; `max_seq_len` is 47."""
     options = {"num_tokens": TOKENS, "max_seq_len": 47, **keywords}
-    return _made(TransformerWrapper(attn_layers=decoder() if layers is None else layers, **options))
+    return _random_weights(TransformerWrapper(attn_layers=decoder() if layers is None else layers, **options))
 
 
-def layer(layers: AttentionLayers, index: int = 0) -> Layer:
+def block_of(layers: AttentionLayers, index: int = 0) -> Block:
     """One layer of a stack."""
-    found = layers.layers[index]
-    assert isinstance(found, Layer)
-    return found
+    block = layers.layers[index]
+    assert isinstance(block, Block)
+    return block
 
 
 def featured(name: str) -> TransformerWrapper:
@@ -56,7 +56,7 @@ def featured(name: str) -> TransformerWrapper:
     return wrapped(decoder(**layers), **wrapper)
 
 
-def _made(module: Any) -> Any:
+def _random_weights(module: Any) -> Any:
     generator = torch.Generator().manual_seed(7)
     for part in module.parameters():
         nn.init.normal_(part, std=0.4, generator=generator)

@@ -42,23 +42,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: LayersConfig) -> None:
         super().__init__()
-        own, dim, heads, kv_heads = config.attn, config.dim, config.heads, config.kv_heads
+        attn, dim, heads, kv_heads = config.attn, config.dim, config.heads, config.kv_heads
         self.heads = heads
         self.kv_heads = kv_heads
-        self.scale = own.scale
-        self.qk_norm = own.qk_norm
-        self.dropout = own.dropout
-        self.flash = own.flash
-        self.to_q = nn.Linear(dim, heads * own.dim_head, bias=False)
-        self.to_k = nn.Linear(dim, kv_heads * own.dim_head, bias=False)
-        self.to_v = nn.Linear(dim, kv_heads * own.dim_head, bias=False)
-        self.to_out = nn.Linear(heads * own.dim_head, dim, bias=False)
-        self.q_norm = HeadRMSNorm(heads, own.dim_head) if own.qk_rmsnorm else nn.Identity()
-        self.k_norm = HeadRMSNorm(kv_heads, own.dim_head) if own.qk_rmsnorm else nn.Identity()
-        self.num_mem_kv = own.num_mem_kv
-        if own.num_mem_kv:
-            self.mem_k = nn.Parameter(torch.randn(kv_heads, own.num_mem_kv, own.dim_head))
-            self.mem_v = nn.Parameter(torch.randn(kv_heads, own.num_mem_kv, own.dim_head))
+        self.scale = attn.scale
+        self.qk_norm = attn.qk_norm
+        self.dropout = attn.dropout
+        self.flash = attn.flash
+        self.to_q = nn.Linear(dim, heads * attn.dim_head, bias=False)
+        self.to_k = nn.Linear(dim, kv_heads * attn.dim_head, bias=False)
+        self.to_v = nn.Linear(dim, kv_heads * attn.dim_head, bias=False)
+        self.to_out = nn.Linear(heads * attn.dim_head, dim, bias=False)
+        self.q_norm = HeadRMSNorm(heads, attn.dim_head) if attn.qk_rmsnorm else nn.Identity()
+        self.k_norm = HeadRMSNorm(kv_heads, attn.dim_head) if attn.qk_rmsnorm else nn.Identity()
+        self.num_mem_kv = attn.num_mem_kv
+        if attn.num_mem_kv:
+            self.mem_k = nn.Parameter(torch.randn(kv_heads, attn.num_mem_kv, attn.dim_head))
+            self.mem_v = nn.Parameter(torch.randn(kv_heads, attn.num_mem_kv, attn.dim_head))
 
     def forward(
         self, x: Tensor, mask: Mask, rotation: Rotation | None = None, cache: LayerCache | None = None

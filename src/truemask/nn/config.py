@@ -28,9 +28,9 @@ def check_type(name: str, value: object, annotation: str) -> None:
 
     A bool is no number here. ValueError on a number that is not finite.
     """
-    kinds = [_KINDS[kind] for kind in annotation.split(" | ")]
-    known = tuple(kind for _, types in kinds for kind in types)
-    if not isinstance(value, known) or (isinstance(value, bool) and bool not in known):
+    kinds = [_KINDS[word] for word in annotation.split(" | ")]
+    allowed_types = tuple(kind for _, types in kinds for kind in types)
+    if not isinstance(value, allowed_types) or (isinstance(value, bool) and bool not in allowed_types):
         raise TypeError(f"{name} is {describe(value)}; expected {' or '.join(words for words, _ in kinds)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
@@ -48,11 +48,11 @@ def check_rate(name: str, value: float) -> None:
     _require(0.0 <= value < 1.0, f"{name} is {value!r}; it is the share that is dropped, in [0, 1)")
 
 
-def check_needs(owner: str, given: bool, **dependent: object) -> None:
+def check_needs(owner: str, switched_on: bool, **dependent: object) -> None:
     """Raise ValueError on an argument that would be ignored, since `owner` is not switched on."""
     for name, value in dependent.items():
         _require(
-            given or value is None,
+            switched_on or value is None,
             f"{name}={value!r} says something about {owner}, which is off, so it would change nothing: "
             f"pass {owner}=True too, or leave {name} out",
         )
@@ -211,10 +211,10 @@ class LayersConfig:
         """Route keywords by prefix; raise TypeError on one that does not exist, naming the nearest."""
         unknown = [name for name in keywords if name not in KEYWORDS]
         reject_unknown(caller, unknown, KEYWORDS, _FOREIGN)
-        own = {name: value for name, value in keywords.items() if KEYWORDS[name] == ""}
+        stack = {name: value for name, value in keywords.items() if KEYWORDS[name] == ""}
         attn = {name[5:]: value for name, value in keywords.items() if KEYWORDS[name] == "attn_"}
         ff = {name[3:]: value for name, value in keywords.items() if KEYWORDS[name] == "ff_"}
-        return cls(**own, attn=AttentionConfig(**attn), ff=FeedForwardConfig(**ff))
+        return cls(**stack, attn=AttentionConfig(**attn), ff=FeedForwardConfig(**ff))
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, under the names of the keywords: what a checkpoint's JSON keeps."""
@@ -229,9 +229,9 @@ class LayersConfig:
 
 def _keywords() -> dict[str, str]:
     """Every keyword of a stack, with its prefix."""
-    own = {item.name: "" for item in fields(LayersConfig) if item.name not in ("attn", "ff")}
+    stack = {item.name: "" for item in fields(LayersConfig) if item.name not in ("attn", "ff")}
     attn = {f"attn_{item.name}": "attn_" for item in fields(AttentionConfig)}
-    return own | attn | {f"ff_{item.name}": "ff_" for item in fields(FeedForwardConfig)}
+    return stack | attn | {f"ff_{item.name}": "ff_" for item in fields(FeedForwardConfig)}
 
 
 KEYWORDS = _keywords()
@@ -242,7 +242,7 @@ _FOREIGN = (
 )
 
 
-def reject_unknown(caller: str, unknown: Iterable[str], known: Iterable[str], foreign: frozenset[str]) -> None:
+def reject_unknown(caller: str, unknown: Iterable[str], keywords: Iterable[str], foreign: frozenset[str]) -> None:
     """Raise TypeError for the first unknown keyword: x-transformers' own, a misspelt one, or neither."""
     for name in unknown:
         if name in foreign or name.startswith("cross_attn_"):
@@ -251,7 +251,7 @@ def reject_unknown(caller: str, unknown: Iterable[str], known: Iterable[str], fo
                 f"{caller}() has no keyword {name!r}: x-transformers has it and this library does not have it yet"
                 + (f"; {instead}" if instead else "")
             )
-        raise TypeError(f"{caller}() has no keyword {name!r}{suggest(name, known)}")
+        raise TypeError(f"{caller}() has no keyword {name!r}{suggest(name, keywords)}")
 
 
 def reject_keywords(
@@ -259,6 +259,10 @@ def reject_keywords(
 ) -> None:
     """`reject_unknown` for what a function got beyond its own parameters."""
     if unknown:
-        named = inspect.signature(function).parameters.values()
-        known = [one.name for one in named if one.kind != one.VAR_KEYWORD and one.name != "self"]
-        reject_unknown(caller, unknown, known, foreign)
+        parameters = inspect.signature(function).parameters.values()
+        keywords = [
+            parameter.name
+            for parameter in parameters
+            if parameter.kind != parameter.VAR_KEYWORD and parameter.name != "self"
+        ]
+        reject_unknown(caller, unknown, keywords, foreign)

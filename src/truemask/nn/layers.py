@@ -35,7 +35,7 @@ class Cache(Protocol):
         ...
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
     """Attention and feedforward, each behind its norm and added to the stream (pre-norm)."""
 
     def __init__(self, config: LayersConfig) -> None:
@@ -52,8 +52,8 @@ class Layer(nn.Module):
 
 def make_norm(config: LayersConfig) -> LayerNorm | RMSNorm:
     """The norm that the config names."""
-    kind = RMSNorm if config.use_rmsnorm else LayerNorm
-    return kind(config.dim, unit_offset=config.norm_add_unit_offset)
+    norm = RMSNorm if config.use_rmsnorm else LayerNorm
+    return norm(config.dim, unit_offset=config.norm_add_unit_offset)
 
 
 class AttentionLayers(nn.Module):
@@ -78,7 +78,7 @@ class AttentionLayers(nn.Module):
         self.dim = config.dim
         self.depth = config.depth
         self.causal = config.causal
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = make_norm(config)
         self.rotary = (
             RotaryEmbedding(
@@ -146,16 +146,16 @@ class AttentionLayers(nn.Module):
 
     def _check_place(self, x: Tensor) -> None:
         """The device of `x` and, unless autocast chooses it, the dtype are the parameters'."""
-        own = next(self.parameters())
-        if x.device != own.device:
+        weight = next(self.parameters())
+        if x.device != weight.device:
             raise ValueError(
-                f"{type(self).__name__} is on {own.device} and its input is {describe(x)}: pass "
-                f"x.to({str(own.device)!r}), or move the model with model.to({str(x.device)!r})"
+                f"{type(self).__name__} is on {weight.device} and its input is {describe(x)}: pass "
+                f"x.to({str(weight.device)!r}), or move the model with model.to({str(x.device)!r})"
             )
-        if x.dtype != own.dtype and not _autocasts(x.device.type):
+        if x.dtype != weight.dtype and not _autocasts(x.device.type):
             raise ValueError(
-                f"{type(self).__name__} has {describe(own).partition(' ')[0]} parameters and its input is "
-                f"{describe(x)}: pass x.to({own.dtype}), convert the model with model.to({x.dtype}), or run under "
+                f"{type(self).__name__} has {describe(weight).partition(' ')[0]} parameters and its input is "
+                f"{describe(x)}: pass x.to({weight.dtype}), convert the model with model.to({x.dtype}), or run under "
                 "torch.autocast"
             )
 

@@ -180,7 +180,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = torch.cat((weights[..., extra:], weights[..., :extra]), dim=-1) if extra else weights
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            out, weights = attend(q, k, v, seen, bias=bias, dropout=drop, backend=self.backend), None
+            out, weights = attend(q, k, v, mask, bias=bias, dropout=drop, backend=self.backend), None
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         out = self.out_proj(out.flatten(2))
         if batched:
@@ -214,7 +214,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _with_extra_keys(
-        self, k: Tensor, v: Tensor, seen: Mask, bias: Tensor | None
+        self, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Mask, Tensor | None, int]:
         """The learned key and the key of zeros, before the others and seen by all; and how many they are."""
         b, h, _, d = k.shape
@@ -224,11 +224,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             more.append((k.new_zeros(b, h, 1, d), v.new_zeros(b, h, 1, d)))
         if not more:
-            return k, v, seen, bias, 0
+            return k, v, mask, bias, 0
         keys, values = zip(*more, strict=True)
         k, v = torch.cat((*(x.to(k.dtype) for x in keys), k), 2), torch.cat((*(x.to(v.dtype) for x in values), v), 2)
-        seen = seen if seen is everything else seen.prepended(k=len(more))
-        return k, v, seen, None if bias is None else F.pad(bias, (len(more), 0)), len(more)
+        mask = mask if mask is everything else mask.prepended(k=len(more))
+        return k, v, mask, None if bias is None else F.pad(bias, (len(more), 0)), len(more)
 
     # -- the masks -----------------------------------------------------------------------------------------------------
 
@@ -290,26 +290,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         out, _ = self(x, x, x, hidden, False, attn_mask, is_causal=is_causal, mask=mask)
         return torch.nested.as_nested_tensor([row[: len(part)] for row, part in zip(out, parts, strict=True)]), None
 
-    # -- the door ------------------------------------------------------------------------------------------------------
+    # -- what the caller passes ----------------------------------------------------------------------------------------
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        given = {"query": query, "key": key, "value": value}
+        tensors = {"query": query, "key": key, "value": value}
         layout = "[batch, length, features]" if self.batch_first else "[length, batch, features]"
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
             raise ValueError(
                 f"MultiheadAttention: query, key and value are {layout} (batch_first={self.batch_first}), or [length, "
-                f"features] without a batch, all alike; got {_shapes(given)}"
+                f"features] without a batch, all alike; got {_shapes(tensors)}"
             )
-        for (name, x), size in zip(given.items(), (self.embed_dim, self.kdim, self.vdim), strict=True):
+        for (name, x), size in zip(tensors.items(), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.shape[-1] != size:
-                raise ValueError(f"MultiheadAttention: {name} must have {size} features, got {_shapes(given)}")
+                raise ValueError(f"MultiheadAttention: {name} must have {size} features, got {_shapes(tensors)}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"MultiheadAttention: each key needs its value, got {_shapes(given)} as {layout}")
+            raise ValueError(f"MultiheadAttention: each key needs its value, got {_shapes(tensors)} as {layout}")
         axis = 0 if self.batch_first else 1
         if query.ndim == 3 and query.shape[axis] != key.shape[axis]:
             raise ValueError(
                 f"MultiheadAttention: {query.shape[axis]} samples of queries and {key.shape[axis]} of keys: "
-                f"{_shapes(given)} as {layout}; is batch_first={self.batch_first} what you mean?"
+                f"{_shapes(tensors)} as {layout}; is batch_first={self.batch_first} what you mean?"
             )
 
     def _check_masks(
@@ -323,30 +323,30 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched: bool,
     ) -> None:
         h = self.num_heads
-        wanted = {"attn_mask": ((q, k), (b * h, q, k)), "key_padding_mask": ((b, k),) if batched else ((k,),)}
+        expected = {"attn_mask": ((q, k), (b * h, q, k)), "key_padding_mask": ((b, k),) if batched else ((k,),)}
         for name, value in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if isinstance(value, Mask):
                 raise TypeError(f"MultiheadAttention: {name} is an expression, `{value}`: pass it as mask=")
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"MultiheadAttention: {name} must be a tensor or None, got {describe(value)}")
-            if value is not None and tuple(value.shape) not in wanted[name]:
-                shapes = " or ".join(str(list(shape)) for shape in wanted[name])
+            if value is not None and tuple(value.shape) not in expected[name]:
+                shapes = " or ".join(str(list(shape)) for shape in expected[name])
                 raise MaskError(
                     f"MultiheadAttention: {name} must be {shapes} for {b} samples, {h} heads, {q} queries and {k} "
                     f"keys, got {describe(value)}"
                 )
         if mask is not None and not isinstance(mask, Mask):
-            wanted = "MultiheadAttention: mask= takes an expression, such as `causal & window(64)`, or its text"
+            rule = "MultiheadAttention: mask= takes an expression, such as `causal & window(64)`, or its text"
             if isinstance(mask, Tensor):
                 raise TypeError(
-                    f"{wanted}, got {describe(mask)}. A bool tensor says True = masked out as attn_mask=, and True = "
+                    f"{rule}, got {describe(mask)}. A bool tensor says True = masked out as attn_mask=, and True = "
                     "may attend as mask=dense(tensor)"
                 )
-            raise TypeError(not_a_mask(wanted, mask))
+            raise TypeError(not_a_mask(rule, mask))
 
 
 def attend_and_weigh(
-    q: Tensor, k: Tensor, v: Tensor, seen: Mask, bias: Tensor | None, dropout: float, backend: str | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropout: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its weights `[b, h, q, k]`, by two calls that drop the same cells.
 
@@ -354,17 +354,17 @@ def attend_and_weigh(
     backward.
     """
     if backend == "reference" or cannot_look():
-        return attend(q, k, v, seen, bias=bias, dropout=dropout, backend="reference", return_weights=True)
+        return attend(q, k, v, mask, bias=bias, dropout=dropout, backend="reference", return_weights=True)
     args = AttendArgs(bias=bias, dropout=dropout, backend=backend)
-    weigh = read_call(q, k, v[..., :1], seen, args._replace(backend=None, return_weights=True))
+    weigh = read_call(q, k, v[..., :1], mask, args._replace(backend=None, return_weights=True))
     seed = new_seed() if dropout else None
-    out = run(read_call(q, k, v, seen, args), seed).out
+    out = run(read_call(q, k, v, mask, args), seed).out
     return out, cast("Tensor", run(weigh, seed).weights)
 
 
-def _shapes(given: dict[str, Tensor]) -> str:
+def _shapes(tensors: dict[str, Tensor]) -> str:
     """What was given, for a message: only made for one, since a graph of many lengths cannot hold its text."""
-    return ", ".join(f"{name} {describe(x)}" for name, x in given.items())
+    return ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
 
 
 def check_tensors(query: object, key: object, value: object) -> None:

@@ -1,6 +1,6 @@
-"""The doors of the modules: a caller's tensors become masks, or an error says what was given, expected and meant.
+"""What a caller passes to the modules: tensors become masks, or an error says what was given, expected and meant.
 
-True = may attend at every door. Shapes: b batch, h heads, n positions (cached ones included), q rows, k keys.
+True = may attend everywhere. Shapes: b batch, h heads, n positions (cached ones included), q rows, k keys.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.per_token import keys, queries
 
-BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
-
-BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
+PACKAGES_BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
 
 
 def warn(message: str) -> None:
     """A ConventionWarning that points at the caller's line: the first frame outside this library and those around."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES_BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ConventionWarning, stacklevel=level)
 
@@ -103,7 +101,7 @@ def read_matrix(attn_mask: Tensor, x: Tensor, batch: int, heads: int, n: int) ->
     require_bool("attn_mask", attn_mask, x)
     shape = tuple(attn_mask.shape)
     if attn_mask.ndim == 3:
-        attn_mask = _read_three(attn_mask, batch, heads)
+        attn_mask = _read_three_axes(attn_mask, batch, heads)
     if attn_mask.ndim == 2:
         attn_mask = attn_mask[None, None]
     fits = attn_mask.ndim == 4 and all(
@@ -118,7 +116,7 @@ def read_matrix(attn_mask: Tensor, x: Tensor, batch: int, heads: int, n: int) ->
     return dense(attn_mask.expand(-1, -1, n, n))
 
 
-def _read_three(attn_mask: Tensor, batch: int, heads: int) -> Tensor:
+def _read_three_axes(attn_mask: Tensor, batch: int, heads: int) -> Tensor:
     first = attn_mask.shape[0]
     if first == 1 or (first == heads and first != batch):
         return attn_mask[None]
