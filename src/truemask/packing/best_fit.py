@@ -32,10 +32,10 @@ def best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
             if not open_rows[space]:
                 del open_rows[space], spaces[place]
         rows[index], starts[index] = row, length - space
-        left = space - size
-        if left in open_rows:
-            open_rows[left].append(row)
-        elif left:
-            open_rows[left] = [row]
-            spaces.insert(bisect_left(spaces, left), left)
+        rest = space - size
+        if rest in open_rows:
+            open_rows[rest].append(row)
+        elif rest:
+            open_rows[rest] = [row]
+            spaces.insert(bisect_left(spaces, rest), rest)
     return rows, starts

@@ -18,7 +18,7 @@ from truemask.common.formatting import counted, describe, suggest
 from truemask.packing.best_fit import best_fit
 from truemask.packing.samples import Arrays, Samples, read_samples
 
-LONG = ("error", "split", "truncate")
+LONG_WAYS = ("error", "split", "truncate")
 
 
 class Place(NamedTuple):
@@ -70,8 +70,8 @@ class PackedRows:
         """Where a sequence went: one place; none if it has no tokens, several if it was split."""
         if not -len(self.sizes) <= sequence < len(self.sizes):
             raise IndexError(f"there is no sequence {sequence}: {len(self.sizes)} were packed")
-        own = self.pieces[self.pieces[:, 0] == sequence % len(self.sizes), 1:].tolist()
-        return [Place(row, start, start + size) for row, start, size in own]
+        pieces = self.pieces[self.pieces[:, 0] == sequence % len(self.sizes), 1:].tolist()
+        return [Place(row, start, start + size) for row, start, size in pieces]
 
     def unpack(self, outputs: Tensor) -> list[Tensor]:
         """What belongs to each sequence, in the order they were given: `[r, n, ...]` to a list of `[tokens, ...]`.
@@ -89,8 +89,8 @@ class PackedRows:
 
     def __repr__(self) -> str:
         rows, length = self.tokens.shape
-        given = counted(len(self.sizes), "sequence")
-        return f"<PackedRows: {given} in {counted(rows, 'row')} of {length}, {self.fill:.1%} full>"
+        sequences = counted(len(self.sizes), "sequence")
+        return f"<PackedRows: {sequences} in {counted(rows, 'row')} of {length}, {self.fill:.1%} full>"
 
 
 def pack(
@@ -140,8 +140,8 @@ def pack(
     >>> [row.tolist() for row in packed.unpack(packed.tokens)]
     [[1, 2], [3, 4, 5, 6, 7], [8, 9, 10]]
     """
-    if long not in LONG:
-        raise ValueError(f"pack: long is one of {', '.join(map(repr, LONG))}, got {describe(long)}{_near(long)}")
+    if long not in LONG_WAYS:
+        raise ValueError(f"pack: long is one of {', '.join(map(repr, LONG_WAYS))}, got {describe(long)}{_near(long)}")
     length = None if length is None else whole(length, "length", 1)
     pad, ignore_index = token("pad", pad), token("ignore_index", ignore_index)
     first = whole(first_position, "first_position")
@@ -153,7 +153,7 @@ def pack(
 
 
 def _near(long: object) -> str:
-    return suggest(long, LONG) if isinstance(long, str) else ""
+    return suggest(long, LONG_WAYS) if isinstance(long, str) else ""
 
 
 def _lay_out(samples: Samples, length: int, long: str, pad: int, ignore_index: int, first: int) -> PackedRows:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from truemask.common.formatting import describe
 
-TOKENS = ("input_ids", "tokens")  # what a dict may call its tokens
-OURS = ("position_ids", "positions", "lengths", "mask")  # what packing works out, so that nobody may bring it along
+TOKEN_KEYS = ("input_ids", "tokens")  # what a dict may call its tokens
+PACKING_KEYS = ("position_ids", "positions", "lengths", "mask")  # what packing works out: nobody may bring it along
 
 
 Arrays = list[np.ndarray]  # one `[n]` for each sequence
@@ -40,39 +40,39 @@ def read_samples(caller: str, sequences: Iterable[Any]) -> Samples:
     """The sequences of a call of `caller`, which errors name."""
     if isinstance(sequences, (str, bytes, Mapping)) or not isinstance(sequences, Iterable):
         raise TypeError(f"{caller}: sequences are a list of token sequences, got {describe(sequences)}")
-    given = list(sequences)
-    if not given:
+    samples = list(sequences)
+    if not samples:
         raise ValueError(f"{caller}: there are no sequences, so there is nothing to pack")
-    if isinstance(given[0], Mapping):
-        return _read_dicts(caller, given)
-    tokens = read_field(caller, "sequence", given, whole=True)
+    if isinstance(samples[0], Mapping):
+        return _read_dicts(caller, samples)
+    tokens = read_field(caller, "sequence", samples, whole=True)
     return Samples(tokens, tokens, {})
 
 
-def _read_dicts(caller: str, given: list[Any]) -> Samples:
-    names = _names(caller, given)
-    main = next((name for name in TOKENS if name in names), None)
+def _read_dicts(caller: str, samples: list[Any]) -> Samples:
+    names = _names(caller, samples)
+    main = next((name for name in TOKEN_KEYS if name in names), None)
     if main is None:
         raise ValueError(f"{caller}: a dict needs its tokens as 'input_ids', got the keys {sorted(names)}")
     fields: dict[str, Arrays] = {}
     for name in (main, *(name for name in names if name != main)):
-        if name in OURS:
+        if name in PACKING_KEYS:
             raise ValueError(f"{caller}: {name!r} is worked out by packing: leave it out of the dicts")
         whole = name in (main, "labels")
-        fields[name] = read_field(caller, f"[{name!r}] of sequence", [x[name] for x in given], whole=whole)
+        fields[name] = read_field(caller, f"[{name!r}] of sequence", [x[name] for x in samples], whole=whole)
         _check_sizes(caller, name, fields[name], main, fields[main])
     _check_attention(caller, fields.pop("attention_mask", []))
     tokens = fields.pop(main)
     return Samples(tokens, fields.pop("labels", tokens), fields)
 
 
-def _names(caller: str, given: list[Any]) -> list[str]:
+def _names(caller: str, samples: list[Any]) -> list[str]:
     """The keys, which all dicts share."""
-    names = list(given[0])
-    for index, sample in enumerate(given):
+    names = list(samples[0])
+    for index, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or set(sample) != set(names):
-            found = sorted(sample) if isinstance(sample, Mapping) else describe(sample)
-            raise ValueError(f"{caller}: sequence 0 is a dict of {sorted(names)}, but sequence {index} has {found}")
+            keys = sorted(sample) if isinstance(sample, Mapping) else describe(sample)
+            raise ValueError(f"{caller}: sequence 0 is a dict of {sorted(names)}, but sequence {index} has {keys}")
     return names
 
 
@@ -91,9 +91,9 @@ def _array(caller: str, what: str, index: int, value: Any, whole: bool) -> np.nd
         array = None
     kinds = "iu" if whole else "iufb"
     if array is None or array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
-        wanted = "whole numbers [n]" if whole else "one number for each token, [n]"
+        expected = "whole numbers [n]" if whole else "one number for each token, [n]"
         got = f"array {value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else describe(value)
-        raise TypeError(f"{caller}: {what} {index} must be {wanted}, got {got}{_hint(value, index, whole)}")
+        raise TypeError(f"{caller}: {what} {index} must be {expected}, got {got}{_hint(value, index, whole)}")
     if array.dtype == np.float64 and not isinstance(numbers, np.ndarray) and torch.get_default_dtype() != torch.float64:
         return array.astype(np.float32)  # a list of floats, as `torch.tensor` reads it
     return array
@@ -112,12 +112,12 @@ def _hint(value: Any, index: int, whole: bool) -> str:
     return ""
 
 
-def _check_sizes(caller: str, name: str, own: Arrays, main: str, tokens: Arrays) -> None:
-    wrong = np.flatnonzero(sizes_of(own) != sizes_of(tokens))
+def _check_sizes(caller: str, name: str, arrays: Arrays, main: str, tokens: Arrays) -> None:
+    wrong = np.flatnonzero(sizes_of(arrays) != sizes_of(tokens))
     if len(wrong):
         i = int(wrong[0])
         raise ValueError(
-            f"{caller}: sequence {i} has {len(tokens[i])} tokens in {main!r} and {len(own[i])} numbers in {name!r}: "
+            f"{caller}: sequence {i} has {len(tokens[i])} tokens in {main!r} and {len(arrays[i])} numbers in {name!r}: "
             "every field holds one number for each token, and labels are not shifted"
         )
 

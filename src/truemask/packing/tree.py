@@ -57,8 +57,8 @@ class PackedTrees:
         """The share of tokens that need not be computed, compared with each path in a row of its own."""
         _, completion, parent, _, _, size = self.pieces.T.tolist()
         paths: list[int] = []
-        for above, own in zip(parent, size, strict=True):
-            paths.append(own + (paths[above] if above >= 0 else 0))
+        for above, tokens in zip(parent, size, strict=True):
+            paths.append(tokens + (paths[above] if above >= 0 else 0))
         inner = set(parent)
         alone = sum(n for i, n in enumerate(paths) if i not in inner and completion[i] >= 0)
         return max(0.0, 1 - sum(size) / alone) if alone else 0.0
@@ -82,23 +82,23 @@ class PackedTrees:
         place, tokens = self.previous.clamp(min=0).to(device), self.tokens.to(device)
         exact = torch.promote_types(logits.dtype, torch.float32)
         row = torch.arange(len(tokens), device=device)[:, None]
-        chosen = logits[row, place, tokens].to(exact)  # r n
+        target_logits = logits[row, place, tokens].to(exact)  # r n
         total = logits.to(exact).logsumexp(-1).gather(1, place)  # r n
-        return (chosen - total).masked_fill(self.previous.to(device) < 0, 0.0)
+        return (target_logits - total).masked_fill(self.previous.to(device) < 0, 0.0)
 
     def unpack(self, outputs: Tensor) -> list[list[Tensor]]:
         """What belongs to each completion, `[r, n, ...]` to `[prompt][completion]` of `[tokens, ...]`."""
         parts = self._parts("unpack", outputs)
-        found: list[list[Tensor]] = [[] for _ in range(int(self.pieces[-1, 0]) + 1)]
+        by_prompt: list[list[Tensor]] = [[] for _ in range(int(self.pieces[-1, 0]) + 1)]
         for (prompt, completion), part in zip(self.pieces[:, :2].tolist(), parts, strict=True):
             if completion >= 0:
-                found[prompt].append(part)
-        return found
+                by_prompt[prompt].append(part)
+        return by_prompt
 
     def unpack_prompts(self, outputs: Tensor) -> list[Tensor]:
         """What belongs to each prompt, `[r, n, ...]` to a list of `[tokens, ...]`."""
         parts = self._parts("unpack_prompts", outputs)
-        return [part for own, part in zip(self.pieces[:, 1].tolist(), parts, strict=True) if own < 0]
+        return [part for completion, part in zip(self.pieces[:, 1].tolist(), parts, strict=True) if completion < 0]
 
     def _parts(self, caller: str, outputs: Tensor) -> tuple[Tensor, ...]:
         check_rows(caller, outputs, self.tokens)
@@ -108,9 +108,9 @@ class PackedTrees:
 
     def __repr__(self) -> str:
         (rows, length), completions = self.tokens.shape, int((self.pieces[:, 1] >= 0).sum())
-        prompts, given = counted(len(self.pieces) - completions, "prompt"), counted(completions, "completion")
+        prompts, answers = counted(len(self.pieces) - completions, "prompt"), counted(completions, "completion")
         return (
-            f"<PackedTrees: {prompts} with {given} in {counted(rows, 'row')} of {length}, {self.fill:.1%} full, "
+            f"<PackedTrees: {prompts} with {answers} in {counted(rows, 'row')} of {length}, {self.fill:.1%} full, "
             f"{self.saved:.1%} of the tokens saved>"
         )
 
@@ -170,8 +170,8 @@ def pack_tree(
     nodes, length = _in_rows(nodes, None if length is None else whole(length, "length", 1))
     trees = _lay_out(arrays, nodes, length, pad, ignore_index)
     path = trees.positions
-    seen = trees.mask if mask is None else trees.mask & mask.take(q=path, k=path)
-    return replace(trees, mask=seen, positions=path + first_place)
+    path_mask = trees.mask if mask is None else trees.mask & mask.take(q=path, k=path)
+    return replace(trees, mask=path_mask, positions=path + first_place)
 
 
 def _in_rows(nodes: np.ndarray, length: int | None) -> tuple[np.ndarray, int]:
@@ -181,9 +181,9 @@ def _in_rows(nodes: np.ndarray, length: int | None) -> tuple[np.ndarray, int]:
     length = int(totals.sum()) if length is None else length
     if totals.max() > length:
         worst = int(totals.argmax())
-        own = counted(int((prompt == worst).sum()) - 1, "completion")
+        branches = counted(int((prompt == worst).sum()) - 1, "completion")
         raise ValueError(
-            f"pack_tree: prompt {worst} and its {own} have {totals[worst]} tokens, which do not fit in a row of "
+            f"pack_tree: prompt {worst} and its {branches} have {totals[worst]} tokens, which do not fit in a row of "
             f"length={length}: pass a larger length, or give the prompt twice, each time with some of its completions"
         )
     row, first = best_fit(totals, length)
@@ -206,23 +206,23 @@ def _read(prompts: Iterable[Any], completions: Iterable[Any]) -> tuple[np.ndarra
     roots = read_field("pack_tree", "prompt", starts, whole=True)
     nodes: list[tuple[int, int, int, int]] = []
     arrays: Arrays = []
-    for prompt, (root, own) in enumerate(zip(roots, groups, strict=True)):
+    for prompt, (root, children) in enumerate(zip(roots, groups, strict=True)):
         if not len(root):
             raise ValueError(
                 f"pack_tree: prompt {prompt} has no tokens, so nothing predicts its completions' first one"
             )
         below: list[Any] = []
         parents = [-1]
-        _walk(f"prompt {prompt}", own, 0, below, parents)
-        found = [root, *read_field("pack_tree", f"prompt {prompt}, completion", below, whole=True)]
+        _walk(f"prompt {prompt}", children, 0, below, parents)
+        tree_tokens = [root, *read_field("pack_tree", f"prompt {prompt}, completion", below, whole=True)]
         base = len(nodes)
-        for index, (array, parent) in enumerate(zip(found, parents, strict=True)):
+        for index, (array, parent) in enumerate(zip(tree_tokens, parents, strict=True)):
             nodes.append((prompt, index - 1, base + parent if index else -1, len(array)))
-        arrays += found
+        arrays += tree_tokens
     return np.array(nodes, np.int64).T, arrays
 
 
-def _walk(where: str, completions: Any, parent: int, found: list[Any], parents: list[int]) -> None:
+def _walk(where: str, completions: Any, parent: int, sequences: list[Any], parents: list[int]) -> None:
     """Put completions, and theirs, behind each other, each with the index of its parent."""
     if isinstance(completions, (str, bytes, Mapping)) or not isinstance(completions, Iterable):
         raise TypeError(f"pack_tree: completions of {where} are a list of sequences, got {describe(completions)}")
@@ -233,10 +233,10 @@ def _walk(where: str, completions: Any, parent: int, found: list[Any], parents: 
                 f"pack_tree: a completion of {where} that goes on is {{'tokens': ..., 'completions': [...]}}, got the "
                 f"keys {sorted(completion)}"
             )
-        found.append(completion["tokens"] if nested else completion)
+        sequences.append(completion["tokens"] if nested else completion)
         parents.append(parent)
         if nested:
-            _walk(where, completion["completions"], len(found), found, parents)
+            _walk(where, completion["completions"], len(sequences), sequences, parents)
 
 
 def _lay_out(arrays: Arrays, nodes: np.ndarray, length: int, pad: int, ignore_index: int) -> PackedTrees:
@@ -248,14 +248,14 @@ def _lay_out(arrays: Arrays, nodes: np.ndarray, length: int, pad: int, ignore_in
     previous = np.broadcast_to(np.arange(-1, length - 1), (rows, length)).copy()
     next_position, last_place = [0] * len(row), [-1] * len(row)  # behind each node, and where its path's last token is
     for i, array in enumerate(arrays):
-        own = slice(start[i], start[i] + size[i])
+        span = slice(start[i], start[i] + size[i])
         above = parent[i]
         position, place = (0, -1) if above < 0 else (next_position[above], last_place[above])
-        tokens[row[i], own] = array
-        labels[row[i], own] = ignore_index if completion[i] < 0 else array
-        positions[row[i], own] = np.arange(position, position + size[i])
-        previous[row[i], own][:1] = place
-        next_position[i], last_place[i] = position + size[i], own.stop - 1 if size[i] else place
+        tokens[row[i], span] = array
+        labels[row[i], span] = ignore_index if completion[i] < 0 else array
+        positions[row[i], span] = np.arange(position, position + size[i])
+        previous[row[i], span][:1] = place
+        next_position[i], last_place[i] = position + size[i], span.stop - 1 if size[i] else place
     free = used < length
     previous[free, used[free]] = -1  # the tail begins a path too
     return PackedTrees(
