@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.generation.kv_cache import KVCache
-from truemask.generation.prompts import Given, Prompts, as_tensors, read_prompts
+from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler
 from truemask.masks.compose.boolean import everything
 from truemask.masks.compose.packed import Padded
@@ -92,7 +92,7 @@ class AutoregressiveWrapper(nn.Module):
 
     def generate(
         self,
-        prompts: Given,
+        prompts: PromptLike,
         seq_len: int,
         *,
         temperature: float = 1.0,
@@ -145,7 +145,7 @@ class AutoregressiveWrapper(nn.Module):
 
     def stream(
         self,
-        prompts: Given,
+        prompts: PromptLike,
         seq_len: int,
         *,
         temperature: float = 1.0,

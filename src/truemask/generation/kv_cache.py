@@ -31,8 +31,8 @@ class KVCache:
 
     def __init__(self, net: TransformerWrapper, *, batch: int, tokens: int) -> None:
         config, weight = net.attn_layers.config, net.token_emb.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        device_type = weight.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         capacity = config.attn.num_mem_kv + net.num_memory_tokens + tokens
         shape = (2, batch, config.kv_heads, capacity, config.attn.dim_head)  # keys and values
         self._layers = [LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)]

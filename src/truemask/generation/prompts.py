@@ -19,7 +19,7 @@ from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.masks.leaves.per_token import keys
 from truemask.nn.validation import require_bool
 
-Given = Tensor | Sequence[Tensor] | Sequence[int] | Sequence[Sequence[int]]  # what `generate` takes
+PromptLike = Tensor | Sequence[Tensor] | Sequence[int] | Sequence[Sequence[int]]  # what `generate` takes
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prompts:
     single: bool  # one prompt without a batch axis
 
 
-def as_tensors(prompts: Given, device: torch.device) -> Tensor | list[Any]:
+def as_tensors(prompts: PromptLike, device: torch.device) -> Tensor | list[Any]:
     """Prompts with every list of token ids as a tensor [n] on `device`; tensors stay as they are."""
     if isinstance(prompts, Tensor):
         return prompts
@@ -91,8 +91,8 @@ def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tens
         index = int(spans.count.argmin())
         raise MaskError(f"mask= marks every token of prompt {index} as padding; each prompt needs at least one token")
     ends = spans.first.tolist(), spans.stop.tolist()
-    rows, kept = ([row[first:stop] for row, first, stop in zip(part, *ends, strict=True)] for part in (tokens, flags))
-    return rows, kept, single
+    rows, real_flags = ([row[first:stop] for row, first, stop in zip(part, *ends, strict=True)] for part in (tokens, flags))
+    return rows, real_flags, single
 
 
 def _read_list(prompts: Sequence[Tensor], mask: Mask | Tensor | None) -> list[Tensor]:

@@ -13,7 +13,7 @@ from truemask.common.formatting import describe
 from truemask.nn.config import check_fields
 
 Filter = Callable[[Tensor], Tensor]
-NAMED = ("top_k", "top_p", "min_p")  # the filters that x-transformers has by name
+FILTER_NAMES = ("top_k", "top_p", "min_p")  # the filters that x-transformers has by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ class Sampler:
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-def _not_a_function(given: object) -> str:
-    text = f"filter_logits_fn is {describe(given)}; expected a function of logits (b, v) to logits"
-    if not isinstance(given, str):
+def _not_a_function(value: object) -> str:
+    text = f"filter_logits_fn is {describe(value)}; expected a function of logits (b, v) to logits"
+    if not isinstance(value, str):
         return text
-    return f"{text}. Filters with a name are arguments: pass {given if given in NAMED else 'top_k'}=..."
+    return f"{text}. Filters with a name are arguments: pass {value if value in FILTER_NAMES else 'top_k'}=..."
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -84,9 +84,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, index = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the better ones add up to
-    kept = ordered.masked_fill(before >= p, -math.inf)
-    kept[..., 0] = ordered[..., 0]
-    return torch.full_like(logits, -math.inf).scatter(-1, index, kept)
+    nucleus = ordered.masked_fill(before >= p, -math.inf)
+    nucleus[..., 0] = ordered[..., 0]
+    return torch.full_like(logits, -math.inf).scatter(-1, index, nucleus)
 
 
 def keep_min_p(logits: Tensor, share: float) -> Tensor:
