@@ -15,7 +15,7 @@ from truemask.train.config import BOUNDARY, NUM_TOKENS
 from truemask.train.corpus import Document
 from truemask.train.rows import Batch, lay_out
 
-SMOOTHING = 5.0  # how many observations the unigram's opinion is worth in the bigram
+SMOOTHING_COUNTS = 5.0  # how many observations the unigram's opinion is worth in the bigram
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def measure_baselines(train: Sequence[Document], held_out: Batch) -> Baselines:
     pairs = np.bincount(line[:-1] * NUM_TOKENS + line[1:], minlength=NUM_TOKENS**2).reshape(NUM_TOKENS, NUM_TOKENS)
     single = pairs.sum(axis=0) + 1.0
     unigram = single / single.sum()
-    bigram = (pairs + SMOOTHING * unigram) / (pairs.sum(axis=1, keepdims=True) + SMOOTHING)
+    bigram = (pairs + SMOOTHING_COUNTS * unigram) / (pairs.sum(axis=1, keepdims=True) + SMOOTHING_COUNTS)
     ids, labels = held_out.ids.numpy(), held_out.labels.numpy()
     count = byte_count(held_out)
     return Baselines(

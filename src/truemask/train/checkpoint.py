@@ -69,10 +69,10 @@ def read_checkpoint(where: str | Path) -> Checkpoint:
     """
     path = Path(where)
     if not (path / "state.json").is_file():
-        found = checkpoints(path)
-        if not found:
+        folders = checkpoints(path)
+        if not folders:
             raise TrainError(_no_checkpoint(path))
-        path = found[-1]
+        path = folders[-1]
     config = TrainConfig.from_json(json.loads((path / "config.json").read_text()))
     return Checkpoint(path, config, json.loads((path / "state.json").read_text()))
 

@@ -79,10 +79,10 @@ class TrainConfig:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> TrainConfig:
         """The inverse of `to_json`; an unknown name is an error that shows the nearest known one."""
-        known = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         for name in record:
-            if name not in known:
-                raise TrainError(f"the configuration has no {name!r}{suggest(name, known)}")
+            if name not in names:
+                raise TrainError(f"the configuration has no {name!r}{suggest(name, names)}")
         return cls(**{**record, "data": tuple(record.get("data", ()))})
 
 

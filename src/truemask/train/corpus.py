@@ -74,27 +74,27 @@ def standard_library() -> Path:
 def _files(data: Sequence[str]) -> Iterator[tuple[str, Path]]:
     if not data:
         root = standard_library()
-        found = [path for path in _below(root) if path.suffix == ".py"]
-        if not found:
+        paths = [path for path in _below(root) if path.suffix == ".py"]
+        if not paths:
             raise TrainError(f"this Python keeps no source in {root}; name some text with --data PATH...")
-        yield from ((path.relative_to(root).as_posix(), path) for path in found)
+        yield from ((path.relative_to(root).as_posix(), path) for path in paths)
         return
-    for given in map(Path, data):
-        if given.is_dir():
-            yield from ((path.relative_to(given).as_posix(), path) for path in _below(given))
-        elif given.is_file():
-            yield given.name, given
+    for place in map(Path, data):
+        if place.is_dir():
+            yield from ((path.relative_to(place).as_posix(), path) for path in _below(place))
+        elif place.is_file():
+            yield place.name, place
         else:
-            raise TrainError(f"--data {given}: there is no such file or folder (looked in {Path.cwd()})")
+            raise TrainError(f"--data {place}: there is no such file or folder (looked in {Path.cwd()})")
 
 
 def _below(folder: Path) -> list[Path]:
     """All readable text files below a folder, in the order of their paths; tests, caches and hidden ones excluded."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(".")]
-        found.extend(Path(root, name) for name in files if not name.startswith("."))
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        paths.extend(Path(root, name) for name in files if not name.startswith("."))
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _tokens(path: Path) -> np.ndarray:

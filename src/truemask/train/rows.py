@@ -46,9 +46,9 @@ class Rows:
         """The next `batch` rows; an epoch's last rows that do not fill a batch are left out."""
         if self._row + self._batch > len(self._order):
             self._start(epoch=self._epoch + 1, row=0)
-        chosen = self._order[self._row : self._row + self._batch]
+        row_numbers = self._order[self._row : self._row + self._batch]
         self._row += self._batch
-        return cut_rows(self._line, chosen, self._length)
+        return cut_rows(self._line, row_numbers, self._length)
 
     def _start(self, epoch: int, row: int) -> None:
         draw = np.random.default_rng([self._seed, epoch])
@@ -89,5 +89,5 @@ def held_out_rows(documents: Sequence[Document], length: int, count: int) -> Bat
             f"the held-out files hold {len(line) - 1} tokens, fewer than one row of {length}; give more text, a larger "
             f"share to hold out or a smaller --length"
         )
-    chosen = np.unique(np.linspace(0, available - 1, min(count, available)).round().astype(np.int64))
-    return cut_rows(line, chosen, length)
+    row_numbers = np.unique(np.linspace(0, available - 1, min(count, available)).round().astype(np.int64))
+    return cut_rows(line, row_numbers, length)

@@ -20,9 +20,9 @@ from truemask.train.corpus import Corpus, read_corpus
 from truemask.train.model import batch_loss, bits_per_byte, build_model
 from truemask.train.rows import Rows, held_out_rows
 
-FLOOR = 0.05  # of the learning rate, reached when the run is done
-RISE = 0.1  # share of the run after which the learning rate has risen in any case
-LOG = "log.jsonl"
+LEAST_RATE_SHARE = 0.05  # of the learning rate, reached when the run is done
+RISE_SHARE = 0.1  # share of the run after which the learning rate has risen in any case
+LOG_NAME = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ class Trainer:
     @property
     def share(self) -> float:
         """How much of the run is done, from 0 to 1."""
-        done = self.step / self.config.steps if self.config.steps else self.seconds / (60 * (self.config.minutes or 1))
-        return min(1.0, done)
+        share = self.step / self.config.steps if self.config.steps else self.seconds / (60 * (self.config.minutes or 1))
+        return min(1.0, share)
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         """Train until the run is done, or `stop` says so between two steps; either way it ends with a checkpoint."""
         self.model.train()
         saved, last = self.step, time.perf_counter()
         while self.share < 1 and not stop():
-            began = time.perf_counter()
+            start = time.perf_counter()
             bits, lr = self._train_one()
-            self.training_seconds += time.perf_counter() - began
+            self.training_seconds += time.perf_counter() - start
             due = self.step % self.config.evaluate_every == 0 or self.config.steps == self.step
             held_out = self.held_out_bits() if due else None
             now = time.perf_counter()
@@ -124,7 +124,7 @@ class Trainer:
         step = Step(self.step, self.share, bits, lr, self.tokens, self.seconds, speed, held_out)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a") as file:
+            with (self.folder / LOG_NAME).open("a") as file:
                 file.write(json.dumps(step.__dict__) + "\n")
         return step
 
@@ -155,8 +155,8 @@ def schedule(step: int, warmup: int, share: float) -> float:
     >>> [round(schedule(step, 2, step / 4), 2) for step in range(4)]
     [0.5, 0.86, 0.53, 0.19]
     """
-    cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
-    return min(1.0, max((step + 1) / warmup, share / RISE)) * cosine
+    cosine = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
+    return min(1.0, max((step + 1) / warmup, share / RISE_SHARE)) * cosine
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -171,10 +171,10 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def _forget_after(folder: Path | None, step: int) -> None:
     """Drop the log's lines beyond the step that a run goes on from."""
-    if folder is None or not (folder / LOG).is_file():
+    if folder is None or not (folder / LOG_NAME).is_file():
         return
-    lines = (folder / LOG).read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    fresh = folder / f".{LOG}"
-    fresh.write_text("".join(kept))
-    fresh.replace(folder / LOG)
+    lines = (folder / LOG_NAME).read_text().splitlines(keepends=True)
+    earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    fresh = folder / f".{LOG_NAME}"
+    fresh.write_text("".join(earlier))
+    fresh.replace(folder / LOG_NAME)
