@@ -72,15 +72,15 @@ def text_of(
     if max(q_len, kv_len) <= columns or min(q_len, kv_len) == 0:
         dense = mask.to_dense(q_len, kv_len, batch=batch, heads=heads).numpy()
         places, labels, more = _places(dense.shape)
-        drawn = [
+        pictures = [
             text_picture(dense[p], title=t, ascii=ascii, columns=columns) for p, t in zip(places, labels, strict=True)
         ]
     else:
         rows, width = text_grid(q_len, kv_len, columns)
         cuts, labels, more = panels_of(mask, q_len, kv_len, batch=batch, heads=heads, rows=rows, columns=width)
-        drawn = [shades_picture(cut, title=label, ascii=ascii) for cut, label in zip(cuts, labels, strict=True)]
+        pictures = [shades_picture(cut, title=label, ascii=ascii) for cut, label in zip(cuts, labels, strict=True)]
     head = mask.text if title is None else title
-    return "\n".join([*([head] if head else []), *drawn, *_rest(more)])
+    return "\n".join([*([head] if head else []), *pictures, *_rest(more)])
 
 
 def svg_of(
@@ -113,11 +113,11 @@ def panels_of(
         raise MaskError(f"there is nothing to draw of `{mask.text}` for {q_len} queries and {kv_len} keys")
     block = (-(-q_len // rows), -(-kv_len // columns))
     tiles = mask.tiles(q_len, kv_len, block, batch=batch, heads=heads)
-    density, counted = _densities(tiles)
+    density, exact = _densities(tiles)
     places, labels, more = _places(density.shape)
     cuts = []
     for place in places:
-        pairs = round(float((density[place] * _areas(tiles)).sum())) if counted else None
+        pairs = round(float((density[place] * _areas(tiles)).sum())) if exact else None
         cuts.append(Shares(density[place], *block, q_len, kv_len, pairs))
     return Panels(cuts, labels, more)
 

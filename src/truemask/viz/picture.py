@@ -116,8 +116,8 @@ def _head(title: str) -> list[str]:
 
 
 def _legend(pairs: int | None, cells: int, *signs: str) -> str:
-    counted = [] if pairs is None else [f"{pairs} of {cells} pairs ({percent(pairs, cells)})"]
-    return "; ".join([*counted, "queries down, keys across", *signs])
+    share = [] if pairs is None else [f"{pairs} of {cells} pairs ({percent(pairs, cells)})"]
+    return "; ".join([*share, "queries down, keys across", *signs])
 
 
 def _dots(array: np.ndarray, signs: _Signs) -> list[str]:
