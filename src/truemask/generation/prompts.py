@@ -87,11 +87,13 @@ def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tens
             "A rule for prompt and answer is an expression, such as mask=tm.window(256)"
         )
     spans = token_spans(flags)
-    if not spans.count.all():
-        index = int(spans.count.argmin())
+    if not spans.tokens.all():
+        index = int(spans.tokens.argmin())
         raise MaskError(f"mask= marks every token of prompt {index} as padding; each prompt needs at least one token")
     ends = spans.first.tolist(), spans.stop.tolist()
-    rows, real_flags = ([row[first:stop] for row, first, stop in zip(part, *ends, strict=True)] for part in (tokens, flags))
+    rows, real_flags = (
+        [row[first:stop] for row, first, stop in zip(part, *ends, strict=True)] for part in (tokens, flags)
+    )
     return rows, real_flags, single
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from tests.support.huggingface_models import assert_same, model_of, tokens
+from tests.support.equality import assert_same
+from tests.support.huggingface_models import model_of, tokens
 from truemask.interop.huggingface.forward_context import CONTEXT, ForwardContext
 from truemask.interop.use import enable, use
 

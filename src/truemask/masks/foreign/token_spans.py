@@ -13,12 +13,12 @@ from torch import Tensor
 class TokenSpans(NamedTuple):
     """From the first token of each sample to its last, int64 `[b]`; where a sample has none, all of it from 0 on.
 
-    `solid`, bool `[b]`: no pads stand between the tokens. `count`: how many tokens there are.
+    `solid`, bool `[b]`: no pads stand between the tokens. `tokens`: how many tokens there are.
     """
 
     first: Tensor
     stop: Tensor
-    count: Tensor
+    tokens: Tensor
     solid: Tensor
 
 
@@ -31,8 +31,8 @@ def token_spans(real: Tensor) -> TokenSpans:
     ([1, 0, 0], [3, 4, 4], [True, False, True])
     """
     flags = real.int()
-    first, stop, count = flags.argmax(1), real.shape[1] - flags.flip(1).argmax(1), flags.sum(1)
-    return TokenSpans(first, stop, count, (stop - first == count) | (count == 0))
+    first, stop, tokens = flags.argmax(1), real.shape[1] - flags.flip(1).argmax(1), flags.sum(1)
+    return TokenSpans(first, stop, tokens, (stop - first == tokens) | (tokens == 0))
 
 
 def token_positions(real: Tensor) -> Tensor:
