@@ -15,6 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
+from truemask.interop.huggingface.mask_checks import (
+    check_kept_keys,
+    check_samples,
+    keeps_apart,
+    may_keep_apart,
+    warn_of_mixed_documents,
+)
 from truemask.interop.huggingface.mask_functions import Lifted, Packing
 from truemask.interop.huggingface.mask_placeholder import StandIn
 from truemask.interop.huggingface.placement import Sizes, Standing, standing, standing_of_tensor
@@ -25,10 +32,6 @@ from truemask.masks.compose.boolean import And, everything
 from truemask.masks.compose.packed import Packed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
-from truemask.masks.leaves.documents import documents
-from truemask.nn.validation import warn
-
-APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
 
 
 class Claim(StandIn):
@@ -134,11 +137,12 @@ class Claim(StandIn):
         are. `position_ids`, if the layer was given them, then say where in its document a token stands.
         """
         if (users, replace) not in self._masks:
-            self._check_samples(users)
+            check_samples(users, self.batch)
             own = [] if replace and users is not None else [self._rule_beside(users, position_ids)]
             asked = [] if users is None else [self._placed(users)]
             if replace and users is not None and self.k_start:
-                self._check_kept(users, _all([*asked, self._padding.keys]))
+                seen = _all([*asked, self._padding.keys])
+                check_kept_keys(users, seen, self.batch, self.q_start, self.q_len, self.k_start)
             self._masks[users, replace] = self._in_call(own, asked, users)
         return self._masks[users, replace]
 
@@ -192,7 +196,7 @@ class Claim(StandIn):
 
     def cross_mask(self, users: Mask | None, rows: Claim | None, replace: bool = False) -> Mask:
         """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""
-        self._check_samples(users)
+        check_samples(users, self.batch)
         own = [] if replace and users is not None else [self.lifted.mask]
         if users is None:
             return _all([*own, self._padding.keys])
@@ -210,47 +214,14 @@ class Claim(StandIn):
 
     def warn_of_documents(self, users: Mask | None) -> None:
         """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
-        if self._warned or self._told is None or self._told.positions is None or self.packing is not None:
-            return
-        if users is not None and any(part.kind in APART for part in users.walk()):
+        told = self._told is not None and self._told.positions is not None
+        if self._warned or not told or self.packing is not None or may_keep_apart(users):
             return
         self._warned = True
-        if self.standing.restarts and not (self._visible is not None and self._parted()):
-            warn(
-                "position_ids restart as for packed documents, but the documents see each other: transformers keeps "
-                "them apart only without attention_mask and cache (pass use_cache=False), and some models, GPT-OSS "
-                "among them, not even then. `mask.packed(lengths)` does"
-            )
-
-    def _parted(self) -> bool:
-        """Whether a mask that is a tensor hides anything of an earlier document."""
-        ids = (alike(self.standing.taken).diff(dim=-1) < 0) if self.standing.taken is not None else None
-        if ids is None:
-            return False
-        numbers = torch.nn.functional.pad(ids.long().cumsum(-1), (1, 0))
-        across = causal & ~documents(ids=numbers) & ~self.lifted.mask
-        sizes = {"batch": self.batch, "heads": across.head_count}
-        return bool(across.count(self.q_len, self.k_len, **sizes).any())
-
-    def _check_samples(self, users: Mask | None) -> None:
-        held = 1 if users is None else users.batch_size
-        if held <= 1 or held == self.batch:
-            return
-        each, rest = divmod(self.batch, held)
-        rows = [sample for sample in range(held) for _ in range(each)]
-        way = "" if rest else f", and for beams side by side `mask.select(samples={rows})`"
-        raise MaskError(
-            f"`{users}` speaks of {held} samples, but the batch has {self.batch} rows: give it an entry for each{way}"
-        )
-
-    def _check_kept(self, users: Mask, mask: Mask) -> None:
-        """Raise if the mask sees keys that a sliding cache has given up, as the model's own window allowed it to."""
-        heads = users.head_count or 1
-        if bool(mask.at(q_start=self.q_start).count(self.q_len, self.k_start, batch=self.batch, heads=heads).any()):
-            raise MaskError(
-                f"`{users}` takes the place of the model's window and sees keys before position {self.k_start}, which "
-                "the sliding cache has given up: pass a cache that keeps all, `past_key_values=DynamicCache()`"
-            )
+        sizes = self.batch, self.q_len, self.k_len
+        apart = self._visible is not None and keeps_apart(self.lifted.mask, self.standing.taken, sizes)
+        if self.standing.restarts and not apart:
+            warn_of_mixed_documents()
 
     def _positions_of_rows(self) -> Tensor:
         """Logical positions of the rows, `[q]` or `[b, q]`."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from truemask.attention.attend import attend
 from truemask.errors import MaskError, PlanError
@@ -19,8 +16,10 @@ from truemask.interop.checkpointing import checkpoints
 from truemask.interop.layer_masks import Layer
 from truemask.interop.removed_pairs import warn_of_dropped
 from truemask.interop.scopes import Said, Seat
+from truemask.interop.x_transformers.attention_maps import Maps, intermediates_of
+from truemask.interop.x_transformers.coverage import dropout_of, objections_to
 from truemask.interop.x_transformers.inputs import Frame, Input, StandIn, arguments, known_positions, put
-from truemask.interop.x_transformers.masks import Place, both, claimed, expression, from_flags, from_matrix
+from truemask.interop.x_transformers.masks import ModelMask, Place, both, claimed, from_flags, from_matrix
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense
@@ -178,15 +177,16 @@ class Call:
     @cached_property
     def expression(self) -> Mask:
         note, place = self.note, self.place
-        own = everything if note.layer.replace else claimed(self.causal, note.max_attend_past)
-        if not place.cross and own != everything:
-            layer, length = note.layer, place.keys - place.extra - place.front - place.back
-            warn_of_dropped(layer.used, layer.path, layer.mask, own, length, self.q.shape[0], self.q.shape[1])
+        layer = note.layer
+        rule = everything if layer.replace else claimed(self.causal, note.max_attend_past)
+        if not place.cross and rule != everything:
+            length = place.keys - place.extra - place.front - place.back
+            warn_of_dropped(layer.used, layer.path, layer.mask, rule, length, self.q.shape[0], self.q.shape[1])
         flags = self.mask
         whole = flags is not None and flags.ndim == 4 and flags.shape[-2] > 1  # where `max_attend_past` is in it
-        given = dense(flags) if whole else from_flags(flags, place)
+        padded = dense(flags) if whole else from_flags(flags, place)
         matrix = from_matrix(note.attn_mask, self.q.shape[1], place)
-        return both(expression(own, note.layer.mask, place), given, matrix)
+        return ModelMask(rule, place, both(padded, matrix)).combined_with(layer.mask)
 
     @property
     def matrix(self) -> Tensor:
@@ -197,80 +197,9 @@ class Call:
         return mask.to_dense(rows, self.place.keys, batch=samples, heads=heads).to(self.q.device)
 
 
-class Maps:
-    """The `Intermediates` of a call on the backends: its attention maps are computed when somebody looks at them."""
-
-    def __init__(self, compute: Callable[[], tuple[Tensor, Any]]) -> None:
-        self._compute = compute
-        self.values: Tensor | None = None
-        self.cached_kv: tuple[Tensor, Tensor] | None = None
-        self.layer_type: str | None = None
-        self.hybrid_hidden: Tensor | None = None
-        self.log_probs: Tensor | None = None
-
-    @cached_property
-    def _maps(self) -> Any:
-        return self._compute()[1]
-
-    @property
-    def qk_similarities(self) -> Tensor | None:
-        return self._maps.qk_similarities
-
-    @property
-    def pre_softmax_attn(self) -> Tensor | None:
-        return self._maps.pre_softmax_attn
-
-    @property
-    def post_softmax_attn(self) -> Tensor | None:
-        return self._maps.post_softmax_attn
-
-    def to_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn
-
-
-def intermediates_of(module: Any) -> Any:
-    """An empty `Intermediates` of the library that the module comes from, as its flash path returns."""
-    own = next(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "x_transformers")
-    return sys.modules[own.__module__].Intermediates()
-
-
 def registers_of(cache: Any, frame: Input) -> int:
     """How many registers begin the sequence: as many as when the cache began, whatever this call was given."""
     return getattr(cache, "truemask_front", frame.front)
-
-
-@torch.compiler.disable(recursive=True)
-def objections_to(module: Any, given: dict[str, Any]) -> list[str]:
-    """What `attend` cannot compute of an `Attention`, in x-transformers' words."""
-    core = module.attend
-    sinks = core.head_learned_sink or core.add_zero_kv
-    biased = module.data_dependent_alibi is not None or module.rel_proj_pos_bias is not None
-    biased = biased or any(given.get(name) is not None for name in ("rel_pos", "attn_bias"))
-    heads = ("pre_softmax_talking_heads", "post_softmax_talking_heads", "pre_scale_post_talking_heads")
-    found = {
-        "talking heads": any(getattr(core, name) is not None for name in heads),
-        "attention weights that are no softmax": not is_softmax(core.attn_fn),
-        "inverted_attention": core.inverted_attention,
-        "cog_signed": core.cog_signed,
-        "selective": core.selective,
-        "use_cope": core.cope is not None,
-        "flash_pack_seq": core.flash_pack_seq,
-        "residual_attn": given.get("prev_attn") is not None,
-        "attn_delta": given.get("attn_delta") is not None,
-        "softclamp_logits with a bias": core.softclamp_logits and biased,
-        "l2_distance with sinks or softclamp_logits": core.l2_distance and (sinks or core.softclamp_logits),
-        "dropout of everything": core.training and dropout_of(core) >= 1,
-    }
-    return [name for name, true in found.items() if true]
-
-
-def is_softmax(function: Any) -> bool:
-    """Whether an `attn_fn` is softmax over the keys."""
-    return isinstance(function, partial) and function.func is F.softmax and function.keywords.get("dim") == -1
-
-
-def dropout_of(core: Any) -> float:
-    return core.dropout if core.flash else core.attn_dropout.p
 
 
 def on_backends(
@@ -311,31 +240,3 @@ def sinks_of(core: Any, q: Tensor) -> Tensor | None:
         return learned
     zeros = q.new_zeros(q.shape[1])
     return zeros if learned is None else torch.logaddexp(learned, zeros)
-
-
-def check_maskable(module: Any, stack: nn.Module | None, replace: bool) -> None:
-    """Raise for layers that a mask cannot reach."""
-    if module.attend.flash_pack_seq:
-        raise MaskError(
-            "a mask cannot be used with attn_flash_pack_seq=True: the flash-attn package runs there, which takes "
-            "lengths of documents and no mask. Build the model without it and use `tm.causal.packed(lengths)`"
-        )
-    if moving := moves_beside(module, stack):
-        raise MaskError(
-            f"a mask cannot hold in a model with {moving}, which carries what stands at one position to others beside "
-            f"attention: a query would hear of keys that the mask hides. Build the model without {moving}, or use it "
-            "without a mask: `tm.use(model)`"
-        )
-    if replace and any(kind.__name__ == "PrefixDecoder" for kind in type(stack).__mro__):
-        raise MaskError(
-            "replace=True cannot reach the mask of a PrefixDecoder, which it passes as attn_mask in each call: build "
-            "the model with an Encoder, which has none, and write the prefix: `tm.causal | tm.prefix(length)`"
-        )
-
-
-def moves_beside(module: Any, stack: nn.Module | None) -> str:
-    """The option by which a stack moves something between positions other than by attention; empty if none."""
-    if module.hybrid_module is not None:
-        return "attn_hybrid_module"
-    parts = () if stack is None else stack.modules()
-    return "shift_tokens" if any(type(part).__name__ == "ShiftTokens" for part in parts) else ""

@@ -70,15 +70,28 @@ def claimed(is_causal: bool, max_attend_past: int | None) -> Mask:
     return near if is_causal else near | ~causal
 
 
+@dataclass(frozen=True)
+class ModelMask:
+    """What the model says of one call: its `rule` of positions, and what the caller `passed` as tensors."""
+
+    rule: Mask
+    place: Place
+    passed: Mask = everything
+
+    def combined_with(self, user_mask: Mask | None) -> Mask:
+        """The mask of the call's rows over all its keys: the model's and the user's, which meet here only."""
+        return both(_combined(self.rule, user_mask, self.place), self.passed)
+
+
 @lru_cache(maxsize=128)
-def expression(own: Mask, asked: Mask | None, place: Place) -> Mask:
-    """The mask of a call's rows over all its keys, tensors aside: what the model claims, and what the user asks."""
-    user = everything if asked is None else asked
+def _combined(rule: Mask, user_mask: Mask | None, place: Place) -> Mask:
+    """The same without tensors."""
+    user = everything if user_mask is None else user_mask
     if place.cross:
-        return _behind(place, both(_moved(own, place.start), _cross(user, place)))
-    if place.starts is not None and asked is not None and not lies_in_rows(asked, packed=False):
+        return _behind(place, both(_moved(rule, place.start), _cross(user, place)))
+    if place.starts is not None and user_mask is not None and not lies_in_rows(user_mask, packed=False):
         user = user.padded(list(place.starts))
-    whole = both(own, _among_registers(user, place))
+    whole = both(rule, _among_registers(user, place))
     return _moved(_behind(place, whole), place.start)
 
 

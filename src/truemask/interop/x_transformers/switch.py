@@ -11,7 +11,8 @@ from torch import nn
 from truemask.interop.layer_masks import Layer, assigned
 from truemask.interop.scopes import REPLICATE, Hold, stand, withdraw
 from truemask.interop.switching import Switch
-from truemask.interop.x_transformers.attention import AttendForward, AttentionForward, check_maskable
+from truemask.interop.x_transformers.attention import AttendForward, AttentionForward
+from truemask.interop.x_transformers.coverage import check_maskable
 from truemask.interop.x_transformers.inputs import StackForward, StandIn, WrapperForward
 from truemask.interop.x_transformers.layers import Found, attention_layers
 
