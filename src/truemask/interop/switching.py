@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace as changed
+from functools import partial
 
 from torch import nn
 
@@ -16,26 +17,29 @@ from truemask.interop.scopes import Hold
 class Switch(ABC):
     """A model on our attention with these masks, between `apply` and `undo`; the arguments are those of `tm.use`.
 
-    Which layer gets which mask is settled here, for the layers that the model has when the use is written.
+    Which layer gets which mask is found again by `apply`, since layers may be added to the model before its block
+    begins; what is wrong with the arguments is said where the use is written.
     """
 
     def __init__(self, model: nn.Module, mask: object, layers: object, replace: bool, backend: str | None) -> None:
         self.model, self._backend = model, backend
-        self._layers = self._assigned(mask, layers, replace)
-        if replace and all(layer.mask is None for layer in self._layers.values()):
+        self._arguments = mask, layers, replace
+        layer_masks = self._assigned(*self._arguments)
+        if replace and all(layer.mask is None for layer in layer_masks.values()):
             raise MaskError(
                 "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
             )
         self._hold: Hold | None = None
 
     def apply(self, everywhere: bool = False) -> None:
-        """Switch the model over, for this context or for all."""
+        """Switch the model over, as it is by now, for this context or for all."""
+        layer_masks = self._assigned(*self._arguments)
         hold = self._hold = Hold(everywhere)
+        mark = partial(changed, used=hold.number, backend=self._backend)
         try:
-            used = {module: changed(layer, used=hold.number) for module, layer in self._layers.items()}
-            self._change({module: changed(layer, backend=self._backend) for module, layer in used.items()}, hold)
+            self._change({module: mark(layer) for module, layer in layer_masks.items()}, hold)
         except BaseException:
-            del hold  # the error remembers what stands here
+            del hold, mark  # the error remembers what stands here
             self.undo()
             raise
 
