@@ -31,13 +31,13 @@ from torch.nn.functional import pad
 
 import truemask as tm
 from truemask.attention.planning.cache import CACHE
-from truemask.interop import scopes as in_force
-from truemask.interop.checkpointing import Notes
+from truemask.interop import scopes
+from truemask.interop.checkpointing import RecordedCalls
 from truemask.interop.huggingface import configs
-from truemask.interop.huggingface.masks import Claim
+from truemask.interop.huggingface.masks import ModelMask
 
 CLOSE, QUICK, WORDS, LONGEST, MEMORY = 1e-4, 40, 61, 40, 2
-REMEMBERED = (in_force.Hold, in_force.Seat, configs.Account, Claim, Notes)
+REMEMBERED = (scopes.ActiveUse, scopes.ScopedValue, configs.Account, ModelMask, RecordedCalls)
 Batch = dict[str, Tensor]
 
 
@@ -226,7 +226,7 @@ def remembered() -> Counter[str]:
     """What is alive of all that a use makes, and what stands on the models."""
     gc.collect()
     found = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in REMEMBERED)
-    return found + Counter({"accounts": len(configs.ACCOUNTS), "lasting": len(in_force.LASTING)})
+    return found + Counter({"accounts": len(configs.ACCOUNTS), "lasting": len(scopes.LASTING)})
 
 
 def attributes(models: dict[str, Any]) -> list[set[str]]:
@@ -285,7 +285,7 @@ class Soak:
     def growth(self) -> Table:
         """What is there that was not."""
         table = Table("What has grown", ("", ""))
-        table.add("uses, seats, accounts, claims, notes", f"{sum(self.grown.values())}", **dict(self.grown))
+        table.add("uses, values, accounts, masks, records", f"{sum(self.grown.values())}", **dict(self.grown))
         table.add("attributes and hooks of models", f"{len(self.left)}", left=self.left)
         table.add("memory beyond the answers, while the threads ran", megabytes(self.memory), bytes=self.memory)
         entries = CACHE.info().entries

@@ -18,7 +18,7 @@ import truemask as tm
 from tests.support.equality import assert_same
 from tests.support.huggingface_models import SMALL, TOKENS, model_of, tokens
 from truemask.errors import MaskError
-from truemask.interop.checkpointing import TOLD
+from truemask.interop.checkpointing import CHECKPOINT_FRAMES
 from truemask.interop.huggingface.configs import ACCOUNTS
 from truemask.interop.huggingface.layers import MARK
 from truemask.interop.use import enable, use
@@ -384,4 +384,4 @@ def test_the_model_is_given_back_with_the_last_graph() -> None:
 
 
 def test_torch_calls_its_checkpoints_by_the_names_that_are_read() -> None:
-    assert {code.co_name for code in TOLD} == {"forward", "backward", "checkpoint", "unpack_hook"}
+    assert {code.co_name for code in CHECKPOINT_FRAMES} == {"forward", "backward", "checkpoint", "unpack_hook"}

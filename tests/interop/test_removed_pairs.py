@@ -10,14 +10,14 @@ import torch
 import truemask as tm
 from tests.support.huggingface_models import model_of, tokens
 from truemask.errors import ConventionWarning
-from truemask.interop.removed_pairs import dropped
+from truemask.interop.removed_pairs import removed_pairs
 from truemask.interop.use import use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
 
 OWN = tm.window(5)  # the model's
 ASKING = [tm.window(5) | tm.prefix(4), tm.causal | tm.prefix(6), tm.window(12), tm.causal & tm.local(7), tm.blocks(9)]
-RESTRICTING = [
+RESTRICTING_KINDS = [
     None,
     tm.everything,
     tm.causal,
@@ -48,7 +48,7 @@ def test_what_the_models_window_takes_away_is_counted(mask: tm.Mask) -> None:
         model(ids)
 
 
-@pytest.mark.parametrize("mask", RESTRICTING, ids=str)
+@pytest.mark.parametrize("mask", RESTRICTING_KINDS, ids=str)
 def test_masks_that_ask_for_nothing_of_their_own_are_no_news(mask: tm.Mask | None) -> None:
     model = model_of("mistral")
     with torch.no_grad(), use(model, mask):
@@ -103,14 +103,14 @@ def test_padding_and_documents_do_not_count_as_removed() -> None:
 
 
 def test_masks_without_an_exact_form_are_looked_at_too() -> None:
-    found = dropped(tm.predicate(lambda b, h, q, k: q - k < 20), tm.window(8), 3000)
+    found = removed_pairs(tm.predicate(lambda b, h, q, k: q - k < 20), tm.window(8), 3000)
     assert found is not None
     assert (found.length, found.query, found.key) == (3000, 8, 0)
-    assert dropped(tm.predicate(lambda b, h, q, k: q - k < 3), tm.window(8) | ~tm.causal, 3000) is None
+    assert removed_pairs(tm.predicate(lambda b, h, q, k: q - k < 3), tm.window(8) | ~tm.causal, 3000) is None
 
 
 def test_heads_and_samples_are_counted_each() -> None:
-    found = dropped(tm.per_head([tm.window(3), tm.window(9)]) & tm.prefix([30, 2]), tm.window(5), 20, 2, 2)
+    found = removed_pairs(tm.per_head([tm.window(3), tm.window(9)]) & tm.prefix([30, 2]), tm.window(5), 20, 2, 2)
     assert found is not None
     dense = tm.per_head([tm.window(3), tm.window(9)]) & tm.prefix([30, 2])
     assert found.pairs == int((dense.to_dense(20, batch=2, heads=2) & ~tm.window(5).to_dense(20)).sum())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from truemask.auditing.subject import AuditedModel
 from truemask.auditing.torch_modules import assumed_mask_of, torch_mask_of
-from truemask.interop.active_masks import Given, given_to_transformers, given_to_x_transformers
+from truemask.interop.active_masks import ActiveMask, active_in_transformers, active_in_x_transformers
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_additive, from_torch_sdpa, from_x_transformers
@@ -41,7 +41,7 @@ class DeclaredMask:
     source: str
     layers: int | None = None
     notes: tuple[str, ...] = ()
-    user_masks: tuple[Given, ...] = ()
+    user_masks: tuple[ActiveMask, ...] = ()
 
 
 def declared_mask_of(subject: AuditedModel) -> DeclaredMask:
@@ -50,10 +50,10 @@ def declared_mask_of(subject: AuditedModel) -> DeclaredMask:
     if stack is not None:
         return _of_truemask(subject, stack)
     if is_peer(subject):
-        return _with_user_masks(_of_x_transformers(subject), given_to_x_transformers(_attentions_of(subject)))
+        return _with_user_masks(_of_x_transformers(subject), active_in_x_transformers(_attentions_of(subject)))
     if is_hugging_face(subject):
         part = "decoder" if str(subject.name).startswith("decoder_") else None
-        return _with_user_masks(_of_hugging_face(subject), given_to_transformers(subject.model, part))
+        return _with_user_masks(_of_hugging_face(subject), active_in_transformers(subject.model, part))
     torch_mask = torch_mask_of(subject)
     if torch_mask is not None:
         return DeclaredMask((torch_mask.mask,), torch_mask.source, torch_mask.layers)
@@ -61,7 +61,7 @@ def declared_mask_of(subject: AuditedModel) -> DeclaredMask:
     return DeclaredMask((mask,), ASSUMED, None, (note,))
 
 
-def _with_user_masks(declared: DeclaredMask, user_masks: list[Given]) -> DeclaredMask:
+def _with_user_masks(declared: DeclaredMask, user_masks: list[ActiveMask]) -> DeclaredMask:
     """What the model says of its layers, and what `tm.use` gave them."""
     if all(user_mask.mask is None for user_mask in user_masks):
         return declared

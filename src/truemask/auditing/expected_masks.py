@@ -27,7 +27,7 @@ from truemask.auditing.torch_modules import torch_mask_of
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.positions import lies_in_rows
-from truemask.interop.removed_pairs import dropped
+from truemask.interop.removed_pairs import removed_pairs
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_huggingface_2d, from_torch_mha
@@ -93,7 +93,7 @@ def expected_mask_of(subject: AuditedModel, mask: object = None, layers: int | N
     if base.user_masks:
         sizes = {"length": subject.length, "batch": subject.batch, "heads": heads_of(subject)}
         pairs = zip(masks, base.user_masks, strict=True)
-        masks = tuple(user_mask.with_own(model_mask, placed, **sizes) for model_mask, user_mask in pairs)
+        masks = tuple(user_mask.combined_with(model_mask, placed, **sizes) for model_mask, user_mask in pairs)
         masks = masks[:1] if len(set(masks)) == 1 else masks
     if padded is not None and (mask is not None or stack_of(subject) is None):  # truemask's own masks hold it already
         masks = tuple(padded if layer_mask is everything else layer_mask & padded for layer_mask in masks)
@@ -215,7 +215,9 @@ def _removed_pair_notes(base: DeclaredMask, subject: AuditedModel) -> Iterator[s
     """What the model's own rule takes away of a mask that `tm.use` gave it."""
     sizes = subject.length, subject.batch, heads_of(subject) or 1
     pairs = zip(base.masks, base.user_masks, strict=False)
-    removals = [dropped(user_mask.mask, model_mask, *sizes) for model_mask, user_mask in pairs if not user_mask.replace]
+    removals = [
+        removed_pairs(user_mask.mask, model_mask, *sizes) for model_mask, user_mask in pairs if not user_mask.replace
+    ]
     for removal in dict.fromkeys(map(str, filter(None, removals))):
         yield f"{removal}. To run the mask as it is written: `tm.use(model, mask, replace=True)`"
 

@@ -11,13 +11,15 @@ from truemask.interop.huggingface.layers import seat_of
 from truemask.masks.core.mask import Mask
 
 
-class Given(NamedTuple):
+class ActiveMask(NamedTuple):
     """What a layer was given: a mask or None, and whether it takes the place of the layer's own."""
 
     mask: Mask | None
     replace: bool
 
-    def with_own(self, own: Mask, placed: Callable[[Mask], Mask], length: int, batch: int, heads: int | None) -> Mask:
+    def combined_with(
+        self, own: Mask, placed: Callable[[Mask], Mask], length: int, batch: int, heads: int | None
+    ) -> Mask:
         """The mask that the layer runs on so many tokens; in fewer words where `own` says nothing new.
 
         `placed` brings a mask of logical positions to the rows of the batch, where `own` stands already.
@@ -30,7 +32,7 @@ class Given(NamedTuple):
         return given if shorter else both
 
 
-def given_to_transformers(model: nn.Module, part: str | None = None) -> list[Given]:
+def active_in_transformers(model: nn.Module, part: str | None = None) -> list[ActiveMask]:
     """What each self-attention layer of a transformers model was given, in order; empty if it is not in use.
 
     `part` is the name of the part that counts ("decoder"); None takes all.
@@ -38,10 +40,10 @@ def given_to_transformers(model: nn.Module, part: str | None = None) -> list[Giv
     seats = [seat for module in model.modules() if (seat := seat_of(module)) is not None]
     found = [layer for seat in seats if (layer := seat.here()) is not None]
     chosen = [layer for layer in found if not layer.cross and part in (None, layer.part)]
-    return [Given(layer.mask, layer.replace) for layer in sorted(chosen, key=lambda layer: layer.index)]
+    return [ActiveMask(layer.mask, layer.replace) for layer in sorted(chosen, key=lambda layer: layer.index)]
 
 
-def given_to_x_transformers(attentions: list[nn.Module]) -> list[Given]:
+def active_in_x_transformers(attentions: list[nn.Module]) -> list[ActiveMask]:
     """What some `Attention`s of x-transformers were given, in order; empty if none is in use."""
     from truemask.interop.x_transformers.attention import (
         AttentionForward,  # brings `torch._dynamo`, as x-transformers does itself
@@ -49,4 +51,8 @@ def given_to_x_transformers(attentions: list[nn.Module]) -> list[Given]:
 
     forwards = [vars(module).get("forward") for module in attentions]
     found = [forward.seat.here() if isinstance(forward, AttentionForward) else None for forward in forwards]
-    return [Given(None, False) if use is None else Given(use.mask, use.replace) for use in found] if any(found) else []
+    return (
+        [ActiveMask(None, False) if use is None else ActiveMask(use.mask, use.replace) for use in found]
+        if any(found)
+        else []
+    )

@@ -21,11 +21,11 @@ import torch.utils.checkpoint as torchs
 from truemask.errors import MaskError
 
 T = TypeVar("T")
-NOTES = "_truemask_notes"  # the attribute of a checkpoint with what its forward ran under
+RECORDS = "_truemask_notes"  # the attribute of a checkpoint with what its forward ran under
 
 
 @dataclass
-class Notes:
+class RecordedCalls:
     """What the calls of one thing ran under in a checkpointed function, in their order, and how many were run again."""
 
     values: list[Any] = field(default_factory=list)
@@ -59,11 +59,11 @@ class Checkpoints:
         """What counts now, which is written down; in a recomputation what counted in its forward, None if unknown."""
         found: Any = now() if self.recomputed is None else self._noted(key)
         for checkpoint in self.forwards:
-            vars(checkpoint).setdefault(NOTES, {}).setdefault(key, Notes()).values.append(found)
+            vars(checkpoint).setdefault(RECORDS, {}).setdefault(key, RecordedCalls()).values.append(found)
         return found
 
     def _noted(self, key: Hashable) -> Any:
-        notes = vars(self.recomputed).get(NOTES, {}).get(key)
+        notes = vars(self.recomputed).get(RECORDS, {}).get(key)
         return None if notes is None else notes.next(self.turn)
 
 
@@ -118,10 +118,10 @@ def _generated(names: dict[str, Any]) -> tuple[Any, bool]:
 SAVES = _inside(torchs._checkpoint_hook.__init__.__code__, "pack_hook")
 
 # what a function of torch.utils.checkpoint says of the checkpoint by its variables, and whether it is recomputed there
-TOLD: dict[CodeType, Callable[[dict[str, Any]], tuple[Any, bool]]] = {
+CHECKPOINT_FRAMES: dict[CodeType, Callable[[dict[str, Any]], tuple[Any, bool]]] = {
     torchs.CheckpointFunction.forward.__code__: lambda names: (names["ctx"], False),
     torchs.CheckpointFunction.backward.__code__: lambda names: (names["ctx"], True),
     inspect.unwrap(torchs.checkpoint).__code__: _generated,
     _inside(torchs._checkpoint_hook.__init__.__code__, "unpack_hook"): lambda names: (names["frame"], True),
 }
-KINDS = {id(code): kind for code, kind in TOLD.items()}  # dynamo's code has no hash
+KINDS = {id(code): kind for code, kind in CHECKPOINT_FRAMES.items()}  # dynamo's code has no hash

@@ -15,7 +15,7 @@ from truemask.masks.formats.as_mask import from_text, not_a_mask
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class AttentionLayer:
     """An attention layer: its place in its part of the model, the names that `layers=` may call it, its mask."""
 
     path: str
@@ -30,13 +30,13 @@ class Layer:
     used: int = 0  # the number of the use that gave the mask
     backend: str | None = None  # that its use names
 
-    def __deepcopy__(self, _: object) -> Layer:
+    def __deepcopy__(self, _: object) -> AttentionLayer:
         return self
 
 
 def assigned(
-    model: nn.Module, layers: Mapping[nn.Module, Layer], mask: object, where: object, replace: bool
-) -> dict[nn.Module, Layer]:
+    model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], mask: object, where: object, replace: bool
+) -> dict[nn.Module, AttentionLayer]:
     """The layers that ask for the attention function, with their masks.
 
     `where` is the `layers` of `tm.use`: None, names, indices, or a dict of them to masks.
@@ -49,7 +49,9 @@ def assigned(
     return {module: layer for module, layer in found.items() if not layer.own_way}
 
 
-def _check_reached(model: nn.Module, layers: Mapping[nn.Module, Layer], rules: Mapping[str | int | None, Mask]) -> None:
+def _check_reached(
+    model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], rules: Mapping[str | int | None, Mask]
+) -> None:
     """Raise if a mask is for layers that would not see it, or if information goes around it through such layers."""
     for module, layer in layers.items():
         if layer.mask is not None and not layer.own_way and layer.in_windows:
@@ -104,7 +106,7 @@ def _mask(mask: object, name: str) -> Mask:
     return found
 
 
-def _check_clear(model: nn.Module, layers: Mapping[nn.Module, Layer], wanted: str | int | None) -> None:
+def _check_clear(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], wanted: str | int | None) -> None:
     """Raise if nobody answers to a name or index, or if it could mean layers in several parts of the model."""
     answering = [layer for layer in layers.values() if wanted is None or _answers(layer, wanted)]
     parts = sorted({layer.part for layer in layers.values() if not layer.cross})
@@ -127,7 +129,7 @@ def _check_clear(model: nn.Module, layers: Mapping[nn.Module, Layer], wanted: st
         )
 
 
-def _known_names(layers: Mapping[nn.Module, Layer], *, kinds: bool = False) -> list[str]:
+def _known_names(layers: Mapping[nn.Module, AttentionLayer], *, kinds: bool = False) -> list[str]:
     """The names that mean one thing, of kinds or also of parts: with its part a kind is named where there are several.
 
     Layers that would not see a mask are left out.
@@ -140,11 +142,11 @@ def _known_names(layers: Mapping[nn.Module, Layer], *, kinds: bool = False) -> l
     return sorted({name for name, _ in names if name not in several and (len(parts) > 1 or "." not in name)})
 
 
-def _answers(layer: Layer, wanted: str | int) -> bool:
+def _answers(layer: AttentionLayer, wanted: str | int) -> bool:
     return layer.index == wanted and not layer.cross if isinstance(wanted, int) else wanted in layer.names
 
 
-def _with_mask(layer: Layer, rules: Mapping[str | int | None, Mask], replace: bool) -> Layer:
+def _with_mask(layer: AttentionLayer, rules: Mapping[str | int | None, Mask], replace: bool) -> AttentionLayer:
     """The most specific rule counts: an index, then a name, then the mask for all."""
     order = [*layer.names] if layer.cross else [layer.index, *layer.names, None]
     mask = next((rules[name] for name in order if name in rules), None)

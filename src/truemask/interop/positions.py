@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.per_token import Padding
 
-LAID_OUT = ("packed", "documents", "tree")  # kinds that say which documents there are
-OF_ROWS = (*LAID_OUT, "same", "keys", "queries", "dense")
+DOCUMENT_KINDS = ("packed", "documents", "tree")  # kinds that say which documents there are
+ROW_KINDS = (*DOCUMENT_KINDS, "same", "keys", "queries", "dense")
 
 
-class Told(NamedTuple):
+class StatedPositions(NamedTuple):
     """What the caller of a forward said, and what the model adds to every position."""
 
     positions: Tensor | None = None  # position_ids `[b or 1, q]`, as they were passed
@@ -55,4 +55,4 @@ def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
     parts = list(mask.walk())
     if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
         return True
-    return packed and any(part.kind in OF_ROWS for part in parts)
+    return packed and any(part.kind in ROW_KINDS for part in parts)

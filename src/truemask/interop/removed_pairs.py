@@ -14,7 +14,7 @@ from truemask.masks.leaves.bands import Causal, causal
 from truemask.masks.structure.order import looks_back
 from truemask.nn.validation import warn
 
-RESTRICTING = {
+RESTRICTING_KINDS = {
     "everything",
     "nothing",
     "causal",
@@ -26,11 +26,23 @@ RESTRICTING = {
     "dilated",
     "random",
 }
-RESTRICTING |= {"tree", "and", "not", "minus", "packed", "padded", "at", "take", "select", "per_head", "per_sample"}
-SHORTEST, LONGEST_WITHOUT_FORM = 64, 2048  # positions that are looked at, at least; and at most, cell by cell
+RESTRICTING_KINDS |= {
+    "tree",
+    "and",
+    "not",
+    "minus",
+    "packed",
+    "padded",
+    "at",
+    "take",
+    "select",
+    "per_head",
+    "per_sample",
+}
+MIN_LENGTH, MAX_LENGTH_WITHOUT_FORM = 64, 2048  # positions that are looked at, at least; and at most, cell by cell
 
 
-class Dropped(NamedTuple):
+class RemovedPairs(NamedTuple):
     """What the rule `own` removes of `mask` at this length, over the mask's distinct samples and heads."""
 
     mask: Mask
@@ -58,10 +70,10 @@ def asks_beyond(mask: Mask) -> bool:
     >>> asks_beyond(causal | prefix(6)), asks_beyond(causal & documents([3, 4]))
     (True, False)
     """
-    return any(part.kind not in RESTRICTING for part in mask.walk())
+    return any(part.kind not in RESTRICTING_KINDS for part in mask.walk())
 
 
-def dropped(mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: int = 1) -> Dropped | None:
+def removed_pairs(mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: int = 1) -> RemovedPairs | None:
     """What a model's own rule removes of the mask that was asked for, both at positions below `length`; or None.
 
     Of keys ahead, which a causal model hides, a mask asks only if it speaks of causality, as `causal | prefix(6)` does:
@@ -69,9 +81,9 @@ def dropped(mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: in
 
     >>> from truemask.masks.leaves.per_token import prefix
     >>> from truemask.masks.leaves.bands import window
-    >>> print(dropped(causal | prefix(6), window(8), 24))
+    >>> print(removed_pairs(causal | prefix(6), window(8), 24))
     the mask `causal | prefix(6)` lets queries see keys that the model's own rule `window(8)` hides, which removed ...
-    >>> dropped(window(8), causal, 24) is None
+    >>> removed_pairs(window(8), causal, 24) is None
     True
     """
     if mask is None or own == everything or not asks_beyond(mask):
@@ -87,12 +99,12 @@ def dropped(mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: in
     sizes = _sizes(removed, batch, heads)
     cell = seen.equivalent(nothing, first, first, **sizes).witness
     assert cell is not None
-    return Dropped(mask, own, int(removed.count(length, length, **sizes).sum()), length, cell.query, cell.key)
+    return RemovedPairs(mask, own, int(removed.count(length, length, **sizes).sum()), length, cell.query, cell.key)
 
 
 def _first_length(mask: Mask, length: int, batch: int, heads: int) -> int | None:
     """The smallest length at which a mask lets something through; None if it is beyond `length`."""
-    top = max(SHORTEST, 1 << (length - 1).bit_length())
+    top = max(MIN_LENGTH, 1 << (length - 1).bit_length())
     try:
         mask.check(top, top)
     except MaskError:  # it holds data for fewer
@@ -102,8 +114,8 @@ def _first_length(mask: Mask, length: int, batch: int, heads: int) -> int | None
 
 @lru_cache(maxsize=128)
 def _first_below(mask: Mask, top: int, batch: int, heads: int) -> int | None:
-    if top > LONGEST_WITHOUT_FORM and not _has_form(mask, top):
-        top = LONGEST_WITHOUT_FORM
+    if top > MAX_LENGTH_WITHOUT_FORM and not _has_form(mask, top):
+        top = MAX_LENGTH_WITHOUT_FORM
     sizes = _sizes(mask, batch, heads)
     if not bool(mask.count(top, top, **sizes).any()):
         return None
@@ -129,20 +141,20 @@ def _sizes(mask: Mask, batch: int, heads: int) -> dict[str, int]:
 # -- said once in a use ------------------------------------------------------------------------------------------------
 
 
-SAID: OrderedDict[tuple[int, Mask, Mask], None] = OrderedDict()  # the latest uses' numbers, masks and rules
-MOST_SAID = 1024
+WARNED: OrderedDict[tuple[int, Mask, Mask], None] = OrderedDict()  # the latest uses' numbers, masks and rules
+MAX_REMEMBERED_WARNINGS = 1024
 
 
-def warn_of_dropped(
+def warn_of_removed_pairs(
     used: int, where: str, mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: int = 1
 ) -> None:
     """Say, once in each use, which has a number, what the own rule of a layer removes of a mask."""
-    if mask is None or (used, mask, own) in SAID:
+    if mask is None or (used, mask, own) in WARNED:
         return
-    found = dropped(mask, own, length, batch, heads)
+    found = removed_pairs(mask, own, length, batch, heads)
     if found is None:
         return
-    SAID[used, mask, own] = None
-    while len(SAID) > MOST_SAID:
-        SAID.popitem(last=False)
+    WARNED[used, mask, own] = None
+    while len(WARNED) > MAX_REMEMBERED_WARNINGS:
+        WARNED.popitem(last=False)
     warn(f"{found} (first in `{where}`). To run the mask as it is written: `tm.use(model, mask, replace=True)`")

@@ -1,7 +1,7 @@
 """Which use of a model holds where code runs: a `tm.use` in its own context, a `tm.enable` everywhere.
 
 A context is Python's (`contextvars`): a thread has its own, and so has a task of asyncio, which begins with a copy of
-the one that made it. Nothing here says what a use changes; `Seat` only says which of several values counts here.
+the one that made it. Nothing here says what a use changes; `ScopedValue` only says which of several values counts here.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from truemask.errors import MaskError
 from truemask.interop.checkpointing import Checkpoints, checkpoints, in_backward
 
 T = TypeVar("T")
-S = TypeVar("S", bound="Standing")
+S = TypeVar("S", bound="Shared")
 REPLICATE = "_replicate_for_data_parallel"  # what DataParallel asks of each module
 
 USES: ContextVar[tuple[int, ...]] = ContextVar("truemask_uses", default=())  # by number, the innermost last
 NUMBERS = count(1)
-LASTING: WeakValueDictionary[int, Hold] = WeakValueDictionary()
+LASTING: WeakValueDictionary[int, ActiveUse] = WeakValueDictionary()
 
 
 # -- one use -----------------------------------------------------------------------------------------------------------
 
 
-class Hold:
+class ActiveUse:
     """One use of a model, from its entry on. `stop` ends it; what it changed in the model is given back a little later.
 
     That is when no graph is left that may recompute what ran in it: such a graph holds the hold.
@@ -41,7 +41,7 @@ class Hold:
 
     def __init__(self, everywhere: bool) -> None:
         self.number, self.everywhere = next(NUMBERS), everywhere
-        self._seats: list[Seat[Any]] = []
+        self._seats: list[ScopedValue[Any]] = []
         self._ends: list[Callable[[], object]] = []
         LASTING[self.number] = self
         if not everywhere:
@@ -56,9 +56,9 @@ class Hold:
         with guarded():
             self._ends.append(do())
 
-    def sit(self, seat: Seat[T], value: T, *, held: bool = True) -> None:
+    def sit(self, seat: ScopedValue[T], value: T, *, held: bool = True) -> None:
         """From now on this use's value counts in its context. `held`: who remembers the value holds the use."""
-        seat.take(self.number, Said(value, self if held else None), self.everywhere)
+        seat.take(self.number, StatedValue(value, self if held else None), self.everywhere)
         self._seats.append(seat)
 
     def stop(self) -> None:
@@ -100,23 +100,23 @@ def _settle() -> None:
 # -- which value counts ------------------------------------------------------------------------------------------------
 
 
-class Said(NamedTuple, Generic[T]):
+class StatedValue(NamedTuple, Generic[T]):
     """What a use says, and the use itself, which lasts as long as somebody remembers this."""
 
     value: T
-    hold: Hold | None
+    hold: ActiveUse | None
 
 
-class Seat(Generic[T]):
+class ScopedValue(Generic[T]):
     """What several uses say about one thing. A copy keeps to them; a pickle keeps what counted where it was made."""
 
     def __init__(self, always: T | None = None) -> None:
         self.always = always
-        self._for_good = None if always is None else Said(always, None)
-        self._said: dict[int, Said[T]] = {}
+        self._for_good = None if always is None else StatedValue(always, None)
+        self._said: dict[int, StatedValue[T]] = {}
         self._everywhere: tuple[int, ...] = ()
 
-    def take(self, number: int, said: Said[T], everywhere: bool) -> None:
+    def take(self, number: int, said: StatedValue[T], everywhere: bool) -> None:
         self._said[number] = said
         if everywhere:
             self._everywhere += (number,)
@@ -130,7 +130,7 @@ class Seat(Generic[T]):
         found = self.said()
         return None if found is None else found.value
 
-    def said(self, around: Checkpoints | None = None) -> Said[T] | None:
+    def said(self, around: Checkpoints | None = None) -> StatedValue[T] | None:
         """The same, with the use that says it."""
         around = checkpoints() if around is None else around
         found = around.as_in_forward(self, self.now)
@@ -142,50 +142,50 @@ class Seat(Generic[T]):
             )
         return found
 
-    def now(self) -> Said[T] | None:
+    def now(self) -> StatedValue[T] | None:
         """The value that counts in this context, with the use that says it."""
         for number in (*reversed(USES.get()), *reversed(self._everywhere)):
             if number in LASTING and (said := self._said.get(number)) is not None:
                 return said
         return self._for_good
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Seat[T]:
-        twin = Seat(self.always)
-        twin._said = {number: Said(said.value, None) for number, said in dict(self._said).items()}
+    def __deepcopy__(self, memo: dict[int, object]) -> ScopedValue[T]:
+        twin = ScopedValue(self.always)
+        twin._said = {number: StatedValue(said.value, None) for number, said in dict(self._said).items()}
         twin._everywhere = self._everywhere
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         found = self.now()
-        return Seat, (None if found is None else found.value,)
+        return ScopedValue, (None if found is None else found.value,)
 
 
 # -- what stands on a module -------------------------------------------------------------------------------------------
 
 
-class Standing(Protocol):
+class Shared(Protocol):
     """What stands on a module as long as somebody wants it there."""
 
-    standing: int
+    users: int
 
 
-def stand(module: nn.Module, name: str, fits: Callable[[Any], bool], make: Callable[[], S]) -> S:
-    """Something in an attribute of a module, made by the first of the uses that want it there; `standing` counts them.
+def install(module: nn.Module, name: str, fits: Callable[[Any], bool], make: Callable[[], S]) -> S:
+    """Something in an attribute of a module, made by the first of the uses that want it there; `users` counts them.
 
     One that a copy or a pickle came with stays, if it fits.
     """
     standing: Any = vars(module).get(name)
     if not fits(standing):
         standing = vars(module)[name] = make()
-        standing.standing = 0
-    standing.standing += 1
+        standing.users = 0
+    standing.users += 1
     return standing
 
 
-def withdraw(module: nn.Module, name: str, standing: Standing) -> bool:
-    """The end of what `stand` began; whether that was the last, so that nothing stands there any more."""
-    standing.standing -= 1
-    last = not standing.standing and vars(module).get(name) is standing
+def uninstall(module: nn.Module, name: str, standing: Shared) -> bool:
+    """The end of what `install` began; whether that was the last, so that nothing stands there any more."""
+    standing.users -= 1
+    last = not standing.users and vars(module).get(name) is standing
     if last:
         del vars(module)[name]
     return last
@@ -207,7 +207,7 @@ class Replicas:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.standing = model, 0
+        self.model, self.users = model, 0
 
     def __call__(self) -> nn.Module:
         replica: nn.Module = getattr(type(self.model), REPLICATE)(self.model)

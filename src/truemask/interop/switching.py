@@ -10,8 +10,8 @@ from functools import partial
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.layer_masks import Layer
-from truemask.interop.scopes import Hold
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.interop.scopes import ActiveUse
 
 
 class Switch(ABC):
@@ -29,12 +29,12 @@ class Switch(ABC):
             raise MaskError(
                 "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
             )
-        self._hold: Hold | None = None
+        self._hold: ActiveUse | None = None
 
     def apply(self, everywhere: bool = False) -> None:
         """Switch the model over, as it is by now, for this context or for all."""
         layer_masks = self._assigned(*self._arguments)
-        hold = self._hold = Hold(everywhere)
+        hold = self._hold = ActiveUse(everywhere)
         mark = partial(changed, used=hold.number, backend=self._backend)
         try:
             self._change({module: mark(layer) for module, layer in layer_masks.items()}, hold)
@@ -50,9 +50,9 @@ class Switch(ABC):
             self._hold = None
 
     @abstractmethod
-    def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, Layer]:
+    def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
         """The layers of the model that attend, with their masks."""
 
     @abstractmethod
-    def _change(self, layers: Mapping[nn.Module, Layer], hold: Hold) -> None:
+    def _change(self, layers: Mapping[nn.Module, AttentionLayer], hold: ActiveUse) -> None:
         """Change the model by `hold`, which takes it back."""

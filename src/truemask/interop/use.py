@@ -14,7 +14,7 @@ from truemask.interop.switching import Switch
 from truemask.masks.core.mask import Mask
 
 
-class Use:
+class InUse:
     """A model with a mask: a context manager, or what `enable` returns, with `undo()`."""
 
     def __init__(self, model: nn.Module, switch: Switch, everywhere: bool = False) -> None:
@@ -43,7 +43,7 @@ class Use:
 
 def use(
     model: Any, mask: Mask | str | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
-) -> Use:
+) -> InUse:
     """Run a Hugging Face transformers or x-transformers model under a mask, on our attention, inside a `with` block.
 
     The mask is ANDed with what the model claims itself: causality, window, chunks, padding, packed documents. It counts
@@ -100,19 +100,21 @@ def use(
     return _use(model, mask, layers, replace, backend, everywhere=False)
 
 
-def _use(model: Any, mask: Mask | str | None, layers: Any, replace: bool, backend: str | None, everywhere: bool) -> Use:
+def _use(
+    model: Any, mask: Mask | str | None, layers: Any, replace: bool, backend: str | None, everywhere: bool
+) -> InUse:
     if not isinstance(model, nn.Module):
         raise MaskError(f"use takes a model of transformers or x-transformers, got {describe(model)}")
     if not isinstance(replace, bool):
         raise MaskError(f"use: replace is True or False, got {describe(replace)}")
     check_backend(backend)
     inner, switch = _switch(model)
-    return Use(model, switch(inner, mask, layers, replace, backend), everywhere)
+    return InUse(model, switch(inner, mask, layers, replace, backend), everywhere)
 
 
 def enable(
     model: Any, mask: Mask | str | None = None, layers: Any = None, *, replace: bool = False, backend: str | None = None
-) -> Use:
+) -> InUse:
     """`use` for good and for all threads: the model runs on our attention until `undo()` of what this returns.
 
     A block of `use` counts inside of it all the same. Again on the same model `enable` takes the place of the earlier

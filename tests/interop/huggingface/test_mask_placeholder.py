@@ -14,7 +14,7 @@ from tests.support.equality import assert_same
 from tests.support.huggingface_models import model_of, tokens
 from truemask.errors import MaskError
 from truemask.interop.huggingface.mask_functions import Lifted
-from truemask.interop.huggingface.masks import Claim
+from truemask.interop.huggingface.masks import ModelMask
 from truemask.interop.use import use
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
@@ -47,19 +47,19 @@ NAMES += ["mod", "pow", "lshift", "rshift", "iand", "ior", "iadd"]
 
 
 @pytest.fixture
-def mask() -> Claim:
-    return Claim(Lifted(tm.causal), (1, 4, 4))
+def mask() -> ModelMask:
+    return ModelMask(Lifted(tm.causal), (1, 4, 4))
 
 
 @pytest.mark.parametrize("name", UNARY)
-def test_whoever_reads_the_mask_hears_what_to_do(mask: Claim, name: str) -> None:
+def test_whoever_reads_the_mask_hears_what_to_do(mask: ModelMask, name: str) -> None:
     with pytest.raises((MaskError, AttributeError), match=r"Leave that part out with layers="):
         UNARY[name](mask)
 
 
 @pytest.mark.parametrize("other", [0, 0.5, None, torch.zeros(4, 4)], ids=repr)
 @pytest.mark.parametrize("name", NAMES)
-def test_no_operator_answers_silently(mask: Claim, name: str, other: object) -> None:
+def test_no_operator_answers_silently(mask: ModelMask, name: str, other: object) -> None:
     for pair in ((mask, other), (other, mask)):
         if name in ("iand", "ior", "iadd") and pair[0] is None:
             continue
@@ -67,8 +67,8 @@ def test_no_operator_answers_silently(mask: Claim, name: str, other: object) -> 
             getattr(operator, name)(*pair)
 
 
-def test_a_mask_can_be_kept_and_looked_for(mask: Claim) -> None:
-    kept, other = {mask: "mine", "full_attention": mask}, Claim(Lifted(tm.causal), (1, 4, 4))
+def test_a_mask_can_be_kept_and_looked_for(mask: ModelMask) -> None:
+    kept, other = {mask: "mine", "full_attention": mask}, ModelMask(Lifted(tm.causal), (1, 4, 4))
     assert kept[mask] == "mine"
     assert kept["full_attention"] is mask
     assert other not in kept

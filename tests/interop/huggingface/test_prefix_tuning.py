@@ -64,11 +64,11 @@ def roberta() -> Any:
 def test_rows_that_nobody_places_take_masks_that_place_them() -> None:
     """Keys of another length than the rows, and no cache that says why."""
     from truemask.interop.huggingface.mask_functions import Lifted
-    from truemask.interop.huggingface.masks import Claim
-    from truemask.interop.positions import Told
+    from truemask.interop.huggingface.masks import ModelMask
+    from truemask.interop.positions import StatedPositions
 
-    claim = Claim(Lifted(tm.everything), (2, ROWS, 13))
-    claim.tell(Told())
+    claim = ModelMask(Lifted(tm.everything), (2, ROWS, 13))
+    claim.tell(StatedPositions())
     with pytest.raises(MaskError, match=r"5 rows and 13 keys does not say .* `\.at\(q_start=8\)`"):
         claim.mask(MASK)
     explicit = MASK.at(q_start=8)

@@ -17,13 +17,13 @@ from truemask.interop.checkpointing import checkpoints
 from truemask.interop.huggingface.configs import account_of
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
 from truemask.interop.huggingface.forward_context import ForwardContext, forward_context
-from truemask.interop.huggingface.inputs import REASON
-from truemask.interop.huggingface.layers import LayerSeat, seat_of
+from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
+from truemask.interop.huggingface.layers import ScopedLayer, seat_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
-from truemask.interop.huggingface.masks import Claim
+from truemask.interop.huggingface.masks import ModelMask
 from truemask.interop.huggingface.tensor_masks import of_tensor
-from truemask.interop.layer_masks import Layer
-from truemask.interop.removed_pairs import warn_of_dropped
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.interop.removed_pairs import warn_of_removed_pairs
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
@@ -36,17 +36,17 @@ def register() -> None:
     """Make the key known to transformers: attention function and mask function, always both."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(KEY, torch.compiler.disable(attention_here, reason=REASON))
-    AttentionMaskInterface.register(KEY, torch.compiler.disable(mask_here, reason=REASON))
+    AttentionInterface.register(KEY, torch.compiler.disable(attention_here, reason=GRAPH_BREAK_REASON))
+    AttentionMaskInterface.register(KEY, torch.compiler.disable(mask_here, reason=GRAPH_BREAK_REASON))
 
 
-def unpickled(*said: Any) -> LayerSeat:
+def unpickled(*said: Any) -> ScopedLayer:
     """What was said of a layer in another process, where its model was in use: here the key may not be known yet."""
     register()
-    return LayerSeat(*said)
+    return ScopedLayer(*said)
 
 
-copyreg.pickle(LayerSeat, lambda seat: (unpickled, seat.__reduce__()[1]))
+copyreg.pickle(ScopedLayer, lambda seat: (unpickled, seat.__reduce__()[1]))
 
 
 # -- in use here, or only elsewhere ------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
     if layer is not None:
         return attention(layer, module, *tensors, **options)
     name = named(getattr(module, "config", None), seat) or EAGER
-    if name == KEY or any(isinstance(given, Claim) for given in (*tensors, options.get("attention_mask"))):
+    if name == KEY or any(isinstance(given, ModelMask) for given in (*tensors, options.get("attention_mask"))):
         refuse_unknown(module)
     own = own_attention(module, name)
     if own is not None:
@@ -90,10 +90,10 @@ def claim(
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
     **_: object,
-) -> Claim:
+) -> ModelMask:
     """What transformers calls once a forward for each kind of layer, like its `sdpa_mask`: nothing is materialised."""
     sizes, starts = (batch_size, q_length, kv_length), (int(q_offset), int(kv_offset))
-    if isinstance(attention_mask, Claim):  # generate made it ahead, for a static cache
+    if isinstance(attention_mask, ModelMask):  # generate made it ahead, for a static cache
         known = attention_mask
         if known.shape != (batch_size, 1, q_length, kv_length) or (known.q_start, known.k_start) != starts:
             raise MaskError(f"a mask for {list(known.shape)} was passed on to a forward of {list(sizes)}")
@@ -105,14 +105,14 @@ def claim(
     if attention_mask is not None and attention_mask.is_meta:
         attention_mask = None  # shapes are all there is to compute
     real = None if attention_mask is None else attention_mask.bool()
-    return Claim(partial(lift, mask_function, cell_by_cell=use_vmap), sizes, starts, real=real, device=device)
+    return ModelMask(partial(lift, mask_function, cell_by_cell=use_vmap), sizes, starts, real=real, device=device)
 
 
 # -- the attention function --------------------------------------------------------------------------------------------
 
 
 def attention(
-    layer: Layer,
+    layer: AttentionLayer,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -141,7 +141,7 @@ def attention(
         mask, context.rows = own.mask(users, layer.replace, places), (layer, own)
         if users is not None and not layer.replace:
             rule, length = own.own_beside(users, places)
-            warn_of_dropped(layer.used, layer.path, users, rule, length, own.batch, query.shape[1])
+            warn_of_removed_pairs(layer.used, layer.path, users, rule, length, own.batch, query.shape[1])
     keys = own.keys_written
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
@@ -173,12 +173,12 @@ def _with_batch(users: Mask | None, given: object) -> Mask | None:
 def _claim_for(
     context: ForwardContext,
     module: nn.Module,
-    layer: Layer,
+    layer: AttentionLayer,
     mask: Any,
     query: Tensor,
     key: Tensor,
     is_causal: bool | None,
-) -> Claim:
+) -> ModelMask:
     """The model's own mask, whatever came: a claim, a 4-D tensor, or nothing."""
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
@@ -188,10 +188,10 @@ def _claim_for(
         if looks_back and k_len < q_len:
             raise MaskError(f"`{layer.path}` is causal, has no mask, and {q_len} queries meet only {k_len} keys")
         rule, placed = causal if looks_back else everything, q_len == k_len
-        return Claim(Lifted(rule, looks_back=bool(looks_back)), (batch, q_len, k_len), placed=placed)
+        return ModelMask(Lifted(rule, looks_back=bool(looks_back)), (batch, q_len, k_len), placed=placed)
     if isinstance(mask, Tensor):
         return of_tensor(context, mask, (batch, q_len, k_len), module)
-    if not isinstance(mask, Claim):
+    if not isinstance(mask, ModelMask):
         raise MaskError(
             f"`{layer.path}` was given {describe(mask)} as its mask: tensors and masks of `tm.use` are known"
         )
@@ -203,7 +203,7 @@ def _claim_for(
     return mask
 
 
-def _rows_before(context: ForwardContext, layer: Layer, own: Claim) -> Claim | None:
+def _rows_before(context: ForwardContext, layer: AttentionLayer, own: ModelMask) -> ModelMask | None:
     """The claim of the self-attention that came just before in the same layer: it knows where the rows stand."""
     if context.rows is None:
         return None
@@ -227,7 +227,7 @@ def _wants_weights(module: nn.Module, options: dict[str, Any]) -> bool:
     return any("attentions" in name for name in _active_collector.get() or ())
 
 
-def _refuse(options: dict[str, Any], own: Claim) -> None:
+def _refuse(options: dict[str, Any], own: ModelMask) -> None:
     """Raise for what changes the meaning and cannot be honoured (law 9)."""
     if options.get("cache") is not None:
         raise MaskError("paged caches (continuous batching) do not run under `tm.use`: use `generate` without them")

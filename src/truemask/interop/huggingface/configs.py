@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from truemask.interop.layer_masks import Layer
-from truemask.interop.scopes import Hold, Seat
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.interop.scopes import ActiveUse, ScopedValue
 
 
 class Account:
@@ -22,7 +22,7 @@ class Account:
     def __init__(self, config: Any) -> None:
         self.config, self.before = weakref.ref(config, self._forget), config._attn_implementation
         self.users: list[str] = []
-        self.seat: Seat[str] = Seat()
+        self.seat: ScopedValue[str] = ScopedValue()
         self._place = id(config)
 
     def _forget(self, _: object) -> None:
@@ -32,7 +32,7 @@ class Account:
 ACCOUNTS: dict[int, Account] = {}  # by the id of the config: configs have no hash
 
 
-def switch_config(config: Any, user: str, key: str, hold: Hold) -> Callable[[], None]:
+def switch_config(config: Any, user: str, key: str, hold: ActiveUse) -> Callable[[], None]:
     """Note that a use of a model, of class `user`, switches this config to `key`; what is returned ends that.
 
     The last one that ends gives the config back what it named, unless it names something else by then.
@@ -72,7 +72,7 @@ def models_in(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-def parts_meant(model: nn.Module, layers: Mapping[nn.Module, Layer]) -> list[Any]:
+def parts_meant(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) -> list[Any]:
     """The models in a model that own a layer that is meant: one with a mask, or any where there is none."""
     masked = {module for module, layer in layers.items() if layer.mask is not None}
     meant = masked or layers.keys()

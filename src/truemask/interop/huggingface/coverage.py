@@ -11,11 +11,11 @@ from torch import nn
 
 from truemask.errors import MaskError
 
-ASKS = "ALL_ATTENTION_FUNCTIONS.get_interface("
+ASKING_SOURCE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 COMPUTES = "computes attention itself"
 MIXES = "carries information between tokens without attention"
 MIXER = re.compile(r"Mixer$|Mamba(Mixer|Layer)$|DeltaNet|DeltaAttention|ShortConv|RecurrentBlock$|LinearAttention$")
-SELECTS = {
+SELECTING_SOURCES = {
     r"_attn_implementation in \(": "selects keys for each query in a way of its own, and only under the attentions "
     "'eager' and 'sdpa' leaves that to the mask",
     r"\bsinks=": "passes `sinks=`, which `tm.use` does not know (it knows the sinks called `s_aux`)",
@@ -25,13 +25,13 @@ SELECTS = {
 @lru_cache(maxsize=1024)
 def asks_for_attention(kind: type[nn.Module]) -> bool:
     """Whether a class asks transformers for the attention function, in any of its own methods."""
-    return ASKS in _source_of(kind)
+    return ASKING_SOURCE in _source_of(kind)
 
 
 @lru_cache(maxsize=1024)
 def _selection_of(kind: type[nn.Module]) -> str:
     """What a class that asks for the attention function says with more than the mask; nothing for nearly all."""
-    return next((what for pattern, what in SELECTS.items() if re.search(pattern, _source_of(kind))), "")
+    return next((what for pattern, what in SELECTING_SOURCES.items() if re.search(pattern, _source_of(kind))), "")
 
 
 def _source_of(kind: type[nn.Module]) -> str:

@@ -11,12 +11,12 @@ from torch import nn
 
 from truemask.errors import MaskError
 from truemask.interop.huggingface.configs import account_of
-from truemask.interop.huggingface.layers import LayerSeat
+from truemask.interop.huggingface.layers import ScopedLayer
 
 EAGER = "eager"  # the attention that no registry knows: it stands in the file of its model
 
 
-def named(config: Any, seat: LayerSeat | None = None) -> str | None:
+def named(config: Any, seat: ScopedLayer | None = None) -> str | None:
     """The attention that a config names without us; None if it is ours, as in a copy of a model in use."""
     account = account_of(config)
     if account is not None:

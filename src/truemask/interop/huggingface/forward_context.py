@@ -15,9 +15,9 @@ from types import FrameType
 from torch import Tensor, nn
 
 from truemask.interop.checkpointing import in_backward
-from truemask.interop.huggingface.masks import Claim
-from truemask.interop.layer_masks import Layer
-from truemask.interop.positions import Told
+from truemask.interop.huggingface.masks import ModelMask
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.interop.positions import StatedPositions
 
 
 class ForwardContext:
@@ -31,20 +31,20 @@ class ForwardContext:
     def __init__(
         self,
         model: nn.Module | None = None,
-        told: Told | None = None,
+        told: StatedPositions | None = None,
         outer: ForwardContext | None = None,
         depth: int = 0,
     ) -> None:
         self._model = None if model is None else weakref.ref(model)
-        self._told, self.outer, self.depth = told or Told(), outer, depth
+        self._told, self.outer, self.depth = told or StatedPositions(), outer, depth
         self.running, self.whole = model is not None, self
-        self.rows: tuple[Layer, Claim] | None = None
-        self.tensor: tuple[weakref.ref[Tensor], int, Claim] | None = None
+        self.rows: tuple[AttentionLayer, ModelMask] | None = None
+        self.tensor: tuple[weakref.ref[Tensor], int, ModelMask] | None = None
 
     @property
-    def told(self) -> Told:
+    def told(self) -> StatedPositions:
         """What the caller said; behind the forward only `backward` hears it, and no layer that is called by itself."""
-        return self._told if self.running or in_backward() else Told()
+        return self._told if self.running or in_backward() else StatedPositions()
 
     def runs(self, model: nn.Module) -> bool:
         """Whether this is a forward of that model, and has not ended."""
@@ -70,7 +70,7 @@ class ForwardContext:
 CONTEXT: ContextVar[ForwardContext | None] = ContextVar("truemask_forward", default=None)
 
 
-def begin_forward(model: nn.Module, told: Told) -> ForwardContext:
+def begin_forward(model: nn.Module, told: StatedPositions) -> ForwardContext:
     """The context of a forward that begins here."""
     outer, depth = CONTEXT.get(), _depth()
     while outer is not None and not (outer.running and outer.depth < depth):

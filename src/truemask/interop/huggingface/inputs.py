@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from truemask.interop.huggingface.forward_context import begin_forward, end_forward
-from truemask.interop.positions import Told, first_position
-from truemask.interop.scopes import Kept, stand, withdraw
+from truemask.interop.positions import StatedPositions, first_position
+from truemask.interop.scopes import Kept, install, uninstall
 from truemask.nn.validation import warn
 
-WATCH = "_truemask_watch"  # the attribute of a model that is watched
-REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
+WATCH_ATTRIBUTE = "_truemask_watch"  # the attribute of a model that is watched
+GRAPH_BREAK_REASON = "`tm.use` plans each call, so a graph ends at masks and attention"
 
 
 class BeforeForward:
@@ -25,13 +25,13 @@ class BeforeForward:
     def __init__(self, first: int, in_use: Callable[[nn.Module], bool]) -> None:
         self.first, self.in_use, self.warned = first, in_use, False
 
-    @torch.compiler.disable(recursive=True, reason=REASON)
+    @torch.compiler.disable(recursive=True, reason=GRAPH_BREAK_REASON)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
         if named is None or not self.in_use(module):  # None: another thread has just taken the hook away
             return
         given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
         positions = given.get("position_ids")
-        told = Told(_two_axes(positions), _length(given.get("past_key_values")), self.first)
+        told = StatedPositions(_two_axes(positions), _length(given.get("past_key_values")), self.first)
         context = begin_forward(module, told)
         if context.whole is context and self.first and isinstance(positions, Tensor) and not self.warned:
             self._warn_if_smaller(module, positions, given.get("input_ids"))
@@ -55,7 +55,7 @@ class BeforeForward:
 class AfterForward:
     """A hook after it."""
 
-    @torch.compiler.disable(recursive=True, reason=REASON)
+    @torch.compiler.disable(recursive=True, reason=GRAPH_BREAK_REASON)
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
         end_forward(module)
 
@@ -77,11 +77,11 @@ class Watch:
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after, always_call=True),
         ]
-        self.standing, self._handles = 0, Kept(handles)
+        self.users, self._handles = 0, Kept(handles)
 
     def end(self, model: nn.Module) -> None:
         """One of those who want them does no more; with the last one they go."""
-        if withdraw(model, WATCH, self):
+        if uninstall(model, WATCH_ATTRIBUTE, self):
             for handle in self._handles.value or ():
                 handle.remove()
 
@@ -89,7 +89,9 @@ class Watch:
 def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]) -> Callable[[], None]:
     """Watch a part of a model, or the model; what is returned ends that."""
     first = first_position(model)
-    watching = stand(part, WATCH, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use))
+    watching = install(
+        part, WATCH_ATTRIBUTE, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use)
+    )
     watching.before.warned = False  # each use may say it once
     return partial(watching.end, part)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from truemask.errors import MaskError
 from truemask.interop.huggingface.coverage import MIXES, asks_for_attention, check_selection, own_ways, partitions
-from truemask.interop.layer_masks import Layer
-from truemask.interop.scopes import Seat
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.interop.scopes import ScopedValue
 
 MARK = "_truemask"  # the attribute of an attention layer in use that says what it runs, and where
 CROSS = re.compile(
@@ -22,7 +22,7 @@ CROSS = re.compile(
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def attention_layers(model: nn.Module) -> dict[nn.Module, Layer]:
+def attention_layers(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
     """The modules of a model that attend. Raises MaskError if there are none.
 
     A layer answers to the name of its kind, as in `config.layer_types` ("full_attention", "sliding_attention",
@@ -34,7 +34,7 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, Layer]:
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     asking = {path: module for path, module in model.named_modules() if asks_for_attention(type(module))}
     ways = dict.fromkeys(asking, "") | own_ways(model, asking)
-    found: dict[nn.Module, Layer] = {}
+    found: dict[nn.Module, AttentionLayer] = {}
     for path, module in model.named_modules():
         if path in ways:
             found[module] = _layer(module, path, *_owner(path, owners), ways[path])
@@ -55,7 +55,7 @@ def _owner(path: str, owners: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
     return name, owners[name]
 
 
-def _layer(module: nn.Module, path: str, owner_path: str, owner: nn.Module, own_way: str) -> Layer:
+def _layer(module: nn.Module, path: str, owner_path: str, owner: nn.Module, own_way: str) -> AttentionLayer:
     config: Any = getattr(module, "config", None) or owner.config
     own_path = path[len(owner_path) :].strip(".")
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", own_path)
@@ -65,14 +65,14 @@ def _layer(module: nn.Module, path: str, owner_path: str, owner: nn.Module, own_
     named_cross = bool(getattr(module, "is_cross_attention", False)) or bool(CROSS.search(own_path))
     cross = named_cross and own_way != MIXES
     names = ("cross_attention",) if cross else _names(part, kind_of(config, index))
-    return Layer(path, index, part, names, cross, own_way=own_way, in_windows=partitions(type(module)))
+    return AttentionLayer(path, index, part, names, cross, own_way=own_way, in_windows=partitions(type(module)))
 
 
 def _names(part: str, kind: str) -> tuple[str, ...]:
     return f"{part}.{kind}", kind, part
 
 
-def _mixers_renamed(layers: Mapping[nn.Module, Layer]) -> dict[nn.Module, Layer]:
+def _mixers_renamed(layers: Mapping[nn.Module, AttentionLayer]) -> dict[nn.Module, AttentionLayer]:
     """The kind of a layer is that of its attention: what mixes tokens beside it is called a mixer.
 
     So is what mixes tokens in a model whose config does not say which layers do that.
@@ -98,29 +98,29 @@ def kind_of(config: Any, index: int) -> str:
 # -- what uses say of a layer ------------------------------------------------------------------------------------------
 
 
-class LayerSeat(Seat[Layer]):
+class ScopedLayer(ScopedValue[AttentionLayer]):
     """What the uses of an attention layer say; `plain` is the layer without a mask, `before` its attention in no use.
 
     A copy of the layer runs for good what counted where it was copied, for its config is a copy too, and names ours.
     """
 
-    def __init__(self, layer: Layer, before: str | None = None, always: Layer | None = None) -> None:
+    def __init__(self, layer: AttentionLayer, before: str | None = None, always: AttentionLayer | None = None) -> None:
         super().__init__(always)
-        self.plain, self.before, self.standing = changed(layer, mask=None, replace=False), before, 1
+        self.plain, self.before, self.users = changed(layer, mask=None, replace=False), before, 1
 
-    def __deepcopy__(self, _: object) -> LayerSeat:
+    def __deepcopy__(self, _: object) -> ScopedLayer:
         return self.for_good()
 
     def __reduce__(self) -> tuple[Any, ...]:
         copied = self.for_good()
-        return LayerSeat, (copied.plain, None, copied.always)
+        return ScopedLayer, (copied.plain, None, copied.always)
 
-    def for_good(self) -> LayerSeat:
+    def for_good(self) -> ScopedLayer:
         """A seat of its own, in which what counts here counts everywhere."""
         found = self.now()
-        return LayerSeat(self.plain, always=self.plain if found is None else found.value)
+        return ScopedLayer(self.plain, always=self.plain if found is None else found.value)
 
 
-def seat_of(module: nn.Module) -> LayerSeat | None:
+def seat_of(module: nn.Module) -> ScopedLayer | None:
     """What the uses of a layer say."""
     return vars(module).get(MARK)

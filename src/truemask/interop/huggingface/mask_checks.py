@@ -12,7 +12,7 @@ from truemask.masks.leaves.bands import causal
 from truemask.masks.leaves.documents import documents
 from truemask.nn.validation import warn
 
-APART = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
+SEPARATING_KINDS = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
 
 
 def check_samples(user_mask: Mask | None, batch: int) -> None:
@@ -40,7 +40,7 @@ def check_kept_keys(user_mask: Mask, mask: Mask, batch: int, q_start: int, q_len
 
 def may_keep_apart(user_mask: Mask | None) -> bool:
     """Whether a mask may keep documents apart."""
-    return user_mask is not None and any(part.kind in APART for part in user_mask.walk())
+    return user_mask is not None and any(part.kind in SEPARATING_KINDS for part in user_mask.walk())
 
 
 def keeps_apart(rule: Mask, positions: Tensor | None, sizes: tuple[int, int, int]) -> bool:

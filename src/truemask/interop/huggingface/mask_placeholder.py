@@ -12,14 +12,14 @@ import torch
 
 from truemask.errors import MaskError
 
-INSIDE = (
+WAY_OUT = (
     "Inside `tm.use` the model's mask is an expression and not a tensor: a part of a model that computes with its mask "
     "itself cannot run there. Leave that part out with layers= (it then keeps the attention that it had), or give the "
     "model the mask as the tensor that it takes (`tm.to_additive`). Call `backward` inside the block if layers are "
     "recomputed then by others than torch.utils.checkpoint"
 )
 
-READ = {  # what Python calls an operation: how it is written
+READING_OPERATIONS = {  # what Python calls an operation: how it is written
     "eq": "mask == x",
     "ne": "mask != x",
     "lt": "mask < x",
@@ -44,29 +44,38 @@ READ = {  # what Python calls an operation: how it is written
     "abs": "abs(mask)",
     "round": "round(mask)",
 }
-BINARY = {"and": "&", "or": "|", "xor": "^", "add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/"}
-BINARY |= {"floordiv": "//", "mod": "%", "divmod": "divmod", "pow": "**", "lshift": "<<", "rshift": ">>"}
-READ |= {name: f"mask {sign} x" for name, sign in BINARY.items()}
-READ |= {f"r{name}": f"x {sign} mask" for name, sign in BINARY.items()}
+BINARY_OPERATORS = {
+    "and": "&",
+    "or": "|",
+    "xor": "^",
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "matmul": "@",
+    "truediv": "/",
+}
+BINARY_OPERATORS |= {"floordiv": "//", "mod": "%", "divmod": "divmod", "pow": "**", "lshift": "<<", "rshift": ">>"}
+READING_OPERATIONS |= {name: f"mask {sign} x" for name, sign in BINARY_OPERATORS.items()}
+READING_OPERATIONS |= {f"r{name}": f"x {sign} mask" for name, sign in BINARY_OPERATORS.items()}
 
 
-class StandIn:
+class MaskPlaceholder:
     """An object of which every operator raises a MaskError with what to do."""
 
     __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise MaskError(f"torch's `{getattr(func, '__name__', func)}` was given the mask of `tm.use`. {INSIDE}")
+        raise MaskError(f"torch's `{getattr(func, '__name__', func)}` was given the mask of `tm.use`. {WAY_OUT}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise AttributeError(f"the model asks its mask for `.{name}`. {INSIDE}")
+        raise AttributeError(f"the model asks its mask for `.{name}`. {WAY_OUT}")
 
     def __format__(self, how: str) -> str:
         if how:
-            raise MaskError(f"the model formats its mask: `{how}`. {INSIDE}")
+            raise MaskError(f"the model formats its mask: `{how}`. {WAY_OUT}")
         return repr(self)
 
     def __repr__(self) -> str:
@@ -74,11 +83,11 @@ class StandIn:
 
 
 def _refusing(written: str) -> Any:
-    def refuse(self: StandIn, *_: object) -> NoReturn:
-        raise MaskError(f"the model computes with its mask: `{written}`. {INSIDE}")
+    def refuse(self: MaskPlaceholder, *_: object) -> NoReturn:
+        raise MaskError(f"the model computes with its mask: `{written}`. {WAY_OUT}")
 
     return refuse
 
 
-for _name, _written in READ.items():
-    setattr(StandIn, f"__{_name}__", _refusing(_written))
+for _name, _written in READING_OPERATIONS.items():
+    setattr(MaskPlaceholder, f"__{_name}__", _refusing(_written))

@@ -1,6 +1,6 @@
 """What a transformers model claims about one forward: its mask as an expression, and where rows and keys stand.
 
-The mask function makes a `Claim`; transformers carries it to every attention layer without looking inside.
+The mask function makes a `ModelMask`; transformers carries it to every attention layer without looking inside.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from truemask.interop.huggingface.mask_checks import (
     warn_of_mixed_documents,
 )
 from truemask.interop.huggingface.mask_functions import Lifted, Packing
-from truemask.interop.huggingface.mask_placeholder import StandIn
-from truemask.interop.huggingface.placement import Sizes, Standing, standing, standing_of_tensor
-from truemask.interop.layer_masks import Layer
+from truemask.interop.huggingface.mask_placeholder import MaskPlaceholder
+from truemask.interop.huggingface.placement import CallSizes, Placement, placement_of, placement_of_tensor
+from truemask.interop.layer_masks import AttentionLayer
 from truemask.interop.padding import BatchPadding, alike, batch_padding
-from truemask.interop.positions import LAID_OUT, Told, lies_in_rows
+from truemask.interop.positions import DOCUMENT_KINDS, StatedPositions, lies_in_rows
 from truemask.masks.compose.boolean import And, everything
 from truemask.masks.compose.packed import Packed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 
 
-class Claim(StandIn):
+class ModelMask(MaskPlaceholder):
     """The model's own mask for one forward, over absolute positions.
 
     `rule`: what it says of positions, or a function that finds it out: transformers makes masks for kinds of layers
@@ -63,9 +63,9 @@ class Claim(StandIn):
         self.q_start, self.k_start = starts
         self.device = torch.device(device)
         self._real, self._visible, self._warned = real, visible, False
-        self._told: Told | None = None
+        self._told: StatedPositions | None = None
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
-        self._readers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
+        self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
     # -- as transformers sees it -------------------------------------------------------------------------------------
 
@@ -74,11 +74,11 @@ class Claim(StandIn):
         """`[b, 1, q, k]`."""
         return torch.Size((self.batch, 1, self.q_len, self.k_len))
 
-    def contiguous(self) -> Claim:
+    def contiguous(self) -> ModelMask:
         """Itself: `generate` asks for it with a static cache."""
         return self
 
-    def to(self, *_: object, **__: object) -> Claim:
+    def to(self, *_: object, **__: object) -> ModelMask:
         """Itself: `attend` brings a mask to the device of its tensors."""
         return self
 
@@ -98,7 +98,7 @@ class Claim(StandIn):
         """Whether a layer has read it already."""
         return module in self._readers
 
-    def note(self, module: nn.Module, layer: Layer) -> None:
+    def note(self, module: nn.Module, layer: AttentionLayer) -> None:
         """Note that a layer reads it. Raises MaskError if it did under another mask: gradients would be wrong."""
         before = self._readers.setdefault(module, layer)
         if before is not layer and (before.mask, before.replace) != (layer.mask, layer.replace):
@@ -114,21 +114,21 @@ class Claim(StandIn):
         stop = self.q_start + self.q_len if self.lifted.looks_back else self.k_start + self.k_len
         return min(self.k_len, stop - self.k_start)
 
-    def tell(self, told: Told) -> None:
+    def tell(self, told: StatedPositions) -> None:
         """What the forward was told of positions; what was told first counts."""
         if self._told is None:
             self._told = told
 
     @cached_property
-    def standing(self) -> Standing:
+    def placement(self) -> Placement:
         """Where the rows and keys stand, by all that tells of it."""
-        told = self._told or Told()
-        sizes = Sizes(self.q_len, self.k_len, self.q_start, self.k_start, self._placed_rows)
+        told = self._told or StatedPositions()
+        sizes = CallSizes(self.q_len, self.k_len, self.q_start, self.k_start, self._placed_rows)
         if self._visible is not None:
-            return standing_of_tensor(sizes, self._visible, told)
+            return placement_of_tensor(sizes, self._visible, told)
         if self.packing is not None:
-            return Standing(self.q_start, self.k_start, self._real)
-        return standing(sizes, self._real, told)
+            return Placement(self.q_start, self.k_start, self._real)
+        return placement_of(sizes, self._real, told)
 
     def mask(self, users: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
         """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
@@ -148,7 +148,7 @@ class Claim(StandIn):
 
     def own_beside(self, users: Mask, position_ids: object) -> tuple[Mask, int]:
         """The model's own rule, and the number of positions that it and a mask are about in this call."""
-        if self._visible is not None or self.standing.problem:  # a tensor is the caller's; positions are not known
+        if self._visible is not None or self.placement.problem:  # a tensor is the caller's; positions are not known
             return everything, 0
         if lies_in_rows(users, packed=self.packing is not None):
             return self._rule_beside(users, position_ids), self._stop
@@ -160,8 +160,8 @@ class Claim(StandIn):
     def _in_call(self, own: list[Mask], asked: list[Mask], users: Mask | None) -> Mask:
         """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
         starts = self.q_start, self.k_start
-        stand = starts if users is None else self.standing[:2]
-        if users is not None and self.standing.as_they_lie(users):
+        stand = starts if users is None else self.placement[:2]
+        if users is not None and self.placement.as_they_lie(users):
             terms = [_at(_all([*own, self._padding.keys]), starts), *asked]
         elif stand == starts:
             terms = [_at(_all([*own, *asked, self._padding.keys]), starts)]
@@ -175,7 +175,7 @@ class Claim(StandIn):
         Rows of documents stand in order, and so do those of a tree: causality alone can count rows.
         """
         kinds = set() if users is None else {part.kind for part in users.walk()}
-        if kinds.isdisjoint(LAID_OUT) or self._real is not None or self.q_len != self.k_len:
+        if kinds.isdisjoint(DOCUMENT_KINDS) or self._real is not None or self.q_len != self.k_len:
             return self.lifted.mask
         bare = self.lifted.bare
         if bare in (causal, everything):
@@ -194,7 +194,7 @@ class Claim(StandIn):
             )
         return self.lifted.mask
 
-    def cross_mask(self, users: Mask | None, rows: Claim | None, replace: bool = False) -> Mask:
+    def cross_mask(self, users: Mask | None, rows: ModelMask | None, replace: bool = False) -> Mask:
         """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""
         check_samples(users, self.batch)
         own = [] if replace and users is not None else [self.lifted.mask]
@@ -205,8 +205,10 @@ class Claim(StandIn):
                 f"`{users}` for cross-attention asks which position a query has, and this model does not say: use a "
                 "mask of keys alone (`keys(...)`, `prefix(...)`)"
             )
-        if users.varies_with_query and rows is not None and rows.standing.problem:
-            raise MaskError(f"{rows.standing.problem}, and `{users}` for cross-attention asks which position a row has")
+        if users.varies_with_query and rows is not None and rows.placement.problem:
+            raise MaskError(
+                f"{rows.placement.problem}, and `{users}` for cross-attention asks which position a row has"
+            )
         q = None if rows is None else rows._positions_of_rows()
         k = self._positions_for(users)
         taken = users if q is None and k is None else users.take(q=q, k=k)
@@ -219,13 +221,13 @@ class Claim(StandIn):
             return
         self._warned = True
         sizes = self.batch, self.q_len, self.k_len
-        apart = self._visible is not None and keeps_apart(self.lifted.mask, self.standing.taken, sizes)
-        if self.standing.restarts and not apart:
+        apart = self._visible is not None and keeps_apart(self.lifted.mask, self.placement.taken, sizes)
+        if self.placement.restarts and not apart:
             warn_of_mixed_documents()
 
     def _positions_of_rows(self) -> Tensor:
         """Logical positions of the rows, `[q]` or `[b, q]`."""
-        start = self.standing.q_start
+        start = self.placement.q_start
         known, stop = self._padding.positions, start + self.q_len
         return torch.arange(start, stop) if known is None else known[..., start:stop]
 
@@ -234,10 +236,10 @@ class Claim(StandIn):
 
         A mask that says itself how the rows are packed or padded is about the rows as they lie.
         """
-        stand = self.standing
-        if stand.behind and any(part.kind in LAID_OUT for part in users.walk()):
+        stand = self.placement
+        if stand.behind and any(part.kind in DOCUMENT_KINDS for part in users.walk()):
             return users
-        if refusal := stand.refusal(users, Sizes(self.q_len, self.k_len)):
+        if refusal := stand.refusal(users, CallSizes(self.q_len, self.k_len)):
             raise MaskError(refusal)
         if stand.as_they_lie(users):
             return users
@@ -273,7 +275,7 @@ class Claim(StandIn):
 
     @cached_property
     def _padding(self) -> BatchPadding:
-        return batch_padding(self._real if self._visible is None else self.standing.real, self._stop)
+        return batch_padding(self._real if self._visible is None else self.placement.real, self._stop)
 
 
 def _answers_for(mask: Mask, length: int) -> bool:

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
-from truemask.interop.positions import Told
+from truemask.interop.positions import StatedPositions
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.token_spans import token_positions
 from truemask.masks.leaves.bands import causal
 
-SAYS_ROWS = ("at", "take", "dense")
-JOINING = ("and", "or", "xor", "minus", "not")
+PLACING_KINDS = ("at", "take", "dense")
+JOINING_KINDS = ("and", "or", "xor", "minus", "not")
 
 
-class Sizes(NamedTuple):
+class CallSizes(NamedTuple):
     """One attention call as transformers describes it; rows and keys that do not count on one axis are not `placed`."""
 
     q_len: int
@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
     placed: bool = True
 
 
-class Standing(NamedTuple):
+class Placement(NamedTuple):
     """Row i is number `q_start + i` of the keys, key j number `k_start + j`; pads among them are told by `real`.
 
     `real [b or 1, n]`: which of the first n keys are tokens. `taken [b or 1, n]`: where position_ids restart, they
@@ -57,10 +57,10 @@ class Standing(NamedTuple):
 
     def as_they_lie(self, users: Mask) -> bool:
         """Whether a mask is about the rows and keys of this call, from 0 on: it says so, and nobody else does."""
-        explicit = any(part.kind in SAYS_ROWS for part in users.walk())
+        explicit = any(part.kind in PLACING_KINDS for part in users.walk())
         return bool(self.problem or self.moved) and explicit and says_rows(users, self.keys_known or self.moved)
 
-    def refusal(self, users: Mask, sizes: Sizes) -> str:
+    def refusal(self, users: Mask, sizes: CallSizes) -> str:
         """Why a mask that asks for positions cannot run in this call, and what can; or nothing."""
         if not self.problem or says_rows(users, self.keys_known):
             return ""
@@ -89,9 +89,9 @@ def says_rows(mask: Mask, keys_known: bool = True) -> bool:
     >>> says_rows(local(1).at(q_start=10)), says_rows(local(1))
     (True, False)
     """
-    if mask.kind in JOINING:
+    if mask.kind in JOINING_KINDS:
         return all(says_rows(part, keys_known) for part in mask.children)
-    return mask.kind in SAYS_ROWS or mask in (everything, nothing) or (keys_known and not mask.varies_with_query)
+    return mask.kind in PLACING_KINDS or mask in (everything, nothing) or (keys_known and not mask.varies_with_query)
 
 
 def _same_at(mask: Mask, shift: int, length: int) -> bool:
@@ -104,9 +104,9 @@ def _same_at(mask: Mask, shift: int, length: int) -> bool:
         return False
 
 
-def standing(sizes: Sizes, real: Tensor | None, told: Told) -> Standing:
+def placement_of(sizes: CallSizes, real: Tensor | None, told: StatedPositions) -> Placement:
     """Where the rows of a call with 2-D flags `[b, n]` stand, or with none."""
-    q_start, unknown = sizes.q_start, Standing(sizes.q_start, sizes.k_start, real)
+    q_start, unknown = sizes.q_start, Placement(sizes.q_start, sizes.k_start, real)
     if not sizes.placed:
         if told.cached is None or told.cached != sizes.k_len - sizes.q_len:
             return unknown._replace(problem=_not_placed(sizes), keys_known=True)
@@ -122,15 +122,15 @@ def standing(sizes: Sizes, real: Tensor | None, told: Told) -> Standing:
     return _compared(found, places, counted, told.first, f" ({flags} flags)" if flags else "")
 
 
-def standing_of_tensor(sizes: Sizes, visible: Tensor, told: Told) -> Standing:
+def placement_of_tensor(sizes: CallSizes, visible: Tensor, told: StatedPositions) -> Placement:
     """Where the rows of a call with a 4-D mask stand; `visible [b or 1, k]` are the keys that some row sees."""
     places, q_start = _told_for(sizes, told), sizes.k_len - sizes.q_len
     if q_start and told.cached != q_start:
         if places is None:
-            return Standing(0, 0, problem=_not_placed(sizes), keys_known=True)
+            return Placement(0, 0, problem=_not_placed(sizes), keys_known=True)
         last = int(visible.any(0).int().flip(0).argmax())  # of a static cache, whose last slots are not written yet
         q_start = max(0, q_start - last)
-    found = Standing(q_start, 0)
+    found = Placement(q_start, 0)
     if places is None:
         return found
     stop = q_start + sizes.q_len
@@ -144,7 +144,7 @@ def standing_of_tensor(sizes: Sizes, visible: Tensor, told: Told) -> Standing:
     return plain if behind.problem else behind
 
 
-def _compared(found: Standing, places: Tensor, counted: Tensor, first: int, flags: str) -> Standing:
+def _compared(found: Placement, places: Tensor, counted: Tensor, first: int, flags: str) -> Placement:
     """position_ids against the positions that tokens have by counting them."""
     rows = slice(found.q_start, counted.shape[1])
     own, tokens = token_positions(counted)[:, rows], counted[:, rows]
@@ -171,7 +171,7 @@ def _restarts(places: Tensor, tokens: Tensor) -> bool:
     return any(bool((own[real].diff() < 0).any()) for own, real in zip(places, tokens, strict=True))
 
 
-def _told_for(sizes: Sizes, told: Told) -> Tensor | None:
+def _told_for(sizes: CallSizes, told: StatedPositions) -> Tensor | None:
     """position_ids `[b or 1, q]`, if they speak of the rows of this call."""
     fits = told.positions is not None and told.positions.shape[-1] == sizes.q_len
     return told.positions.detach().cpu() if fits and told.positions is not None else None
@@ -187,9 +187,9 @@ def _first(flags: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(flags, (0, max(0, length - flags.shape[1])))[:, :length]
 
 
-def _not_placed(sizes: Sizes) -> str:
+def _not_placed(sizes: CallSizes) -> str:
     return f"the model's mask for {sizes.q_len} rows and {sizes.k_len} keys does not say which positions the rows have"
 
 
-def _too_many_flags(sizes: Sizes, flags: int) -> str:
+def _too_many_flags(sizes: CallSizes, flags: int) -> str:
     return f"the attention_mask has {flags} flags, but the cache holds {sizes.k_start + sizes.k_len} keys"

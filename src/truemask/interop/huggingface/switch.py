@@ -19,19 +19,19 @@ from truemask.interop.huggingface.configs import (
     switch_config,
 )
 from truemask.interop.huggingface.inputs import watch
-from truemask.interop.huggingface.layers import MARK, LayerSeat, attention_layers
-from truemask.interop.layer_masks import Layer, assigned
-from truemask.interop.scopes import REPLICATE, Hold, Replicas, stand, withdraw
+from truemask.interop.huggingface.layers import MARK, ScopedLayer, attention_layers
+from truemask.interop.layer_masks import AttentionLayer, assigned
+from truemask.interop.scopes import REPLICATE, ActiveUse, Replicas, install, uninstall
 from truemask.interop.switching import Switch
 
 
 class HuggingFaceSwitch(Switch):
     """A transformers model on our attention, between `apply` and `undo`."""
 
-    def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, Layer]:
+    def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
         return assigned(self.model, attention_layers(self.model), mask, layers, replace)
 
-    def _change(self, layers: Mapping[nn.Module, Layer], hold: Hold) -> None:
+    def _change(self, layers: Mapping[nn.Module, AttentionLayer], hold: ActiveUse) -> None:
         register()
         model: Any = self.model
         parts = parts_meant(model, layers)
@@ -47,7 +47,7 @@ class HuggingFaceSwitch(Switch):
         for part in models_in(model):
             hold.change(partial(watch, model, part, in_use_here))
 
-    def _runs_ours(self, module: nn.Module, layer: Layer, owner: Any) -> bool:
+    def _runs_ours(self, module: nn.Module, layer: AttentionLayer, owner: Any) -> bool:
         """Whether a layer's config is switched. Raises MaskError if one with a mask goes on with another attention."""
         config: Any = getattr(module, "config", None) or owner.config
         ours = config._attn_implementation == KEY
@@ -59,19 +59,19 @@ class HuggingFaceSwitch(Switch):
         return ours
 
 
-def _seat(model: Any, module: nn.Module, layer: Layer, hold: Hold) -> Callable[[], object]:
+def _seat(model: Any, module: nn.Module, layer: AttentionLayer, hold: ActiveUse) -> Callable[[], object]:
     """The use's say in a layer; what is returned ends that."""
     account = account_of(getattr(module, "config", None) or model.config)
     before = None if account is None else account.before
-    seat = stand(module, MARK, lambda known: known is not None, lambda: LayerSeat(layer, before))
+    seat = install(module, MARK, lambda known: known is not None, lambda: ScopedLayer(layer, before))
     hold.sit(seat, layer)
-    return partial(withdraw, module, MARK, seat)
+    return partial(uninstall, module, MARK, seat)
 
 
 def _replicate(model: nn.Module) -> Callable[[], object]:
     """DataParallel's replicas of the model have the uses of the thread that makes them; what is returned ends that."""
-    replicas = stand(model, REPLICATE, lambda known: isinstance(known, Replicas), lambda: Replicas(model))
-    return partial(withdraw, model, REPLICATE, replicas)
+    replicas = install(model, REPLICATE, lambda known: isinstance(known, Replicas), lambda: Replicas(model))
+    return partial(uninstall, model, REPLICATE, replicas)
 
 
 def _check_switchable(part: Any) -> None:

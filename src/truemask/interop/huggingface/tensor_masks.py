@@ -11,12 +11,12 @@ from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.huggingface.forward_context import ForwardContext
 from truemask.interop.huggingface.mask_functions import Lifted
-from truemask.interop.huggingface.masks import Claim
+from truemask.interop.huggingface.masks import ModelMask
 from truemask.masks.compose.boolean import everything
 from truemask.masks.foreign.importers import from_torch_sdpa
 
 
-def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> Claim:
+def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> ModelMask:
     """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
 
     Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias. The layers
@@ -41,18 +41,18 @@ def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int]
     return claim
 
 
-def _read(mask: Tensor, sizes: tuple[int, int, int]) -> Claim:
+def _read(mask: Tensor, sizes: tuple[int, int, int]) -> ModelMask:
     placed = sizes[1] == sizes[2]
     if mask.is_meta:  # shapes are all there is to compute
-        return Claim(Lifted(everything), sizes, placed=placed, device=mask.device)
+        return ModelMask(Lifted(everything), sizes, placed=placed, device=mask.device)
     if not mask.is_floating_point():
         rule = from_torch_sdpa(mask)
-        return Claim(Lifted(rule), sizes, placed=placed, visible=_seen(mask), device=mask.device)
+        return ModelMask(Lifted(rule), sizes, placed=placed, visible=_seen(mask), device=mask.device)
     visible = mask.detach() > torch.finfo(mask.dtype).min / 2
     rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
     added = torch.where(visible, mask, 0)
     bias = added if mask.requires_grad or bool((added != 0).any()) else None
-    return Claim(Lifted(rule), sizes, bias=bias, placed=placed, visible=_seen(visible), device=mask.device)
+    return ModelMask(Lifted(rule), sizes, bias=bias, placed=placed, visible=_seen(visible), device=mask.device)
 
 
 def _seen(mask: Tensor) -> Tensor:

@@ -13,43 +13,52 @@ from torch import Tensor
 from truemask.attention.attend import attend
 from truemask.errors import MaskError, PlanError
 from truemask.interop.checkpointing import checkpoints
-from truemask.interop.layer_masks import Layer
-from truemask.interop.removed_pairs import warn_of_dropped
-from truemask.interop.scopes import Said, Seat
-from truemask.interop.x_transformers.attention_maps import Maps, intermediates_of
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.interop.removed_pairs import warn_of_removed_pairs
+from truemask.interop.scopes import ScopedValue, StatedValue
+from truemask.interop.x_transformers.attention_maps import LazyIntermediates, intermediates_of
 from truemask.interop.x_transformers.coverage import dropout_of, objections_to
-from truemask.interop.x_transformers.inputs import Frame, Input, StandIn, arguments, known_positions, put
-from truemask.interop.x_transformers.masks import ModelMask, Place, both, claimed, from_flags, from_matrix
+from truemask.interop.x_transformers.inputs import (
+    ForwardProxy,
+    StackInput,
+    StackKey,
+    arguments,
+    known_positions,
+    set_variable,
+)
+from truemask.interop.x_transformers.masks import ModelMask, RegisterLayout, both, from_flags, from_matrix, model_rule
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense
 
 
 @dataclass(frozen=True, eq=False)
-class Note:
+class Intermediate:
     """What `Attention` knows of a call and `Attend` is not given."""
 
-    said: Said[Layer]
-    place: Place
+    said: StatedValue[AttentionLayer]
+    place: RegisterLayout
     max_attend_past: int | None
     attn_mask: Tensor | None
     own_path: bool  # whether `attend` cannot compute it
 
     @property
-    def layer(self) -> Layer:
+    def layer(self) -> AttentionLayer:
         return self.said.value
 
 
-CALL: ContextVar[tuple[Seat[Layer], Note] | None] = ContextVar("truemask_call", default=None)  # that attention is in
+ATTENTION_CALL: ContextVar[tuple[ScopedValue[AttentionLayer], Intermediate] | None] = ContextVar(
+    "truemask_call", default=None
+)  # that attention is in
 
 
-class AttentionForward(StandIn):
+class AttentionForward(ForwardProxy):
     """Stands in for `Attention.forward`: takes masks out of its arguments; `AttendForward` says them as expressions."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self.frame = Frame()
-        self.seat: Seat[Layer] = Seat()
+        self.frame = StackKey()
+        self.seat: ScopedValue[AttentionLayer] = ScopedValue()
         self._bare: Any = None  # the module without `max_attend_past`, which the expression says
 
     @torch.compiler.disable(recursive=False)
@@ -65,29 +74,31 @@ class AttentionForward(StandIn):
         return self._read(given, said, frame, objections)
 
     @torch.compiler.disable(recursive=True)
-    def _here(self) -> tuple[Said[Layer] | None, Input]:
+    def _here(self) -> tuple[StatedValue[AttentionLayer] | None, StackInput]:
         """The use that holds in this context, and what the stack runs on; or in the forward that is recomputed."""
         around = checkpoints()
         return self.seat.said(around), self.frame.here(around)
 
     @torch.compiler.disable(recursive=False)
-    def _read(self, given: dict[str, Any], said: Said[Layer], frame: Input, objections: list[str]) -> Any:
+    def _read(
+        self, given: dict[str, Any], said: StatedValue[AttentionLayer], frame: StackInput, objections: list[str]
+    ) -> Any:
         """The call without its masks, which the note holds meanwhile."""
         masked = said.value.mask is not None
         place = self._place(given, frame, masked)
-        note = Note(said, place, self.module.max_attend_past, given.pop("attn_mask", None), bool(objections))
+        note = Intermediate(said, place, self.module.max_attend_past, given.pop("attn_mask", None), bool(objections))
         if masked and frame.only_starts and not place.cross:
             given.pop("context_mask", None)  # left padding, which the expression says
-        before = put(CALL, (self.seat, note))
+        before = set_variable(ATTENTION_CALL, (self.seat, note))
         try:
             out = self._run(given, said.value)
         finally:
-            put(CALL, before)
+            set_variable(ATTENTION_CALL, before)
         if given.get("return_intermediates"):
             out[1].truemask_front = registers_of(given.get("cache"), frame)
         return out
 
-    def _run(self, given: dict[str, Any], layer: Layer) -> Any:
+    def _run(self, given: dict[str, Any], layer: AttentionLayer) -> Any:
         """The forward as it was, on a module without `max_attend_past`: other threads may want it."""
         if self.module.max_attend_past is None:
             return self.original(**given)
@@ -103,20 +114,22 @@ class AttentionForward(StandIn):
         return type(self.module).forward(bare, **given)
 
     @torch.compiler.disable(recursive=True)
-    def _place(self, given: dict[str, Any], frame: Input, masked: bool) -> Place:
+    def _place(self, given: dict[str, Any], frame: StackInput, masked: bool) -> RegisterLayout:
         """All of the place but its rows and keys, which `Attend` sees."""
         module, memory = self.module, given.get("mem")
         added = given.get("additional_key_values")
         extra = module.num_mem_kv + (0 if added is None else added[0].shape[-2])
         front = max(0, registers_of(given.get("cache"), frame) - frame.dropped)
         if given.get("context") is not None:
-            return Place(0, 0, extra, 0 if frame.cached else front, token=max(0, frame.cached - front), cross=True)
+            return RegisterLayout(
+                0, 0, extra, 0 if frame.cached else front, token=max(0, frame.cached - front), cross=True
+            )
         if masked:
             known_positions(frame, memory is not None)
-        return Place(0, 0, extra, front, frame.back, frame.starts)
+        return RegisterLayout(0, 0, extra, front, frame.back, frame.starts)
 
 
-class AttendForward(StandIn):
+class AttendForward(ForwardProxy):
     """Stands in for `Attend.forward`: the call on truemask's backends, or on its own path under a dense mask."""
 
     def __init__(self, module: Any, owner: AttentionForward) -> None:
@@ -129,7 +142,7 @@ class AttendForward(StandIn):
         if note is None:
             return self.original(q, k, v, mask=mask, **named)
         place = replace(note.place, rows=q.shape[-2], keys=k.shape[-2])
-        call = Call(self.module, q, k, v, mask, named, note, place)
+        call = AttendInputs(self.module, q, k, v, mask, named, note, place)
         own = partial(self._own_path, call)
         if note.own_path:
             if note.layer.backend is not None:
@@ -141,21 +154,21 @@ class AttendForward(StandIn):
         out = on_backends(self.module, q, k, v, call.expression, named.get("attn_bias"), note.layer.backend)
         if self.module.flash:
             return out, intermediates_of(self.module)
-        return out, Maps(own)
+        return out, LazyIntermediates(own)
 
-    def _note(self) -> Note | None:
+    def _note(self) -> Intermediate | None:
         """What `Attention` says of this call, or said in the forward that is recomputed without it."""
-        call = CALL.get()
+        call = ATTENTION_CALL.get()
         own = call[1] if call is not None and call[0] is self.owner.seat else None
         return checkpoints().as_in_forward(self, lambda: own)
 
-    def _own_path(self, call: Call) -> tuple[Tensor, Any]:
+    def _own_path(self, call: AttendInputs) -> tuple[Tensor, Any]:
         named = {**call.named, "causal": call.causal and not call.note.layer.replace}
         return self.original(call.q, call.k, call.v, mask=call.matrix, **named)
 
 
 @dataclass
-class Call:
+class AttendInputs:
     """One call of `Attend`, with what its mask comes to."""
 
     module: Any
@@ -164,8 +177,8 @@ class Call:
     v: Tensor
     mask: Tensor | None
     named: dict[str, Any]
-    note: Note
-    place: Place
+    note: Intermediate
+    place: RegisterLayout
 
     @property
     def causal(self) -> bool:
@@ -178,10 +191,10 @@ class Call:
     def expression(self) -> Mask:
         note, place = self.note, self.place
         layer = note.layer
-        rule = everything if layer.replace else claimed(self.causal, note.max_attend_past)
+        rule = everything if layer.replace else model_rule(self.causal, note.max_attend_past)
         if not place.cross and rule != everything:
             length = place.keys - place.extra - place.front - place.back
-            warn_of_dropped(layer.used, layer.path, layer.mask, rule, length, self.q.shape[0], self.q.shape[1])
+            warn_of_removed_pairs(layer.used, layer.path, layer.mask, rule, length, self.q.shape[0], self.q.shape[1])
         flags = self.mask
         whole = flags is not None and flags.ndim == 4 and flags.shape[-2] > 1  # where `max_attend_past` is in it
         padded = dense(flags) if whole else from_flags(flags, place)
@@ -197,7 +210,7 @@ class Call:
         return mask.to_dense(rows, self.place.keys, batch=samples, heads=heads).to(self.q.device)
 
 
-def registers_of(cache: Any, frame: Input) -> int:
+def registers_of(cache: Any, frame: StackInput) -> int:
     """How many registers begin the sequence: as many as when the cache began, whatever this call was given."""
     return getattr(cache, "truemask_front", frame.front)
 

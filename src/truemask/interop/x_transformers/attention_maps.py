@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Maps:
+class LazyIntermediates:
     """The `Intermediates` of a call on the backends: its attention maps are computed when somebody looks at them."""
 
     def __init__(self, compute: Callable[[], tuple[Tensor, Any]]) -> None:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Input:
+class StackInput:
     """How many rows of one input of a stack are registers, and where its samples begin."""
 
     front: int = 0
@@ -37,48 +37,50 @@ class Input:
 
 
 @torch.compiler.disable(recursive=True)
-def put(variable: ContextVar[T], value: T) -> T:
+def set_variable(variable: ContextVar[T], value: T) -> T:
     """Set a variable of the context; the value that it had."""
     before = variable.get()
     variable.set(value)
     return before
 
 
-class Frame:
+class StackKey:
     """One stack, by which its attention finds the input that it is given."""
 
     @property
-    def running(self) -> Input | None:
+    def running(self) -> StackInput | None:
         """What the stack, or a wrapper around it, runs on in this context; None if none does."""
-        return next((given for frame, given in reversed(INPUTS.get()) if frame is self), None)
+        return next((given for frame, given in reversed(STACK_INPUTS.get()) if frame is self), None)
 
-    def here(self, around: Checkpoints) -> Input:
+    def here(self, around: Checkpoints) -> StackInput:
         """The same, or what it was in the forward that is recomputed without the stack."""
-        return around.as_in_forward(self, lambda: self.running) or Input()
+        return around.as_in_forward(self, lambda: self.running) or StackInput()
 
     @torch.compiler.disable(recursive=True)
-    def _begin(self, given: Input) -> tuple[tuple[Frame, Input], ...]:
-        return put(INPUTS, (*INPUTS.get(), (self, given)))
+    def _begin(self, given: StackInput) -> tuple[tuple[StackKey, StackInput], ...]:
+        return set_variable(STACK_INPUTS, (*STACK_INPUTS.get(), (self, given)))
 
     @torch.compiler.disable(recursive=False)
-    def run(self, given: Input, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    def run(self, given: StackInput, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """A forward of the stack, or of a wrapper, on such an input."""
         before = self._begin(given)
         try:
             return forward(*args, **named)
         finally:
-            put(INPUTS, before)
+            set_variable(STACK_INPUTS, before)
 
 
-INPUTS: ContextVar[tuple[tuple[Frame, Input], ...]] = ContextVar("truemask_inputs", default=())  # the innermost last
+STACK_INPUTS: ContextVar[tuple[tuple[StackKey, StackInput], ...]] = ContextVar(
+    "truemask_inputs", default=()
+)  # the innermost last
 
 
-class StandIn:
+class ForwardProxy:
     """Takes the place of a module's forward, and keeps the one that was there."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.previous = module, vars(module).get("forward")
-        self.standing = 0
+        self.users = 0
         vars(module)[REPLICATE] = self.replicate
 
     def original(self, *args: Any, **named: Any) -> Any:
@@ -96,19 +98,19 @@ class StandIn:
         return replica
 
 
-class WrapperForward(StandIn):
+class WrapperForward(ForwardProxy):
     """Stands in for `TransformerWrapper.forward` and the like: what is put before, and after, the tokens."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self.frame = Frame()
+        self.frame = StackKey()
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.frame.run(self._input(args, named), self.original, *args, **named)
 
     @torch.compiler.disable(recursive=True)
-    def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> Input:
+    def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> StackInput:
         module, given = self.module, arguments(self.module, args, named)
         problem = ""
         if size(module, "memory_tokens") and getattr(module, "memory_tokens_interspersed_every", None):
@@ -117,23 +119,23 @@ class WrapperForward(StandIn):
                 "positions would count them; build the wrapper without that option"
             )
         front, back = counted(module, given), size(module, "register_tokens")
-        return Input(front, back, starts_of(given.get("seq_start_pos")), problem=problem)
+        return StackInput(front, back, starts_of(given.get("seq_start_pos")), problem=problem)
 
 
-class StackForward(StandIn):
+class StackForward(ForwardProxy):
     """Stands in for `AttentionLayers.forward`: left padding, and where a cached call goes on."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self.frame = Frame()
+        self.frame = StackKey()
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.frame.run(self._input(args, named), self.original, *args, **named)
 
     @torch.compiler.disable(recursive=True)
-    def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> Input:
-        given, outer = arguments(self.module, args, named), self.frame.running or Input()
+    def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> StackInput:
+        given, outer = arguments(self.module, args, named), self.frame.running or StackInput()
         only_starts = given.get("seq_start_pos") is not None and given.get("self_attn_kv_mask") is None
         cache = given.get("cache")
         cached = cached_length(cache)
@@ -188,7 +190,7 @@ def cached_length(cache: Any) -> int:
     return own[0].cached_kv[0].shape[-2] if own else cache.cache_length
 
 
-def known_positions(frame: Input, recurrent: bool) -> None:
+def known_positions(frame: StackInput, recurrent: bool) -> None:
     """Raise where the positions of tokens cannot be told from what attention is given."""
     problem = frame.problem
     if recurrent and (frame.front or frame.back):

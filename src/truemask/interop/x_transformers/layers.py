@@ -8,18 +8,18 @@ from typing import Any
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.layer_masks import Layer
+from truemask.interop.layer_masks import AttentionLayer
 
 KINDS = {"a": "self", "c": "cross"}  # x-transformers' letters
 
 
 @dataclass(frozen=True)
-class Found:
+class AttentionModule:
     """An `Attention`, the stack that it stands in, and what `layers=` calls it; nothing if it only `pools`."""
 
     module: Any
     stack: nn.Module | None
-    layer: Layer
+    layer: AttentionLayer
     pools: bool
 
 
@@ -28,16 +28,16 @@ def is_a(module: nn.Module, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.startswith("x_transformers.") for kind in type(module).__mro__)
 
 
-def attention_layers(model: nn.Module) -> list[Found]:
+def attention_layers(model: nn.Module) -> list[AttentionModule]:
     """Every `Attention` once. Raises MaskError if there is none."""
     pooling = {part for pool in model.modules() if is_a(pool, "AttentionPool") for part in pool.modules()}
-    found: dict[nn.Module, Found] = {}
+    found: dict[nn.Module, AttentionModule] = {}
     for path, stack in model.named_modules():
         for letter, module, index in attention_in(stack):
-            found.setdefault(module, Found(module, stack, named(path, letter, index), module in pooling))
+            found.setdefault(module, AttentionModule(module, stack, named(path, letter, index), module in pooling))
     for path, module in model.named_modules():
         if is_a(module, "Attention"):
-            found.setdefault(module, Found(module, None, named(path, "a", 0), module in pooling))
+            found.setdefault(module, AttentionModule(module, None, named(path, "a", 0), module in pooling))
     if not found:
         raise MaskError(
             f"{type(model).__name__} has no attention of x-transformers (`x_transformers.Attention`) to give a mask to"
@@ -58,9 +58,9 @@ def attention_in(stack: Any) -> list[tuple[str, nn.Module, int]]:
     return found
 
 
-def named(path: str, letter: str, index: int) -> Layer:
+def named(path: str, letter: str, index: int) -> AttentionLayer:
     """What `layers=` calls a layer: "cross_attention", or the part of the model that its stack is, and its place."""
     steps = [step for step in path.split(".") if step not in ("attn_layers", "net", "")]
     part = steps[-1] if steps else "model"
     cross = KINDS[letter] == "cross"
-    return Layer(path, index, part, ("cross_attention",) if cross else (part,), cross)
+    return AttentionLayer(path, index, part, ("cross_attention",) if cross else (part,), cross)

@@ -28,7 +28,7 @@ from truemask.masks.structure.padding import real_queries, seen_by_all
 
 
 @dataclass(frozen=True)
-class Place:
+class RegisterLayout:
     """Where the rows and keys of one call lie.
 
     `extra` keys stand before the sequence's own. Row 0 is index `start` of the sequence (negative where a context is
@@ -58,10 +58,10 @@ def both(*masks: Mask) -> Mask:
     return reduce(and_, said) if said else everything
 
 
-def claimed(is_causal: bool, max_attend_past: int | None) -> Mask:
+def model_rule(is_causal: bool, max_attend_past: int | None) -> Mask:
     """What the layer's constructor says; `max_attend_past` keys before its own, and in an encoder all that follow.
 
-    >>> claimed(True, 3), claimed(False, 3)
+    >>> model_rule(True, 3), model_rule(False, 3)
     (window(4), window(4) | ~causal)
     """
     if max_attend_past is None:
@@ -75,7 +75,7 @@ class ModelMask:
     """What the model says of one call: its `rule` of positions, and what the caller `passed` as tensors."""
 
     rule: Mask
-    place: Place
+    place: RegisterLayout
     passed: Mask = everything
 
     def combined_with(self, user_mask: Mask | None) -> Mask:
@@ -84,7 +84,7 @@ class ModelMask:
 
 
 @lru_cache(maxsize=128)
-def _combined(rule: Mask, user_mask: Mask | None, place: Place) -> Mask:
+def _combined(rule: Mask, user_mask: Mask | None, place: RegisterLayout) -> Mask:
     """The same without tensors."""
     user = everything if user_mask is None else user_mask
     if place.cross:
@@ -95,7 +95,7 @@ def _combined(rule: Mask, user_mask: Mask | None, place: Place) -> Mask:
     return _moved(_behind(place, whole), place.start)
 
 
-def _behind(place: Place, mask: Mask) -> Mask:
+def _behind(place: RegisterLayout, mask: Mask) -> Mask:
     return mask.prepended(k=place.extra) if place.extra and mask != everything else mask
 
 
@@ -106,7 +106,7 @@ def _moved(mask: Mask, start: int) -> Mask:
     return mask.at(q_start=start) if start > 0 else mask.at(k_start=-start)
 
 
-def _cross(user: Mask, place: Place) -> Mask:
+def _cross(user: Mask, place: RegisterLayout) -> Mask:
     """A mask over a context, whose keys are counted as they come."""
     if user == everything:
         return user
@@ -115,7 +115,7 @@ def _cross(user: Mask, place: Place) -> Mask:
     return _moved(user, place.token)
 
 
-def _among_registers(user: Mask, place: Place) -> Mask:
+def _among_registers(user: Mask, place: RegisterLayout) -> Mask:
     """`user` for a sequence that begins or ends with registers."""
     extra = place.front or place.back
     if not extra or user == everything:
@@ -131,14 +131,14 @@ def _among_registers(user: Mask, place: Place) -> Mask:
     return mask
 
 
-def from_flags(flags: Tensor | None, place: Place) -> Mask:
+def from_flags(flags: Tensor | None, place: RegisterLayout) -> Mask:
     """Key padding as `Attend` gets it, bool `[b, 1, 1, keys]` or `[b, keys]`."""
     if flags is None or bool(flags.all()):
         return everything
     return keys(flags.reshape(-1, place.keys))
 
 
-def from_matrix(attn_mask: Tensor | None, heads: int, place: Place) -> Mask:
+def from_matrix(attn_mask: Tensor | None, heads: int, place: RegisterLayout) -> Mask:
     """`attn_mask` as a caller of the model gave it; memory keys may be left out, and are seen by all."""
     if attn_mask is None:
         return everything
