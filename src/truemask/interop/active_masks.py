@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from truemask.interop.huggingface.layers import seat_of
+from truemask.interop.huggingface.layers import scoped_layer_of
 from truemask.masks.core.mask import Mask
 
 
@@ -18,18 +18,18 @@ class ActiveMask(NamedTuple):
     replace: bool
 
     def combined_with(
-        self, own: Mask, placed: Callable[[Mask], Mask], length: int, batch: int, heads: int | None
+        self, model_mask: Mask, placed: Callable[[Mask], Mask], length: int, batch: int, heads: int | None
     ) -> Mask:
-        """The mask that the layer runs on so many tokens; in fewer words where `own` says nothing new.
+        """The mask that the layer runs on so many tokens; in fewer words where `model_mask` says nothing new.
 
-        `placed` brings a mask of logical positions to the rows of the batch, where `own` stands already.
+        `placed` brings a mask of logical positions to the rows of the batch, where `model_mask` stands already.
         """
         if self.mask is None:
-            return own
-        given = placed(self.mask)
-        both = own & given
-        shorter = self.replace or both.equivalent(given, length, length, batch=batch, heads=heads)
-        return given if shorter else both
+            return model_mask
+        user_mask = placed(self.mask)
+        combined = model_mask & user_mask
+        shorter = self.replace or combined.equivalent(user_mask, length, length, batch=batch, heads=heads)
+        return user_mask if shorter else combined
 
 
 def active_in_transformers(model: nn.Module, part: str | None = None) -> list[ActiveMask]:
@@ -37,10 +37,10 @@ def active_in_transformers(model: nn.Module, part: str | None = None) -> list[Ac
 
     `part` is the name of the part that counts ("decoder"); None takes all.
     """
-    seats = [seat for module in model.modules() if (seat := seat_of(module)) is not None]
-    found = [layer for seat in seats if (layer := seat.here()) is not None]
-    chosen = [layer for layer in found if not layer.cross and part in (None, layer.part)]
-    return [ActiveMask(layer.mask, layer.replace) for layer in sorted(chosen, key=lambda layer: layer.index)]
+    values = [value for module in model.modules() if (value := scoped_layer_of(module)) is not None]
+    layers = [layer for value in values if (layer := value.here()) is not None]
+    layers_of_part = [layer for layer in layers if not layer.cross and part in (None, layer.part)]
+    return [ActiveMask(layer.mask, layer.replace) for layer in sorted(layers_of_part, key=lambda layer: layer.index)]
 
 
 def active_in_x_transformers(attentions: list[nn.Module]) -> list[ActiveMask]:
@@ -50,9 +50,9 @@ def active_in_x_transformers(attentions: list[nn.Module]) -> list[ActiveMask]:
     )
 
     forwards = [vars(module).get("forward") for module in attentions]
-    found = [forward.seat.here() if isinstance(forward, AttentionForward) else None for forward in forwards]
+    layers = [forward.scoped_layer.here() if isinstance(forward, AttentionForward) else None for forward in forwards]
     return (
-        [ActiveMask(None, False) if use is None else ActiveMask(use.mask, use.replace) for use in found]
-        if any(found)
+        [ActiveMask(None, False) if layer is None else ActiveMask(layer.mask, layer.replace) for layer in layers]
+        if any(layers)
         else []
     )

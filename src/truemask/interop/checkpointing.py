@@ -57,10 +57,10 @@ class Checkpoints:
 
     def as_in_forward(self, key: Hashable, now: Callable[[], T]) -> T:
         """What counts now, which is written down; in a recomputation what counted in its forward, None if unknown."""
-        found: Any = now() if self.recomputed is None else self._noted(key)
+        value: Any = now() if self.recomputed is None else self._noted(key)
         for checkpoint in self.forwards:
-            vars(checkpoint).setdefault(RECORDS, {}).setdefault(key, RecordedCalls()).values.append(found)
-        return found
+            vars(checkpoint).setdefault(RECORDS, {}).setdefault(key, RecordedCalls()).values.append(value)
+        return value
 
     def _noted(self, key: Hashable) -> Any:
         notes = vars(self.recomputed).get(RECORDS, {}).get(key)

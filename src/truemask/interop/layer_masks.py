@@ -44,9 +44,9 @@ def assigned(
     rules = _rules(mask, where)
     for wanted in rules:
         _check_clear(model, layers, wanted)
-    found = {module: _with_mask(layer, rules, replace) for module, layer in layers.items()}
-    _check_reached(model, found, rules)
-    return {module: layer for module, layer in found.items() if not layer.own_way}
+    layer_masks = {module: _with_mask(layer, rules, replace) for module, layer in layers.items()}
+    _check_reached(model, layer_masks, rules)
+    return {module: layer for module, layer in layer_masks.items() if not layer.own_way}
 
 
 def _check_reached(
@@ -99,11 +99,11 @@ def _name(name: object) -> str | int:
 
 
 def _mask(mask: object, name: str) -> Mask:
-    found = from_text(mask)
-    if not isinstance(found, Mask):
+    expression = from_text(mask)
+    if not isinstance(expression, Mask):
         wanted = f"use: {name} must be a mask expression, such as `causal & window(256)`, or its text"
         raise MaskError(not_a_mask(wanted, mask, ", and one for each layer `layers={0: ..., 1: ...}`"))
-    return found
+    return expression
 
 
 def _check_clear(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], wanted: str | int | None) -> None:
@@ -113,18 +113,18 @@ def _check_clear(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], w
     crosses = ["cross_attention"] if any(layer.cross for layer in layers.values()) else []
     several = len(parts) > 1 or bool(crosses)
     meant = {layer.part for layer in answering if not layer.cross}
-    known = _known_names(layers)
+    names = _known_names(layers)
     if several if not isinstance(wanted, str) else len(meant) > 1:
         what = "a mask for all layers" if wanted is None else f"layers={wanted!r}"
         raise MaskError(
             f"{type(model).__name__} attends in several places ({', '.join([*parts, *crosses])}), so {what} could mean "
-            f"any of them. Name them with layers=, one or more of {', '.join(known)}, or a dict of them to masks"
+            f"any of them. Name them with layers=, one or more of {', '.join(names)}, or a dict of them to masks"
         )
     if wanted is not None and not answering:
         most = max(layer.index for layer in layers.values())
-        hint = suggest(wanted, known) if isinstance(wanted, str) else ""
+        hint = suggest(wanted, names) if isinstance(wanted, str) else ""
         raise MaskError(
-            f"layers={wanted!r}: no layer of {type(model).__name__} answers to that{hint} (known: {', '.join(known)}, "
+            f"layers={wanted!r}: no layer of {type(model).__name__} answers to that{hint} (known: {', '.join(names)}, "
             f"and the indices 0 to {most})"
         )
 

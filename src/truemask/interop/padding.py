@@ -40,11 +40,11 @@ def batch_padding(real: Tensor | None, stop: int) -> BatchPadding:
     only_left = solid and bool((first + spans.tokens == stop).all())
     starts = (first[:1] if bool((first == first[0]).all()) else first).tolist()
     real = torch.nn.functional.pad(real, (0, -stop % ROUNDED_KEYS), value=True)
-    seen = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
+    real_keys = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
     positions = alike(token_positions(real).clamp(min=0))
     if not solid:
-        return BatchPadding(seen, positions)
-    return BatchPadding(seen, positions, starts) if any(starts) else BatchPadding(seen)
+        return BatchPadding(real_keys, positions)
+    return BatchPadding(real_keys, positions, starts) if any(starts) else BatchPadding(real_keys)
 
 
 def alike(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ DOCUMENT_KINDS = ("packed", "documents", "tree")  # kinds that say which documen
 ROW_KINDS = (*DOCUMENT_KINDS, "same", "keys", "queries", "dense")
 
 
-class StatedPositions(NamedTuple):
+class CallerPositions(NamedTuple):
     """What the caller of a forward said, and what the model adds to every position."""
 
     positions: Tensor | None = None  # position_ids `[b or 1, q]`, as they were passed

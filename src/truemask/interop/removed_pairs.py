@@ -43,10 +43,10 @@ MIN_LENGTH, MAX_LENGTH_WITHOUT_FORM = 64, 2048  # positions that are looked at, 
 
 
 class RemovedPairs(NamedTuple):
-    """What the rule `own` removes of `mask` at this length, over the mask's distinct samples and heads."""
+    """What the model's `rule` removes of `mask` at this length, over the mask's distinct samples and heads."""
 
     mask: Mask
-    own: Mask
+    rule: Mask
     pairs: int
     length: int
     query: int
@@ -54,8 +54,9 @@ class RemovedPairs(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"the mask `{self.mask}` lets queries see keys that the model's own rule `{self.own}` hides, which removed "
-            f"{self.pairs:,} of its pairs at length {self.length}, query {self.query} and key {self.key} among them"
+            f"the mask `{self.mask}` lets queries see keys that the model's own rule `{self.rule}` hides, which "
+            f"removed {self.pairs:,} of its pairs at length {self.length}, query {self.query} and key {self.key} "
+            "among them"
         )
 
 
@@ -73,7 +74,7 @@ def asks_beyond(mask: Mask) -> bool:
     return any(part.kind not in RESTRICTING_KINDS for part in mask.walk())
 
 
-def removed_pairs(mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: int = 1) -> RemovedPairs | None:
+def removed_pairs(mask: Mask | None, rule: Mask, length: int, batch: int = 1, heads: int = 1) -> RemovedPairs | None:
     """What a model's own rule removes of the mask that was asked for, both at positions below `length`; or None.
 
     Of keys ahead, which a causal model hides, a mask asks only if it speaks of causality, as `causal | prefix(6)` does:
@@ -86,20 +87,20 @@ def removed_pairs(mask: Mask | None, own: Mask, length: int, batch: int = 1, hea
     >>> removed_pairs(window(8), causal, 24) is None
     True
     """
-    if mask is None or own == everything or not asks_beyond(mask):
+    if mask is None or rule == everything or not asks_beyond(mask):
         return None
     speaks_of_causality = any(isinstance(part, Causal) for part in mask.walk())
-    if own == causal and (not speaks_of_causality or looks_back(mask)):
+    if rule == causal and (not speaks_of_causality or looks_back(mask)):
         return None
-    removed = mask - own
-    seen = removed if speaks_of_causality or not looks_back(own) else removed & causal
-    first = _first_length(seen, length, batch, heads)
+    removed = mask - rule
+    asked_pairs = removed if speaks_of_causality or not looks_back(rule) else removed & causal
+    first = _first_length(asked_pairs, length, batch, heads)
     if first is None or first > length:
         return None
     sizes = _sizes(removed, batch, heads)
-    cell = seen.equivalent(nothing, first, first, **sizes).witness
+    cell = asked_pairs.equivalent(nothing, first, first, **sizes).witness
     assert cell is not None
-    return RemovedPairs(mask, own, int(removed.count(length, length, **sizes).sum()), length, cell.query, cell.key)
+    return RemovedPairs(mask, rule, int(removed.count(length, length, **sizes).sum()), length, cell.query, cell.key)
 
 
 def _first_length(mask: Mask, length: int, batch: int, heads: int) -> int | None:
@@ -146,15 +147,15 @@ MAX_REMEMBERED_WARNINGS = 1024
 
 
 def warn_of_removed_pairs(
-    used: int, where: str, mask: Mask | None, own: Mask, length: int, batch: int = 1, heads: int = 1
+    used: int, where: str, mask: Mask | None, rule: Mask, length: int, batch: int = 1, heads: int = 1
 ) -> None:
     """Say, once in each use, which has a number, what the own rule of a layer removes of a mask."""
-    if mask is None or (used, mask, own) in WARNED:
+    if mask is None or (used, mask, rule) in WARNED:
         return
-    found = removed_pairs(mask, own, length, batch, heads)
-    if found is None:
+    pairs = removed_pairs(mask, rule, length, batch, heads)
+    if pairs is None:
         return
-    WARNED[used, mask, own] = None
+    WARNED[used, mask, rule] = None
     while len(WARNED) > MAX_REMEMBERED_WARNINGS:
         WARNED.popitem(last=False)
-    warn(f"{found} (first in `{where}`). To run the mask as it is written: `tm.use(model, mask, replace=True)`")
+    warn(f"{pairs} (first in `{where}`). To run the mask as it is written: `tm.use(model, mask, replace=True)`")

@@ -36,12 +36,12 @@ LASTING: WeakValueDictionary[int, ActiveUse] = WeakValueDictionary()
 class ActiveUse:
     """One use of a model, from its entry on. `stop` ends it; what it changed in the model is given back a little later.
 
-    That is when no graph is left that may recompute what ran in it: such a graph holds the hold.
+    That is when no graph is left that may recompute what ran in it: such a graph holds the use.
     """
 
     def __init__(self, everywhere: bool) -> None:
         self.number, self.everywhere = next(NUMBERS), everywhere
-        self._seats: list[ScopedValue[Any]] = []
+        self._values: list[ScopedValue[Any]] = []
         self._ends: list[Callable[[], object]] = []
         LASTING[self.number] = self
         if not everywhere:
@@ -56,16 +56,16 @@ class ActiveUse:
         with guarded():
             self._ends.append(do())
 
-    def sit(self, seat: ScopedValue[T], value: T, *, held: bool = True) -> None:
+    def set_value(self, scoped: ScopedValue[T], value: T, *, held: bool = True) -> None:
         """From now on this use's value counts in its context. `held`: who remembers the value holds the use."""
-        seat.take(self.number, StatedValue(value, self if held else None), self.everywhere)
-        self._seats.append(seat)
+        scoped.take(self.number, ScopedEntry(value, self if held else None), self.everywhere)
+        self._values.append(scoped)
 
     def stop(self) -> None:
         """The end of the use, in whatever context; nothing if that is done."""
         with guarded():
-            while self._seats:
-                self._seats.pop().leave(self.number)
+            while self._values:
+                self._values.pop().leave(self.number)
         LASTING.pop(self.number, None)
         USES.set(_lasting())
 
@@ -100,11 +100,11 @@ def _settle() -> None:
 # -- which value counts ------------------------------------------------------------------------------------------------
 
 
-class StatedValue(NamedTuple, Generic[T]):
+class ScopedEntry(NamedTuple, Generic[T]):
     """What a use says, and the use itself, which lasts as long as somebody remembers this."""
 
     value: T
-    hold: ActiveUse | None
+    active_use: ActiveUse | None
 
 
 class ScopedValue(Generic[T]):
@@ -112,52 +112,52 @@ class ScopedValue(Generic[T]):
 
     def __init__(self, always: T | None = None) -> None:
         self.always = always
-        self._for_good = None if always is None else StatedValue(always, None)
-        self._said: dict[int, StatedValue[T]] = {}
+        self._for_good = None if always is None else ScopedEntry(always, None)
+        self._entries: dict[int, ScopedEntry[T]] = {}
         self._everywhere: tuple[int, ...] = ()
 
-    def take(self, number: int, said: StatedValue[T], everywhere: bool) -> None:
-        self._said[number] = said
+    def take(self, number: int, entry: ScopedEntry[T], everywhere: bool) -> None:
+        self._entries[number] = entry
         if everywhere:
             self._everywhere += (number,)
 
     def leave(self, number: int) -> None:
-        self._said.pop(number, None)
+        self._entries.pop(number, None)
         self._everywhere = tuple(other for other in self._everywhere if other != number)
 
     def here(self) -> T | None:
         """The value that counts in this context, or did in the forward that is recomputed; None if no use holds."""
-        found = self.said()
-        return None if found is None else found.value
+        entry = self.entry()
+        return None if entry is None else entry.value
 
-    def said(self, around: Checkpoints | None = None) -> StatedValue[T] | None:
+    def entry(self, around: Checkpoints | None = None) -> ScopedEntry[T] | None:
         """The same, with the use that says it."""
         around = checkpoints() if around is None else around
-        found = around.as_in_forward(self, self.now)
-        if found is None and around.recomputed is None and self._said and in_backward():
+        entry = around.as_in_forward(self, self.now)
+        if entry is None and around.recomputed is None and self._entries and in_backward():
             raise MaskError(
                 "a layer of a model in use runs inside `backward`, outside any block, and not by "
                 "torch.utils.checkpoint, so under which mask its forward ran cannot be told: call `backward` inside "
                 "the block, or checkpoint by torch.utils.checkpoint"
             )
-        return found
+        return entry
 
-    def now(self) -> StatedValue[T] | None:
+    def now(self) -> ScopedEntry[T] | None:
         """The value that counts in this context, with the use that says it."""
         for number in (*reversed(USES.get()), *reversed(self._everywhere)):
-            if number in LASTING and (said := self._said.get(number)) is not None:
-                return said
+            if number in LASTING and (entry := self._entries.get(number)) is not None:
+                return entry
         return self._for_good
 
     def __deepcopy__(self, memo: dict[int, object]) -> ScopedValue[T]:
         twin = ScopedValue(self.always)
-        twin._said = {number: StatedValue(said.value, None) for number, said in dict(self._said).items()}
+        twin._entries = {number: ScopedEntry(entry.value, None) for number, entry in dict(self._entries).items()}
         twin._everywhere = self._everywhere
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        found = self.now()
-        return ScopedValue, (None if found is None else found.value,)
+        entry = self.now()
+        return ScopedValue, (None if entry is None else entry.value,)
 
 
 # -- what stands on a module -------------------------------------------------------------------------------------------
@@ -174,18 +174,18 @@ def install(module: nn.Module, name: str, fits: Callable[[Any], bool], make: Cal
 
     One that a copy or a pickle came with stays, if it fits.
     """
-    standing: Any = vars(module).get(name)
-    if not fits(standing):
-        standing = vars(module)[name] = make()
-        standing.users = 0
-    standing.users += 1
-    return standing
+    shared: Any = vars(module).get(name)
+    if not fits(shared):
+        shared = vars(module)[name] = make()
+        shared.users = 0
+    shared.users += 1
+    return shared
 
 
-def uninstall(module: nn.Module, name: str, standing: Shared) -> bool:
+def uninstall(module: nn.Module, name: str, shared: Shared) -> bool:
     """The end of what `install` began; whether that was the last, so that nothing stands there any more."""
-    standing.users -= 1
-    last = not standing.users and vars(module).get(name) is standing
+    shared.users -= 1
+    last = not shared.users and vars(module).get(name) is shared
     if last:
         del vars(module)[name]
     return last

@@ -29,30 +29,30 @@ class Switch(ABC):
             raise MaskError(
                 "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
             )
-        self._hold: ActiveUse | None = None
+        self._active_use: ActiveUse | None = None
 
     def apply(self, everywhere: bool = False) -> None:
         """Switch the model over, as it is by now, for this context or for all."""
         layer_masks = self._assigned(*self._arguments)
-        hold = self._hold = ActiveUse(everywhere)
-        mark = partial(changed, used=hold.number, backend=self._backend)
+        active_use = self._active_use = ActiveUse(everywhere)
+        mark = partial(changed, used=active_use.number, backend=self._backend)
         try:
-            self._change({module: mark(layer) for module, layer in layer_masks.items()}, hold)
+            self._change({module: mark(layer) for module, layer in layer_masks.items()}, active_use)
         except BaseException:
-            del hold, mark  # the error remembers what stands here
+            del active_use, mark  # the error remembers what stands here
             self.undo()
             raise
 
     def undo(self) -> None:
         """End the use; nothing if that is done. Uses of a model may end in any order."""
-        if self._hold is not None:
-            self._hold.stop()
-            self._hold = None
+        if self._active_use is not None:
+            self._active_use.stop()
+            self._active_use = None
 
     @abstractmethod
     def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
         """The layers of the model that attend, with their masks."""
 
     @abstractmethod
-    def _change(self, layers: Mapping[nn.Module, AttentionLayer], hold: ActiveUse) -> None:
-        """Change the model by `hold`, which takes it back."""
+    def _change(self, layers: Mapping[nn.Module, AttentionLayer], active_use: ActiveUse) -> None:
+        """Change the model by `active_use`, which takes it back."""

@@ -162,12 +162,12 @@ def _switch(model: nn.Module) -> tuple[nn.Module, type[Switch]]:
 
 def _outermost(model: nn.Module) -> dict[str, nn.Module]:
     """The models of transformers that are part of no other one, by their path in wrappers of whatever kind."""
-    found: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        inner = any(path.startswith(f"{above}.") or not above for above in found)
+        inner = any(path.startswith(f"{above}.") or not above for above in models)
         if not inner and _is_from("transformers", module, "PreTrainedModel"):
-            found[path] = module
-    return found
+            models[path] = module
+    return models
 
 
 def _is_from(library: str, module: nn.Module, name: str | None = None) -> bool:

@@ -65,12 +65,12 @@ def test_rows_that_nobody_places_take_masks_that_place_them() -> None:
     """Keys of another length than the rows, and no cache that says why."""
     from truemask.interop.huggingface.mask_functions import Lifted
     from truemask.interop.huggingface.masks import ModelMask
-    from truemask.interop.positions import StatedPositions
+    from truemask.interop.positions import CallerPositions
 
-    claim = ModelMask(Lifted(tm.everything), (2, ROWS, 13))
-    claim.tell(StatedPositions())
+    model_mask = ModelMask(Lifted(tm.everything), (2, ROWS, 13))
+    model_mask.tell(CallerPositions())
     with pytest.raises(MaskError, match=r"5 rows and 13 keys does not say .* `\.at\(q_start=8\)`"):
-        claim.mask(MASK)
+        model_mask.combined_with(MASK)
     explicit = MASK.at(q_start=8)
-    assert claim.mask(explicit) == explicit
-    assert claim.mask(tm.prefix(3)) == tm.prefix(3)  # asks for no row
+    assert model_mask.combined_with(explicit) == explicit
+    assert model_mask.combined_with(tm.prefix(3)) == tm.prefix(3)  # asks for no row

@@ -18,7 +18,7 @@ from truemask.interop.huggingface.configs import account_of
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
 from truemask.interop.huggingface.forward_context import ForwardContext, forward_context
 from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
-from truemask.interop.huggingface.layers import ScopedLayer, seat_of
+from truemask.interop.huggingface.layers import ScopedLayer, scoped_layer_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import ModelMask
 from truemask.interop.huggingface.tensor_masks import of_tensor
@@ -40,46 +40,46 @@ def register() -> None:
     AttentionMaskInterface.register(KEY, torch.compiler.disable(mask_here, reason=GRAPH_BREAK_REASON))
 
 
-def unpickled(*said: Any) -> ScopedLayer:
+def unpickled(*state: Any) -> ScopedLayer:
     """What was said of a layer in another process, where its model was in use: here the key may not be known yet."""
     register()
-    return ScopedLayer(*said)
+    return ScopedLayer(*state)
 
 
-copyreg.pickle(ScopedLayer, lambda seat: (unpickled, seat.__reduce__()[1]))
+copyreg.pickle(ScopedLayer, lambda scoped_layer: (unpickled, scoped_layer.__reduce__()[1]))
 
 
 # -- in use here, or only elsewhere ------------------------------------------------------------------------------------
 
 
-def mask_here(*, config: Any = None, **given: Any) -> Any:
-    """The mask function: a claim where the model is in use, else the mask that transformers makes without us."""
+def mask_here(*, config: Any = None, **arguments: Any) -> Any:
+    """The mask function: an expression where the model is in use, else the mask that transformers makes without us."""
     account = account_of(config)
-    name = None if account is not None and account.seat.here() is not None else named(config)
-    return claim(**given) if name in (None, KEY) else own_mask(name, {"config": config, **given})
+    name = None if account is not None and account.scoped_user.here() is not None else named(config)
+    return model_mask(**arguments) if name in (None, KEY) else own_mask(name, {"config": config, **arguments})
 
 
 def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
     """The attention function: ours in a layer in use, else the one that the layer runs without us."""
-    seat = seat_of(module)
-    layer = None if seat is None else seat.here()
+    scoped_layer = scoped_layer_of(module)
+    layer = None if scoped_layer is None else scoped_layer.here()
     if layer is not None:
         return attention(layer, module, *tensors, **options)
-    name = named(getattr(module, "config", None), seat) or EAGER
-    if name == KEY or any(isinstance(given, ModelMask) for given in (*tensors, options.get("attention_mask"))):
+    name = named(getattr(module, "config", None), scoped_layer) or EAGER
+    if name == KEY or any(isinstance(argument, ModelMask) for argument in (*tensors, options.get("attention_mask"))):
         refuse_unknown(module)
-    own = own_attention(module, name)
-    if own is not None:
-        return own(module, *tensors, **options)
-    if seat is None:
+    original = own_attention(module, name)
+    if original is not None:
+        return original(module, *tensors, **options)
+    if scoped_layer is None:
         refuse_unknown(module)
-    return attention(seat.plain, module, *tensors, **options)
+    return attention(scoped_layer.plain, module, *tensors, **options)
 
 
 # -- the mask function -------------------------------------------------------------------------------------------------
 
 
-def claim(
+def model_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -94,10 +94,10 @@ def claim(
     """What transformers calls once a forward for each kind of layer, like its `sdpa_mask`: nothing is materialised."""
     sizes, starts = (batch_size, q_length, kv_length), (int(q_offset), int(kv_offset))
     if isinstance(attention_mask, ModelMask):  # generate made it ahead, for a static cache
-        known = attention_mask
-        if known.shape != (batch_size, 1, q_length, kv_length) or (known.q_start, known.k_start) != starts:
-            raise MaskError(f"a mask for {list(known.shape)} was passed on to a forward of {list(sizes)}")
-        return known
+        same_starts = (attention_mask.q_start, attention_mask.k_start) == starts
+        if attention_mask.shape != (batch_size, 1, q_length, kv_length) or not same_starts:
+            raise MaskError(f"a mask for {list(attention_mask.shape)} was passed on to a forward of {list(sizes)}")
+        return attention_mask
     if attention_mask is not None and attention_mask.ndim != 2:
         raise MaskError(f"attention_mask is [samples, tokens] or 4-D, got {describe(attention_mask)}")
     if mask_function is None:
@@ -128,30 +128,30 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
     context, around = forward_context(), checkpoints()
-    own = _claim_for(context, module, layer, attention_mask, query, key, is_causal)
-    own.note(module, layer)
-    own.tell(around.as_in_forward((module, "told"), lambda: context.told))
-    _refuse(options, own)
+    model_mask = _model_mask_for(context, module, layer, attention_mask, query, key, is_causal)
+    model_mask.note(module, layer)
+    model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
+    _refuse(options, model_mask)
     if layer.cross:
-        rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, own))
-        mask = own.cross_mask(layer.mask, rows, layer.replace)
+        rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
+        mask = model_mask.combined_across(layer.mask, rows, layer.replace)
     else:
-        users, places = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
-        own.warn_of_documents(users)
-        mask, context.rows = own.mask(users, layer.replace, places), (layer, own)
-        if users is not None and not layer.replace:
-            rule, length = own.own_beside(users, places)
-            warn_of_removed_pairs(layer.used, layer.path, users, rule, length, own.batch, query.shape[1])
-    keys = own.keys_written
+        user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
+        model_mask.warn_of_documents(user_mask)
+        mask, context.rows = model_mask.combined_with(user_mask, layer.replace, positions), (layer, model_mask)
+        if user_mask is not None and not layer.replace:
+            rule, length = model_mask.rule_beside(user_mask, positions)
+            warn_of_removed_pairs(layer.used, layer.path, user_mask, rule, length, model_mask.batch, query.shape[1])
+    keys = model_mask.keys_written
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
     weights = _wants_weights(module, options)
-    found = attend(
+    result = attend(
         query,
         key,
         value,
         mask,
-        bias=_bias(position_bias, own.bias, keys),
+        bias=_bias(position_bias, model_mask.bias, keys),
         scale=scaling,
         softcap=softcap,
         sink_logits=s_aux,
@@ -159,18 +159,18 @@ def attention(
         backend=layer.backend,
         return_weights=weights,
     )
-    out, shares = found if isinstance(found, tuple) else (found, None)
+    out, shares = result if isinstance(result, tuple) else (result, None)
     return out.transpose(1, 2).contiguous(), shares
 
 
-def _with_batch(users: Mask | None, given: object) -> Mask | None:
+def _with_batch(user_mask: Mask | None, batch_mask: object) -> Mask | None:
     """The user's mask, and the one that a batch of `PackCollator` carries: transformers hands keywords on."""
-    if not isinstance(given, Mask):
-        return users
-    return given if users is None else users & given
+    if not isinstance(batch_mask, Mask):
+        return user_mask
+    return batch_mask if user_mask is None else user_mask & batch_mask
 
 
-def _claim_for(
+def _model_mask_for(
     context: ForwardContext,
     module: nn.Module,
     layer: AttentionLayer,
@@ -179,7 +179,7 @@ def _claim_for(
     key: Tensor,
     is_causal: bool | None,
 ) -> ModelMask:
-    """The model's own mask, whatever came: a claim, a 4-D tensor, or nothing."""
+    """The model's own mask, whatever came: an expression, a 4-D tensor, or nothing."""
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
         looks_back = (
@@ -203,19 +203,19 @@ def _claim_for(
     return mask
 
 
-def _rows_before(context: ForwardContext, layer: AttentionLayer, own: ModelMask) -> ModelMask | None:
-    """The claim of the self-attention that came just before in the same layer: it knows where the rows stand."""
+def _rows_before(context: ForwardContext, layer: AttentionLayer, model_mask: ModelMask) -> ModelMask | None:
+    """The mask of the self-attention that came just before in the same layer: it knows where the rows stand."""
     if context.rows is None:
         return None
-    before, rows = context.rows
+    before, earlier = context.rows
     same = (before.used, before.part, before.index) == (layer.used, layer.part, layer.index)
-    return rows if same and rows.q_len == own.q_len else None
+    return earlier if same and earlier.q_len == model_mask.q_len else None
 
 
 def _bias(position_bias: Tensor | None, added: Tensor | None, keys: int) -> Tensor | None:
     """What is added to the scores, for the keys that exist."""
-    found = position_bias if added is None else added if position_bias is None else position_bias + added
-    return found[..., :keys] if found is not None and found.shape[-1] > keys else found
+    bias = position_bias if added is None else added if position_bias is None else position_bias + added
+    return bias[..., :keys] if bias is not None and bias.shape[-1] > keys else bias
 
 
 def _wants_weights(module: nn.Module, options: dict[str, Any]) -> bool:
@@ -227,19 +227,19 @@ def _wants_weights(module: nn.Module, options: dict[str, Any]) -> bool:
     return any("attentions" in name for name in _active_collector.get() or ())
 
 
-def _refuse(options: dict[str, Any], own: ModelMask) -> None:
+def _refuse(options: dict[str, Any], model_mask: ModelMask) -> None:
     """Raise for what changes the meaning and cannot be honoured (law 9)."""
     if options.get("cache") is not None:
         raise MaskError("paged caches (continuous batching) do not run under `tm.use`: use `generate` without them")
-    chosen = [name for name in ("block_indices", "indices") if options.get(name) is not None]
-    if chosen:
+    selecting = [name for name in ("block_indices", "indices") if options.get(name) is not None]
+    if selecting:
         raise MaskError(
-            f"this model passes `{chosen[0]}=`, the keys that it selects for each query, which `tm.use` cannot honour: "
-            "run the model without it"
+            f"this model passes `{selecting[0]}=`, the keys that it selects for each query, which `tm.use` cannot "
+            "honour: run the model without it"
         )
     if options.get("sinks") is not None:
         raise MaskError("this model passes `sinks=`, which `tm.use` does not know: it knows the sinks called `s_aux`")
-    if options.get("cu_seq_lens_q") is not None and own.packing is None:
+    if options.get("cu_seq_lens_q") is not None and model_mask.packing is None:
         raise MaskError(
             "cu_seq_lens_q says that documents are packed, but the model's mask does not keep them apart: transformers "
             "does that if position_ids restart and neither attention_mask nor a cache is passed"

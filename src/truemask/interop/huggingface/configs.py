@@ -22,7 +22,7 @@ class Account:
     def __init__(self, config: Any) -> None:
         self.config, self.before = weakref.ref(config, self._forget), config._attn_implementation
         self.users: list[str] = []
-        self.seat: ScopedValue[str] = ScopedValue()
+        self.scoped_user: ScopedValue[str] = ScopedValue()
         self._place = id(config)
 
     def _forget(self, _: object) -> None:
@@ -32,37 +32,37 @@ class Account:
 ACCOUNTS: dict[int, Account] = {}  # by the id of the config: configs have no hash
 
 
-def switch_config(config: Any, user: str, key: str, hold: ActiveUse) -> Callable[[], None]:
+def switch_config(config: Any, user: str, key: str, active_use: ActiveUse) -> Callable[[], None]:
     """Note that a use of a model, of class `user`, switches this config to `key`; what is returned ends that.
 
     The last one that ends gives the config back what it named, unless it names something else by then.
     """
     account = account_of(config) or ACCOUNTS.setdefault(id(config), Account(config))
     account.users.append(user)
-    hold.sit(account.seat, user, held=False)  # accounts outlive models
+    active_use.set_value(account.scoped_user, user, held=False)  # accounts outlive models
     config._attn_implementation_internal = key
 
     def release() -> None:
         account.users.remove(user)
-        own = account.config()
-        if not account.users and own is not None:
-            if own._attn_implementation == key:
-                own._attn_implementation_internal = account.before
-            del ACCOUNTS[id(own)]
+        config_alive = account.config()
+        if not account.users and config_alive is not None:
+            if config_alive._attn_implementation == key:
+                config_alive._attn_implementation_internal = account.before
+            del ACCOUNTS[id(config_alive)]
 
     return release
 
 
 def account_of(config: Any) -> Account | None:
     """The account of a config that somebody switched."""
-    found = ACCOUNTS.get(id(config))
-    return found if found is not None and found.config() is config else None
+    account = ACCOUNTS.get(id(config))
+    return account if account is not None and account.config() is config else None
 
 
 def in_use_here(model: nn.Module) -> bool:
     """Whether a model is in use in this context; a copy of one in use is."""
     account = account_of(getattr(model, "config", None))
-    return account is None or account.seat.here() is not None
+    return account is None or account.scoped_user.here() is not None
 
 
 def models_in(model: nn.Module) -> list[Any]:
@@ -81,13 +81,13 @@ def parts_meant(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) ->
 
 def configs_of(model: nn.Module, parts: list[Any]) -> list[Any]:
     """Every config that these parts of a model read, each once; not those that only other parts do."""
-    own = {id(part.config) for part in parts}
-    others = {id(part.config) for part in models_in(model)} - own
+    wanted = {id(part.config) for part in parts}
+    others = {id(part.config) for part in models_in(model)} - wanted
     waiting = [part.config for part in parts]
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     while waiting:
         config = waiting.pop()
-        if config is not None and id(config) not in found and id(config) not in others:
-            found[id(config)] = config
+        if config is not None and id(config) not in configs and id(config) not in others:
+            configs[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
+    return list(configs.values())

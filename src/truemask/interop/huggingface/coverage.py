@@ -71,16 +71,16 @@ def own_ways(model: nn.Module, asking: Mapping[str, nn.Module]) -> dict[str, str
     them: these are none.
     """
     stacks = {re.split(r"\.\d+\.", path, maxsplit=1)[0] for path in asking if re.search(r"\.\d+\.", path)}
-    found: dict[str, str] = {}
+    ways: dict[str, str] = {}
     for path, module in model.named_modules():
         numbered = re.match(r"(.*?)\.\d+(\.|$)", path)
-        if numbered is None or path in asking or any(path.startswith(f"{known}.") for known in found):
+        if numbered is None or path in asking or any(path.startswith(f"{outer}.") for outer in ways):
             continue
         if _computes_itself(module):
-            found[path] = COMPUTES
+            ways[path] = COMPUTES
         elif numbered.group(1) in stacks and _mixes(module):
-            found[path] = MIXES
-    return found
+            ways[path] = MIXES
+    return ways
 
 
 def _computes_itself(module: nn.Module) -> bool:

@@ -16,19 +16,19 @@ from truemask.interop.huggingface.layers import ScopedLayer
 EAGER = "eager"  # the attention that no registry knows: it stands in the file of its model
 
 
-def named(config: Any, seat: ScopedLayer | None = None) -> str | None:
+def named(config: Any, scoped_layer: ScopedLayer | None = None) -> str | None:
     """The attention that a config names without us; None if it is ours, as in a copy of a model in use."""
     account = account_of(config)
     if account is not None:
         return account.before
-    return getattr(config, "_attn_implementation", None) or (None if seat is None else seat.before)
+    return getattr(config, "_attn_implementation", None) or (None if scoped_layer is None else scoped_layer.before)
 
 
-def own_mask(name: str, given: dict[str, Any]) -> Any:
+def own_mask(name: str, arguments: dict[str, Any]) -> Any:
     """The mask that transformers makes for an attention of this name."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
-    return MASKS[name](**given) if name in MASKS else None
+    return MASKS[name](**arguments) if name in MASKS else None
 
 
 def own_attention(module: nn.Module, name: str) -> Callable[..., Any] | None:

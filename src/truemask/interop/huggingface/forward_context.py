@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from truemask.interop.checkpointing import in_backward
 from truemask.interop.huggingface.masks import ModelMask
 from truemask.interop.layer_masks import AttentionLayer
-from truemask.interop.positions import StatedPositions
+from truemask.interop.positions import CallerPositions
 
 
 class ForwardContext:
@@ -31,20 +31,20 @@ class ForwardContext:
     def __init__(
         self,
         model: nn.Module | None = None,
-        told: StatedPositions | None = None,
+        caller_positions: CallerPositions | None = None,
         outer: ForwardContext | None = None,
         depth: int = 0,
     ) -> None:
         self._model = None if model is None else weakref.ref(model)
-        self._told, self.outer, self.depth = told or StatedPositions(), outer, depth
+        self._caller_positions, self.outer, self.depth = caller_positions or CallerPositions(), outer, depth
         self.running, self.whole = model is not None, self
         self.rows: tuple[AttentionLayer, ModelMask] | None = None
         self.tensor: tuple[weakref.ref[Tensor], int, ModelMask] | None = None
 
     @property
-    def told(self) -> StatedPositions:
+    def caller_positions(self) -> CallerPositions:
         """What the caller said; behind the forward only `backward` hears it, and no layer that is called by itself."""
-        return self._told if self.running or in_backward() else StatedPositions()
+        return self._caller_positions if self.running or in_backward() else CallerPositions()
 
     def runs(self, model: nn.Module) -> bool:
         """Whether this is a forward of that model, and has not ended."""
@@ -59,8 +59,8 @@ class ForwardContext:
         if around is None or around is model or all(model is not part for part in around.modules()):
             return
         self.whole = whole
-        if self._told.positions is not None:
-            self._told = self._told._replace(positions=whole._told.positions)
+        if self._caller_positions.positions is not None:
+            self._caller_positions = self._caller_positions._replace(positions=whole._caller_positions.positions)
 
     def finish(self) -> None:
         """The end of the forward; what the caller said is kept for layers that `backward` computes once more."""
@@ -70,12 +70,12 @@ class ForwardContext:
 CONTEXT: ContextVar[ForwardContext | None] = ContextVar("truemask_forward", default=None)
 
 
-def begin_forward(model: nn.Module, told: StatedPositions) -> ForwardContext:
+def begin_forward(model: nn.Module, caller_positions: CallerPositions) -> ForwardContext:
     """The context of a forward that begins here."""
     outer, depth = CONTEXT.get(), _depth()
     while outer is not None and not (outer.running and outer.depth < depth):
         outer = outer.outer  # it has ended, or was interrupted: what runs around this call is not as deep
-    context = ForwardContext(model, told, outer, depth)
+    context = ForwardContext(model, caller_positions, outer, depth)
     if outer is not None:
         context.belongs_to(outer.whole, model)
     CONTEXT.set(context)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from truemask.interop.huggingface.forward_context import begin_forward, end_forward
-from truemask.interop.positions import StatedPositions, first_position
+from truemask.interop.positions import CallerPositions, first_position
 from truemask.interop.scopes import Kept, install, uninstall
 from truemask.nn.validation import warn
 
@@ -29,12 +29,12 @@ class BeforeForward:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
         if named is None or not self.in_use(module):  # None: another thread has just taken the hook away
             return
-        given = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
-        positions = given.get("position_ids")
-        told = StatedPositions(_two_axes(positions), _length(given.get("past_key_values")), self.first)
-        context = begin_forward(module, told)
+        arguments = {**dict(zip(names_of(type(module)), args, strict=False)), **named}
+        positions = arguments.get("position_ids")
+        caller_positions = CallerPositions(_two_axes(positions), _length(arguments.get("past_key_values")), self.first)
+        context = begin_forward(module, caller_positions)
         if context.whole is context and self.first and isinstance(positions, Tensor) and not self.warned:
-            self._warn_if_smaller(module, positions, given.get("input_ids"))
+            self._warn_if_smaller(module, positions, arguments.get("input_ids"))
 
     def _warn_if_smaller(self, module: nn.Module, positions: Tensor, ids: object) -> None:
         """Say it, once, if a token is told a position before the first one."""
@@ -90,7 +90,7 @@ def watch(model: nn.Module, part: nn.Module, in_use: Callable[[nn.Module], bool]
     """Watch a part of a model, or the model; what is returned ends that."""
     first = first_position(model)
     watching = install(
-        part, WATCH_ATTRIBUTE, lambda known: isinstance(known, Watch), lambda: Watch(part, first, in_use)
+        part, WATCH_ATTRIBUTE, lambda value: isinstance(value, Watch), lambda: Watch(part, first, in_use)
     )
     watching.before.warned = False  # each use may say it once
     return partial(watching.end, part)

@@ -34,18 +34,18 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     asking = {path: module for path, module in model.named_modules() if asks_for_attention(type(module))}
     ways = dict.fromkeys(asking, "") | own_ways(model, asking)
-    found: dict[nn.Module, AttentionLayer] = {}
+    layers: dict[nn.Module, AttentionLayer] = {}
     for path, module in model.named_modules():
         if path in ways:
-            found[module] = _layer(module, path, *_owner(path, owners), ways[path])
+            layers[module] = _layer(module, path, *_owner(path, owners), ways[path])
     for module in asking.values():
         check_selection(model, module)
-    if all(layer.own_way for layer in found.values()):
+    if all(layer.own_way for layer in layers.values()):
         raise MaskError(
             f"{type(model).__name__} has no layer that asks transformers for its attention function: it has none, or "
             "computes attention itself. A mask can reach it only as the tensor that it takes (`tm.to_additive`)"
         )
-    return _mixers_renamed(found)
+    return _mixers_renamed(layers)
 
 
 def _owner(path: str, owners: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
@@ -78,11 +78,11 @@ def _mixers_renamed(layers: Mapping[nn.Module, AttentionLayer]) -> dict[nn.Modul
     So is what mixes tokens in a model whose config does not say which layers do that.
     """
     attending = {(layer.part, layer.index) for layer in layers.values() if not layer.own_way}
-    found = dict(layers)
+    renamed = dict(layers)
     for module, layer in layers.items():
         if layer.own_way == MIXES and ((layer.part, layer.index) in attending or layer.names[1] in KINDS):
-            found[module] = changed(layer, names=_names(layer.part, "mixer"))
-    return found
+            renamed[module] = changed(layer, names=_names(layer.part, "mixer"))
+    return renamed
 
 
 def kind_of(config: Any, index: int) -> str:
@@ -117,10 +117,10 @@ class ScopedLayer(ScopedValue[AttentionLayer]):
 
     def for_good(self) -> ScopedLayer:
         """A seat of its own, in which what counts here counts everywhere."""
-        found = self.now()
-        return ScopedLayer(self.plain, always=self.plain if found is None else found.value)
+        entry = self.now()
+        return ScopedLayer(self.plain, always=self.plain if entry is None else entry.value)
 
 
-def seat_of(module: nn.Module) -> ScopedLayer | None:
+def scoped_layer_of(module: nn.Module) -> ScopedLayer | None:
     """What the uses of a layer say."""
     return vars(module).get(MARK)

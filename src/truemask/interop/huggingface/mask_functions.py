@@ -48,11 +48,11 @@ class Packing:
 
     def _lengths(self) -> list[Any] | None:
         """Tokens per document, if each document is one run of tokens that counts from 0."""
-        found = [ids.unique_consecutive(return_counts=True)[1].tolist() for ids in torch.atleast_2d(self.ids)]
-        for lengths, positions in zip(found, torch.atleast_2d(self.positions), strict=True):
+        rows = [ids.unique_consecutive(return_counts=True)[1].tolist() for ids in torch.atleast_2d(self.ids)]
+        for lengths, positions in zip(rows, torch.atleast_2d(self.positions), strict=True):
             if not torch.equal(positions, torch.cat([torch.arange(n) for n in lengths])):
                 return None
-        return found[0] if len(found) == 1 else found
+        return rows[0] if len(rows) == 1 else rows
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def lift(function: MaskFunction, *, cell_by_cell: bool = False) -> Lifted:
     if name in LEAVES:
         return Lifted(LEAVES[name](held))
     if name == ADD_OFFSETS:
-        found = lift(held["mask_function"], cell_by_cell=cell_by_cell)
+        inner = lift(held["mask_function"], cell_by_cell=cell_by_cell)
         starts = {"q_start": int(held["q_offset"]), "k_start": int(held["kv_offset"])}
-        unpacked = None if found.unpacked is None else found.unpacked.at(**starts)
-        return Lifted(found.mask.at(**starts), found.looks_back, found.packing, unpacked)
+        unpacked = None if inner.unpacked is None else inner.unpacked.at(**starts)
+        return Lifted(inner.mask.at(**starts), inner.looks_back, inner.packing, unpacked)
     if name in (AND, OR):
         functions = held["mask_functions"]
         if [_name(part) for part in functions] == [PACKED, REMAPPED]:
@@ -125,10 +125,8 @@ def each_cell(function: MaskFunction) -> MaskFunction:
 
 def _name(function: MaskFunction) -> str:
     """What transformers calls the closure; nothing for anybody else's, whose code stands in another file."""
-    known, code = sys.modules.get(HOME), getattr(function, "__code__", None)
-    ours = (
-        known is not None and code is not None and code.co_filename == known.causal_mask_function.__code__.co_filename
-    )
+    home, code = sys.modules.get(HOME), getattr(function, "__code__", None)
+    ours = home is not None and code is not None and code.co_filename == home.causal_mask_function.__code__.co_filename
     return getattr(function, "__qualname__", "") if ours else ""
 
 

@@ -27,7 +27,7 @@ from truemask.interop.huggingface.mask_placeholder import MaskPlaceholder
 from truemask.interop.huggingface.placement import CallSizes, Placement, placement_of, placement_of_tensor
 from truemask.interop.layer_masks import AttentionLayer
 from truemask.interop.padding import BatchPadding, alike, batch_padding
-from truemask.interop.positions import DOCUMENT_KINDS, StatedPositions, lies_in_rows
+from truemask.interop.positions import DOCUMENT_KINDS, CallerPositions, lies_in_rows
 from truemask.masks.compose.boolean import And, everything
 from truemask.masks.compose.packed import Packed
 from truemask.masks.core.mask import Mask
@@ -58,12 +58,12 @@ class ModelMask(MaskPlaceholder):
         visible: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._made, self.bias, self._same_axis = rule, bias, placed
+        self._rule, self.bias, self._same_axis = rule, bias, placed
         self.batch, self.q_len, self.k_len = sizes
         self.q_start, self.k_start = starts
         self.device = torch.device(device)
         self._real, self._visible, self._warned = real, visible, False
-        self._told: StatedPositions | None = None
+        self._caller_positions: CallerPositions | None = None
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
         self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
@@ -87,7 +87,7 @@ class ModelMask(MaskPlaceholder):
     @cached_property
     def lifted(self) -> Lifted:
         """What the model says of positions."""
-        return self._made if isinstance(self._made, Lifted) else self._made()
+        return self._rule if isinstance(self._rule, Lifted) else self._rule()
 
     @property
     def packing(self) -> Packing | None:
@@ -114,73 +114,73 @@ class ModelMask(MaskPlaceholder):
         stop = self.q_start + self.q_len if self.lifted.looks_back else self.k_start + self.k_len
         return min(self.k_len, stop - self.k_start)
 
-    def tell(self, told: StatedPositions) -> None:
+    def tell(self, caller_positions: CallerPositions) -> None:
         """What the forward was told of positions; what was told first counts."""
-        if self._told is None:
-            self._told = told
+        if self._caller_positions is None:
+            self._caller_positions = caller_positions
 
     @cached_property
     def placement(self) -> Placement:
         """Where the rows and keys stand, by all that tells of it."""
-        told = self._told or StatedPositions()
+        caller_positions = self._caller_positions or CallerPositions()
         sizes = CallSizes(self.q_len, self.k_len, self.q_start, self.k_start, self._placed_rows)
         if self._visible is not None:
-            return placement_of_tensor(sizes, self._visible, told)
+            return placement_of_tensor(sizes, self._visible, caller_positions)
         if self.packing is not None:
             return Placement(self.q_start, self.k_start, self._real)
-        return placement_of(sizes, self._real, told)
+        return placement_of(sizes, self._real, caller_positions)
 
-    def mask(self, users: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
+    def combined_with(self, user_mask: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
         """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
 
         Padding and documents are facts about the batch: they stay, unless the user's mask says which documents there
         are. `position_ids`, if the layer was given them, then say where in its document a token stands.
         """
-        if (users, replace) not in self._masks:
-            check_samples(users, self.batch)
-            own = [] if replace and users is not None else [self._rule_beside(users, position_ids)]
-            asked = [] if users is None else [self._placed(users)]
-            if replace and users is not None and self.k_start:
-                seen = _all([*asked, self._padding.keys])
-                check_kept_keys(users, seen, self.batch, self.q_start, self.q_len, self.k_start)
-            self._masks[users, replace] = self._in_call(own, asked, users)
-        return self._masks[users, replace]
+        if (user_mask, replace) not in self._masks:
+            check_samples(user_mask, self.batch)
+            rules = [] if replace and user_mask is not None else [self._rule_beside(user_mask, position_ids)]
+            user_masks = [] if user_mask is None else [self._placed(user_mask)]
+            if replace and user_mask is not None and self.k_start:
+                visible = _all([*user_masks, self._padding.keys])
+                check_kept_keys(user_mask, visible, self.batch, self.q_start, self.q_len, self.k_start)
+            self._masks[user_mask, replace] = self._in_call(rules, user_masks, user_mask)
+        return self._masks[user_mask, replace]
 
-    def own_beside(self, users: Mask, position_ids: object) -> tuple[Mask, int]:
+    def rule_beside(self, user_mask: Mask, position_ids: object) -> tuple[Mask, int]:
         """The model's own rule, and the number of positions that it and a mask are about in this call."""
         if self._visible is not None or self.placement.problem:  # a tensor is the caller's; positions are not known
             return everything, 0
-        if lies_in_rows(users, packed=self.packing is not None):
-            return self._rule_beside(users, position_ids), self._stop
+        if lies_in_rows(user_mask, packed=self.packing is not None):
+            return self._rule_beside(user_mask, position_ids), self._stop
         if self.packing is not None:
             return self.lifted.bare, int(self.packing.positions.max()) + 1
-        known = self._padding.positions
-        return self.lifted.bare, self._stop if known is None else int(known[..., : self._stop].max()) + 1
+        positions = self._padding.positions
+        return self.lifted.bare, self._stop if positions is None else int(positions[..., : self._stop].max()) + 1
 
-    def _in_call(self, own: list[Mask], asked: list[Mask], users: Mask | None) -> Mask:
+    def _in_call(self, rules: list[Mask], user_masks: list[Mask], user_mask: Mask | None) -> Mask:
         """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
         starts = self.q_start, self.k_start
-        stand = starts if users is None else self.placement[:2]
-        if users is not None and self.placement.as_they_lie(users):
-            terms = [_at(_all([*own, self._padding.keys]), starts), *asked]
-        elif stand == starts:
-            terms = [_at(_all([*own, *asked, self._padding.keys]), starts)]
+        user_starts = starts if user_mask is None else self.placement[:2]
+        if user_mask is not None and self.placement.as_they_lie(user_mask):
+            terms = [_at(_all([*rules, self._padding.keys]), starts), *user_masks]
+        elif user_starts == starts:
+            terms = [_at(_all([*rules, *user_masks, self._padding.keys]), starts)]
         else:
-            terms = [_at(_all(own), starts), _at(_all([*asked, self._padding.keys]), stand)]
+            terms = [_at(_all(rules), starts), _at(_all([*user_masks, self._padding.keys]), user_starts)]
         return _all(terms)
 
-    def _rule_beside(self, users: Mask | None, position_ids: object) -> Mask:
+    def _rule_beside(self, user_mask: Mask | None, position_ids: object) -> Mask:
         """The model's own rule; beside a mask that says which documents there are, at the positions inside of them.
 
         Rows of documents stand in order, and so do those of a tree: causality alone can count rows.
         """
-        kinds = set() if users is None else {part.kind for part in users.walk()}
+        kinds = set() if user_mask is None else {part.kind for part in user_mask.walk()}
         if kinds.isdisjoint(DOCUMENT_KINDS) or self._real is not None or self.q_len != self.k_len:
             return self.lifted.mask
         bare = self.lifted.bare
         if bare in (causal, everything):
             return bare
-        terms = users.terms if isinstance(users, And) else (users,)
+        terms = user_mask.terms if isinstance(user_mask, And) else (user_mask,)
         packed = next((term for term in terms if isinstance(term, Packed)), None)
         if packed is not None:
             return changed(packed, base=bare)
@@ -194,30 +194,30 @@ class ModelMask(MaskPlaceholder):
             )
         return self.lifted.mask
 
-    def cross_mask(self, users: Mask | None, rows: ModelMask | None, replace: bool = False) -> Mask:
-        """The same where queries and keys count on separate axes; `rows` is the claim of the self-attention before."""
-        check_samples(users, self.batch)
-        own = [] if replace and users is not None else [self.lifted.mask]
-        if users is None:
-            return _all([*own, self._padding.keys])
-        if users.varies_with_query and rows is None:
+    def combined_across(self, user_mask: Mask | None, rows: ModelMask | None, replace: bool = False) -> Mask:
+        """The same where queries and keys count on separate axes; `rows` is the mask of the self-attention before."""
+        check_samples(user_mask, self.batch)
+        rules = [] if replace and user_mask is not None else [self.lifted.mask]
+        if user_mask is None:
+            return _all([*rules, self._padding.keys])
+        if user_mask.varies_with_query and rows is None:
             raise MaskError(
-                f"`{users}` for cross-attention asks which position a query has, and this model does not say: use a "
-                "mask of keys alone (`keys(...)`, `prefix(...)`)"
+                f"`{user_mask}` for cross-attention asks which position a query has, and this model does not say: use "
+                "a mask of keys alone (`keys(...)`, `prefix(...)`)"
             )
-        if users.varies_with_query and rows is not None and rows.placement.problem:
+        if user_mask.varies_with_query and rows is not None and rows.placement.problem:
             raise MaskError(
-                f"{rows.placement.problem}, and `{users}` for cross-attention asks which position a row has"
+                f"{rows.placement.problem}, and `{user_mask}` for cross-attention asks which position a row has"
             )
         q = None if rows is None else rows._positions_of_rows()
-        k = self._positions_for(users)
-        taken = users if q is None and k is None else users.take(q=q, k=k)
-        return _all([*own, taken, self._padding.keys])
+        k = self._positions_for(user_mask)
+        placed = user_mask if q is None and k is None else user_mask.take(q=q, k=k)
+        return _all([*rules, placed, self._padding.keys])
 
-    def warn_of_documents(self, users: Mask | None) -> None:
-        """Say it if positions restart and nothing keeps the documents apart; once for each claim."""
-        told = self._told is not None and self._told.positions is not None
-        if self._warned or not told or self.packing is not None or may_keep_apart(users):
+    def warn_of_documents(self, user_mask: Mask | None) -> None:
+        """Say it if positions restart and nothing keeps the documents apart; once for each mask."""
+        caller_positions = self._caller_positions is not None and self._caller_positions.positions is not None
+        if self._warned or not caller_positions or self.packing is not None or may_keep_apart(user_mask):
             return
         self._warned = True
         sizes = self.batch, self.q_len, self.k_len
@@ -228,37 +228,37 @@ class ModelMask(MaskPlaceholder):
     def _positions_of_rows(self) -> Tensor:
         """Logical positions of the rows, `[q]` or `[b, q]`."""
         start = self.placement.q_start
-        known, stop = self._padding.positions, start + self.q_len
-        return torch.arange(start, stop) if known is None else known[..., start:stop]
+        positions, stop = self._padding.positions, start + self.q_len
+        return torch.arange(start, stop) if positions is None else positions[..., start:stop]
 
-    def _placed(self, users: Mask) -> Mask:
+    def _placed(self, user_mask: Mask) -> Mask:
         """The user's mask at logical positions: a sample means the same alone, padded and packed (law 2).
 
         A mask that says itself how the rows are packed or padded is about the rows as they lie.
         """
-        stand = self.placement
-        if stand.behind and any(part.kind in DOCUMENT_KINDS for part in users.walk()):
-            return users
-        if refusal := stand.refusal(users, CallSizes(self.q_len, self.k_len)):
+        placement = self.placement
+        if placement.behind and any(part.kind in DOCUMENT_KINDS for part in user_mask.walk()):
+            return user_mask
+        if refusal := placement.refusal(user_mask, CallSizes(self.q_len, self.k_len)):
             raise MaskError(refusal)
-        if stand.as_they_lie(users):
-            return users
+        if placement.as_they_lie(user_mask):
+            return user_mask
         if self.packing is not None:
-            return users if lies_in_rows(users, packed=True) else self.packing.of(users)
+            return user_mask if lies_in_rows(user_mask, packed=True) else self.packing.of(user_mask)
         starts = self._padding.starts
-        if lies_in_rows(users, packed=stand.taken is not None):
-            return users
-        if stand.taken is not None:
-            return users.take(q=alike(stand.taken), k=alike(stand.taken))
+        if lies_in_rows(user_mask, packed=placement.taken is not None):
+            return user_mask
+        if placement.taken is not None:
+            return user_mask.take(q=alike(placement.taken), k=alike(placement.taken))
         if starts is not None:
-            return users.padded(starts)
-        positions = self._positions_for(users)
-        return users if positions is None else users.take(q=positions, k=positions)
+            return user_mask.padded(starts)
+        positions = self._positions_for(user_mask)
+        return user_mask if positions is None else user_mask.take(q=positions, k=positions)
 
-    def _positions_for(self, users: Mask) -> Tensor | None:
-        """Logical positions where pads move them, as far as `users` has data: at least up to the last key."""
+    def _positions_for(self, user_mask: Mask) -> Tensor | None:
+        """Logical positions where pads move them, as far as `user_mask` has data: at least up to the last key."""
         positions = self._padding.positions
-        if positions is None or _answers_for(users, int(positions.max()) + 1):
+        if positions is None or _answers_for(user_mask, int(positions.max()) + 1):
             return positions
         return positions[..., : self._stop]
 
@@ -293,5 +293,5 @@ def _at(mask: Mask, starts: tuple[int, ...]) -> Mask:
 
 def _all(masks: list[Mask]) -> Mask:
     """The conjunction, without terms that say nothing."""
-    said = [mask for mask in masks if mask != everything]
-    return reduce(and_, said) if said else everything
+    terms = [mask for mask in masks if mask != everything]
+    return reduce(and_, terms) if terms else everything

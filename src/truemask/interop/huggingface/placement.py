@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
-from truemask.interop.positions import StatedPositions
+from truemask.interop.positions import CallerPositions
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.token_spans import token_positions
@@ -55,30 +55,30 @@ class Placement(NamedTuple):
     behind: bool = False
     moved: bool = False
 
-    def as_they_lie(self, users: Mask) -> bool:
+    def as_they_lie(self, user_mask: Mask) -> bool:
         """Whether a mask is about the rows and keys of this call, from 0 on: it says so, and nobody else does."""
-        explicit = any(part.kind in PLACING_KINDS for part in users.walk())
-        return bool(self.problem or self.moved) and explicit and says_rows(users, self.keys_known or self.moved)
+        explicit = any(part.kind in PLACING_KINDS for part in user_mask.walk())
+        return bool(self.problem or self.moved) and explicit and says_rows(user_mask, self.keys_known or self.moved)
 
-    def refusal(self, users: Mask, sizes: CallSizes) -> str:
+    def refusal(self, user_mask: Mask, sizes: CallSizes) -> str:
         """Why a mask that asks for positions cannot run in this call, and what can; or nothing."""
-        if not self.problem or says_rows(users, self.keys_known):
+        if not self.problem or says_rows(user_mask, self.keys_known):
             return ""
-        if users == causal and not self.keys_known:  # they are in order
+        if user_mask == causal and not self.keys_known:  # they are in order
             return ""
-        if self.shift and self.shift > 0 and _same_at(users, self.shift, sizes.q_len):
+        if self.shift and self.shift > 0 and _same_at(user_mask, self.shift, sizes.q_len):
             return ""
         start = sizes.k_len - sizes.q_len
-        own = f"`.at(q_start={start})`" if start > 0 else f"`.take(q=torch.arange({sizes.q_len}), k=...)`"
-        explicit = f"say where the rows and keys of this call stand, as {own} does if they are the last ones"
+        call = f"`.at(q_start={start})`" if start > 0 else f"`.take(q=torch.arange({sizes.q_len}), k=...)`"
+        explicit = f"say where the rows and keys of this call stand, as {call} does if they are the last ones"
         if self.keys_known:
             return (
-                f"{self.problem}, and `{users}` asks: pass a 2-D attention_mask or position_ids, {explicit}, or leave "
-                "the layer out with layers= if it attends to something else than its own tokens"
+                f"{self.problem}, and `{user_mask}` asks: pass a 2-D attention_mask or position_ids, {explicit}, or "
+                "leave the layer out with layers= if it attends to something else than its own tokens"
             )
         return (
-            f"{self.problem}, so `{users}` could count either. Pass position_ids that agree, a cache that keeps all "
-            f"keys (`past_key_values=DynamicCache()`), or {explicit}"
+            f"{self.problem}, so `{user_mask}` could count either. Pass position_ids that agree, a cache that keeps "
+            f"all keys (`past_key_values=DynamicCache()`), or {explicit}"
         )
 
 
@@ -104,77 +104,79 @@ def _same_at(mask: Mask, shift: int, length: int) -> bool:
         return False
 
 
-def placement_of(sizes: CallSizes, real: Tensor | None, told: StatedPositions) -> Placement:
+def placement_of(sizes: CallSizes, real: Tensor | None, caller_positions: CallerPositions) -> Placement:
     """Where the rows of a call with 2-D flags `[b, n]` stand, or with none."""
-    q_start, unknown = sizes.q_start, Placement(sizes.q_start, sizes.k_start, real)
+    q_start, start = sizes.q_start, Placement(sizes.q_start, sizes.k_start, real)
     if not sizes.placed:
-        if told.cached is None or told.cached != sizes.k_len - sizes.q_len:
-            return unknown._replace(problem=_not_placed(sizes), keys_known=True)
-        q_start = sizes.k_start + told.cached  # the keys that were there before come first
-    found = unknown._replace(q_start=q_start, moved=not sizes.placed)
+        if caller_positions.cached is None or caller_positions.cached != sizes.k_len - sizes.q_len:
+            return start._replace(problem=_not_placed(sizes), keys_known=True)
+        q_start = sizes.k_start + caller_positions.cached  # the keys that were there before come first
+    placement = start._replace(q_start=q_start, moved=not sizes.placed)
     flags = 0 if real is None else real.shape[1]
-    places, beyond = _told_for(sizes, told), sizes.k_start + sizes.k_len
+    places, beyond = _positions_for_rows(sizes, caller_positions), sizes.k_start + sizes.k_len
     if places is None:
-        surely = real is not None and told.cached is not None and bool(real[:, beyond:].any())
-        return found._replace(problem=_too_many_flags(sizes, flags)) if surely else found
+        surely = real is not None and caller_positions.cached is not None and bool(real[:, beyond:].any())
+        return placement._replace(problem=_too_many_flags(sizes, flags)) if surely else placement
     stop = q_start + sizes.q_len
     counted = torch.ones(1, stop, dtype=torch.bool) if real is None else _first(real.cpu(), stop)
-    return _compared(found, places, counted, told.first, f" ({flags} flags)" if flags else "")
+    return _compared(placement, places, counted, caller_positions.first, f" ({flags} flags)" if flags else "")
 
 
-def placement_of_tensor(sizes: CallSizes, visible: Tensor, told: StatedPositions) -> Placement:
+def placement_of_tensor(sizes: CallSizes, visible: Tensor, caller_positions: CallerPositions) -> Placement:
     """Where the rows of a call with a 4-D mask stand; `visible [b or 1, k]` are the keys that some row sees."""
-    places, q_start = _told_for(sizes, told), sizes.k_len - sizes.q_len
-    if q_start and told.cached != q_start:
+    places, q_start = _positions_for_rows(sizes, caller_positions), sizes.k_len - sizes.q_len
+    if q_start and caller_positions.cached != q_start:
         if places is None:
             return Placement(0, 0, problem=_not_placed(sizes), keys_known=True)
         last = int(visible.any(0).int().flip(0).argmax())  # of a static cache, whose last slots are not written yet
         q_start = max(0, q_start - last)
-    found = Placement(q_start, 0)
+    placement = Placement(q_start, 0)
     if places is None:
-        return found
+        return placement
     stop = q_start + sizes.q_len
     whole = torch.ones(1, stop, dtype=torch.bool)
-    plain = _compared(found, places, whole, told.first, "")
+    first = caller_positions.first
+    plain = _compared(placement, places, whole, first, "")
     if not plain.problem:
-        return plain._replace(taken=_shifted(places, told.first) if plain.restarts and not q_start else None)
-    behind = _compared(found._replace(real=_first(visible, stop)), places, visible[:, :stop], told.first, "")
+        return plain._replace(taken=_shifted(places, first) if plain.restarts and not q_start else None)
+    behind = _compared(placement._replace(real=_first(visible, stop)), places, visible[:, :stop], first, "")
     if behind.restarts and not q_start:
-        return found._replace(taken=_shifted(places, told.first), restarts=True)
+        return placement._replace(taken=_shifted(places, first), restarts=True)
     return plain if behind.problem else behind
 
 
-def _compared(found: Placement, places: Tensor, counted: Tensor, first: int, flags: str) -> Placement:
+def _compared(placement: Placement, places: Tensor, counted: Tensor, first: int, flags: str) -> Placement:
     """position_ids against the positions that tokens have by counting them."""
-    rows = slice(found.q_start, counted.shape[1])
-    own, tokens = token_positions(counted)[:, rows], counted[:, rows]
+    rows = slice(placement.q_start, counted.shape[1])
+    counts, tokens = token_positions(counted)[:, rows], counted[:, rows]
     numbers = torch.arange(rows.start, rows.stop)
     for moved in {0, first}:
-        if bool(((places - moved == own) | ~tokens).all()) or bool((places - moved == numbers).all()):
-            return found
-    if not found.q_start and _restarts(places, tokens):
-        return found._replace(restarts=True)
-    away = (places - first - own)[tokens.expand(torch.broadcast_shapes(places.shape, own.shape))]
-    alike = not found.q_start and bool((away == away[:1]).all())
-    last = [int(each.expand(torch.broadcast_shapes(places.shape, own.shape))[-1, -1]) for each in (places - first, own)]
-    return found._replace(
-        problem=f"position_ids put the last row at {last[0]}, and its {counted.shape[1] - found.k_start} keys{flags} "
-        f"at {last[1]}",
+        if bool(((places - moved == counts) | ~tokens).all()) or bool((places - moved == numbers).all()):
+            return placement
+    if not placement.q_start and _restarts(places, tokens):
+        return placement._replace(restarts=True)
+    shape = torch.broadcast_shapes(places.shape, counts.shape)
+    away = (places - first - counts)[tokens.expand(shape)]
+    alike = not placement.q_start and bool((away == away[:1]).all())
+    last = [int(positions.expand(shape)[-1, -1]) for positions in (places - first, counts)]
+    return placement._replace(
+        problem=f"position_ids put the last row at {last[0]}, and its {counted.shape[1] - placement.k_start} keys"
+        f"{flags} at {last[1]}",
         shift=int(away[0]) if alike and len(away) else 0,
-        behind=bool(found.q_start) and bool((away <= 0).all()),
+        behind=bool(placement.q_start) and bool((away <= 0).all()),
     )
 
 
-def _restarts(places: Tensor, tokens: Tensor) -> bool:
+def _restarts(positions: Tensor, tokens: Tensor) -> bool:
     """Whether the positions of tokens go back somewhere in a sample."""
-    places, tokens = torch.broadcast_tensors(places, tokens)
-    return any(bool((own[real].diff() < 0).any()) for own, real in zip(places, tokens, strict=True))
+    positions, tokens = torch.broadcast_tensors(positions, tokens)
+    return any(bool((row[real].diff() < 0).any()) for row, real in zip(positions, tokens, strict=True))
 
 
-def _told_for(sizes: CallSizes, told: StatedPositions) -> Tensor | None:
+def _positions_for_rows(sizes: CallSizes, caller_positions: CallerPositions) -> Tensor | None:
     """position_ids `[b or 1, q]`, if they speak of the rows of this call."""
-    fits = told.positions is not None and told.positions.shape[-1] == sizes.q_len
-    return told.positions.detach().cpu() if fits and told.positions is not None else None
+    fits = caller_positions.positions is not None and caller_positions.positions.shape[-1] == sizes.q_len
+    return caller_positions.positions.detach().cpu() if fits and caller_positions.positions is not None else None
 
 
 def _shifted(places: Tensor, first: int) -> Tensor:

@@ -31,21 +31,21 @@ class HuggingFaceSwitch(Switch):
     def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
         return assigned(self.model, attention_layers(self.model), mask, layers, replace)
 
-    def _change(self, layers: Mapping[nn.Module, AttentionLayer], hold: ActiveUse) -> None:
+    def _change(self, layers: Mapping[nn.Module, AttentionLayer], active_use: ActiveUse) -> None:
         register()
         model: Any = self.model
         parts = parts_meant(model, layers)
         for part in parts:
             _check_switchable(part)
         for config in configs_of(model, parts):
-            hold.change(partial(switch_config, config, type(model).__name__, KEY, hold))
+            active_use.change(partial(switch_config, config, type(model).__name__, KEY, active_use))
         owners = {module: part for part in models_in(model) for module in part.modules()}  # the innermost
         for module, layer in layers.items():
             if self._runs_ours(module, layer, owners[module]):
-                hold.change(partial(_seat, model, module, layer, hold))
-        hold.change(partial(_replicate, model))
+                active_use.change(partial(_give, model, module, layer, active_use))
+        active_use.change(partial(_replicate, model))
         for part in models_in(model):
-            hold.change(partial(watch, model, part, in_use_here))
+            active_use.change(partial(watch, model, part, in_use_here))
 
     def _runs_ours(self, module: nn.Module, layer: AttentionLayer, owner: Any) -> bool:
         """Whether a layer's config is switched. Raises MaskError if one with a mask goes on with another attention."""
@@ -59,18 +59,18 @@ class HuggingFaceSwitch(Switch):
         return ours
 
 
-def _seat(model: Any, module: nn.Module, layer: AttentionLayer, hold: ActiveUse) -> Callable[[], object]:
+def _give(model: Any, module: nn.Module, layer: AttentionLayer, active_use: ActiveUse) -> Callable[[], object]:
     """The use's say in a layer; what is returned ends that."""
     account = account_of(getattr(module, "config", None) or model.config)
     before = None if account is None else account.before
-    seat = install(module, MARK, lambda known: known is not None, lambda: ScopedLayer(layer, before))
-    hold.sit(seat, layer)
-    return partial(uninstall, module, MARK, seat)
+    scoped_layer = install(module, MARK, lambda value: value is not None, lambda: ScopedLayer(layer, before))
+    active_use.set_value(scoped_layer, layer)
+    return partial(uninstall, module, MARK, scoped_layer)
 
 
 def _replicate(model: nn.Module) -> Callable[[], object]:
     """DataParallel's replicas of the model have the uses of the thread that makes them; what is returned ends that."""
-    replicas = install(model, REPLICATE, lambda known: isinstance(known, Replicas), lambda: Replicas(model))
+    replicas = install(model, REPLICATE, lambda value: isinstance(value, Replicas), lambda: Replicas(model))
     return partial(uninstall, model, REPLICATE, replicas)
 
 

@@ -1,4 +1,4 @@
-"""Claims that come as 4-D tensors."""
+"""Masks of models that come as 4-D tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from truemask.masks.foreign.importers import from_torch_sdpa
 
 
 def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> ModelMask:
-    """A claim from a 4-D tensor `[b or 1, h or 1, q, k]`: bool, True = attend, or floats that are added to the scores.
+    """The mask that a 4-D tensor `[b or 1, h or 1, q, k]` says: bool, True = attend, or floats added to the scores.
 
     Floats at or below half of the dtype's lowest hide (law 1 in docs/conventions.md); all others are a bias. The layers
     of one forward share it; a layer that reads the tensor again begins another forward, in which it may be changed.
     """
     batch, q_len, k_len = sizes
     shape = tuple(mask.shape)
-    if len(shape) != 4 or any(own not in (1, size) for own, size in zip((shape[0], *shape[2:]), sizes, strict=True)):
+    fits = len(shape) == 4 and all(n in (1, size) for n, size in zip((shape[0], *shape[2:]), sizes, strict=True))
+    if not fits:
         raise MaskError(
             f"the attention_mask that reached the attention is {describe(mask)}, but the call has {batch} samples, "
             f"{q_len} queries and {k_len} keys: a 4-D one is [{batch}, 1, {q_len}, {k_len}]"
@@ -32,13 +33,13 @@ def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int]
     if mask.is_inference() or mask.requires_grad:
         return _read(mask, sizes)
     if context.tensor is not None:
-        known, version, claim = context.tensor
-        same = known() is mask and version == mask._version and claim.shape == (batch, 1, q_len, k_len)
-        if same and not claim.read_by(reader):
-            return claim
-    claim = _read(mask, sizes)
-    context.tensor = weakref.ref(mask), mask._version, claim
-    return claim
+        tensor, version, model_mask = context.tensor
+        same = tensor() is mask and version == mask._version and model_mask.shape == (batch, 1, q_len, k_len)
+        if same and not model_mask.read_by(reader):
+            return model_mask
+    model_mask = _read(mask, sizes)
+    context.tensor = weakref.ref(mask), mask._version, model_mask
+    return model_mask
 
 
 def _read(mask: Tensor, sizes: tuple[int, int, int]) -> ModelMask:

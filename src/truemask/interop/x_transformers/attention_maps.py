@@ -43,5 +43,5 @@ class LazyIntermediates:
 
 def intermediates_of(module: Any) -> Any:
     """An empty `Intermediates` of the library that the module comes from, as its flash path returns."""
-    own = next(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "x_transformers")
-    return sys.modules[own.__module__].Intermediates()
+    cls = next(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "x_transformers")
+    return sys.modules[cls.__module__].Intermediates()

@@ -13,14 +13,14 @@ from truemask.errors import MaskError
 
 
 @torch.compiler.disable(recursive=True)
-def objections_to(module: Any, given: dict[str, Any]) -> list[str]:
+def objections_to(module: Any, keywords: dict[str, Any]) -> list[str]:
     """What `attend` cannot compute of an `Attention`, in x-transformers' words."""
     core = module.attend
     sinks = core.head_learned_sink or core.add_zero_kv
     biased = module.data_dependent_alibi is not None or module.rel_proj_pos_bias is not None
-    biased = biased or any(given.get(name) is not None for name in ("rel_pos", "attn_bias"))
+    biased = biased or any(keywords.get(name) is not None for name in ("rel_pos", "attn_bias"))
     heads = ("pre_softmax_talking_heads", "post_softmax_talking_heads", "pre_scale_post_talking_heads")
-    found = {
+    objections = {
         "talking heads": any(getattr(core, name) is not None for name in heads),
         "attention weights that are no softmax": not is_softmax(core.attn_fn),
         "inverted_attention": core.inverted_attention,
@@ -28,13 +28,13 @@ def objections_to(module: Any, given: dict[str, Any]) -> list[str]:
         "selective": core.selective,
         "use_cope": core.cope is not None,
         "flash_pack_seq": core.flash_pack_seq,
-        "residual_attn": given.get("prev_attn") is not None,
-        "attn_delta": given.get("attn_delta") is not None,
+        "residual_attn": keywords.get("prev_attn") is not None,
+        "attn_delta": keywords.get("attn_delta") is not None,
         "softclamp_logits with a bias": core.softclamp_logits and biased,
         "l2_distance with sinks or softclamp_logits": core.l2_distance and (sinks or core.softclamp_logits),
         "dropout of everything": core.training and dropout_of(core) >= 1,
     }
-    return [name for name, true in found.items() if true]
+    return [name for name, true in objections.items() if true]
 
 
 def is_softmax(function: Any) -> bool:

@@ -50,20 +50,20 @@ class StackKey:
     @property
     def running(self) -> StackInput | None:
         """What the stack, or a wrapper around it, runs on in this context; None if none does."""
-        return next((given for frame, given in reversed(STACK_INPUTS.get()) if frame is self), None)
+        return next((stack_input for key, stack_input in reversed(STACK_INPUTS.get()) if key is self), None)
 
     def here(self, around: Checkpoints) -> StackInput:
         """The same, or what it was in the forward that is recomputed without the stack."""
         return around.as_in_forward(self, lambda: self.running) or StackInput()
 
     @torch.compiler.disable(recursive=True)
-    def _begin(self, given: StackInput) -> tuple[tuple[StackKey, StackInput], ...]:
-        return set_variable(STACK_INPUTS, (*STACK_INPUTS.get(), (self, given)))
+    def _begin(self, stack_input: StackInput) -> tuple[tuple[StackKey, StackInput], ...]:
+        return set_variable(STACK_INPUTS, (*STACK_INPUTS.get(), (self, stack_input)))
 
     @torch.compiler.disable(recursive=False)
-    def run(self, given: StackInput, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    def run(self, stack_input: StackInput, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """A forward of the stack, or of a wrapper, on such an input."""
-        before = self._begin(given)
+        before = self._begin(stack_input)
         try:
             return forward(*args, **named)
         finally:
@@ -103,23 +103,23 @@ class WrapperForward(ForwardProxy):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self.frame = StackKey()
+        self.stack_key = StackKey()
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
-        return self.frame.run(self._input(args, named), self.original, *args, **named)
+        return self.stack_key.run(self._input(args, named), self.original, *args, **named)
 
     @torch.compiler.disable(recursive=True)
     def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> StackInput:
-        module, given = self.module, arguments(self.module, args, named)
+        module, keywords = self.module, arguments(self.module, args, named)
         problem = ""
         if size(module, "memory_tokens") and getattr(module, "memory_tokens_interspersed_every", None):
             problem = (
                 "its memory tokens stand between the tokens (memory_tokens_interspersed_every), so a mask's "
                 "positions would count them; build the wrapper without that option"
             )
-        front, back = counted(module, given), size(module, "register_tokens")
-        return StackInput(front, back, starts_of(given.get("seq_start_pos")), problem=problem)
+        front, back = counted(module, keywords), size(module, "register_tokens")
+        return StackInput(front, back, starts_of(keywords.get("seq_start_pos")), problem=problem)
 
 
 class StackForward(ForwardProxy):
@@ -127,22 +127,22 @@ class StackForward(ForwardProxy):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self.frame = StackKey()
+        self.stack_key = StackKey()
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **named: Any) -> Any:
-        return self.frame.run(self._input(args, named), self.original, *args, **named)
+        return self.stack_key.run(self._input(args, named), self.original, *args, **named)
 
     @torch.compiler.disable(recursive=True)
     def _input(self, args: tuple[Any, ...], named: dict[str, Any]) -> StackInput:
-        given, outer = arguments(self.module, args, named), self.frame.running or StackInput()
-        only_starts = given.get("seq_start_pos") is not None and given.get("self_attn_kv_mask") is None
-        cache = given.get("cache")
+        keywords, outer = arguments(self.module, args, named), self.stack_key.running or StackInput()
+        only_starts = keywords.get("seq_start_pos") is not None and keywords.get("self_attn_kv_mask") is None
+        cache = keywords.get("cache")
         cached = cached_length(cache)
         return replace(
             outer,
             only_starts=only_starts,
-            starts=starts_of(given.get("seq_start_pos")) or outer.starts,
+            starts=starts_of(keywords.get("seq_start_pos")) or outer.starts,
             cached=cached,
             dropped=0 if cache is None else max(0, cache.cache_length - cached),
         )
@@ -162,9 +162,9 @@ def signature_of(kind: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-def counted(module: nn.Module, given: dict[str, Any]) -> int:
+def counted(module: nn.Module, keywords: dict[str, Any]) -> int:
     """How many rows a wrapper puts before the tokens."""
-    prepended = given.get("prepend_embeds")
+    prepended = keywords.get("prepend_embeds")
     classes = getattr(module, "num_cls_tokens", 1) if size(module, "cls_token") else 0
     return size(module, "memory_tokens") + classes + (0 if prepended is None else prepended.shape[1])
 
@@ -186,14 +186,14 @@ def cached_length(cache: Any) -> int:
     """How many rows a cache holds keys of."""
     if cache is None:
         return 0
-    own = [x for x in cache.attn_intermediates if getattr(x, "layer_type", None) == "a" and x.cached_kv is not None]
-    return own[0].cached_kv[0].shape[-2] if own else cache.cache_length
+    layers = [x for x in cache.attn_intermediates if getattr(x, "layer_type", None) == "a" and x.cached_kv is not None]
+    return layers[0].cached_kv[0].shape[-2] if layers else cache.cache_length
 
 
-def known_positions(frame: StackInput, recurrent: bool) -> None:
+def known_positions(stack_input: StackInput, recurrent: bool) -> None:
     """Raise where the positions of tokens cannot be told from what attention is given."""
-    problem = frame.problem
-    if recurrent and (frame.front or frame.back):
+    problem = stack_input.problem
+    if recurrent and (stack_input.front or stack_input.back):
         problem = (
             "its recurrence memory (mems) holds memory tokens or prepended embeddings of earlier segments, which a "
             "mask's positions would count; use the model without them"

@@ -31,31 +31,31 @@ def is_a(module: nn.Module, name: str) -> bool:
 def attention_layers(model: nn.Module) -> list[AttentionModule]:
     """Every `Attention` once. Raises MaskError if there is none."""
     pooling = {part for pool in model.modules() if is_a(pool, "AttentionPool") for part in pool.modules()}
-    found: dict[nn.Module, AttentionModule] = {}
+    modules: dict[nn.Module, AttentionModule] = {}
     for path, stack in model.named_modules():
         for letter, module, index in attention_in(stack):
-            found.setdefault(module, AttentionModule(module, stack, named(path, letter, index), module in pooling))
+            modules.setdefault(module, AttentionModule(module, stack, named(path, letter, index), module in pooling))
     for path, module in model.named_modules():
         if is_a(module, "Attention"):
-            found.setdefault(module, AttentionModule(module, None, named(path, "a", 0), module in pooling))
-    if not found:
+            modules.setdefault(module, AttentionModule(module, None, named(path, "a", 0), module in pooling))
+    if not modules:
         raise MaskError(
             f"{type(model).__name__} has no attention of x-transformers (`x_transformers.Attention`) to give a mask to"
         )
-    return list(found.values())
+    return list(modules.values())
 
 
 def attention_in(stack: Any) -> list[tuple[str, nn.Module, int]]:
     """The `Attention`s of an `AttentionLayers`: their letter ("a" for self, "c" for cross), and their place."""
-    found: list[tuple[str, nn.Module, int]] = []
+    modules: list[tuple[str, nn.Module, int]] = []
     if not is_a(stack, "AttentionLayers"):
-        return found
+        return modules
     for letter, layer in zip(stack.layer_types, stack.layers, strict=True):
         inside = [part for part in layer[1].modules() if is_a(part, "Attention")] if letter in KINDS else []
         for module in inside:
-            if all(module is not known for _, known, _ in found):  # tied layers are one
-                found.append((letter, module, sum(letter == other for other, _, _ in found)))
-    return found
+            if all(module is not other for _, other, _ in modules):  # tied layers are one
+                modules.append((letter, module, sum(letter == other for other, _, _ in modules)))
+    return modules
 
 
 def named(path: str, letter: str, index: int) -> AttentionLayer:

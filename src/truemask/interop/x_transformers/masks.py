@@ -54,8 +54,8 @@ def both(*masks: Mask) -> Mask:
     """The AND of masks, without the terms that say nothing."""
     if nothing in masks:
         return nothing
-    said = [mask for mask in masks if mask != everything]
-    return reduce(and_, said) if said else everything
+    terms = [mask for mask in masks if mask != everything]
+    return reduce(and_, terms) if terms else everything
 
 
 def model_rule(is_causal: bool, max_attend_past: int | None) -> Mask:
@@ -75,28 +75,28 @@ class ModelMask:
     """What the model says of one call: its `rule` of positions, and what the caller `passed` as tensors."""
 
     rule: Mask
-    place: RegisterLayout
+    layout: RegisterLayout
     passed: Mask = everything
 
     def combined_with(self, user_mask: Mask | None) -> Mask:
         """The mask of the call's rows over all its keys: the model's and the user's, which meet here only."""
-        return both(_combined(self.rule, user_mask, self.place), self.passed)
+        return both(_combined(self.rule, user_mask, self.layout), self.passed)
 
 
 @lru_cache(maxsize=128)
-def _combined(rule: Mask, user_mask: Mask | None, place: RegisterLayout) -> Mask:
+def _combined(rule: Mask, user_mask: Mask | None, layout: RegisterLayout) -> Mask:
     """The same without tensors."""
     user = everything if user_mask is None else user_mask
-    if place.cross:
-        return _behind(place, both(_moved(rule, place.start), _cross(user, place)))
-    if place.starts is not None and user_mask is not None and not lies_in_rows(user_mask, packed=False):
-        user = user.padded(list(place.starts))
-    whole = both(rule, _among_registers(user, place))
-    return _moved(_behind(place, whole), place.start)
+    if layout.cross:
+        return _behind(layout, both(_moved(rule, layout.start), _cross(user, layout)))
+    if layout.starts is not None and user_mask is not None and not lies_in_rows(user_mask, packed=False):
+        user = user.padded(list(layout.starts))
+    whole = both(rule, _among_registers(user, layout))
+    return _moved(_behind(layout, whole), layout.start)
 
 
-def _behind(place: RegisterLayout, mask: Mask) -> Mask:
-    return mask.prepended(k=place.extra) if place.extra and mask != everything else mask
+def _behind(layout: RegisterLayout, mask: Mask) -> Mask:
+    return mask.prepended(k=layout.extra) if layout.extra and mask != everything else mask
 
 
 def _moved(mask: Mask, start: int) -> Mask:
@@ -106,49 +106,49 @@ def _moved(mask: Mask, start: int) -> Mask:
     return mask.at(q_start=start) if start > 0 else mask.at(k_start=-start)
 
 
-def _cross(user: Mask, place: RegisterLayout) -> Mask:
+def _cross(user: Mask, layout: RegisterLayout) -> Mask:
     """A mask over a context, whose keys are counted as they come."""
     if user == everything:
         return user
-    if place.front:
-        user = user.prepended(q=place.front, seen=seen_by_all(user))
-    return _moved(user, place.token)
+    if layout.front:
+        user = user.prepended(q=layout.front, seen=seen_by_all(user))
+    return _moved(user, layout.token)
 
 
-def _among_registers(user: Mask, place: RegisterLayout) -> Mask:
+def _among_registers(user: Mask, layout: RegisterLayout) -> Mask:
     """`user` for a sequence that begins or ends with registers."""
-    extra = place.front or place.back
+    extra = layout.front or layout.back
     if not extra or user == everything:
         return user
-    seen, real = seen_by_all(user), real_queries(user)
-    mask = user.prepended(q=extra, k=extra, seen=seen)
-    if seen != nothing and real != everything:
+    visible, real = seen_by_all(user), real_queries(user)
+    mask = user.prepended(q=extra, k=extra, seen=visible)
+    if visible != nothing and real != everything:
         mask = mask & real.prepended(q=extra)  # padding reads no register
-    if place.back:
-        tokens = place.rows - extra
+    if layout.back:
+        tokens = layout.rows - extra
         order = torch.cat((torch.arange(extra, extra + tokens), torch.arange(extra)))
         mask = mask.take(q=order, k=order)
     return mask
 
 
-def from_flags(flags: Tensor | None, place: RegisterLayout) -> Mask:
+def from_flags(flags: Tensor | None, layout: RegisterLayout) -> Mask:
     """Key padding as `Attend` gets it, bool `[b, 1, 1, keys]` or `[b, keys]`."""
     if flags is None or bool(flags.all()):
         return everything
-    return keys(flags.reshape(-1, place.keys))
+    return keys(flags.reshape(-1, layout.keys))
 
 
-def from_matrix(attn_mask: Tensor | None, heads: int, place: RegisterLayout) -> Mask:
+def from_matrix(attn_mask: Tensor | None, heads: int, layout: RegisterLayout) -> Mask:
     """`attn_mask` as a caller of the model gave it; memory keys may be left out, and are seen by all."""
     if attn_mask is None:
         return everything
-    given = from_x_transformers(attn_mask=attn_mask, heads=heads)
-    own = place.keys - place.extra
+    mask = from_x_transformers(attn_mask=attn_mask, heads=heads)
+    length = layout.keys - layout.extra
     rows, columns = attn_mask.shape[-2:]
-    if rows not in (1, place.rows) or columns not in (1, own, place.keys):
+    if rows not in (1, layout.rows) or columns not in (1, length, layout.keys):
         raise MaskError(
-            f"attn_mask is for {rows} rows and {columns} keys, but attention runs {place.rows} rows over {own} keys"
-            f"{f' and {place.extra} memory keys' if place.extra else ''}; registers and prepended embeddings count. "
+            f"attn_mask is for {rows} rows and {columns} keys, but attention runs {layout.rows} rows over {length} keys"
+            f"{f' and {layout.extra} memory keys' if layout.extra else ''}; registers and prepended embeddings count. "
             "Give a mask expression instead, which has no size: `tm.use(model, mask)`"
         )
-    return given.prepended(k=place.extra) if place.extra and columns == own else given
+    return mask.prepended(k=layout.extra) if layout.extra and columns == length else mask

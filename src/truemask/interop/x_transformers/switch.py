@@ -24,56 +24,56 @@ class XTransformersSwitch(Switch):
 
     def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
         self._found = attention_layers(self.model)
-        named = {found.module: found.layer for found in self._found if not found.pools}
+        named = {attention.module: attention.layer for attention in self._found if not attention.pools}
         masked = assigned(self.model, named, mask, layers, replace) if named or mask is not None else {}
-        for found in self._found:
-            if found.module in masked and masked[found.module].mask is not None:
-                check_maskable(found.module, found.stack, replace)
-        return {found.module: masked.get(found.module, found.layer) for found in self._found}
+        for attention in self._found:
+            if attention.module in masked and masked[attention.module].mask is not None:
+                check_maskable(attention.module, attention.stack, replace)
+        return {attention.module: masked.get(attention.module, attention.layer) for attention in self._found}
 
-    def _change(self, layers: Mapping[nn.Module, AttentionLayer], hold: ActiveUse) -> None:
-        for found in self._found:
-            hold.change(partial(_begin, found, layers[found.module], hold))
-        for stack in {found.stack: None for found in self._found if found.stack is not None}:
-            hold.change(partial(_watch, self.model, stack))
+    def _change(self, layers: Mapping[nn.Module, AttentionLayer], active_use: ActiveUse) -> None:
+        for attention in self._found:
+            active_use.change(partial(_begin, attention, layers[attention.module], active_use))
+        for stack in {attention.stack: None for attention in self._found if attention.stack is not None}:
+            active_use.change(partial(_watch, self.model, stack))
 
 
-def _begin(found: AttentionModule, layer: AttentionLayer, hold: ActiveUse) -> Callable[[], None]:
+def _begin(attention: AttentionModule, layer: AttentionLayer, active_use: ActiveUse) -> Callable[[], None]:
     """Put one `Attention` to use; what is returned takes back what that changed."""
-    module, core = found.module, found.module.attend
+    module, core = attention.module, attention.module.attend
     outer = _stood_in(module, AttentionForward)
-    hold.sit(outer.seat, layer)
+    active_use.set_value(outer.scoped_layer, layer)
     inner = install(
         core,
         "forward",
-        lambda known: isinstance(known, AttendForward) and known.owner is outer,
+        lambda value: isinstance(value, AttendForward) and value.owner is outer,
         lambda: AttendForward(core, outer),
     )
-    standing: dict[nn.Module, ForwardProxy] = {module: outer, core: inner}
-    if found.stack is not None:
-        stack = standing[found.stack] = _stood_in(found.stack, StackForward)
-        outer.frame = stack.frame
-    return partial(_end, standing)
+    proxies: dict[nn.Module, ForwardProxy] = {module: outer, core: inner}
+    if attention.stack is not None:
+        stack = proxies[attention.stack] = _stood_in(attention.stack, StackForward)
+        outer.stack_key = stack.stack_key
+    return partial(_end, proxies)
 
 
 def _watch(model: nn.Module, stack: nn.Module) -> Callable[[], None]:
     """Let the wrappers around a stack say what they put beside its tokens; what is returned takes that back."""
-    standing: dict[nn.Module, ForwardProxy] = {}
+    proxies: dict[nn.Module, ForwardProxy] = {}
     for module in model.modules():
         if getattr(module, "attn_layers", None) is stack:
-            wrapper = standing[module] = _stood_in(module, WrapperForward)
-            wrapper.frame = vars(stack)["forward"].frame
-    return partial(_end, standing)
+            wrapper = proxies[module] = _stood_in(module, WrapperForward)
+            wrapper.stack_key = vars(stack)["forward"].stack_key
+    return partial(_end, proxies)
 
 
 def _stood_in(module: nn.Module, kind: type[F]) -> F:
     """What stands in for a module's forward."""
-    return install(module, "forward", lambda known: isinstance(known, kind), lambda: kind(module))
+    return install(module, "forward", lambda value: isinstance(value, kind), lambda: kind(module))
 
 
-def _end(standing: dict[nn.Module, ForwardProxy]) -> None:
+def _end(proxies: dict[nn.Module, ForwardProxy]) -> None:
     """Withdraw what stands in for the forwards of some modules."""
-    for module, forward in standing.items():
+    for module, forward in proxies.items():
         if uninstall(module, "forward", forward) and forward.previous is not None:
             vars(module)["forward"] = forward.previous
         if not forward.users:
