@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace as changed
-from functools import cached_property, reduce
-from operator import and_
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +27,7 @@ from truemask.interop.huggingface.placement import CallSizes, Placement, placeme
 from truemask.interop.layer_masks import AttentionLayer
 from truemask.interop.padding import BatchPadding, alike, batch_padding
 from truemask.interop.positions import DOCUMENT_KINDS, CallerPositions, lies_in_rows
-from truemask.masks.compose.boolean import And, everything
+from truemask.masks.compose.boolean import And, conjunction, everything
 from truemask.masks.compose.packed import Packed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
@@ -138,10 +137,10 @@ class ModelMask(MaskPlaceholder):
         """
         if (user_mask, replace) not in self._masks:
             check_samples(user_mask, self.batch)
-            rules = [] if replace and user_mask is not None else [self._rule_beside(user_mask, position_ids)]
+            rules = [] if replace and user_mask is not None else [self._rule_for(user_mask, position_ids)]
             user_masks = [] if user_mask is None else [self._placed(user_mask)]
             if replace and user_mask is not None and self.k_start:
-                visible = _all([*user_masks, self._padding.keys])
+                visible = conjunction(*user_masks, self._padding.keys)
                 check_kept_keys(user_mask, visible, self.batch, self.q_start, self.q_len, self.k_start)
             self._masks[user_mask, replace] = self._in_call(rules, user_masks, user_mask)
         return self._masks[user_mask, replace]
@@ -151,7 +150,7 @@ class ModelMask(MaskPlaceholder):
         if self._visible is not None or self.placement.problem:  # a tensor is the caller's; positions are not known
             return everything, 0
         if lies_in_rows(user_mask, packed=self.packing is not None):
-            return self._rule_beside(user_mask, position_ids), self._stop
+            return self._rule_for(user_mask, position_ids), self._stop
         if self.packing is not None:
             return self.lifted.bare, int(self.packing.positions.max()) + 1
         positions = self._padding.positions
@@ -162,14 +161,14 @@ class ModelMask(MaskPlaceholder):
         starts = self.q_start, self.k_start
         user_starts = starts if user_mask is None else self.placement[:2]
         if user_mask is not None and self.placement.as_they_lie(user_mask):
-            terms = [_at(_all([*rules, self._padding.keys]), starts), *user_masks]
+            terms = [_at(conjunction(*rules, self._padding.keys), starts), *user_masks]
         elif user_starts == starts:
-            terms = [_at(_all([*rules, *user_masks, self._padding.keys]), starts)]
+            terms = [_at(conjunction(*rules, *user_masks, self._padding.keys), starts)]
         else:
-            terms = [_at(_all(rules), starts), _at(_all([*user_masks, self._padding.keys]), user_starts)]
-        return _all(terms)
+            terms = [_at(conjunction(*rules), starts), _at(conjunction(*user_masks, self._padding.keys), user_starts)]
+        return conjunction(*terms)
 
-    def _rule_beside(self, user_mask: Mask | None, position_ids: object) -> Mask:
+    def _rule_for(self, user_mask: Mask | None, position_ids: object) -> Mask:
         """The model's own rule; beside a mask that says which documents there are, at the positions inside of them.
 
         Rows of documents stand in order, and so do those of a tree: causality alone can count rows.
@@ -199,7 +198,7 @@ class ModelMask(MaskPlaceholder):
         check_samples(user_mask, self.batch)
         rules = [] if replace and user_mask is not None else [self.lifted.mask]
         if user_mask is None:
-            return _all([*rules, self._padding.keys])
+            return conjunction(*rules, self._padding.keys)
         if user_mask.varies_with_query and rows is None:
             raise MaskError(
                 f"`{user_mask}` for cross-attention asks which position a query has, and this model does not say: use "
@@ -212,12 +211,12 @@ class ModelMask(MaskPlaceholder):
         q = None if rows is None else rows._positions_of_rows()
         k = self._positions_for(user_mask)
         placed = user_mask if q is None and k is None else user_mask.take(q=q, k=k)
-        return _all([*rules, placed, self._padding.keys])
+        return conjunction(*rules, placed, self._padding.keys)
 
     def warn_of_documents(self, user_mask: Mask | None) -> None:
         """Say it if positions restart and nothing keeps the documents apart; once for each mask."""
-        caller_positions = self._caller_positions is not None and self._caller_positions.positions is not None
-        if self._warned or not caller_positions or self.packing is not None or may_keep_apart(user_mask):
+        has_positions = self._caller_positions is not None and self._caller_positions.positions is not None
+        if self._warned or not has_positions or self.packing is not None or may_keep_apart(user_mask):
             return
         self._warned = True
         sizes = self.batch, self.q_len, self.k_len
@@ -289,9 +288,3 @@ def _answers_for(mask: Mask, length: int) -> bool:
 
 def _at(mask: Mask, starts: tuple[int, ...]) -> Mask:
     return mask.at(q_start=starts[0], k_start=starts[1])
-
-
-def _all(masks: list[Mask]) -> Mask:
-    """The conjunction, without terms that say nothing."""
-    terms = [mask for mask in masks if mask != everything]
-    return reduce(and_, terms) if terms else everything

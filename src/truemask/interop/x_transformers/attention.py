@@ -26,8 +26,8 @@ from truemask.interop.x_transformers.inputs import (
     known_positions,
     set_variable,
 )
-from truemask.interop.x_transformers.masks import ModelMask, RegisterLayout, both, from_flags, from_matrix, model_rule
-from truemask.masks.compose.boolean import everything
+from truemask.interop.x_transformers.masks import ModelMask, RegisterLayout, from_flags, from_matrix, model_rule
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense
 
@@ -204,7 +204,7 @@ class AttendInputs:
         whole = flags is not None and flags.ndim == 4 and flags.shape[-2] > 1  # where `max_attend_past` is in it
         padded = dense(flags) if whole else from_flags(flags, layout)
         matrix = from_matrix(intermediate.attn_mask, self.q.shape[1], layout)
-        return ModelMask(rule, layout, both(padded, matrix)).combined_with(layer.mask)
+        return ModelMask(rule, layout, conjunction(padded, matrix)).combined_with(layer.mask)
 
     @property
     def matrix(self) -> Tensor:

@@ -11,15 +11,14 @@ rule of `truemask.nn.forward_mask`: it reads a token only if every query that re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from operator import and_
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
 from truemask.interop.positions import lies_in_rows
-from truemask.masks.compose.boolean import everything, nothing
+from truemask.masks.compose.boolean import conjunction, everything, nothing
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_x_transformers
 from truemask.masks.leaves.bands import causal, window
@@ -50,14 +49,6 @@ class RegisterLayout:
         return self.keys - self.extra - self.rows
 
 
-def both(*masks: Mask) -> Mask:
-    """The AND of masks, without the terms that say nothing."""
-    if nothing in masks:
-        return nothing
-    terms = [mask for mask in masks if mask != everything]
-    return reduce(and_, terms) if terms else everything
-
-
 def model_rule(is_causal: bool, max_attend_past: int | None) -> Mask:
     """What the layer's constructor says; `max_attend_past` keys before its own, and in an encoder all that follow.
 
@@ -80,7 +71,7 @@ class ModelMask:
 
     def combined_with(self, user_mask: Mask | None) -> Mask:
         """The mask of the call's rows over all its keys: the model's and the user's, which meet here only."""
-        return both(_combined(self.rule, user_mask, self.layout), self.passed)
+        return conjunction(_combined(self.rule, user_mask, self.layout), self.passed)
 
 
 @lru_cache(maxsize=128)
@@ -88,10 +79,10 @@ def _combined(rule: Mask, user_mask: Mask | None, layout: RegisterLayout) -> Mas
     """The same without tensors."""
     user = everything if user_mask is None else user_mask
     if layout.cross:
-        return _behind(layout, both(_moved(rule, layout.start), _cross(user, layout)))
+        return _behind(layout, conjunction(_moved(rule, layout.start), _cross(user, layout)))
     if layout.starts is not None and user_mask is not None and not lies_in_rows(user_mask, packed=False):
         user = user.padded(list(layout.starts))
-    whole = both(rule, _among_registers(user, layout))
+    whole = conjunction(rule, _among_registers(user, layout))
     return _moved(_behind(layout, whole), layout.start)
 
 
