@@ -41,16 +41,16 @@ def assigned(
 
     `where` is the `layers` of `tm.use`: None, names, indices, or a dict of them to masks.
     """
-    rules = _rules(mask, where)
-    for wanted in rules:
-        _check_clear(model, layers, wanted)
-    layer_masks = {module: _with_mask(layer, rules, replace) for module, layer in layers.items()}
-    _check_reached(model, layer_masks, rules)
+    masks_by_name = _masks_by_name(mask, where)
+    for name in masks_by_name:
+        _check_clear(model, layers, name)
+    layer_masks = {module: _with_mask(layer, masks_by_name, replace) for module, layer in layers.items()}
+    _check_reached(model, layer_masks, masks_by_name)
     return {module: layer for module, layer in layer_masks.items() if not layer.own_way}
 
 
 def _check_reached(
-    model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], rules: Mapping[str | int | None, Mask]
+    model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], masks_by_name: Mapping[str | int | None, Mask]
 ) -> None:
     """Raise if a mask is for layers that would not see it, or if information goes around it through such layers."""
     for module, layer in layers.items():
@@ -59,7 +59,8 @@ def _check_reached(
                 f"{type(model).__name__}: `{layer.path}` ({type(module).__name__}) attends inside windows that the "
                 "model cuts beforehand, so a mask would count positions there; `tm.use(model)` without one runs"
             )
-    numbers = {layer.index for layer in layers.values() if not layer.own_way} & rules.keys()  # meant for the attention
+    attending = {layer.index for layer in layers.values() if not layer.own_way}
+    numbers = attending & masks_by_name.keys()  # meant for the attention
     deaf = [
         f"`{layer.path}` ({type(module).__name__}) {layer.own_way}"
         for module, layer in layers.items()
@@ -74,11 +75,11 @@ def _check_reached(
         )
 
 
-def _rules(mask: object, where: object) -> dict[str | int | None, Mask]:
+def _masks_by_name(mask: object, where: object) -> dict[str | int | None, Mask]:
     """Which mask for which name or index; None stands for all self-attention."""
     if isinstance(where, Mapping):
-        rest = {} if mask is None else {None: _mask(mask, "mask")}
-        return {**rest, **{_name(name): _mask(each, f"layers[{name!r}]") for name, each in where.items()}}
+        others = {} if mask is None else {None: _mask(mask, "mask")}
+        return {**others, **{_name(name): _mask(layer_mask, f"layers[{name!r}]") for name, layer_mask in where.items()}}
     if where is None:
         return {} if mask is None else {None: _mask(mask, "mask")}
     if mask is None:
@@ -106,25 +107,25 @@ def _mask(mask: object, name: str) -> Mask:
     return expression
 
 
-def _check_clear(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], wanted: str | int | None) -> None:
+def _check_clear(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer], name: str | int | None) -> None:
     """Raise if nobody answers to a name or index, or if it could mean layers in several parts of the model."""
-    answering = [layer for layer in layers.values() if wanted is None or _answers(layer, wanted)]
+    answering = [layer for layer in layers.values() if name is None or _answers(layer, name)]
     parts = sorted({layer.part for layer in layers.values() if not layer.cross})
     crosses = ["cross_attention"] if any(layer.cross for layer in layers.values()) else []
     several = len(parts) > 1 or bool(crosses)
     meant = {layer.part for layer in answering if not layer.cross}
     names = _known_names(layers)
-    if several if not isinstance(wanted, str) else len(meant) > 1:
-        what = "a mask for all layers" if wanted is None else f"layers={wanted!r}"
+    if several if not isinstance(name, str) else len(meant) > 1:
+        what = "a mask for all layers" if name is None else f"layers={name!r}"
         raise MaskError(
             f"{type(model).__name__} attends in several places ({', '.join([*parts, *crosses])}), so {what} could mean "
             f"any of them. Name them with layers=, one or more of {', '.join(names)}, or a dict of them to masks"
         )
-    if wanted is not None and not answering:
+    if name is not None and not answering:
         most = max(layer.index for layer in layers.values())
-        hint = suggest(wanted, names) if isinstance(wanted, str) else ""
+        hint = suggest(name, names) if isinstance(name, str) else ""
         raise MaskError(
-            f"layers={wanted!r}: no layer of {type(model).__name__} answers to that{hint} (known: {', '.join(names)}, "
+            f"layers={name!r}: no layer of {type(model).__name__} answers to that{hint} (known: {', '.join(names)}, "
             f"and the indices 0 to {most})"
         )
 
@@ -142,12 +143,12 @@ def _known_names(layers: Mapping[nn.Module, AttentionLayer], *, kinds: bool = Fa
     return sorted({name for name, _ in names if name not in several and (len(parts) > 1 or "." not in name)})
 
 
-def _answers(layer: AttentionLayer, wanted: str | int) -> bool:
-    return layer.index == wanted and not layer.cross if isinstance(wanted, int) else wanted in layer.names
+def _answers(layer: AttentionLayer, name: str | int) -> bool:
+    return layer.index == name and not layer.cross if isinstance(name, int) else name in layer.names
 
 
-def _with_mask(layer: AttentionLayer, rules: Mapping[str | int | None, Mask], replace: bool) -> AttentionLayer:
+def _with_mask(layer: AttentionLayer, masks_by_name: Mapping[str | int | None, Mask], replace: bool) -> AttentionLayer:
     """The most specific rule counts: an index, then a name, then the mask for all."""
     order = [*layer.names] if layer.cross else [layer.index, *layer.names, None]
-    mask = next((rules[name] for name in order if name in rules), None)
+    mask = next((masks_by_name[name] for name in order if name in masks_by_name), None)
     return changed(layer, mask=mask, replace=replace and mask is not None)

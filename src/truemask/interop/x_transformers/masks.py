@@ -97,22 +97,22 @@ def _moved(mask: Mask, start: int) -> Mask:
     return mask.at(q_start=start) if start > 0 else mask.at(k_start=-start)
 
 
-def _cross(user: Mask, layout: RegisterLayout) -> Mask:
+def _cross(user_mask: Mask, layout: RegisterLayout) -> Mask:
     """A mask over a context, whose keys are counted as they come."""
-    if user == everything:
-        return user
+    if user_mask == everything:
+        return user_mask
     if layout.front:
-        user = user.prepended(q=layout.front, seen=seen_by_all(user))
-    return _moved(user, layout.token)
+        user_mask = user_mask.prepended(q=layout.front, seen=seen_by_all(user_mask))
+    return _moved(user_mask, layout.token)
 
 
-def _among_registers(user: Mask, layout: RegisterLayout) -> Mask:
-    """`user` for a sequence that begins or ends with registers."""
+def _among_registers(user_mask: Mask, layout: RegisterLayout) -> Mask:
+    """`user_mask` for a sequence that begins or ends with registers."""
     extra = layout.front or layout.back
-    if not extra or user == everything:
-        return user
-    visible, real = seen_by_all(user), real_queries(user)
-    mask = user.prepended(q=extra, k=extra, seen=visible)
+    if not extra or user_mask == everything:
+        return user_mask
+    visible, real = seen_by_all(user_mask), real_queries(user_mask)
+    mask = user_mask.prepended(q=extra, k=extra, seen=visible)
     if visible != nothing and real != everything:
         mask = mask & real.prepended(q=extra)  # padding reads no register
     if layout.back:
