@@ -8,20 +8,19 @@ from numpy.typing import NDArray
 from truemask.common.formatting import counted
 from truemask.masks.core.data import Data
 from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.matrices import Dense
-from truemask.masks.leaves.per_token import Padding
+from truemask.masks.structure.data import cells_held
+from truemask.masks.structure.order import names_order
+from truemask.masks.structure.padding import padding_of_one_axis
+from truemask.masks.structure.placement import moves_positions, swaps_axes
 
-REINDEXING = ("at", "take", "packed", "padded", "prepended", "transposed")
-LOOKING_BACK = ("causal", "window")
 ROWS = 64  # of a tensor, looked at together
 
 
 def top_left(mask: Mask, q_len: int, kv_len: int) -> str:
     """What to say of a mask that looks back, asked about fewer queries than keys without `at`; or nothing."""
-    if not 0 < q_len < kv_len or mask.kind in REINDEXING:  # the short ways out, for decoding
+    if not 0 < q_len < kv_len or _counts_elsewhere(mask):  # the short ways out, for decoding
         return ""
-    kinds = {part.kind for part in mask.walk()}
-    if kinds.intersection(REINDEXING) or not kinds.intersection(LOOKING_BACK):
+    if any(map(_counts_elsewhere, mask.walk())) or not names_order(mask):
         return ""
     start = kv_len - q_len
     unseen = "the last key" if start == 1 else f"any of the last {start} keys"
@@ -35,11 +34,11 @@ def top_left(mask: Mask, q_len: int, kv_len: int) -> str:
 
 def one_axis(mask: Mask, q_len: int, kv_len: int) -> str:
     """What to say of right padding that counts queries and keys alike, where there are not as many; or nothing."""
-    if q_len == kv_len or min(q_len, kv_len) < 2 or mask.kind in REINDEXING:  # decoding has one query
+    if q_len == kv_len or min(q_len, kv_len) < 2 or _counts_elsewhere(mask):  # decoding has one query
         return ""
     parts = list(mask.walk())
-    paddings = [part for part in parts if isinstance(part, Padding) and part.on == "both" and part.lengths is not None]
-    if not paddings or any(part.kind in REINDEXING for part in parts):
+    paddings = [padding for part in parts if (padding := padding_of_one_axis(part)) is not None]
+    if not paddings or any(map(_counts_elsewhere, parts)):
         return ""
     lengths = paddings[0].lengths
     longest = int(lengths.tensor.max()) if isinstance(lengths, Data) else int(lengths or 0)
@@ -55,11 +54,17 @@ def one_axis(mask: Mask, q_len: int, kv_len: int) -> str:
     )
 
 
+def _counts_elsewhere(mask: Mask) -> bool:
+    """Whether the parts of a mask are asked about other rows and keys than the whole."""
+    return moves_positions(mask) or swaps_axes(mask)
+
+
 def upside_down(mask: Mask, q_len: int, kv_len: int) -> str:
     """What to say of a square tensor whose queries see later keys and nothing else; or nothing."""
-    if not isinstance(mask, Dense) or not 3 < q_len == kv_len:  # smaller ones may be so by chance
+    held = cells_held(mask)
+    if held is None or not 3 < q_len == kv_len:  # smaller ones may be so by chance
         return ""
-    if not _sees_only_later(mask.tensor.array[:, :, :q_len, :kv_len]):
+    if not _sees_only_later(held.array[:, :, :q_len, :kv_len]):
         return ""
     return (
         f"this mask of {q_len} x {kv_len} lets every query see later keys only, neither itself nor the past: it is "

@@ -18,7 +18,8 @@ from truemask.diagnosis.rules.visibility import OUTCOME_RULES
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.leaves.documents import documents as documents_of
-from truemask.masks.leaves.matrices import Dense, dense
+from truemask.masks.leaves.matrices import dense
+from truemask.masks.structure.data import cells_held
 
 
 def diagnose(
@@ -73,8 +74,9 @@ def diagnose(
 def _rows_as_squares(mask: Mask, q_len: int) -> Iterator[Finding]:
     """Tensors of one row, which answer for one query and are asked about more."""
     for leaf in mask.walk():
-        if isinstance(leaf, Dense) and leaf.tensor.tensor.shape[2] == 1 < q_len:
-            shape = list(leaf.tensor.tensor.shape)
+        held = cells_held(leaf)
+        if held is not None and held.tensor.shape[2] == 1 < q_len:
+            shape = list(held.tensor.shape)
             yield Finding(
                 "row-as-square",
                 "error",

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
-
 from truemask.common.arguments import whole
 from truemask.common.formatting import shortened
 from truemask.diagnosis.leaf_reasons import because
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
 from truemask.masks.compose.packed import Packed, Padded, Prepended
-from truemask.masks.compose.per_axis import PerHead, PerSample, Select
+from truemask.masks.compose.per_axis import Select
 from truemask.masks.compose.reindex import At, Take, Transposed
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import sees
-from truemask.masks.core.segments import Segments
 from truemask.masks.core.value import ANY
 from truemask.masks.core.verdict import Cell
 from truemask.masks.formats.as_mask import expression
-from truemask.masks.leaves.per_token import number_for
+from truemask.masks.structure.documents import labels_at
+from truemask.masks.structure.kinds import CONSTANTS, LEAVES, PER_AXIS
+from truemask.masks.structure.open_functions import open_function, register
+from truemask.masks.structure.placement import Step, step_into
 
 WIDEST = 100  # characters of an expression that stand in one line
 MOST_WAYS = 16  # ways to decide a part that are kept while more are looked at
@@ -114,7 +114,7 @@ def explain(mask: Mask | str, q: int, k: int, *, sample: int = 0, head: int = 0)
         if own not in (1, ANY) and place >= own:
             raise MaskError(f"explain: {name} {place} is out of range, the mask `{mask}` holds {own}")
     mask.check(cell.query + 1, cell.key + 1)
-    allowed, ways = _decide(mask, cell, 0)
+    allowed, ways = decide(mask, cell, 0)
     return Explanation(mask, cell, allowed, ways[0].reasons, tuple(dict.fromkeys(ways[0].notes)))
 
 
@@ -133,21 +133,103 @@ class Way(NamedTuple):
 Decision = tuple[bool, list[Way]]  # the value of a part, and the ways to decide it, the shortest first
 
 
-def _decide(mask: Mask, cell: Cell, start: int) -> Decision:
+@open_function
+def decide(mask: Mask, cell: Cell, start: int) -> Decision:
     """The value of a part whose text begins at `start`, and what decides it."""
-    match mask:
-        case And() | Or() | Xor() | Minus() | Not():
-            return _combined(mask, cell, start)
-        case PerHead() | PerSample():
-            place = min(cell.head if isinstance(mask, PerHead) else cell.sample, len(mask.masks) - 1)
-            return _decide(mask.masks[place], cell, start + _starts(mask)[place])
-        case At() | Take() | Select() | Transposed():
-            there, note = _moved(mask, cell)
-            return _noted(note, _decide(mask.base, there, start + _starts(mask)[0]))
-        case Packed() | Padded() | Prepended():
-            return _set_among_others(mask, cell, start)
-        case _:
-            return _own(mask, cell, start, 0)
+    raise NotImplementedError
+
+
+@register(decide, *CONSTANTS, *LEAVES)
+def _word(mask: Mask, cell: Cell, start: int) -> Decision:
+    return _own(mask, cell, start, 0, sees(mask, *cell))
+
+
+@register(decide, And)
+def _and(mask: And, cell: Cell, start: int) -> Decision:
+    return _combined(_decide_parts(mask, cell, start), alone=False)
+
+
+@register(decide, Or)
+def _or(mask: Or, cell: Cell, start: int) -> Decision:
+    return _combined(_decide_parts(mask, cell, start), alone=True)
+
+
+@register(decide, Xor)
+def _xor(mask: Xor, cell: Cell, start: int) -> Decision:
+    parts = _decide_parts(mask, cell, start)
+    return sum(allowed for allowed, _ in parts) % 2 == 1, _together(parts)
+
+
+@register(decide, Minus, Not)
+def _without(mask: Minus | Not, cell: Cell, start: int) -> Decision:
+    *parts, (allowed, ways) = _decide_parts(mask, cell, start)
+    return _combined([*parts, (not allowed, ways)], alone=False)
+
+
+@register(decide, *PER_AXIS)
+def _of_axis(mask: Mask, cell: Cell, start: int) -> Decision:
+    return _decide_part(mask, _step(mask, cell), start)
+
+
+@register(decide, At, Take)
+def _reindexed(mask: Mask, cell: Cell, start: int) -> Decision:
+    step = _step(mask, cell)
+    return _noted(_stands(cell, step.cell), _decide_part(mask, step, start))
+
+
+@register(decide, Select)
+def _selected(mask: Select, cell: Cell, start: int) -> Decision:
+    step = _step(mask, cell)
+    note = f"`select`: it is sample {step.cell.sample}, head {step.cell.head} of the mask"
+    return _noted(note, _decide_part(mask, step, start))
+
+
+@register(decide, Transposed)
+def _transposed(mask: Transposed, cell: Cell, start: int) -> Decision:
+    note = f"`.T`: query {cell.query} and key {cell.key} change places"
+    return _noted(note, _decide_part(mask, _step(mask, cell), start))
+
+
+@register(decide, Packed)
+def _packed(mask: Packed, cell: Cell, start: int) -> Decision:
+    step, (document, _) = _step(mask, cell), labels_at(mask, cell) or (0, 0)
+    note = f"in document {document} {_stands(cell, step.cell)}"
+    return _inside(mask, cell, start, ".packed(", step, note)
+
+
+@register(decide, Padded)
+def _padded(mask: Padded, cell: Cell, start: int) -> Decision:
+    step = _step(mask, cell)
+    note = f"sample {cell.sample} begins at {cell.query - step.cell.query}: {_stands(cell, step.cell)}"
+    return _inside(mask, cell, start, ".padded(", step, note)
+
+
+@register(decide, Prepended)
+def _prepended(mask: Prepended, cell: Cell, start: int) -> Decision:
+    step = _step(mask, cell)
+    if step.part is None:
+        return _own(mask, cell, start, _tail(mask, ".prepended("), allowed=True)
+    note = f"behind {mask.q} extra rows and {mask.k} extra keys {_stands(cell, step.cell)}"
+    if cell.query < mask.q:
+        note = f"query {cell.query} is an extra row, which sees `seen`"
+    return _noted(note, _decide_part(mask, step, start))
+
+
+def _step(mask: Mask, cell: Cell) -> Step:
+    step = step_into(mask, cell)
+    assert step is not None, "only masks that ask one part about a cell are asked here"
+    return step
+
+
+def _decide_part(mask: Mask, step: Step, start: int) -> Decision:
+    """What the part says that a cell leads to."""
+    place = step.part or 0
+    return decide(mask.children[place], step.cell, start + _starts(mask)[place])
+
+
+def _decide_parts(mask: Mask, cell: Cell, start: int) -> list[Decision]:
+    """What all parts say of the same cell."""
+    return [decide(child, cell, start + after) for child, after in zip(mask.children, _starts(mask), strict=True)]
 
 
 def _noted(note: str, decision: Decision) -> Decision:
@@ -155,23 +237,25 @@ def _noted(note: str, decision: Decision) -> Decision:
     return allowed, [Way(way.reasons, (note, *way.notes)) for way in ways]
 
 
-def _own(mask: Mask, cell: Cell, start: int, after: int, allowed: bool | None = None) -> Decision:
+def _own(mask: Mask, cell: Cell, start: int, after: int, allowed: bool) -> Decision:
     """What a part says itself, marked from `after` on in its text."""
-    seen = sees(mask, *cell) if allowed is None else allowed
     span = (start + after, start + len(mask.text))
-    return seen, [Way((Reason(mask, seen, cell, because(mask, seen, cell), span),))]
+    return allowed, [Way((Reason(mask, allowed, cell, because(mask, allowed, cell), span),))]
 
 
-def _combined(mask: And | Or | Xor | Minus | Not, cell: Cell, start: int) -> Decision:
-    parts = [_decide(child, cell, start + at) for child, at in zip(mask.children, _starts(mask), strict=True)]
-    if isinstance(mask, Xor):
-        return sum(seen for seen, _ in parts) % 2 == 1, _together(parts)
-    if isinstance(mask, (Not, Minus)):
-        seen, ways = parts[-1]
-        parts[-1] = (not seen, ways)
-    alone = isinstance(mask, Or)  # the value that one part decides
-    deciding = [way for seen, ways in parts if seen == alone for way in ways]
+def _combined(parts: Sequence[Decision], *, alone: bool) -> Decision:
+    """The parts under an operator of which one part decides the value `alone`, and all together the other one."""
+    deciding = [way for allowed, ways in parts if allowed == alone for way in ways]
     return (alone, _shortest(deciding)) if deciding else (not alone, _together(parts))
+
+
+def _inside(mask: Mask, cell: Cell, start: int, name: str, step: Step, note: str) -> Decision:
+    """Documents and padded samples: what lies outside is decided here, and what lies inside by both."""
+    tail = _tail(mask, name)
+    if step.part is None:
+        return _own(mask, cell, start, tail, allowed=False)
+    decision = _noted(note, _decide_part(mask, step, start))
+    return (True, _together([decision, _own(mask, cell, start, tail, allowed=True)])) if decision[0] else decision
 
 
 def _together(parts: Sequence[Decision]) -> list[Way]:
@@ -187,72 +271,13 @@ def _shortest(ways: Iterable[Way]) -> list[Way]:
     return sorted(ways, key=lambda way: way.size)[:MOST_WAYS]
 
 
-def _moved(mask: At | Take | Select | Transposed, cell: Cell) -> tuple[Cell, str]:
-    """The cell that the base is asked about, and how to say so."""
-    b, h, q, k = cell
-    match mask:
-        case At():
-            there = cell._replace(query=q + mask.q_start, key=k + mask.k_start)
-        case Take():
-            row, column = (
-                place if side is None else _entry(side.array, b, place) for side, place in ((mask.q, q), (mask.k, k))
-            )
-            there = cell._replace(query=row, key=column)
-        case Select():
-            b, h = mask._places(b, h)  # pyright: ignore[reportPrivateUsage]
-            return cell._replace(sample=b, head=h), f"`select`: it is sample {b}, head {h} of the mask"
-        case Transposed():
-            return cell._replace(query=k, key=q), f"`.T`: query {q} and key {k} change places"
-    return there, _stands(cell, there)
-
-
-def _entry(table: np.ndarray, b: int, i: int) -> int:
-    rows = np.atleast_2d(table)
-    return int(rows[min(b, len(rows) - 1), i])
-
-
-def _set_among_others(mask: Packed | Padded | Prepended, cell: Cell, start: int) -> Decision:
-    """Documents, padded samples and what stands behind registers: what lies outside is decided here."""
-    tail = mask.text.index(f".{mask.kind}(", _starts(mask)[0] + len(mask.base.text))
-    match mask:
-        case Packed():
-            inside, there, note = _in_document(mask, cell)
-        case Padded():
-            first = number_for(mask.starts, cell.sample)
-            inside = min(cell.query, cell.key) >= first
-            there = cell._replace(query=cell.query - first, key=cell.key - first)
-            note = f"sample {cell.sample} begins at {first}: {_stands(cell, there)}"
-        case Prepended():
-            return _behind(mask, cell, start, tail)
-    if not inside:
-        return _own(mask, cell, start, tail, allowed=False)
-    found = _noted(note, _decide(mask.base, there, start + _starts(mask)[0]))
-    return (True, _together([found, _own(mask, cell, start, tail, allowed=True)])) if found[0] else found
-
-
-def _in_document(mask: Packed, cell: Cell) -> tuple[bool, Cell, str]:
-    sides: tuple[Segments, Segments] = mask._sides  # pyright: ignore[reportPrivateUsage]
-    (own, row), (other, column) = (
-        (_entry(side.document.numpy(), cell.sample, place), _entry(side.offset.numpy(), cell.sample, place))
-        for side, place in zip(sides, (cell.query, cell.key), strict=True)
-    )
-    there = cell._replace(query=row, key=column)
-    return own == other, there, f"in document {own} {_stands(cell, there)}"
-
-
 def _stands(cell: Cell, there: Cell) -> str:
     return f"query {cell.query} stands at position {there.query}, key {cell.key} at position {there.key}"
 
 
-def _behind(mask: Prepended, cell: Cell, start: int, tail: int) -> Decision:
-    if cell.key < mask.k:
-        return _own(mask, cell, start, tail, allowed=True)
-    there = cell._replace(query=max(cell.query - mask.q, 0), key=cell.key - mask.k)
-    if cell.query < mask.q:
-        note = f"query {cell.query} is an extra row, which sees `seen`"
-        return _noted(note, _decide(mask.seen, there, start + _starts(mask)[1]))
-    note = f"behind {mask.q} extra rows and {mask.k} extra keys {_stands(cell, there)}"
-    return _noted(note, _decide(mask.base, there, start + _starts(mask)[0]))
+def _tail(mask: Mask, name: str) -> int:
+    """Where the method that makes the mask stands in its text, behind the part that it is of."""
+    return mask.text.index(name, _starts(mask)[0] + len(mask.children[0].text))
 
 
 def _starts(mask: Mask) -> list[int]:

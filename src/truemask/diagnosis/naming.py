@@ -11,11 +11,9 @@ from torch import Tensor
 from truemask.common.formatting import shortened
 from truemask.diagnosis.recognise import recognise
 from truemask.errors import MaskError
-from truemask.masks.core.data import Data
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.value import ANY
-from truemask.masks.leaves.per_token import GlobalTokens, Padding
-from truemask.masks.leaves.predicate import Predicate
+from truemask.masks.structure.data import is_function, names_tokens
 
 FAR = (1_009, 100_003)  # lengths at which every function is asked too
 ROWS = 64  # that are looked at there
@@ -64,7 +62,7 @@ def name_of(part: Mask, q_len: int, kv_len: int, *, batch: int | None = None, he
     >>> third.mask, third.is_rule
     (strided(3).at(k_start=2), True)
     """
-    if isinstance(part, Predicate):
+    if is_function(part):
         return _of_function(part, q_len, kv_len, batch, heads)
     found = recognise(part, q_len, kv_len, batch=batch, heads=heads)
     if found is None:
@@ -74,13 +72,10 @@ def name_of(part: Mask, q_len: int, kv_len: int, *, batch: int | None = None, he
 
 def holds_data(mask: Mask) -> bool:
     """Whether an expression speaks of certain tokens or samples: flags, lengths, labels, cells."""
-    leaves = (leaf for leaf in mask.walk() if not isinstance(leaf, GlobalTokens))
-    return mask.batch_size != 1 or any(
-        isinstance(leaf, Padding) or any(isinstance(part, Data) for part in leaf.parts.values()) for leaf in leaves
-    )
+    return mask.batch_size != 1 or any(map(names_tokens, mask.walk()))
 
 
-def _of_function(part: Predicate, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> Name | None:
+def _of_function(part: Mask, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> Name | None:
     """A name that the function has everywhere, or else the one of its cells here."""
     lengths = other_lengths(max(q_len, kv_len))
     sizes = {"batch": batch, "heads": heads}
@@ -113,7 +108,7 @@ def _tried(part: Mask, q_len: int, kv_len: int, **sizes: int | None) -> Mask | N
         return None
 
 
-def _difference(part: Predicate, name: Mask, n: int, **sizes: int | None) -> tuple[str, bool]:
+def _difference(part: Mask, name: Mask, n: int, **sizes: int | None) -> tuple[str, bool]:
     """Why nothing is claimed at `n` tokens (empty if the rows looked at agree), and whether it is that cells differ."""
     try:
         name.check(n, n)

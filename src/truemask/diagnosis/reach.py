@@ -11,12 +11,12 @@ from torch import Tensor
 
 from truemask.common.arguments import LARGEST, whole
 from truemask.common.formatting import counted, describe, ranges, shortened
-from truemask.diagnosis.rules.context import tokens_held
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.value import ANY
 from truemask.masks.formats.as_mask import expression, from_text
 from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.data import tokens_held
 
 FEWEST = 64  # tokens that are looked at where nothing says how many there are
 

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truemask.errors import MaskError
-from truemask.masks.compose.boolean import everything, nothing
+from truemask.masks.compose.boolean import conjunction, everything, nothing
 from truemask.masks.compose.per_axis import per_head, per_sample
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, local, window
 from truemask.masks.leaves.documents import documents
-from truemask.masks.leaves.patterns import Dilated, dilated, strided
+from truemask.masks.leaves.patterns import dilated, strided
 from truemask.masks.leaves.per_token import global_tokens, keys, padding, prefix, queries
+from truemask.masks.structure.placement import offset
 
 Cells = NDArray[np.bool_]
 
@@ -80,7 +81,7 @@ def _flags_apart(table: Cells) -> Mask | None:
     if base is None:
         return None
     for flags in (_key_flags(seen), _key_flags(seen, "both")):
-        found = _both(base, flags)
+        found = conjunction(base, flags)
         if (found.to_dense(*table.shape[2:], batch=len(table)).numpy() == table).all():
             return found
     return None
@@ -94,17 +95,10 @@ def recognised(cells: Cells) -> Mask | None:
         return nothing
     for extra in _left_out(np.asarray(cells.any(1)), np.asarray(cells.any(0))):
         for mask in _candidates(_Shape.of(cells)):
-            whole = _both(mask, extra)
+            whole = conjunction(mask, extra)
             if _is(whole, cells):
                 return whole
     return None
-
-
-def _both(mask: Mask, other: Mask) -> Mask:
-    """The AND, without a term that says nothing."""
-    if mask == everything:
-        return other
-    return mask if other == everything else mask & other
 
 
 def _left_out(rows: Cells, columns: Cells) -> Iterator[Mask]:
@@ -116,10 +110,11 @@ def _left_out(rows: Cells, columns: Cells) -> Iterator[Mask]:
     if by_key is not None:
         yield by_key
     if by_key is not None and by_row is not None:
-        yield _both(by_key, by_row.T)
+        yield conjunction(by_key, by_row.T)
     dead_keys = everything if columns.all() else _key_flags(columns[None, :])
     yield dead_keys
-    yield _key_flags(columns[None, :], "both") if np.array_equal(rows, columns) else _both(dead_keys, queries(rows))
+    tokens = np.array_equal(rows, columns)
+    yield _key_flags(columns[None, :], "both") if tokens else conjunction(dead_keys, queries(rows))
 
 
 def periodic(flags: Cells) -> Mask | None:
@@ -197,7 +192,7 @@ def _aligned(x: _Shape, down: int, right: int) -> Iterator[Mask]:
     q, first, last = x.live + down, x.first + right, x.last + right
     back, ahead = int((q - first).max()), int((last - q).max())
     bases: list[Mask] = []
-    steps = [mask for mask in _steps(x, down - right) if isinstance(mask, Dilated) or not (down or right)]
+    steps = [mask for mask in _steps(x, down - right) if offset(mask).base == mask or not (down or right)]
     if ahead <= 0:
         bases += [causal, window(back + 1)]
         tail = _tail_run(x)

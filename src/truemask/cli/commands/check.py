@@ -14,13 +14,13 @@ from truemask.cli.options import Batch, Heads, KvLength
 from truemask.common.finding import Finding, Findings
 from truemask.common.formatting import counted
 from truemask.diagnosis.diagnose import diagnose
-from truemask.diagnosis.rules.context import tokens_held
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.files import Reading, is_file, perhaps_a_file, read_mask
 from truemask.masks.foreign.importers import from_huggingface_2d
 from truemask.masks.formats.parse import parse
 from truemask.masks.leaves.matrices import Dense
+from truemask.masks.structure.data import tokens_held
 from truemask.viz.panels import text_of
 
 COLUMNS = 32  # of the picture

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from truemask.common.finding import Finding
 from truemask.common.formatting import counted
-from truemask.diagnosis.convention_warnings import LOOKING_BACK, one_axis, top_left
+from truemask.diagnosis.convention_warnings import one_axis, top_left
 from truemask.diagnosis.leaf_reasons import quoted
 from truemask.diagnosis.rules.context import Subject
-from truemask.masks.compose.reindex import At
 from truemask.masks.core.mask import Mask
+from truemask.masks.structure.order import is_order
+from truemask.masks.structure.placement import offset
 
 MOST_AHEAD = 3  # keys by which a diagonal is likely off, rather than meant to be there
 
@@ -54,12 +55,10 @@ def diagonal_off(x: Subject) -> Iterator[Finding]:
 
 def _diagonal(x: Subject) -> tuple[Mask | None, int]:
     """The rule of cells that look back, `causal` or `window(n)`, and by how much their diagonal lies to the right."""
-    name = x.name
-    if name is not None and name.kind in LOOKING_BACK:
-        return name, 0
-    if isinstance(name, At) and name.base.kind in LOOKING_BACK:
-        return name.base, name.q_start - name.k_start
-    return None, 0
+    if x.name is None:
+        return None, 0
+    rule, q_start, k_start = offset(x.name)
+    return (rule, q_start - k_start) if is_order(rule) else (None, 0)
 
 
 PLACING_RULES = (alignment, diagonal_off)

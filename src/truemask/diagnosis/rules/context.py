@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 from truemask.diagnosis.recognise import recognise
 from truemask.errors import MaskError
-from truemask.masks.compose.boolean import Minus, Not, everything
-from truemask.masks.compose.packed import Packed, Padded, Prepended
-from truemask.masks.compose.per_axis import Select
-from truemask.masks.compose.reindex import At, Take, Transposed
 from truemask.masks.core.exact_form import exact_slabs
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.queries import first, rows_held, sizes_of
+from truemask.masks.core.queries import first, sizes_of
 from truemask.masks.core.verdict import Cell
 from truemask.masks.leaves.bands import causal, local
-from truemask.masks.leaves.documents import Documents, Same
-from truemask.masks.leaves.per_token import Keys, Padding, Queries
+from truemask.masks.structure.data import is_opaque
+from truemask.masks.structure.documents import is_documents_only
+from truemask.masks.structure.placement import chooses_samples, parts_axes, reindexed_like
 
 LONGER = (2, 50)  # times as long texts that are asked about
 MOST_CELLS = 1 << 22  # of them, where cells have to be looked at
-CELLS = ("dense", "predicate")  # masks that are known by their cells alone
 
 
 @dataclass(frozen=True)
@@ -72,24 +68,24 @@ class Subject:
                 return True
         return True
 
-    @cached_property
-    def kinds(self) -> set[str]:
-        return {part.kind for part in self.mask.walk()}
+    def any_part(self, question: Callable[[Mask], bool]) -> bool:
+        """Whether the answer is true of the mask or of some part of it."""
+        return any(map(question, self.mask.walk()))
 
     @property
     def counts_alike(self) -> bool:
         """Whether its parts count rows and keys from the same start."""
-        return reindexed(causal, self.mask) is not None
+        return reindexed_like(self.mask, causal) is not None
 
     def here(self, plain: Mask) -> Mask:
         """`plain` for the mask's rows and keys; where its parts count them differently, both count from 0."""
-        found = reindexed(plain, self.mask)
+        found = reindexed_like(self.mask, plain)
         return plain if found is None else found
 
     @cached_property
     def name(self) -> Mask | None:
         """The expression that its cells are, where it is a tensor or a function."""
-        if self.mask.kind not in CELLS:
+        if not is_opaque(self.mask):
             return None
         return recognise(self.mask, self.q_len, self.kv_len, **self.sizes)
 
@@ -119,64 +115,15 @@ class Subject:
     @property
     def one_axis(self) -> bool:
         """Whether query i and key i are the same token."""
-        return self.q_len == self.kv_len and not self.kinds & {"at", "take", "transposed"}
+        return self.q_len == self.kv_len and not self.any_part(parts_axes)
 
     def claimed_documents(self) -> Iterator[tuple[Mask, bool]]:
         """Documents that must not mix, for the mask's rows and keys, and whether the caller says so."""
         if self.documents is not None:
-            chosen = "select" in self.kinds  # then samples were told of as they are now, not as the mask holds them
-            yield self.documents if chosen else self.here(self.documents), True
+            # where it chooses samples, they were told of as they are now, not as the mask holds them
+            yield self.documents if self.any_part(chooses_samples) else self.here(self.documents), True
             return
-        yield from ((self.here(part), False) for part in self.mask.walk() if isinstance(part, Documents))
-
-
-def reindexed(plain: Mask, like: Mask) -> Mask | None:
-    """`plain` for the rows and keys of `like`; None where its parts that look at the query are re-indexed differently.
-
-    >>> from truemask.masks.leaves.per_token import prefix
-    >>> reindexed(local(1), (causal | prefix(4)).at(q_start=5) & prefix(9))
-    local(1).at(q_start=5)
-    """
-    if isinstance(like, (At, Take, Select, Prepended)):
-        base = reindexed(plain, like.base)
-        return None if base is None else replace(like, base=base)
-    if isinstance(like, (Packed, Padded, Transposed)):  # what counts from elsewhere within them is nowhere in the row
-        return plain if reindexed(plain, like.base) == plain else None
-    found = {reindexed(plain, child) for child in like.children if child.varies_with_query} or {plain}
-    return found.pop() if len(found) == 1 else None
-
-
-def paddings(mask: Mask) -> Iterator[Mask]:
-    """The parts of an expression that leave tokens out, each for the rows and keys of the whole.
-
-    >>> from truemask.masks.leaves.per_token import keys
-    >>> list(paddings((causal & keys([True, True, False])).packed([3, 3])))
-    [keys([True, True, False]).packed([3, 3])]
-    """
-    match mask:
-        case Keys() | Queries() | Padding() | Same():
-            yield mask
-        case Not():
-            yield from (~part for part in paddings(mask.base))
-        case Minus():
-            yield from (*paddings(mask.left), *paddings(~mask.right))
-        case Padded():
-            yield from (replace(mask, base=part) for part in (everything, *paddings(mask.base)))
-        case Packed() | Select() | Prepended():
-            yield from (replace(mask, base=part) for part in paddings(mask.base))
-        case _:
-            yield from (part for child in mask.children for part in paddings(child))
-
-
-def tokens_held(masks: Iterable[Mask]) -> int | None:
-    """How many tokens the data of masks answer for, as queries and as keys; None if for any number.
-
-    >>> from truemask.masks.leaves.per_token import keys
-    >>> tokens_held([causal, keys([True] * 9)])
-    9
-    """
-    sides = [side for mask in masks for side in (mask, mask.T)]
-    return min((n for side in sides if (n := rows_held(side)) is not None), default=None)
+        yield from ((self.here(part), False) for part in self.mask.walk() if is_documents_only(part))
 
 
 def at_cell(cell: Cell, mask: Mask) -> str:

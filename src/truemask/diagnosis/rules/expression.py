@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import reduce
+from operator import and_
 
 from truemask.common.finding import Finding
 from truemask.diagnosis.leaf_reasons import quoted
 from truemask.diagnosis.naming import name_of
-from truemask.diagnosis.rules.context import CELLS, Subject
+from truemask.diagnosis.rules.context import Subject
 from truemask.errors import MaskError
-from truemask.masks.compose.boolean import And, Minus, Not, Or
-from truemask.masks.compose.packed import Packed, Padded
 from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.bands import Local, Window, causal
-from truemask.masks.leaves.documents import Documents
+from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.data import is_opaque
+from truemask.masks.structure.documents import is_documents_only, lengths_of_documents, restarts_positions
+from truemask.masks.structure.order import band, counts_from_start, is_order, window_size
+from truemask.masks.structure.parts import all_parts, conjuncts, droppable_terms
+from truemask.masks.structure.placement import moves_positions
 
 MOST_PARTS = 16  # of an expression, that are left out one by one
-ABSOLUTE = ("prefix", "blocks", "strided", "global_tokens", "block_pattern", "grid")  # they count from the row's start
 
 
 def not_restarted(x: Subject) -> Iterator[Finding]:
     """Parts that count from the start of the row, beside documents: only the first document has them."""
-    for claimed in (part for part in _outside_packed(x.mask) if isinstance(part, Documents)):
-        counting = [part for part in _outside_packed(x.mask) if part.kind in ABSOLUTE]
+    for claimed in filter(is_documents_only, _outside_packed(x.mask)):
+        counting = list(filter(counts_from_start, _outside_packed(x.mask)))
         packed = _restarted(x.mask, claimed)
         if not counting or (packed is not None and x.means_the_same(packed)):
             continue
@@ -38,35 +40,42 @@ def not_restarted(x: Subject) -> Iterator[Finding]:
 
 def _outside_packed(mask: Mask) -> Iterator[Mask]:
     yield mask
-    if not isinstance(mask, Packed):
+    if not restarts_positions(mask):
         for child in mask.children:
             yield from _outside_packed(child)
 
 
-def _restarted(mask: Mask, claimed: Documents) -> Mask | None:
+def _restarted(mask: Mask, claimed: Mask) -> Mask | None:
     """The other terms inside each document, where the documents are one of several terms and numbered in order."""
-    shown, other = claimed._shown  # pyright: ignore[reportPrivateUsage]
-    if not isinstance(mask, And) or claimed not in mask.terms or not claimed._numbered or other:  # pyright: ignore
+    lengths, terms = lengths_of_documents(claimed), conjuncts(mask)
+    others = dict.fromkeys(term for term in terms if term != claimed)
+    if lengths is None or claimed not in terms or not others:
         return None
-    rest = _joined(And, [term for term in mask.terms if term != claimed])
     try:
-        return rest.packed(shown.tensor)
+        return reduce(and_, others).packed(lengths.tensor)
     except MaskError:
         return None
 
 
 def long_windows(x: Subject) -> Iterator[Finding]:
     """Windows and neighbourhoods that reach beyond the text."""
-    for part, put in parts_of(x.mask):
+    for part, put in all_parts(x.mask):
         if _is_long(x, part) and x.means_the_same(put(causal)):
             message = "the window is longer than what there is to see: it means `causal` here"
             yield Finding("long-window", "note", quoted(part), message, str(put(causal)))
-        if isinstance(part, Local) and part.radius + 1 >= max(x.q_len, x.kv_len):
+        if _is_wide(x, part):
             yield Finding("long-window", "note", quoted(part), "the radius is longer than the text: everything is near")
 
 
 def _is_long(x: Subject, part: Mask) -> bool:
-    return isinstance(part, Window) and part.size >= min(x.q_len, x.kv_len)
+    size = window_size(part)
+    return size is not None and size >= min(x.q_len, x.kv_len)
+
+
+def _is_wide(x: Subject, part: Mask) -> bool:
+    """Whether it is a neighbourhood, to both sides, that reaches beyond the text."""
+    reach = None if is_order(part) else band(part)
+    return reach is not None and reach.ahead is not None and reach.ahead + 1 >= max(x.q_len, x.kv_len)
 
 
 def no_effect(x: Subject) -> Iterator[Finding]:
@@ -85,49 +94,20 @@ def no_effect(x: Subject) -> Iterator[Finding]:
 
 def _backs_a_window(mask: Mask, part: Mask) -> bool:
     """`causal & window(n)` is the usual way to write it: no need to mention that a window is causal already."""
-    return part == causal and isinstance(mask, And) and any(isinstance(term, Window) for term in mask.terms)
-
-
-def parts_of(mask: Mask) -> Iterator[tuple[Mask, Callable[[Mask], Mask]]]:
-    """Every part, and how to put another in its place."""
-    yield mask, lambda new: new
-    for put_child, child in _children(mask):
-        for part, put in parts_of(child):
-            yield part, lambda new, put=put, put_child=put_child: put_child(put(new))
+    return part == causal and any(window_size(term) is not None for term in conjuncts(mask))
 
 
 def _shorter(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
-    """Every term of `&`, `|` and `-` with the expression without it."""
-    for part, put in parts_of(mask):
-        if isinstance(part, (And, Or)):
-            for i, term in enumerate(part.terms):
-                yield term, put(_joined(type(part), [*part.terms[:i], *part.terms[i + 1 :]]))
-        if isinstance(part, Minus):
-            yield part.right, put(part.left)
-
-
-def _children(mask: Mask) -> Iterator[tuple[Callable[[Mask], Mask], Mask]]:
-    """The parts that can be replaced without asking anew what data fits them."""
-    if isinstance(mask, (And, Or)):
-        for i, term in enumerate(mask.terms):
-            yield lambda new, i=i: _joined(type(mask), [*mask.terms[:i], new, *mask.terms[i + 1 :]]), term
-    elif isinstance(mask, Minus):
-        yield lambda new: new - mask.right, mask.left
-        yield lambda new: mask.left - new, mask.right
-    elif isinstance(mask, (Not, Packed, Padded)):
-        yield lambda new: replace(mask, base=new), mask.base
-
-
-def _joined(kind: type[And] | type[Or], terms: list[Mask]) -> Mask:
-    """The terms, equal ones once: `a & a` and `a | a` are `a`."""
-    once = list(dict.fromkeys(terms))
-    return once[0] if len(once) == 1 else kind.make(*once)
+    """Every term that may be left out, with the expression without it."""
+    for part, put in all_parts(mask):
+        for term, rest in droppable_terms(part):
+            yield term, put(rest)
 
 
 def known_by_name(x: Subject) -> Iterator[Finding]:
     """Cells that are an expression of the language."""
     for part in x.mask.walk():
-        if part.kind not in CELLS or (part is not x.mask and x.kinds & {"at", "take", "packed", "padded", "prepended"}):
+        if not is_opaque(part) or (part is not x.mask and x.any_part(moves_positions)):
             continue
         found = name_of(part, x.q_len, x.kv_len, **x.sizes)
         if found is not None:

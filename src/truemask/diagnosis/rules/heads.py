@@ -10,10 +10,7 @@ import numpy as np
 from truemask.common.finding import Finding
 from truemask.common.formatting import counted, ranges
 from truemask.diagnosis.rules.context import Subject
-from truemask.masks.compose.boolean import And, Or
-from truemask.masks.compose.per_axis import PerHead
-from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.matrices import Dense, dense
+from truemask.masks.structure.parts import of_head
 
 MOST_HEADS = 64  # different ones that are looked at one by one
 
@@ -56,23 +53,3 @@ def _groups(x: Subject) -> list[list[int]]:
         alike = tuple(x.mask._variant(b, h) for b in range(samples))
         groups.setdefault(alike, []).append(h)
     return list(groups.values())
-
-
-def of_head(mask: Mask, head: int) -> Mask:
-    """The mask of one head, written as one would for it alone.
-
-    >>> from truemask.masks.compose.per_axis import per_head
-    >>> from truemask.masks.leaves.per_token import padding
-    >>> from truemask.masks.leaves.bands import causal, window
-    >>> of_head(per_head([causal, window(3)]) & padding(lengths=[3, 5]), 1)
-    window(3) & padding(lengths=[3, 5])
-    """
-    if mask.head_count == 1:
-        return mask
-    if isinstance(mask, PerHead):
-        return of_head(mask.masks[head], head)
-    if isinstance(mask, Dense):
-        return dense(mask.tensor.tensor[:, head : head + 1])
-    if isinstance(mask, (And, Or)):
-        return type(mask).make(*(of_head(term, head) for term in mask.terms))
-    return mask.select(heads=[head])

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from truemask.common.finding import Finding
 from truemask.common.formatting import counted, ranges
-from truemask.diagnosis.convention_warnings import LOOKING_BACK
 from truemask.diagnosis.leaf_reasons import quoted
-from truemask.diagnosis.rules.context import Subject, at_cell, paddings
-from truemask.masks.leaves.matrices import Dense
+from truemask.diagnosis.rules.context import Subject, at_cell
+from truemask.masks.structure.data import cells_held, is_opaque
+from truemask.masks.structure.order import names_order, turns_around
+from truemask.masks.structure.padding import paddings
 
 Rule = Callable[[Subject], Iterator[Finding]]
 
 FEW = 4  # queries below which a mask may be upside down by chance
 HIDDEN = 0.99  # share of the future that a tensor hides if it is meant to be causal
-OPAQUE = ("dense", "predicate")  # masks that do not say why they hide a token
 
 
 def dead_queries(x: Subject) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def _is_padding(x: Subject, dead: Tensor) -> bool:
     at_an_end = bool((dead.int().diff().abs().sum(-1) <= 1).all())
     left_out = (part.dead_queries(*sizes, **x.sizes) | part.dead_keys(*sizes, **x.sizes) for part in paddings(x.mask))
     named = reduce(torch.logical_or, left_out, torch.zeros_like(dead))
-    return bool((named | ~dead).all()) or (at_an_end and not x.kinds.isdisjoint(OPAQUE))
+    return bool((named | ~dead).all()) or (at_an_end and x.any_part(is_opaque))
 
 
 def dead_keys(x: Subject) -> Iterator[Finding]:
@@ -80,17 +80,17 @@ def _claims_causality(x: Subject) -> bool:
     """The expression says so, or it is a tensor that hides nearly all of the future; and its parts count alike."""
     if not x.counts_alike:
         return False
-    if x.kinds & set(LOOKING_BACK) and not x.kinds & {"not", "minus", "xor", "transposed"}:
+    if names_order(x.mask) and not x.any_part(turns_around):
         return True
     later = x.pairs(~x.order)
-    return "dense" in x.kinds and later > FEW and x.in_future < (1 - HIDDEN) * later
+    return x.mask.holds_cells and later > FEW and x.in_future < (1 - HIDDEN) * later
 
 
 def upside_down(x: Subject) -> Iterator[Finding]:
     """Queries that see later keys, and of the earlier ones none."""
     if x.causal is False or not FEW <= x.q_len == x.kv_len or not x.in_future:
         return
-    cells = isinstance(x.mask, Dense)
+    cells = cells_held(x.mask) is not None
     if x.in_future == x.total:
         message = "every query sees later keys only, neither itself nor the past: True likely meant masked out"
         fix = "~mask" if cells else str(~x.mask)

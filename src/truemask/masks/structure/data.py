@@ -10,6 +10,7 @@ from truemask.masks.compose.per_axis import Select
 from truemask.masks.compose.reindex import At, Take, Transposed
 from truemask.masks.core.data import Data
 from truemask.masks.core.mask import Mask
+from truemask.masks.core.queries import rows_held
 from truemask.masks.leaves.bands import Blocks, Causal, Local, Window
 from truemask.masks.leaves.matrices import BlockPattern, Dense
 from truemask.masks.leaves.patterns import Dilated, Grid, Random, Strided
@@ -160,7 +161,7 @@ def tokens_held(masks: Iterable[Mask]) -> int | None:
     9
     """
     sides = [side for mask in masks for side in (mask, mask.T)]
-    return min((n for side in sides if (n := side._rows_held(0)) is not None), default=None)  # pyright: ignore
+    return min((n for side in sides if (n := rows_held(side)) is not None), default=None)
 
 
 @open_function
