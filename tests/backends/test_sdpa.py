@@ -16,7 +16,7 @@ from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.planning.plan import CACHE, plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job
-from truemask.backends.sdpa import DENSE_LIMIT, Dense, SdpaProposal, front_end, lower_dense, with_bias
+from truemask.backends.sdpa import DENSE_LIMIT, SdpaProposal, front_end, lower_dense, with_bias
 from truemask.masks.core.mask import Mask
 
 
@@ -79,9 +79,9 @@ def test_patterns_are_proven_at_the_sizes(pattern: str, mask: Mask, q_len: int, 
 def test_a_flag_takes_no_memory_and_a_mask_only_what_varies() -> None:
     assert SdpaProposal(job(tm.causal, 700)).lower().nbytes == 0
     assert SdpaProposal(job(tm.everything, 700)).lower().nbytes == 0
-    dense = SdpaProposal(job(tm.keys(torch.arange(700) > 3), 500, 700, batch=2)).lower().data
+    dense = SdpaProposal(job(tm.keys(torch.arange(700) > 3), 500, 700, batch=2)).lower().data.dense
     assert dense.additive.shape == (1, 1, 1, 700)
-    assert SdpaProposal(job(tm.window(3), 500)).lower().data.additive.shape == (1, 1, 500, 500)
+    assert SdpaProposal(job(tm.window(3), 500)).lower().data.dense.additive.shape == (1, 1, 500, 500)
 
 
 @pytest.fixture
@@ -139,11 +139,10 @@ def test_the_front_end_of_other_devices() -> None:
         for given in (None, bias):
             call = read_call(q, k, v, mask, AttendArgs(bias=given))
             found = Job(mask, call.request)
-            data = SdpaProposal(found).lower().data
-            dense = data if isinstance(data, Dense) else None
+            kernel = SdpaProposal(found).lower().data
             if given is not None:
-                dense = with_bias(dense, call.inputs, found)
-            out = front_end(call.inputs, dense, causal=data is True)
+                kernel = kernel._replace(dense=with_bias(kernel.dense, call.inputs, found))
+            out = front_end(call.inputs, kernel)
             want = tm.attend(q, k, v, mask, backend="reference", bias=given)
             torch.testing.assert_close(out, want)
             grads = [torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, want)]

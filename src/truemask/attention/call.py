@@ -82,7 +82,8 @@ def read_call(
     check_flag("return_lse", args.return_lse)
     if check_flag("return_weights", args.return_weights):
         check_weights(sizes, q.dtype)
-    inputs = Inputs(q, k, v, scale, softcap, bias, sinks, dropout)
+    kind, shape = ("", ()) if bias is None else _kind_and_shape(bias, sizes)
+    tracked = torch.is_grad_enabled()
     request = Request(
         batch=b,
         heads=hq,
@@ -93,10 +94,10 @@ def read_call(
         value_dim=dv,
         dtype=q.dtype,
         device=real or device or torch.device("cpu"),
-        grad=_wants_gradients(inputs),
-        bias=_bias_kind(bias),
-        bias_shape=_bias_shape(bias, sizes),
-        bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        grad=tracked and (q.requires_grad or k.requires_grad or v.requires_grad or _want_gradients(bias, sinks)),
+        bias=kind,
+        bias_shape=shape,
+        bias_grad=tracked and bias is not None and bias.requires_grad,
         softcap=softcap is not None,
         sinks=sinks is not None,
         dropout=dropout > 0,
@@ -104,32 +105,20 @@ def read_call(
         return_weights=args.return_weights,
         transform=transform(),
     )
+    inputs = Inputs(q, k, v, scale, softcap, bias, sinks, dropout)
     return Call(mask, request, inputs, named_here(args.backend, args.preferred))
 
 
-def _wants_gradients(inputs: Inputs) -> bool:
-    q, k, v, bias, sinks = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sink_logits
-    return torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
+def _want_gradients(bias: Tensor | Bias | None, sinks: Tensor | None) -> bool:
+    return (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
-def _bias_kind(bias: Tensor | Bias | None) -> str:
-    """`Request.bias`."""
-    if bias is None or isinstance(bias, Tensor):
-        return "" if bias is None else "tensor"
-    return {Alibi: "alibi", Relative: "relative"}.get(type(bias), "object")
-
-
-def _bias_shape(bias: Tensor | Bias | None, sizes: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """What a bias would be as a tensor; a bias object may tell samples apart only through the mask's positions."""
-    if bias is None:
-        return ()
-    return tuple(bias.shape) if isinstance(bias, Tensor) else (1, bias.head_count, *sizes[2:])
+def _kind_and_shape(bias: Tensor | Bias, sizes: tuple[int, int, int, int]) -> tuple[str, tuple[int, ...]]:
+    """`Request.bias`, and what it would be as a tensor; an object tells samples apart only by the mask's positions."""
+    if isinstance(bias, Tensor):
+        return "tensor", tuple(bias.shape)
+    kind = {Alibi: "alibi", Relative: "relative"}.get(type(bias), "object")
+    return kind, (1, bias.head_count, *sizes[2:])
 
 
 def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:

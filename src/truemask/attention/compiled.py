@@ -11,8 +11,7 @@ record: so the run works on copies, and what it returns are copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, get_args, get_type_hints
 from weakref import WeakValueDictionary
@@ -27,7 +26,7 @@ from truemask.attention.validation import check_mask_tensor
 from truemask.backends.base import Result
 from truemask.backends.shared.autograd import differentiable_once
 from truemask.biases import Alibi, Bias, Relative, alibi, relative
-from truemask.common.torch_internals import transform
+from truemask.common.torch_internals import at_once, recorded_by_autograd, transform
 from truemask.errors import PlanError
 from truemask.masks.core.deferred import BUILDERS, Note, Traced, read
 
@@ -115,12 +114,6 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) 
         return Result(out, more[0] if args.return_lse else None, more[-1] if args.return_weights else None)
     out, lse, weights, _ = torch.ops.truemask.attend(*flat)
     return Result(out, lse if args.return_lse else None, weights if args.return_weights else None)
-
-
-def at_once(call: Callable[[Any], None]) -> None:
-    """Make the call while dynamo traces, rather than write it down."""
-    dynamo: Any = torch._dynamo
-    dynamo.comptime.comptime(call)
 
 
 def _as_tensor(bias: Any) -> tuple[Tensor | None, str]:
@@ -265,7 +258,7 @@ class Record(bytearray):
         """The call on copies of its tensors; those that want gradients are kept."""
         copies = {name: x.detach().clone() for name in DIFFERENTIABLE if (x := op.tensor(name)) is not None}
         self.leaves = {name: copies[name].requires_grad_() for name in op.wanted}
-        with _recording():
+        with recorded_by_autograd():
             self.results = result = _eagerly(op.with_tensors(copies))
         return result
 
@@ -316,7 +309,7 @@ def backward_op(*args: Any) -> list[Tensor]:
     arrived = zip(record.results, (asked.dout, asked.dlse, asked.dweights), strict=True)
     results, arriving = zip(*[(x, dx) for x, dx in arrived if x is not None and dx is not None], strict=True)
     leaves = [record.leaves[name] for name in asked.names.split()]
-    with _recording():
+    with recorded_by_autograd():
         grads = torch.autograd.grad(results, leaves, arriving, retain_graph=True, materialize_grads=True)
     return [_own(grad) for grad in grads]
 
@@ -328,18 +321,6 @@ def _(*args: Any) -> list[Tensor]:
     shapes = [list(islice(sizes, axes)) for axes in asked.axes]
     dtypes = [getattr(torch, name) for name in asked.dtypes.split()]
     return [asked.dout.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd as in eager code: inside of an operator's kernel torch leaves it out."""
-    left_out = torch._C._dispatch_tls_local_exclude_set()
-    key = torch._C.DispatchKey
-    for one in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
-        left_out = left_out.remove(one)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, left_out), torch.enable_grad():
-        yield
 
 
 COMPILED = "attend inside of a function that torch.compile compiles"

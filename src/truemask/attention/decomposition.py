@@ -19,15 +19,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from truemask.attention.call import AttendArgs, Call, cast, read_call
 from truemask.attention.run import new_seed
 from truemask.attention.validation import checked_length
+from truemask.backends.backend import Capabilities
 from truemask.backends.base import Inputs, Result
 from truemask.backends.context import check_backend
 from truemask.backends.shared.dropout import kept
-from truemask.backends.shared.eager import beside_sink, bias_values, weights_of
+from truemask.backends.shared.eager import bias_values, mixed_by, scores_of, weights_of
 from truemask.biases import Bias
 from truemask.common.real_tensors import beside_real, trusted
 from truemask.masks.compose.boolean import Everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import indices
+
+PLAIN = Capabilities(frozenset(("grad", "transform")))  # what torch's own attention has
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs, seed: Tensor | None = None) -> Result:
@@ -43,7 +46,7 @@ def _attended(call: Call, seed: Tensor | None) -> Result:
     inputs = call.inputs._replace(k=_for_each_head(call.inputs.k, r.heads), v=_for_each_head(call.inputs.v, r.heads))
     cells = _cells(call, call.mask)
     allowed = None if isinstance(call.mask, Everything) else call.mask.bound(q.device)._truth(*cells)
-    if inputs.bias is None and not (r.softcap or r.sinks or r.dropout or r.return_lse or r.return_weights):
+    if not PLAIN.lacks(r):
         return Result(_fused(inputs, allowed))
     return _spelled_out(call, inputs, allowed, seed)
 
@@ -73,20 +76,15 @@ def _fused(inputs: Inputs, allowed: Tensor | None) -> Tensor:
 
 def _spelled_out(call: Call, inputs: Inputs, allowed: Tensor | None, seed: Tensor | None) -> Result:
     """Scores, softmax and mixture as three steps, in fp32 or better."""
-    r, dtype = call.request, inputs.q.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    s = inputs.q.to(wide) @ inputs.k.to(wide).transpose(2, 3) * inputs.scale  # b h q k
-    if inputs.softcap is not None:
-        s = inputs.softcap * torch.tanh(s / inputs.softcap)
-    if inputs.bias is not None:
-        s = s + _bias(call).to(wide)
+    r, dtype, wide = call.request, inputs.q.dtype, call.request.compute_dtype
+    products = inputs.q.to(wide) @ inputs.k.to(wide).transpose(2, 3)  # b h q k
+    s = scores_of(products, inputs, None if inputs.bias is None else _bias(call).to(wide))
     p, lse = weights_of(s if allowed is None else torch.where(allowed, s, -torch.inf))
-    if inputs.sink_logits is not None:
-        p = p * beside_sink(lse, inputs.sink_logits.to(wide)[:, None]).unsqueeze(-1)
+    keep = None
     if r.dropout:
         drawn = (new_seed() if seed is None else seed).to(s.device)
         keep = kept(drawn, inputs.dropout, *indices(*s.shape, s.device))  # pyright: ignore
-        p = p * keep / (1 - inputs.dropout)
+    p = mixed_by(p, lse, inputs, None if inputs.sink_logits is None else inputs.sink_logits[:, None], keep)
     out = (p @ inputs.v.to(wide)).to(dtype)
     return Result(out, lse if r.return_lse else None, p.to(dtype) if r.return_weights else None)
 

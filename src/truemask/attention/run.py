@@ -23,7 +23,7 @@ def run(call: Call, seed: Tensor | None = None) -> Result:
         return result_like(inputs.q, call.request)
     if inputs.dropout:
         inputs = inputs._replace(seed=int(new_seed() if seed is None else seed))
-    return entry.backend.run(CACHE.lowered(entry), inputs, entry.plan.job)
+    return entry.backend.run(entry.lowered or CACHE.lowered(entry), inputs, entry.plan.job)
 
 
 def new_seed() -> Tensor:

@@ -202,6 +202,8 @@ def _finite(value: numbers.Real) -> bool:
 
 def check_dropout(value: object) -> float:
     """`value` as a probability below 1."""
+    if type(value) is float and value == 0:
+        return value
     rate = check_number("dropout", value)
     if not 0 <= rate < 1:
         likely = f"; did you mean {rate / 100}?" if 1 < rate < 100 else ""
@@ -280,6 +282,3 @@ def checked_length(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int, 
             f"{error} (the call has {', '.join(sizes[:3])} and {sizes[3]}"
             f"{swapped if tensors and heads > q_len > 1 else ''})"
         ) from None
-
-
-# -- words -------------------------------------------------------------------------------------------------------------

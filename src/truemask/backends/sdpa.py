@@ -33,11 +33,19 @@ from truemask.masks.compose.boolean import everything
 DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many
 
 
-class Dense(NamedTuple):
+class AdditiveMask(NamedTuple):
     """A mask as numbers: 0 where allowed and -inf elsewhere, and the rows that see nothing (None: there are none)."""
 
     additive: Tensor
     dead: Tensor | None
+
+
+class KernelMask(NamedTuple):
+    """What the kernel is told of the mask, and the dtype that it computes in."""
+
+    dtype: torch.dtype
+    causal: bool = False
+    dense: AdditiveMask | None = None
 
 
 class SdpaProposal(Proposal):
@@ -67,12 +75,11 @@ class SdpaProposal(Proposal):
         return f"dense {what}, {memory(cells * itemsize)}"
 
     def lower(self) -> Lowered:
-        if _flag(self.job):
-            return Lowered(True)
-        if self.job.pattern == "everything":
-            return Lowered()
+        kernel = KernelMask(kernel_dtype(self.job.request), causal=_flag(self.job))
+        if kernel.causal or self.job.pattern == "everything":
+            return Lowered(kernel)
         dense = lower_dense(self.job)
-        return Lowered(dense, sum(x.nbytes for x in dense if x is not None))
+        return Lowered(kernel._replace(dense=dense), sum(x.nbytes for x in dense if x is not None))
 
 
 class Sdpa(Backend):
@@ -98,37 +105,36 @@ class Sdpa(Backend):
         return self.lacking(job.request) + _too_large(job) or SdpaProposal(job)
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
-        causal = lowered.data is True
-        dense = lowered.data if isinstance(lowered.data, Dense) else None
+        kernel: KernelMask = lowered.data
         if inputs.bias is not None:
-            dense = with_bias(dense, inputs, job)
+            kernel = kernel._replace(dense=with_bias(kernel.dense, inputs, job))
         if inputs.q.device.type != "cpu":
-            return Result(front_end(inputs, dense, causal))
-        out, lse = _flash(inputs, dense, causal, job)
+            return Result(front_end(inputs, kernel))
+        out, lse = _flash(inputs, kernel, job)
         return Result(out, lse if job.request.return_lse else None)
 
 
-def _flash(inputs: Inputs, dense: Dense | None, causal: bool, job: Job) -> tuple[Tensor, Tensor]:
+def _flash(inputs: Inputs, kernel: KernelMask, job: Job) -> tuple[Tensor, Tensor]:
     """The CPU kernel; it wants one head size, and columns of zeros change nothing."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    dtype, own, computes = q.dtype, v.shape[-1], kernel_dtype(job.request)
-    q, k, v = all_fitted(q, k, v, computes)
-    additive, dead = dense or (None, None)
-    call = Flash(inputs.scale, causal, additive, dead, job.mask, inputs.bias)
+    dtype, width = q.dtype, v.shape[-1]
+    q, k, v = all_fitted(q, k, v, kernel.dtype)
+    additive, dead = kernel.dense or (None, None)
+    call = Flash(inputs.scale, kernel.causal, additive, dead, job.mask, inputs.bias)
     out, lse = flash_attention(call, q, k, v, inputs.sink_logits, grad=job.request.grad)
-    out = out if out.shape[-1] == own else out[..., :own]
-    return out if dtype == computes else out.to(dtype), lse
+    out = out if out.shape[-1] == width else out[..., :width]
+    return out if dtype == kernel.dtype else out.to(dtype), lse
 
 
-def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
+def front_end(inputs: Inputs, kernel: KernelMask) -> Tensor:
     """`F.scaled_dot_product_attention`; dead rows are opened before, so that no kernel meets one, and zeroed after."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    additive, dead = dense or (None, None)
+    additive, dead = kernel.dense or (None, None)
     if additive is not None:
         additive = additive if dead is None else additive.masked_fill(dead[..., None], 0)
         additive = additive.to(q.dtype)
     out = scaled_dot_product_attention(
-        q, k, v, attn_mask=additive, is_causal=causal, scale=inputs.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=additive, is_causal=kernel.causal, scale=inputs.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out if dead is None else out.masked_fill(dead[..., None], 0)
 
@@ -136,7 +142,7 @@ def front_end(inputs: Inputs, dense: Dense | None, causal: bool) -> Tensor:
 # -- dense masks and biases --------------------------------------------------------------------------------------------
 
 
-def lower_dense(job: Job) -> Dense:
+def lower_dense(job: Job) -> AdditiveMask:
     """The mask as numbers, one row for all queries if it does not vary with them."""
     r, mask = job.request, job.mask
     rows = r.q_len if mask.varies_with_query else min(r.q_len, 1)
@@ -145,7 +151,7 @@ def lower_dense(job: Job) -> Dense:
     else:
         allowed = mask.to_dense(rows, r.kv_len, batch=r.batch, heads=r.heads, device=r.device)
     alive = torch.from_numpy(allowed.numpy().any(-1)) if allowed.device.type == "cpu" else allowed.any(-1)
-    return Dense(as_numbers(allowed, _mask_dtype(r)), None if bool(alive.all()) else ~alive)
+    return AdditiveMask(as_numbers(allowed, _mask_dtype(r)), None if bool(alive.all()) else ~alive)
 
 
 def as_numbers(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,7 +165,7 @@ def as_numbers(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return allowed.to(whole).sub_(1).bitwise_and_(least).view(dtype)  # True is 0, False has all bits set
 
 
-def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
+def with_bias(dense: AdditiveMask | None, inputs: Inputs, job: Job) -> AdditiveMask:
     """Bias where the mask allows, -inf elsewhere."""
     bias = inputs.bias
     if isinstance(bias, Bias):
@@ -169,7 +175,7 @@ def with_bias(dense: Dense | None, inputs: Inputs, job: Job) -> Dense:
     bias = bias.detach().to(_mask_dtype(job.request))
     if dense is not None:
         bias = torch.where(dense.additive == 0, bias, -torch.inf)
-    return Dense(bias, _dead(bias))
+    return AdditiveMask(bias, _dead(bias))
 
 
 def kernel_dtype(r: Request) -> torch.dtype:

@@ -1,6 +1,10 @@
-"""What torch does not declare and calls must know: whether a `vmap` or another transform surrounds them."""
+"""What torch does not declare and calls need: whether a `vmap` or another transform surrounds them, and ways in."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,3 +27,21 @@ def transform() -> str:
     if torch._C._are_functorch_transforms_active():
         return "vmap or torch.func"
     return "forward mode" if forward_ad._current_level >= 0 else ""
+
+
+def at_once(call: Callable[[Any], None]) -> None:
+    """Make the call while dynamo traces, rather than write it down."""
+    dynamo: Any = torch._dynamo
+    dynamo.comptime.comptime(call)
+
+
+@contextmanager
+def recorded_by_autograd() -> Iterator[None]:
+    """Autograd as in eager code: inside of an operator's kernel torch leaves it out."""
+    left_out = torch._C._dispatch_tls_local_exclude_set()
+    key = torch._C.DispatchKey
+    for one in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
+        left_out = left_out.remove(one)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, left_out), torch.enable_grad():
+        yield

@@ -39,7 +39,7 @@ class Shelf(Generic[H]):
         """The holder, which has been used just now."""
         holder = self._holders.get(key)
         if holder is not None:
-            self._holders.move_to_end(key)
+            self._holders.move_to_end(holder.key)  # the same object, which need not be hashed again to be the last
         return holder
 
     def put(self, holder: H) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.backends.backend import OPTIONS, Backend, Capabilities, Proposal
+from truemask.backends.backend import Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at
 from truemask.backends.block_sparse.batching import CALL_CELLS, planes
 from truemask.backends.block_sparse.cells import Sparse
@@ -59,7 +59,9 @@ class BlockSparse(Backend):
     """Torch's fused attention on what is not EMPTY."""
 
     name = "block_sparse"
-    devices: ClassVar = {"cpu": Capabilities(frozenset(OPTIONS) - {"return_weights", "transform"})}
+    devices: ClassVar = {
+        "cpu": Capabilities(frozenset(("grad", "bias", "bias_grad", "softcap", "sinks", "dropout", "return_lse")))
+    }
     tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     words: ClassVar = {
         "device": "the device {device.type}: the kernel that runs the strips is the CPU's",

@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from truemask.backends.base import Exact, Inputs
-from truemask.backends.native.abi import ALIBI, ALL, DTYPES, RELATIVE, SLABS, TENSOR, TILE, ArrayStruct, CallStruct
+from truemask.backends.native.abi import (
+    ALIBI,
+    ALL,
+    DTYPES,
+    ENDS,
+    RELATIVE,
+    SLABS,
+    TENSOR,
+    TILE,
+    ArrayStruct,
+    CallStruct,
+)
 from truemask.backends.native.library import run
 from truemask.backends.shared.autograd import Gradients
 from truemask.biases import Alibi, Bias, Relative
@@ -59,6 +70,7 @@ class Tiles(NamedTuple):
     order: NDArray[np.int64]  # rows of tiles, the longest first
     ends: Ends
     total: int  # tiles that run in the distinct samples and heads
+    template: CallStruct  # with what says the mask filled in; every call starts from a copy
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +90,12 @@ def tiles_of(map_: TileMap, exact: Exact | None) -> Tiles:
     order = np.argsort(-lengths.reshape(math.prod(map_.shape[:2]), map_.shape[2]).sum(0), kind="stable")
     ends = Ends.of(exact, map_.shape[2])
     runs = np.ascontiguousarray(runs, np.int32)
-    return Tiles(map_.shape[:2], np.ascontiguousarray(starts), runs, words, order, ends, int(lengths.sum()))
+    starts = np.ascontiguousarray(starts)
+    template = CallStruct(mask_b=map_.shape[0], mask_h=map_.shape[1])
+    arrays = zip(("starts", "runs", "words", "order", *ENDS), (starts, runs, words, order, *ends), strict=True)
+    for name, array in arrays:
+        setattr(template, name, array.ctypes.data)
+    return Tiles(map_.shape[:2], starts, runs, words, order, ends, int(lengths.sum()), template)
 
 
 def _stored(map_: TileMap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
@@ -173,14 +190,11 @@ class NativeCall:
         planes = b * hq // (self.tiles.shape[0] * self.tiles.shape[1])
         work = 2 * self.tiles.total * planes * min(nq, TILE) * TILE * (d + dv)
         threads = max(1, min(torch.get_num_threads(), work // FORK))
-        call = CallStruct(b, hq, hk, nq, nk, d, dv, DTYPES[q.dtype], threads, self.scale, self.softcap)
+        call = CallStruct.from_buffer_copy(self.tiles.template)
+        call.b, call.hq, call.hk, call.nq, call.nk, call.d, call.dv = b, hq, hk, nq, nk, d, dv
+        call.dtype, call.threads, call.scale, call.softcap = DTYPES[q.dtype], threads, self.scale, self.softcap
         call.q, call.k, call.v, call.out = (_array(x) for x in (q, k, v, out))
         call.lse = lse.data_ptr()
-        call.mask_b, call.mask_h = self.tiles.shape
-        call.starts, call.runs, call.words, call.order = (x.ctypes.data for x in self.tiles[1:5])
-        call.slab_first, call.slab_rows, call.slab_starts, call.slab_lo, call.slab_hi = (
-            x.ctypes.data for x in self.tiles.ends
-        )
         if self.dropout:
             call.drop_below, call.seed, call.keep_scale = threshold(self.dropout), self.seed, 1 / (1 - self.dropout)
         return call, self._bias(call)

@@ -105,17 +105,25 @@ def cells_attention(
     `numbers` gives scale, soft cap and rate of dropout; `keep` the cells that dropout keeps; `sinks` are `[y, g, 1]`.
     """
     q, k, v = qkv
-    s = outer(q, k, allowed) * numbers.scale
+    s = scores_of(outer(q, k, allowed), numbers, None if bias is None else torch.where(allowed, bias, 0))
+    p, lse = weights_of(torch.where(allowed, s, -torch.inf))
+    p = mixed_by(p, lse, numbers, sinks, keep)
+    return gather(p, v, allowed), lse, p
+
+
+def scores_of(products: Tensor, numbers: Inputs, bias: Tensor | None) -> Tensor:
+    """Scores from the products of queries and keys: scaled, capped, with the bias added."""
+    s = products * numbers.scale
     if numbers.softcap is not None:
         s = numbers.softcap * torch.tanh(s / numbers.softcap)
-    if bias is not None:
-        s = s + torch.where(allowed, bias, 0)
-    p, lse = weights_of(torch.where(allowed, s, -torch.inf))
+    return s if bias is None else s + bias
+
+
+def mixed_by(p: Tensor, lse: Tensor, numbers: Inputs, sinks: Tensor | None, keep: Tensor | None) -> Tensor:
+    """What values are multiplied by: the weights, less what a sink takes and dropout drops."""
     if sinks is not None:
         p = p * beside_sink(lse, sinks.to(p.dtype))[..., None]
-    if keep is not None:
-        p = p * keep / (1 - numbers.dropout)
-    return gather(p, v, allowed), lse, p
+    return p if keep is None else p * keep / (1 - numbers.dropout)
 
 
 def weights_of(s: Tensor) -> tuple[Tensor, Tensor]:
