@@ -28,8 +28,8 @@ from truemask.backends.block_sparse.batching import Steps
 from truemask.backends.block_sparse.from_slabs import from_slabs
 from truemask.backends.block_sparse.from_tiles import from_tiles
 from truemask.backends.block_sparse.gather_scatter import add, gathered, put, strided
-from truemask.backends.block_sparse.interleave import woven
-from truemask.backends.block_sparse.strips import ALL, ASKED, CAUSAL, Strips, from_cells
+from truemask.backends.block_sparse.interleave import interleaved
+from truemask.backends.block_sparse.strips import ALL, CAUSAL, FROM_MASK, Strips, from_cells
 from truemask.backends.costs.model import table
 from truemask.backends.native.backend import Native
 from truemask.masks.core.mask import Mask
@@ -99,13 +99,14 @@ def painted(strips: Strips, mask: Mask) -> Tensor:
             assert not cells.all()
         elif kind == CAUSAL:
             cells = cells.tril()
-        elif kind == ASKED:
+        elif kind == FROM_MASK:
             cells = whole[b, h, q0:q1][:, columns]
         dense[b, h, q0:q1, columns] = cells
         taken[b, h, q0:q1] += 1
     assert int(taken.max() if taken.numel() else 0) <= 1
     assert (
-        torch.equal(torch.from_numpy(strips.dead()) | (taken == 0), ~dense.any(-1)) or (strips.pattern == ASKED).any()
+        torch.equal(torch.from_numpy(strips.dead()) | (taken == 0), ~dense.any(-1))
+        or (strips.pattern == FROM_MASK).any()
     )
     return dense
 
@@ -141,19 +142,19 @@ def job_of(mask: Mask, q: int, k: int, batch: int = 1, heads: int = 2, *, grad: 
     return Job(mask, Request(batch, heads, heads, q, k, 64, 64, torch.float32, torch.device("cpu"), grad))
 
 
-def test_a_moving_interval_beside_fixed_keys_is_woven() -> None:
+def test_a_moving_interval_beside_fixed_keys_is_interleaved() -> None:
     starts = 7 + 5 * np.arange(6)
     intervals = np.stack([np.stack([0 * starts, 0 * starts + 1], 1), np.stack([starts, starts + 23], 1)], 1)
-    found = woven(intervals)
+    found = interleaved(intervals)
     assert found is not None
     for i in range(6):
         columns = np.concatenate([np.arange(*interval) for interval in intervals[i]])
         own = found.keys[i * found.step : i * found.step + found.width].numpy()
         assert own[found.source >= 0].tolist() == [columns[c] for c in found.source if c >= 0]
         assert sorted(found.source[found.source >= 0]) == list(range(24))
-    assert woven(intervals[:2]) is None
-    assert woven(intervals[[0, 1, 3, 4]]) is None
-    assert woven(np.repeat(intervals[:, 1:], 2, axis=1)) is None
+    assert interleaved(intervals[:2]) is None
+    assert interleaved(intervals[[0, 1, 3, 4]]) is None
+    assert interleaved(np.repeat(intervals[:, 1:], 2, axis=1)) is None
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])

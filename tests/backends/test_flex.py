@@ -20,7 +20,7 @@ from truemask.attention.planning.plan import plan
 from truemask.backends.base import Job
 from truemask.backends.flex import backend as flex
 from truemask.backends.flex.backend import Flex, FlexProposal
-from truemask.backends.flex.score_mod import LEAST_SIZE, padded
+from truemask.backends.flex.score_mod import MIN_TABLE_SIZE, padded
 from truemask.masks.core.mask import Mask
 
 pytestmark = [
@@ -156,9 +156,9 @@ def test_on_cuda_sparse_masks_are_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 def test_padded_data_reads_beyond_its_end_as_before() -> None:
     table = torch.arange(6).view(2, 3)
     wide = padded(table)
-    assert wide.shape == (2, LEAST_SIZE)
+    assert wide.shape == (2, MIN_TABLE_SIZE)
     assert torch.equal(wide[:, :5], torch.tensor([[0, 1, 2, 2, 2], [3, 4, 5, 5, 5]]))
-    assert padded(torch.zeros(LEAST_SIZE + 1)).shape == (4 * LEAST_SIZE,)
+    assert padded(torch.zeros(MIN_TABLE_SIZE + 1)).shape == (4 * MIN_TABLE_SIZE,)
     for kept in (torch.zeros(()), torch.zeros(0), torch.zeros(2, 3, 4)):
         assert padded(kept) is kept
 
@@ -169,7 +169,7 @@ def test_what_is_lowered_says_its_size() -> None:
         patch.setattr(flex, "COMPILE_ON_CPU", True)
         job = Job(tm.causal.packed([10, 27]), plan(tm.causal, 37).request)
         lists = 4 * (2 + 2 * 2) * 4
-        assert FlexProposal(job).lower().nbytes == lists + 4 * LEAST_SIZE * 8
+        assert FlexProposal(job).lower().nbytes == lists + 4 * MIN_TABLE_SIZE * 8
     assert FlexProposal(job).lower().nbytes == 0
 
 

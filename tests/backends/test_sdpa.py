@@ -16,7 +16,7 @@ from truemask.attention.call import AttendArgs, read_call
 from truemask.attention.planning.plan import CACHE, plan
 from truemask.backends import sdpa
 from truemask.backends.base import Job
-from truemask.backends.sdpa import DENSE_LIMIT, SdpaProposal, front_end, lower_dense, with_bias
+from truemask.backends.sdpa import MAX_DENSE_BYTES, SdpaProposal, front_end, lower_dense, with_bias
 from truemask.masks.core.mask import Mask
 
 
@@ -169,7 +169,7 @@ def test_objections_name_what_is_missing() -> None:
 
 def test_masks_too_large_to_be_dense_are_refused_before_they_are_made() -> None:
     length = 1 << 16
-    assert length * length * 4 > DENSE_LIMIT
+    assert length * length * 4 > MAX_DENSE_BYTES
     assert "GiB" in plan(tm.window(5), length).objections["sdpa"][0]
     assert not plan(tm.causal, length).objections["sdpa"]
     assert not plan(tm.everything, length).objections["sdpa"]
@@ -180,7 +180,7 @@ def test_the_copies_of_a_bias_count() -> None:
     """A mask, a bias object's values, and the two joined are there at once; and joining takes its time."""
     length = 1 << 13
     one = 8 * length * length * 4
-    assert one * 2 == DENSE_LIMIT
+    assert one * 2 == MAX_DENSE_BYTES
     assert not plan(tm.everything, length, bias=torch.zeros(8, 1, length)).objections["sdpa"]
     assert not plan(tm.everything, length, bias=tm.alibi(torch.ones(8))).objections["sdpa"]
     found = plan(tm.window(5), length, bias=tm.alibi(torch.ones(8)))

@@ -126,12 +126,12 @@ def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device | None = None) ->
 
     What is no tensor, or not of floats, is left for the door to refuse.
     """
-    given = (q, k, v)
+    tensors = (q, k, v)
     if not isinstance(q, Tensor):
-        return given
+        return tensors
     kind = (device or torch.device("cpu")).type if q.is_meta else q.device.type
-    if not torch.is_autocast_enabled(kind) or not all(isinstance(x, Tensor) and x.is_floating_point() for x in given):
-        return given
+    if not torch.is_autocast_enabled(kind) or not all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors):
+        return tensors
     dtype = torch.get_autocast_dtype(kind)
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in given)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return q, k, v

@@ -185,7 +185,7 @@ def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse and weights, what was not asked for empty; and what the backward needs."""
     refuse_transforms()
     op = OperatorArgs.of(args)
-    record = Record() if op.grads else None
+    record = SavedForBackward() if op.grads else None
     result = _eagerly(op) if record is None else record.run(op)
     return *_returned(op, result), torch.empty(0, dtype=torch.uint8) if record is None else record.state()
 
@@ -244,7 +244,7 @@ def _own(x: Tensor) -> Tensor:
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
-class Record(bytearray):
+class SavedForBackward(bytearray):
     """One run as autograd saw it; the memory of the tensor that stands for it."""
 
     __slots__ = ("__weakref__", "leaves", "results")
@@ -265,15 +265,15 @@ class Record(bytearray):
     def state(self) -> Tensor:
         """The tensor that keeps this record, and finds it: a single 0."""
         tensor = torch.frombuffer(self, dtype=torch.uint8)
-        RECORDS[tensor.data_ptr()] = self
+        SAVED[tensor.data_ptr()] = self
         return tensor
 
 
-RECORDS: WeakValueDictionary[int, Record] = WeakValueDictionary()
+SAVED: WeakValueDictionary[int, SavedForBackward] = WeakValueDictionary()
 
 
-class Arrived(NamedTuple):
-    """What the operator of the backward is asked: `BACKWARD_SCHEMA` in Python's words."""
+class OutputGrads(NamedTuple):
+    """What the operator of the backward is given: `BACKWARD_SCHEMA` in Python's words."""
 
     state: Tensor
     dout: Tensor
@@ -294,9 +294,9 @@ BACKWARD_SCHEMA = (
 @torch.library.custom_op("truemask::attend_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def backward_op(*args: Any) -> list[Tensor]:
     """The gradients that are wanted."""
-    asked = Arrived(*args)
-    record = RECORDS.get(asked.state.data_ptr())
-    if not asked.state.numel():
+    incoming = OutputGrads(*args)
+    record = SAVED.get(incoming.state.data_ptr())
+    if not incoming.state.numel():
         raise PlanError(
             "attend: this graph was traced where nothing wanted gradients, so its forward kept nothing for a backward: "
             "trace it again with inputs or parameters that want them"
@@ -306,21 +306,21 @@ def backward_op(*args: Any) -> list[Tensor]:
             "attend: the backward of a compiled function was given a copy of what its forward left behind: hooks that "
             "move saved tensors elsewhere (`save_on_cpu`) do not go with attend under torch.compile"
         )
-    arrived = zip(record.results, (asked.dout, asked.dlse, asked.dweights), strict=True)
-    results, arriving = zip(*[(x, dx) for x, dx in arrived if x is not None and dx is not None], strict=True)
-    leaves = [record.leaves[name] for name in asked.names.split()]
+    pairs = zip(record.results, (incoming.dout, incoming.dlse, incoming.dweights), strict=True)
+    results, output_grads = zip(*[(x, dx) for x, dx in pairs if x is not None and dx is not None], strict=True)
+    leaves = [record.leaves[name] for name in incoming.names.split()]
     with recorded_by_autograd():
-        grads = torch.autograd.grad(results, leaves, arriving, retain_graph=True, materialize_grads=True)
+        grads = torch.autograd.grad(results, leaves, output_grads, retain_graph=True, materialize_grads=True)
     return [_own(grad) for grad in grads]
 
 
 @backward_op.register_fake
 def _(*args: Any) -> list[Tensor]:
-    asked = Arrived(*args)
-    sizes = iter(asked.sizes)
-    shapes = [list(islice(sizes, axes)) for axes in asked.axes]
-    dtypes = [getattr(torch, name) for name in asked.dtypes.split()]
-    return [asked.dout.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    incoming = OutputGrads(*args)
+    sizes = iter(incoming.sizes)
+    shapes = [list(islice(sizes, axes)) for axes in incoming.axes]
+    dtypes = [getattr(torch, name) for name in incoming.dtypes.split()]
+    return [incoming.dout.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 COMPILED = "attend inside of a function that torch.compile compiles"
@@ -337,18 +337,18 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor, dweights: Tensor, _: Tensor) -> tuple[Any, ...]:
     state, *leaves = ctx.saved_tensors
-    arriving = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
+    output_grads = [dx if returned else None for dx, returned in zip((dlse, dweights), ctx.returned, strict=True)]
     wanted = {name: x for name, x in zip(ctx.names, leaves, strict=True) if ctx.needs_input_grad[FIELDS.index(name)]}
     dtypes = " ".join(str(x.dtype).removeprefix("torch.") for x in wanted.values())
     sizes = [size for x in wanted.values() for size in x.shape]
-    asked = (state, dout, *arriving, " ".join(wanted), dtypes, [x.ndim for x in wanted.values()], sizes)
-    found = differentiable_once(
+    args = (state, dout, *output_grads, " ".join(wanted), dtypes, [x.ndim for x in wanted.values()], sizes)
+    gradients = differentiable_once(
         COMPILED,
-        [*leaves, dout, *arriving],
-        lambda: torch.ops.truemask.attend_backward(*asked),
+        [*leaves, dout, *output_grads],
+        lambda: torch.ops.truemask.attend_backward(*args),
         first="leave the function uncompiled, and ",
     )
-    grads = dict(zip(wanted, found, strict=True))
+    grads = dict(zip(wanted, gradients, strict=True))
     lists = {name: [None] * n for name, n in ctx.lists.items() if name == "tensors" or not n}  # torch's own rule
     return tuple((grads | lists).get(name) for name in FIELDS)
 

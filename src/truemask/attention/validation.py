@@ -19,8 +19,8 @@ from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.predicate import current
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SMALLEST = torch.finfo(torch.float32).tiny  # below it, dividing by a number gives NaN
-WEIGHTS_LIMIT = 8 << 30  # bytes of `return_weights` that are surely a mistake
+MIN_POSITIVE = torch.finfo(torch.float32).tiny  # below it, dividing by a number gives NaN
+MAX_WEIGHT_BYTES = 8 << 30  # bytes of `return_weights` that are surely a mistake
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -55,8 +55,8 @@ def _wrong_rank(name: str, x: Tensor) -> str:
 
 
 def _wrong_dtypes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    text = f"attend: q, k and v must have one dtype of {known}; got {q.dtype}, {k.dtype} and {v.dtype}"
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    text = f"attend: q, k and v must have one dtype of {names}; got {q.dtype}, {k.dtype} and {v.dtype}"
     if not all(x.is_floating_point() for x in (q, k, v)):
         return f"{text}: integers are likely token ids that were not embedded, complex numbers are not supported"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
@@ -134,8 +134,8 @@ def check_mask_tensor(mask: Tensor, batch: int, heads: int, q_len: int, kv_len: 
     if mask.dtype != torch.bool:
         raise MaskError(_not_bool(mask))
     sizes = (batch, heads, q_len, kv_len)
-    four = mask.ndim == 4 and all(given in (1, size) for given, size in zip(mask.shape, sizes, strict=True))
-    two = mask.ndim == 2 and all(given == size for given, size in zip(mask.shape, sizes[2:], strict=True))
+    four = mask.ndim == 4 and all(length in (1, size) for length, size in zip(mask.shape, sizes, strict=True))
+    two = mask.ndim == 2 and all(length == size for length, size in zip(mask.shape, sizes[2:], strict=True))
     if not four and not two:
         raise MaskError(_wrong_mask_shape(mask, sizes))
 
@@ -181,14 +181,14 @@ def _wrong_mask_shape(mask: Tensor, sizes: tuple[int, int, int, int]) -> str:
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """`value` as a finite float, or an error that names the argument."""
-    if type(value) is float and math.isfinite(value) and (not positive or value >= SMALLEST):
+    if type(value) is float and math.isfinite(value) and (not positive or value >= MIN_POSITIVE):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _finite(value):
         if isinstance(value, Tensor):
             raise TypeError(f"attend: {name} must be a number, got {describe(value)}: take `.item()` of a tensor")
         raise ValueError(f"attend: {name} must be a finite number, got {describe(value)}")
-    if positive and not float(value) >= SMALLEST:
-        tiny = f", and {SMALLEST:.2g} at least" if float(value) > 0 else ""
+    if positive and not float(value) >= MIN_POSITIVE:
+        tiny = f", and {MIN_POSITIVE:.2g} at least" if float(value) > 0 else ""
         raise ValueError(f"attend: {name} must be above 0{tiny}, got {value}; None means none")
     return float(value)
 
@@ -240,7 +240,7 @@ def check_bias(bias: object, sizes: tuple[int, int, int, int], device: torch.dev
     if not bias.is_floating_point():
         raise TypeError(f"attend: bias must be floats, got {describe(bias)}")
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-    if bias.ndim > 4 or any(given not in (1, size) for given, size in zip(shape, sizes, strict=True)):
+    if bias.ndim > 4 or any(length not in (1, size) for length, size in zip(shape, sizes, strict=True)):
         raise ValueError(f"attend: bias must broadcast to [b, h, q, k] = {list(sizes)}, got {describe(bias)}")
     if device is not None and bias.device != device:
         raise ValueError(f"attend: bias is on {bias.device}, but q is on {device}")
@@ -261,7 +261,7 @@ def check_sinks(sinks: object, heads: int, device: torch.device | None) -> Tenso
 def check_weights(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """Raise if the weights would not fit in any reasonable memory."""
     nbytes = math.prod(sizes) * dtype.itemsize
-    if nbytes > WEIGHTS_LIMIT:
+    if nbytes > MAX_WEIGHT_BYTES:
         raise ValueError(
             f"attend: return_weights=True would hold {nbytes / 2**30:.0f} GiB ({list(sizes)}): ask for some rows, "
             "`attend(q[:, :, a:b], k, v, mask.at(q_start=a), return_weights=True)`"

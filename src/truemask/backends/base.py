@@ -39,9 +39,9 @@ from truemask.masks.core.exact_form import exact_slabs, variants
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 
-SMALL = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
-LOOKED_AT = 1 << 28  # cells that are worth evaluating for a proof: about a second
-NONE = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+SMALL_CELLS = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
+MAX_PROOF_CELLS = 1 << 28  # cells that are worth evaluating for a proof: about a second
+ZERO = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
 
 
 class Request(NamedTuple):
@@ -117,7 +117,7 @@ class Lowered(NamedTuple):
     nbytes: int = 0
 
 
-class Exact(NamedTuple):
+class JobSlabs(NamedTuple):
     """Slabs of the samples and heads that a mask tells apart: `which [samples, heads]` of them each has."""
 
     slabs: tuple[Slabs, ...]
@@ -142,25 +142,25 @@ class Job(HoldsArrays):
         return self.mask.tiles(r.q_len, r.kv_len, batch=r.batch, heads=r.heads)
 
     @remembered
-    def exact(self) -> Exact | None:
+    def exact(self) -> JobSlabs | None:
         """The exact form of every sample and head; None if some of them has none."""
         r = self.request
         members, which = variants(self.mask, self.mask_batch, self.mask_heads)
-        found: list[Slabs] = []
+        parts: list[Slabs] = []
         for b, h in members:
             slabs = exact_slabs(self.mask, b, h, r.q_len, r.kv_len)
             if slabs is None:
                 return None
-            found.append(slabs)
-        return Exact(tuple(found), which)
+            parts.append(slabs)
+        return JobSlabs(tuple(parts), which)
 
     @remembered
     def small(self) -> Tensor | None:
         """The mask as a bool tensor on the CPU, if it is so small that looking at it beats reasoning about it."""
         r = self.request
-        if r.q_len * r.kv_len * self.mask_batch * self.mask_heads > SMALL:
+        if r.q_len * r.kv_len * self.mask_batch * self.mask_heads > SMALL_CELLS:
             return None
-        return looked_at(self.mask, self.mask_batch, self.mask_heads, r.q_len, r.kv_len)
+        return evaluated_cells(self.mask, self.mask_batch, self.mask_heads, r.q_len, r.kv_len)
 
     @remembered
     def pattern(self) -> str:
@@ -190,7 +190,7 @@ class Job(HoldsArrays):
         tiles = differs.tiles(r.q_len, r.kv_len, block=1024, batch=self.mask_batch, heads=self.mask_heads)
         if tiles.exact or tiles.counts.full:
             return tiles.counts.mixed == tiles.counts.full == 0
-        return tiles.cells_to_evaluate <= LOOKED_AT and not any(part.cells.any() for part in tiles.patterns())
+        return tiles.cells_to_evaluate <= MAX_PROOF_CELLS and not any(part.cells.any() for part in tiles.patterns())
 
     @remembered
     def positions(self) -> tuple[Tensor, Tensor]:
@@ -218,11 +218,11 @@ class Job(HoldsArrays):
         return bool(differs.truth(zero, zero, q[:, None], keys).any())
 
 
-def looked_at(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
+def evaluated_cells(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
     """The mask as a bool tensor on the CPU; an outermost `at` moves the indices and is not bound, as decoding wants."""
     q_start, k_start, base = (mask.q_start, mask.k_start, mask.base) if isinstance(mask, At) else (0, 0, mask)
-    b = NONE if batch == 1 else torch.arange(batch).view(-1, 1, 1, 1)
-    h = NONE if heads == 1 else torch.arange(heads).view(1, -1, 1, 1)
+    b = ZERO if batch == 1 else torch.arange(batch).view(-1, 1, 1, 1)
+    h = ZERO if heads == 1 else torch.arange(heads).view(1, -1, 1, 1)
     q = torch.arange(q_start, q_start + q_len).view(1, 1, -1, 1)
     k = torch.arange(k_start, k_start + kv_len).view(1, 1, 1, -1)
     return base.bound("cpu")._truth(b, h, q, k).expand(batch, heads, q_len, kv_len)

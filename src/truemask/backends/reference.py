@@ -11,7 +11,7 @@ from truemask.backends.base import Inputs, Job, Lowered, Result
 from truemask.backends.costs.model import seconds, table
 from truemask.backends.shared.eager import eager_attention
 
-LARGEST_DENSE = 1 << 26  # bytes of a mask that is worth keeping
+MAX_DENSE_BYTES = 1 << 26  # bytes of a mask that is worth keeping
 
 
 class ReferenceProposal(Proposal):
@@ -28,7 +28,7 @@ class ReferenceProposal(Proposal):
     def lower(self) -> Lowered:
         """The dense mask, a byte a cell, if it is small: the layers of a model then evaluate it once."""
         job, r, mask = self.job, self.job.request, self.job.mask
-        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > LARGEST_DENSE:
+        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > MAX_DENSE_BYTES:
             return Lowered()
         if job.small is not None:
             dense = job.small.to(r.device)
@@ -53,11 +53,11 @@ class Reference(Backend):
 
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         request = job.request
-        found = eager_attention(
+        result = eager_attention(
             inputs,
             job.mask,
             dense=lowered.data,
             want_weights=request.return_weights,
             recompute=request.grad and not request.transform,
         )
-        return found._replace(lse=found.lse if request.return_lse else None)
+        return result._replace(lse=result.lse if request.return_lse else None)

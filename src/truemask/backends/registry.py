@@ -48,7 +48,7 @@ def unknown_backend(name: str) -> str:
     >>> print(unknown_backend("math"))
     there is no backend 'math': plain torch operations, in chunks of rows, are `reference` (known: native, sdpa, ...)
     """
-    known = ", ".join(backends())
-    here = next((way for word, way in ELSEWHERE.items() if str(name).lower().startswith(word)), "")
-    near = f": {here}" if here else suggest(str(name).lower(), backends())
-    return f"there is no backend {name!r}{near} (known: {known})"
+    names = ", ".join(backends())
+    hint = next((way for word, way in ELSEWHERE.items() if str(name).lower().startswith(word)), "")
+    near = f": {hint}" if hint else suggest(str(name).lower(), backends())
+    return f"there is no backend {name!r}{near} (known: {names})"

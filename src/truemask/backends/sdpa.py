@@ -30,7 +30,7 @@ from truemask.biases import Bias
 from truemask.common.formatting import memory
 from truemask.masks.compose.boolean import everything
 
-DENSE_LIMIT = 4 << 30  # bytes of a dense mask or bias that are too many
+MAX_DENSE_BYTES = 4 << 30  # bytes of a dense mask or bias that are too many
 
 
 class AdditiveMask(NamedTuple):
@@ -213,13 +213,13 @@ def _flag(job: Job) -> bool:
 
 def _too_large(job: Job) -> list[str]:
     """An objection if what would be dense is larger than the limit."""
-    if job.request.cells * 3 * 8 <= DENSE_LIMIT:  # more than all of it in fp64
+    if job.request.cells * 3 * 8 <= MAX_DENSE_BYTES:  # more than all of it in fp64
         return []
     nbytes = _dense_bytes(job)
-    if nbytes <= DENSE_LIMIT or (not job.request.bias and job.pattern != "other"):
+    if nbytes <= MAX_DENSE_BYTES or (not job.request.bias and job.pattern != "other"):
         return []
     what = "a dense mask and bias" if job.request.bias else "a dense mask"
-    return [f"{what} of {memory(nbytes)}: the limit is {memory(DENSE_LIMIT)}"]
+    return [f"{what} of {memory(nbytes)}: the limit is {memory(MAX_DENSE_BYTES)}"]
 
 
 def _dense_bytes(job: Job) -> int:

@@ -430,7 +430,7 @@ def test_two_hundred_decoding_steps_make_one_plan(name: str, start: int) -> None
             tm.attend(q, memory[:, :, : i + 1], memory[:, :, : i + 1], mask(i))
     info = CACHE.info()
     assert (info.misses, info.hits, info.lowered) == (1, 399, 200)
-    assert info.entries <= _cache.MOST_STEPS
+    assert info.entries <= _cache.MAX_STEPS
 
 
 def test_the_rows_of_decoding_are_those_of_the_whole() -> None:
@@ -512,10 +512,10 @@ def test_the_door_is_passed_in_every_step() -> None:
 
 def test_long_answers_do_not_drive_out_other_plans() -> None:
     kept = plan(MASK, 100)
-    for i in range(3 * _cache.MOST_PLANS):
+    for i in range(3 * _cache.MAX_PLANS):
         plan(tm.causal.at(q_start=i), 1)
     assert plan(MASK, 100) is kept
-    assert CACHE.info().entries == 1 + _cache.MOST_STEPS
+    assert CACHE.info().entries == 1 + _cache.MAX_STEPS
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

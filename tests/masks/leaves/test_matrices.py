@@ -200,7 +200,7 @@ def test_regions_are_what_cells_say(drawn: Drawn, data: st.DataObject) -> None:
 
 @pytest.mark.skipif(bool(missing()), reason=missing())
 def test_the_kernel_takes_an_eighth_of_what_a_mask_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "MOST_WORDS", 20_000)  # tiles at the edges are stored whole
+    monkeypatch.setattr(native, "MAX_WORD_BYTES", 20_000)  # tiles at the edges are stored whole
     held, made = tm.dense(fresh()), tm.predicate(lambda b, h, q, k: (q * q + k * k) % 7 < 3)
     assert not tm.plan(held, N).objections["native"]
     assert "cells in tiles that differ" in tm.plan(made, N).objections["native"][0]

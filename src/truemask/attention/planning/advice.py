@@ -15,9 +15,9 @@ from truemask.common.formatting import duration
 from truemask.diagnosis.recognise import recognise
 from truemask.masks.core.mask import Mask
 
-WORTH = 0.8  # share of the time below which a change is worth a line
+WORTHWHILE_SHARE = 0.8  # share of the time below which a change is worth a line
 NEVER = float("inf")  # seconds
-NAMED = ("dense", "predicate")  # masks that may be an expression in disguise
+IN_DISGUISE = ("dense", "predicate")  # masks that may be an expression in disguise
 
 
 class Change(NamedTuple):
@@ -27,31 +27,31 @@ class Change(NamedTuple):
     job: Job
 
 
-def advice(job: Job, chosen: str, proposals: Proposals) -> str:
+def advice(job: Job, backend: str, proposals: Proposals) -> str:
     """The explanation as plain text."""
     costs = proposals.costs
     lines = [f"`{job.mask}`", sizes_text(job.request), tiles_text(job), ""]
-    lines += [_why(chosen, costs), *_others(chosen, costs), *_refusals(proposals.objections), ""]
-    faster = list(_faster(job, proposals, costs.get(chosen, NEVER)))
+    lines += [_why(backend, costs), *_others(backend, costs), *_refusals(proposals.objections), ""]
+    faster = list(_faster(job, proposals, costs.get(backend, NEVER)))
     lines += ["what would make it faster:", *faster] if faster else ["nothing that is known here would make it faster"]
     return "\n".join(lines)
 
 
-def _why(chosen: str, costs: dict[str, float]) -> str:
-    if chosen not in costs:
-        return f"{chosen} runs it: it was chosen for calls of this kind, and kept"
-    time = duration(costs[chosen])
+def _why(backend: str, costs: dict[str, float]) -> str:
+    if backend not in costs:
+        return f"{backend} runs it: it was chosen for calls of this kind, and kept"
+    time = duration(costs[backend])
     if len(costs) == 1:
-        return f"{chosen} runs it in a predicted {time}: nobody else can ({source()})"
-    cheapest = costs[chosen] <= min(costs.values())
+        return f"{backend} runs it in a predicted {time}: nobody else can ({source()})"
+    cheapest = costs[backend] <= min(costs.values())
     why = f"the cheapest of the {len(costs)} that can" if cheapest else "it was named, or chosen for calls of this kind"
-    return f"{chosen} runs it in a predicted {time}: {why} ({source()})"
+    return f"{backend} runs it in a predicted {time}: {why} ({source()})"
 
 
-def _others(chosen: str, costs: dict[str, float]) -> Iterator[str]:
+def _others(backend: str, costs: dict[str, float]) -> Iterator[str]:
     for name, cost in sorted(costs.items(), key=lambda pair: pair[1]):
-        if name != chosen:
-            yield f"  {name} would take {duration(cost)}{_times(cost, costs[chosen]) if chosen in costs else ''}"
+        if name != backend:
+            yield f"  {name} would take {duration(cost)}{_times(cost, costs[backend]) if backend in costs else ''}"
 
 
 def _times(cost: float, that: float) -> str:
@@ -67,13 +67,13 @@ def _refusals(objections: dict[str, list[str]]) -> Iterator[str]:
 def _faster(job: Job, proposals: Proposals, now: float) -> Iterator[str]:
     """Changes after which the fastest backend takes less than the fastest of now, the best first."""
     cost, name = _fastest(proposals)
-    named = cost < WORTH * now < NEVER
+    named = cost < WORTHWHILE_SHARE * now < NEVER
     if named:
         yield f"  without `backend=`, if it was given: {name} in {duration(cost)}{_times(cost, now)}"
     lines: list[tuple[float, str]] = []
     for text, other in _changes(job):
         less, name = _fastest(Proposals.of(other))
-        if less < WORTH * cost:
+        if less < WORTHWHILE_SHARE * cost:
             times = _times(less, cost) + " than that" * named if cost < NEVER else ""
             lines.append((less, f"  {text}: {name} in {duration(less)}{times}"))
     yield from (line for _, line in sorted(lines))
@@ -87,7 +87,7 @@ def _fastest(proposals: Proposals) -> tuple[float, str]:
 
 def _changes(job: Job) -> Iterator[Change]:
     r = job.request
-    asked = [
+    changes = [
         (r.dtype == torch.float64, "float32 instead of float64", {"dtype": torch.float32}),
         (r.dtype == torch.float32, "bfloat16 instead of float32", {"dtype": torch.bfloat16}),
         (r.return_weights, "without return_weights", {"return_weights": False}),
@@ -99,7 +99,7 @@ def _changes(job: Job) -> Iterator[Change]:
         ),
         (bool(r.transform), f"outside of {r.transform}", {"transform": ""}),
     ]
-    yield from (Change(text, Job(job.mask, r._replace(**values))) for holds, text, values in asked if holds)
+    yield from (Change(text, Job(job.mask, r._replace(**values))) for holds, text, values in changes if holds)
     named = _by_name(job)
     if named is not None:
         yield Change(f"the mask written as `{named}`", Job(named, r))
@@ -107,6 +107,6 @@ def _changes(job: Job) -> Iterator[Change]:
 
 def _by_name(job: Job) -> Mask | None:
     r = job.request
-    if job.mask.kind not in NAMED:
+    if job.mask.kind not in IN_DISGUISE:
         return None
     return recognise(job.mask, r.q_len, r.kv_len, batch=r.batch, heads=r.heads)

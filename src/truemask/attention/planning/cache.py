@@ -18,7 +18,15 @@ from typing import NamedTuple
 import torch
 
 from truemask.attention.planning.memory import Holder, Shelf
-from truemask.attention.planning.selection import SHORT, Choice, Plan, Selection, checked_job, select, select_again
+from truemask.attention.planning.selection import (
+    SHORT_QUERIES,
+    Choice,
+    Plan,
+    Selection,
+    checked_job,
+    select,
+    select_again,
+)
 from truemask.backends.backend import Backend
 from truemask.backends.base import Job, Lowered, Request
 from truemask.common.memory import Memory, arrays_in, memory_of
@@ -27,9 +35,9 @@ from truemask.masks.compose.reindex import At, Take
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.memory import mask_memory
 
-MOST_PLANS = 256
-MOST_STEPS = 64  # of them for few queries: a long answer must not drive out the plans of training
-MOST_BYTES = 1 << 28  # of masks and what was lowered; the newest is kept whatever its size
+MAX_PLANS = 256
+MAX_STEPS = 64  # of them for few queries: a long answer must not drive out the plans of training
+MAX_BYTES = 1 << 28  # of masks and what was lowered; the newest is kept whatever its size
 
 
 def structure_key(mask: Mask, request: Request, wanted: str | None) -> Hashable:
@@ -75,7 +83,7 @@ class Entry(Holder):
     @property
     def is_short(self) -> bool:
         """Whether the call has few queries, so that its plan is worth little."""
-        return self.plan.request.q_len <= SHORT
+        return self.plan.request.q_len <= SHORT_QUERIES
 
 
 class Family(Holder):
@@ -108,9 +116,9 @@ class CacheInfo(NamedTuple):
 class PlanCache:
     """Plans and lowered masks by key, the least recently used given up first; safe for threads."""
 
-    def __init__(self, most_plans: int = MOST_PLANS, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, most_plans: int = MAX_PLANS, most_bytes: int = MAX_BYTES) -> None:
         self.most_plans, self.most_bytes = most_plans, most_bytes
-        self.most_steps = min(MOST_STEPS, most_plans)
+        self.most_steps = min(MAX_STEPS, most_plans)
         self._lock = threading.Lock()
         self._kept: Shelf[Entry | Family] = Shelf()
         self._numbers: Counter[str] = Counter()  # of entries, of those for few queries, of families; and of events
@@ -124,7 +132,7 @@ class PlanCache:
                 return kept
         with ordinary_tensors():
             job = checked_job(mask, request)
-            family = structure_key(mask, request, wanted) if request.q_len <= SHORT else None
+            family = structure_key(mask, request, wanted) if request.q_len <= SHORT_QUERIES else None
             selection = None if family is None else self._selected_before(family, job)
             is_new = selection is None
             if selection is None:

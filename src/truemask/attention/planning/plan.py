@@ -50,7 +50,7 @@ def plan(
 ) -> Plan: ...
 
 
-def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
+def plan(*args: Any, backend: str | None = None, **keywords: Any) -> Plan:
     """Which backend would run a call, why, and at what predicted cost: `plan(mask, q_len)` or `plan(q, k, v, mask)`.
 
     Both take `attend`'s keywords (`bias`, `softcap`, `sink_logits`, `dropout`, `return_lse`, ...) and touch no data.
@@ -72,30 +72,30 @@ def plan(*given: Any, backend: str | None = None, **keywords: Any) -> Plan:
     >>> plan(causal & window(64), 512, softcap=30.0).objections["sdpa"]
     ['softcap: the kernel has no soft cap']
     """
-    tensors = _speaks_of_tensors(given, keywords)
-    call = (_from_tensors if tensors else _from_sizes)(**_by_name(given, keywords, tensors), backend=backend)
+    tensors = _speaks_of_tensors(args, keywords)
+    call = (_from_tensors if tensors else _from_sizes)(**_by_name(args, keywords, tensors), backend=backend)
     entry = CACHE.entry(call.mask, call.request, call.backend)
     entry.proposal.forget()  # nobody may ever run it
     return entry.plan
 
 
-def _speaks_of_tensors(given: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+def _speaks_of_tensors(args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     """Whether the arguments are those of `plan(q, k, v, mask)`; otherwise they are those of `plan(mask, q_len)`."""
     if not keywords.keys().isdisjoint("qkv"):
         return True
-    if len(given) == 1:
-        return isinstance(given[0], Tensor) and given[0].ndim == 4 and given[0].is_floating_point()
-    return len(given) > 1 and isinstance(given[0], Tensor) and isinstance(given[1], Tensor)
+    if len(args) == 1:
+        return isinstance(args[0], Tensor) and args[0].ndim == 4 and args[0].is_floating_point()
+    return len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
 
 
-def _by_name(given: tuple[Any, ...], keywords: dict[str, Any], tensors: bool) -> dict[str, Any]:
+def _by_name(args: tuple[Any, ...], keywords: dict[str, Any], tensors: bool) -> dict[str, Any]:
     """All arguments by name, checked against the names of their form."""
     form, other, places, needs = SIZES_FORM, TENSORS_FORM, ("mask", "q_len", "kv_len"), ("mask", "q_len")
     if tensors:
         form, other, places, needs = TENSORS_FORM, SIZES_FORM, ("q", "k", "v", "mask"), ("q", "k", "v")
-    if len(given) > len(places):
-        raise TypeError(f"plan takes ({', '.join(places)}) by place and the rest by name, got {len(given)} by place")
-    named = dict(zip(places, given, strict=False))
+    if len(args) > len(places):
+        raise TypeError(f"plan takes ({', '.join(places)}) by place and the rest by name, got {len(args)} by place")
+    named = dict(zip(places, args, strict=False))
     for name in keywords:
         if name in named:
             raise TypeError(f"plan was given {name} twice, by place and by name")
@@ -132,17 +132,17 @@ def _from_sizes(
     if isinstance(mask, (list, tuple)):
         raise MaskError(not_a_mask("plan: mask must be a mask expression, its text, a bool tensor or None", mask))
     if isinstance(q_len, Tensor) or not (mask is None or isinstance(mask, (Mask, Tensor))):
-        given = f"{describe(mask)} and {describe(q_len)}"
-        raise MaskError(f"plan takes (mask, q_len, ...) or (q, k, v, mask), got {given} first")
+        first_two = f"{describe(mask)} and {describe(q_len)}"
+        raise MaskError(f"plan takes (mask, q_len, ...) or (q, k, v, mask), got {first_two} first")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"plan: dtype must be a torch.dtype, got {describe(dtype)}")
     q_len, head_dim = whole(q_len, "q_len"), whole(head_dim, "head_dim", 1)
     if kv_len is None:
         kv_len = mask.kv_len_for(q_len) if isinstance(mask, Mask) else _keys_of(mask, q_len)
     if mask is not None:
-        samples, own = (mask.batch_size, mask.head_count) if isinstance(mask, Mask) else _four_axes(mask)
+        samples, mask_heads = (mask.batch_size, mask.head_count) if isinstance(mask, Mask) else _four_axes(mask)
         batch = _held(samples) if batch is None else batch
-        heads = _held(own) if heads is None else heads
+        heads = _held(mask_heads) if heads is None else heads
     batch, heads = 1 if batch is None else whole(batch, "batch"), 8 if heads is None else whole(heads, "heads", 1)
     kv_heads = heads if kv_heads is None else whole(kv_heads, "kv_heads", 1)
     q = torch.empty(batch, heads, q_len, head_dim, dtype=dtype, device="meta")
@@ -161,9 +161,9 @@ def _keys_of(mask: Tensor | None, q_len: int) -> int:
     return mask.shape[-1] if mask is not None and mask.ndim else q_len
 
 
-def _held(own: int) -> int | None:
+def _held(size: int) -> int | None:
     """For how many samples or heads a mask holds data, or None."""
-    return own if own > 1 else None
+    return size if size > 1 else None
 
 
 def _names(*functions: Callable[..., Any]) -> frozenset[str]:

@@ -17,14 +17,14 @@ from truemask.diagnosis.convention_warnings import one_axis, top_left, upside_do
 from truemask.errors import PlanError
 from truemask.masks.core.mask import Mask
 
-SHORT = 64  # queries up to which a choice is kept for other lengths: making it takes longer than such a call
-FEW = 1024  # keys up to which such a choice holds at least
+SHORT_QUERIES = 64  # queries up to which a choice is kept for other lengths: making it takes longer than such a call
+SHORT_KEYS = 1024  # keys up to which such a choice holds at least
 
 
 class Choice(NamedTuple):
     """A backend, the numbers of queries and keys that it was chosen for, and the numbers of keys that it is kept for.
 
-    Of more than `SHORT` queries a choice is kept for its own sizes alone.
+    Of more than `SHORT_QUERIES` queries a choice is kept for its own sizes alone.
     """
 
     backend: Backend
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     @property
     def text(self) -> str:
         """A line of a printed plan, where the choice may be another call's."""
-        if self.q_len > SHORT:
+        if self.q_len > SHORT_QUERIES:
             return ""
         return f"chosen for q_len {self.q_len}, kv_len {self.kv_len}; kept while kv_len is {self.low} to {self.high}"
 
@@ -129,8 +129,8 @@ def select(job: Job, wanted: str | None) -> Selection:
     if backend is None:
         raise PlanError(refusal(job, answers.objections, wanted))
     kv_len = job.request.kv_len
-    low = 0 if kv_len <= FEW else kv_len // 4
-    choice = Choice(backend, job.request.q_len, kv_len, low, max(4 * kv_len, FEW))
+    low = 0 if kv_len <= SHORT_KEYS else kv_len // 4
+    choice = Choice(backend, job.request.q_len, kv_len, low, max(4 * kv_len, SHORT_KEYS))
     return Selection(choice, answers.willing[backend.name], answers)
 
 

@@ -10,10 +10,10 @@ from truemask.backends.costs.model import source
 from truemask.common.formatting import duration
 from truemask.masks.leaves.matrices import Dense
 
-EVALUATE = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
+MAX_EVALUATED_CELLS = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
 
 
-def explain_plan(job: Job, chosen: str, proposals: Proposals, notes: Iterable[str] = ()) -> str:
+def explain_plan(job: Job, backend: str, proposals: Proposals, notes: Iterable[str] = ()) -> str:
     """The plan as plain text: the mask, the sizes, the tiles, a line for each backend, and the notes that say anything.
 
     `>` marks the chosen backend; one that cannot run the call says why.
@@ -21,7 +21,7 @@ def explain_plan(job: Job, chosen: str, proposals: Proposals, notes: Iterable[st
     rows = []
     costs, descriptions = proposals.costs, proposals.descriptions
     for name, reasons in proposals.objections.items():
-        mark = ">" if name == chosen else " "
+        mark = ">" if name == backend else " "
         cost = duration(costs[name]) if name in costs else "cannot"
         rows.append((f"{mark} {name}", cost, reasons[0] if reasons else descriptions[name]))
         rows.extend(("", "", reason) for reason in reasons[1:])
@@ -53,7 +53,7 @@ def tiles_text(job: Job) -> str:
     empty, mixed, full = tiles.counts
     total = max(1, empty + mixed + full)
     area = tiles.block[0] * tiles.block[1]
-    if mixed * area <= EVALUATE:
+    if mixed * area <= MAX_EVALUATED_CELLS:
         share = f"{job.mask.density(r.q_len, r.kv_len, batch=r.batch, heads=r.heads):.2%} of the pairs"
     else:
         share = f"{full / total:.1%} to {(full + mixed) / total:.1%} of the pairs"

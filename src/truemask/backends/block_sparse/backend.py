@@ -2,8 +2,8 @@
 
 | the call has                              | each group of strips runs                                       |
 |-------------------------------------------|-----------------------------------------------------------------|
-| nothing special, sinks, a bias            | in the CPU flash kernel and its backward (`strip_kernel`)       |
-| a soft cap, dropout, gradients of a bias  | in plain torch, recomputed in the backward (`strip_math`)       |
+| nothing special, sinks, a bias            | in the CPU flash kernel and its backward (`flash_path`)         |
+| a soft cap, dropout, gradients of a bias  | in plain torch, recomputed in the backward (`math_path`)        |
 
 What is EMPTY never runs, what is FULL runs without a mask. Beside what the call itself reads and returns there are
 chunks of a few megabytes; half precision is computed in fp32.
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from truemask.backends.backend import Backend, Capabilities, Proposal
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result, looked_at
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result, evaluated_cells
 from truemask.backends.block_sparse.batching import CALL_CELLS, planes
 from truemask.backends.block_sparse.cells import Sparse
 from truemask.backends.block_sparse.flash_path import StripKernel
 from truemask.backends.block_sparse.from_slabs import from_slabs
-from truemask.backends.block_sparse.from_tiles import from_tiles, rough
+from truemask.backends.block_sparse.from_tiles import estimated, from_tiles
 from truemask.backends.block_sparse.math_path import Leaves, StripMath, math_attention
-from truemask.backends.block_sparse.strips import ASKED, CAUSAL, Strips, from_cells
+from truemask.backends.block_sparse.strips import CAUSAL, FROM_MASK, Strips, from_cells
 from truemask.backends.costs.model import SPEED_BACKWARD, seconds, slowed, table
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import fitted
@@ -37,17 +37,17 @@ from truemask.common.real_tensors import remembered
 from truemask.geometry.slabs.slabs import Slabs
 from truemask.geometry.tiles.tile_map import TileMap
 
-FEW = 16  # rows that are looked at cell by cell
-KEYS = 64  # keys of a tile
+DIRECT_ROWS = 16  # rows that are looked at cell by cell
+TILE_KEYS = 64  # keys of a tile
 HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
-FLAG = 512  # columns beyond the diagonal that the causal flag runs
-MATH = 3.0  # how many times longer plain torch takes
-MANY = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
-MOST_ENDS = 1 << 14  # of runs that are cut into strips; others are tiled
+FLAG_COLUMNS = 512  # columns beyond the diagonal that the causal flag runs
+MATH_SLOWDOWN = 3.0  # how many times longer plain torch takes
+MAX_ROWS_CUT = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
+MAX_RUNS = 1 << 14  # of runs that are cut into strips; others are tiled
 
 
 @dataclass(frozen=True)
-class Choice:
+class StripHeight:
     """How tall strips are, what they cost, and what they are in words."""
 
     height: int
@@ -118,11 +118,11 @@ class StripsProposal(Proposal):
     """Strips of the height that costs least."""
 
     @remembered
-    def choice(self) -> Choice:
+    def choice(self) -> StripHeight:
         """The height, what it costs and what it is in words."""
         if self.is_short:
-            return _choice(self.job, self.job.request.q_len, self.strips)
-        return min((_choice(self.job, *pair) for pair in self._heights()), key=lambda one: one.cost)
+            return _priced(self.job, self.job.request.q_len, self.strips)
+        return min((_priced(self.job, *pair) for pair in self._heights()), key=lambda one: one.cost)
 
     @property
     def cost(self) -> float:
@@ -143,7 +143,7 @@ class StripsProposal(Proposal):
             (job.mask_batch, job.mask_heads),
             covered,
             torch.from_numpy(dead) if dead.any() else None,
-            bool((strips.pattern == ASKED).any()),
+            bool((strips.pattern == FROM_MASK).any()),
             int(strips.widths.sum()) < strips.shape[0] * strips.shape[1] * r.kv_len,
         )
         return Lowered(sparse, sparse.nbytes)
@@ -155,12 +155,12 @@ class StripsProposal(Proposal):
     @property
     def is_short(self) -> bool:
         """Whether the rows are so few that they are looked at cell by cell."""
-        return self.job.request.q_len <= FEW or not self.job.request.kv_len
+        return self.job.request.q_len <= DIRECT_ROWS or not self.job.request.kv_len
 
     @remembered
     def strips(self) -> Strips:
         """The strips that run, with their patterns; forgotten once lowered, as are tiles."""
-        return from_cells(_few(self.job).numpy()) if self.is_short else self._cut(self.choice.height)
+        return from_cells(_direct_cells(self.job).numpy()) if self.is_short else self._cut(self.choice.height)
 
     @remembered
     def tiles(self) -> dict[int, TileMap]:
@@ -170,7 +170,7 @@ class StripsProposal(Proposal):
     def _tiles(self, height: int) -> TileMap:
         job, r, tiles = self.job, self.job.request, self.tiles
         if height not in tiles:
-            tiles[height] = job.mask.tiles(r.q_len, r.kv_len, (height, KEYS), batch=r.batch, heads=r.heads)
+            tiles[height] = job.mask.tiles(r.q_len, r.kv_len, (height, TILE_KEYS), batch=r.batch, heads=r.heads)
         return tiles[height]
 
     def _heights(self) -> Iterator[tuple[int, Strips]]:
@@ -180,13 +180,13 @@ class StripsProposal(Proposal):
         """
         job, r = self.job, self.job.request
         lowest, *others = (height for height in HEIGHTS if height <= max(r.q_len, HEIGHTS[0]))
-        if job.mask_batch * job.mask_heads * r.q_len <= MANY and slabs_of(job) is not None:
+        if job.mask_batch * job.mask_heads * r.q_len <= MAX_ROWS_CUT and slabs_of(job) is not None:
             yield from ((height, self._cut(height, drawn=False)) for height in (lowest, *others))
             return
         tiles = self._tiles(lowest)
-        yield lowest, rough(tiles)
+        yield lowest, estimated(tiles)
         for height in others if tiles.counts.empty else others[-1:]:
-            yield height, rough(self._tiles(height))
+            yield height, estimated(self._tiles(height))
 
     def _cut(self, height: int, *, drawn: bool = True) -> Strips:
         job, r, slabs = self.job, self.job.request, slabs_of(self.job)
@@ -195,27 +195,27 @@ class StripsProposal(Proposal):
         return from_slabs(slabs, r.q_len, r.kv_len, (job.mask_batch, job.mask_heads), height, drawn=drawn)
 
 
-def _few(job: Job) -> Tensor:
+def _direct_cells(job: Job) -> Tensor:
     """The cells of few rows."""
     if job.small is not None:
         return job.small
-    return looked_at(job.mask, job.mask_batch, job.mask_heads, job.request.q_len, job.request.kv_len)
+    return evaluated_cells(job.mask, job.mask_batch, job.mask_heads, job.request.q_len, job.request.kv_len)
 
 
 def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
     """The exact form of every sample and head, those that are the same as one object; None if there is none."""
     exact = job.exact
-    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MOST_ENDS:
+    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MAX_RUNS:
         return None
     return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
 
 
-def _choice(job: Job, height: int, strips: Strips) -> Choice:
+def _priced(job: Job, height: int, strips: Strips) -> StripHeight:
     r = job.request
     rows, area = int(strips.heights.sum()), int(np.dot(strips.heights, strips.widths))
     share = area / max(1, math.prod(strips.shape) * r.q_len * r.kv_len)
     words = f"strips of up to {height} rows x {area / max(1, rows):.0f} keys, {share:.0%} of all cells"
-    return Choice(height, cost_of(strips, job), words)
+    return StripHeight(height, cost_of(strips, job), words)
 
 
 def cost_of(strips: Strips, job: Job) -> float:
@@ -224,8 +224,8 @@ def cost_of(strips: Strips, job: Job) -> float:
     samples, heads = r.batch // max(1, strips.shape[0]), r.heads // max(1, strips.shape[1])
     heights, widths = strips.heights, strips.widths
     causal = strips.pattern == CAUSAL
-    cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG) / 2), widths) * (samples * heads)
-    times = MATH if needs_math(r) else 1.0
+    cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG_COLUMNS) / 2), widths) * (samples * heads)
+    times = MATH_SLOWDOWN if needs_math(r) else 1.0
     forward = r._replace(grad=False)
     cost = seconds(rates, forward, slowed(cells, heights) * times)
     kinds = len(np.unique(np.stack([strips.b, strips.h, strips.pattern, widths]), axis=1).T)

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truemask.backends.block_sparse.interleave import Woven, woven
-from truemask.backends.block_sparse.strips import ALL, ASKED, CAUSAL, Strips
+from truemask.backends.block_sparse.interleave import Interleaved, interleaved
+from truemask.backends.block_sparse.strips import ALL, CAUSAL, FROM_MASK, Strips
 
 Ints = NDArray[np.int64]
 
-FLOATS = 1 << 25  # bytes of additive masks that are kept as numbers; the others are kept as bits
+MAX_FLOAT_BYTES = 1 << 25  # bytes of additive masks that are kept as numbers; the others are kept as bits
 CALL_BYTES = 1 << 19  # copied keys and values that are worth a call
 CALL_CELLS = 1 << 15  # cells, over the heads, that a call's own seconds are worth
 
@@ -83,14 +83,14 @@ class Group:
     widths: Tensor | None  # int64 [strips] if some are padded
     masking: Masking | None
     causal: bool = False
-    asked: bool = False
-    woven: Woven | None = None  # where the keys are, if they are in neither of the above
+    from_mask: bool = False
+    interleaved: Interleaved | None = None  # where the keys are, if they are in neither of the above
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the masks."""
         held = (self.row_places, self.key_places, self.real, self.widths)
-        return sum(x.nbytes for x in held if x is not None) + (self.woven.keys.nbytes if self.woven else 0)
+        return sum(x.nbytes for x in held if x is not None) + (self.interleaved.keys.nbytes if self.interleaved else 0)
 
     def row_index(self, part: slice) -> Tensor:
         """The rows of some strips, `[strips, height]`."""
@@ -98,8 +98,8 @@ class Group:
 
     def key_index(self, part: slice) -> Tensor:
         """The keys of some strips, `[strips, width]`."""
-        if self.woven is not None:
-            return self.woven.keys.unfold(0, self.width, self.woven.step)[part]
+        if self.interleaved is not None:
+            return self.interleaved.keys.unfold(0, self.width, self.interleaved.step)[part]
         return _index(self.keys, self.key_places, self.width, part)
 
     def parts(self, most: int) -> Iterator[slice]:
@@ -133,7 +133,7 @@ def planes(strips: Strips, dtype: torch.dtype, heads: int, key_bytes: int) -> tu
     for n, (b, h, width) in enumerate(zip(strips.b.tolist(), strips.h.tolist(), maker.widths.tolist(), strict=True)):
         if width:
             places.setdefault((b, h), []).append(n)
-    return tuple(Plane(b, h, tuple(maker.groups(some))) for (b, h), some in places.items())
+    return tuple(Plane(b, h, tuple(maker.groups(members))) for (b, h), members in places.items())
 
 
 class _Maker:
@@ -144,7 +144,7 @@ class _Maker:
         self.single = np.diff(strips.starts) == 1
         self.masks: dict[tuple[int, int, int], Masking] = {}
         self.heights, self.widths = strips.heights, strips.widths
-        self.floats = FLOATS
+        self.floats = MAX_FLOAT_BYTES
 
     def groups(self, members: list[int]) -> list[Group]:
         """The strips of one plane in groups: those alike first, then what is left over, by width."""
@@ -154,18 +154,20 @@ class _Maker:
         alike: dict[tuple[int, ...], list[int]] = {}
         for i in members:
             alike.setdefault((int(pattern[i]), int(self.heights[i]), int(self.widths[i])), []).append(int(i))
-        made: list[Group] = []
+        groups: list[Group] = []
         left: dict[bool, list[int]] = {True: [], False: []}
-        for (kind, height, width), some in alike.items():
-            enough = len(some) * height * width >= self.call_cells or len(members) == len(some)
-            if kind == CAUSAL or (kind != ASKED and enough):
-                parts = self._even(np.array(some)) if width > self.call_keys else [np.array(some)]
-                made += [self._made(part, causal=kind == CAUSAL) for part in parts]
+        for (kind, height, width), alike_strips in alike.items():
+            enough = len(alike_strips) * height * width >= self.call_cells or len(members) == len(alike_strips)
+            if kind == CAUSAL or (kind != FROM_MASK and enough):
+                parts = self._even(np.array(alike_strips)) if width > self.call_keys else [np.array(alike_strips)]
+                groups += [self._made(part, causal=kind == CAUSAL) for part in parts]
             else:
-                left[kind == ASKED] += some
-        for asked, some in left.items():
-            made += [self._made(batch, asked=asked) for batch in self._batches(np.array(some, np.int64))]
-        return made
+                left[kind == FROM_MASK] += alike_strips
+        for from_mask, alike_strips in left.items():
+            groups += [
+                self._made(batch, from_mask=from_mask) for batch in self._batches(np.array(alike_strips, np.int64))
+            ]
+        return groups
 
     def _one(self, i: int) -> Group:
         """A group of one strip, as decoding has it: no time is lost on it."""
@@ -176,38 +178,38 @@ class _Maker:
             keys, places = None, torch.from_numpy(strips.columns(i))[None]
         masking = self._masking(np.array([i]), height, width, None) if kind >= 0 else None
         rows = Steps(int(strips.q0[i]), 0)
-        return Group(height, width, 1, rows, keys, None, places, None, None, masking, kind == CAUSAL, kind == ASKED)
+        return Group(height, width, 1, rows, keys, None, places, None, None, masking, kind == CAUSAL, kind == FROM_MASK)
 
-    def _even(self, some: Ints) -> list[Ints]:
+    def _even(self, members: Ints) -> list[Ints]:
         """Strips that are worth a call each, cut to those that move in equal steps: they need not be copied."""
-        if not self.single[some].all():
-            return [some]
-        starts = np.stack([self.strips.q0[some], self.strips.keys[self.strips.starts[some], 0]])
+        if not self.single[members].all():
+            return [members]
+        starts = np.stack([self.strips.q0[members], self.strips.keys[self.strips.starts[members], 0]])
         parts, first = [], 0
-        while first < len(some):
+        while first < len(members):
             steps = np.diff(starts[:, first:], axis=1)
             odd = np.flatnonzero((steps != steps[:, :1]).any(0)) if steps.shape[1] else []
             stop = first + 1 + (int(odd[0]) if len(odd) else steps.shape[1])
-            stop = first + 1 if stop == first + 2 and stop < len(some) else stop
-            parts.append(some[first:stop])
+            stop = first + 1 if stop == first + 2 and stop < len(members) else stop
+            parts.append(members[first:stop])
             first = stop
         return parts
 
-    def _batches(self, some: Ints) -> Iterator[Ints]:
+    def _batches(self, members: Ints) -> Iterator[Ints]:
         """The widest first; a batch ends where another call costs less than padding up to its first strip."""
-        order = some[np.lexsort((self.strips.q0[some], -self.widths[some], -self.heights[some]))]
+        order = members[np.lexsort((self.strips.q0[members], -self.widths[members], -self.heights[members]))]
         first = padding = 0
         for n, i in enumerate(order):
             top = order[first]
-            own = self.heights[i] * self.widths[i]
-            padding += self.heights[top] * self.widths[top] - own
+            area = self.heights[i] * self.widths[i]
+            padding += self.heights[top] * self.widths[top] - area
             if padding > self.call_cells and n > first:
                 yield np.sort(order[first:n])
                 first, padding = n, 0
         if first < len(order):
             yield np.sort(order[first:])
 
-    def _made(self, members: Ints, *, causal: bool = False, asked: bool = False) -> Group:
+    def _made(self, members: Ints, *, causal: bool = False, from_mask: bool = False) -> Group:
         heights, widths = self.heights[members], self.widths[members]
         height, width = int(heights.max()), int(widths.max())
         even_rows, even_keys = bool((heights == height).all()), bool((widths == width).all())
@@ -220,13 +222,15 @@ class _Maker:
         single = bool(self.single[members].all())
         keys = _steps(self.strips.keys[starts[members], 0]) if single and even_keys else None
         key_places = None
-        weave = self._woven(members) if keys is None and even_keys and not causal and not asked else None
-        if weave is not None:
-            width = weave.width
+        interleaving = (
+            self._interleaved(members) if keys is None and even_keys and not causal and not from_mask else None
+        )
+        if interleaving is not None:
+            width = interleaving.width
         elif keys is None:
             key_places = np.stack([_padded(self.strips.columns(i), width) for i in members])
         real = None if even_rows else np.arange(height) < heights[:, None]
-        free = causal or asked or (even_rows and even_keys and bool((self.strips.pattern[members] == ALL).all()))
+        free = causal or from_mask or (even_rows and even_keys and bool((self.strips.pattern[members] == ALL).all()))
         return Group(
             height,
             width,
@@ -237,26 +241,26 @@ class _Maker:
             _tensor(key_places),
             _tensor(real),
             None if even_keys else torch.from_numpy(widths.copy()),
-            None if free and weave is None else self._masking(members, height, width, weave),
+            None if free and interleaving is None else self._masking(members, height, width, interleaving),
             causal,
-            asked,
-            weave,
+            from_mask,
+            interleaving,
         )
 
-    def _woven(self, members: Ints) -> Woven | None:
-        """The keys of strips that have the same number of intervals, woven."""
+    def _interleaved(self, members: Ints) -> Interleaved | None:
+        """The keys of strips that have the same number of intervals, interleaved."""
         starts = self.strips.starts[members]
         counts = self.strips.starts[members + 1] - starts
         if (counts != counts[0]).any():
             return None
-        return woven(self.strips.keys[starts[:, None] + np.arange(counts[0])])
+        return interleaved(self.strips.keys[starts[:, None] + np.arange(counts[0])])
 
-    def _masking(self, members: Ints, height: int, width: int, weave: Woven | None) -> Masking:
+    def _masking(self, members: Ints, height: int, width: int, interleaving: Interleaved | None) -> Masking:
         """The additive masks of strips, padded; distinct patterns once."""
         kinds = np.stack([self.strips.pattern[members], self.heights[members], self.widths[members]], 1)
         numbers: dict[tuple[int, int, int], int] = {}
         which = [numbers.setdefault((a, b, c), len(numbers)) for a, b, c in kinds.tolist()]
-        only = next(iter(numbers)) if len(numbers) == 1 and weave is None else None
+        only = next(iter(numbers)) if len(numbers) == 1 and interleaving is None else None
         if only in self.masks and only[1:] == (height, width):
             return self.masks[only]
         nbytes = len(numbers) * height * width * self.dtype.itemsize
@@ -265,23 +269,23 @@ class _Maker:
         apart = len(numbers) in (1, len(members))
         places = None if apart else torch.tensor(which)
         cells = (self._cells(*kind, height, width) for kind in numbers)
-        if weave is not None:
-            own = (self._cells(*kind, height, kind[2]) for kind in numbers)
-            cells = (part[:, weave.source] & (weave.source >= 0) for part in own)
+        if interleaving is not None:
+            parts = (self._cells(*kind, height, kind[2]) for kind in numbers)
+            cells = (part[:, interleaving.source] & (interleaving.source >= 0) for part in parts)
         if not keep:
             bits = np.stack([np.packbits(part) for part in cells])
             return Masking(None, torch.from_numpy(bits), places)
         table = torch.zeros(len(numbers), 1, height, width, dtype=self.dtype)
         for row, part in zip(table, cells, strict=True):
             row[0].masked_fill_(torch.from_numpy(~part), -torch.inf)
-        made = Masking(table, None, places)
+        masking = Masking(table, None, places)
         if only is not None and only[1:] == (height, width):
-            self.masks[only] = made
-        return made
+            self.masks[only] = masking
+        return masking
 
-    def _cells(self, pattern: int, own_height: int, own_width: int, height: int, width: int) -> NDArray[np.bool_]:
+    def _cells(self, pattern: int, rows: int, columns: int, height: int, width: int) -> NDArray[np.bool_]:
         cells = np.zeros((height, width), bool)
-        cells[:own_height, :own_width] = self.strips.patterns[pattern].cells if pattern >= 0 else True
+        cells[:rows, :columns] = self.strips.patterns[pattern].cells if pattern >= 0 else True
         return cells
 
 

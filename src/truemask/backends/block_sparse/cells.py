@@ -30,7 +30,7 @@ class Sparse:
     shape: tuple[int, int]  # samples and heads that the mask tells apart
     covered: bool  # whether every row is in a strip
     dead: Tensor | None  # bool [b, h, q] of `shape`; None if every row sees something
-    asked: bool  # whether some patterns are not kept, so that only a run knows which of their rows are dead
+    from_mask: bool  # whether some patterns are not kept, so that only a run knows which of their rows are dead
     few_keys: bool  # whether all strips together take fewer keys than there are, as in decoding
 
     @property
@@ -76,10 +76,10 @@ def pieces(sparse: Sparse, kv_heads: int, *tensors: Tensor, apart: bool = False)
     batch, heads = tensors[0].shape[:2]
     fold = sparse.shape == (1, 1) and not apart and all(folds(x) for x in tensors)
     for plane in sparse.planes:
-        own = slice(0, heads) if sparse.shape[1] == 1 else slice(plane.h, plane.h + 1)
-        shared = slice(own.start * kv_heads // heads, (own.stop * kv_heads - 1) // heads + 1)
+        head_range = slice(0, heads) if sparse.shape[1] == 1 else slice(plane.h, plane.h + 1)
+        shared = slice(head_range.start * kv_heads // heads, (head_range.stop * kv_heads - 1) // heads + 1)
         for sample in [plane.b] if sparse.shape[0] > 1 else [None] if fold else range(batch):
-            yield Piece(plane.groups, sample, own, shared)
+            yield Piece(plane.groups, sample, head_range, shared)
 
 
 def folds(x: Tensor) -> bool:
@@ -116,32 +116,32 @@ class Cells(NamedTuple):
     def take_keys(self, x: Tensor) -> Tensor:
         """The strips' keys of `x [b, y, k, d]`: `[s, y, m, d]`."""
         group, part = self.group, self.part
-        if group.woven is None:
+        if group.interleaved is None:
             return taken(self.piece.keys_of(x), group.keys, group.key_places, part, group.width)
-        own = gathered(self.piece.keys_of(x), group.woven.part(part)[None])[0]
-        return strided(own, Steps(0, group.woven.step), slice(0, part.stop - part.start), group.width)
+        keys = gathered(self.piece.keys_of(x), group.interleaved.part(part)[None])[0]
+        return strided(keys, Steps(0, group.interleaved.step), slice(0, part.stop - part.start), group.width)
 
     def add_keys(self, x: Tensor, new: Tensor) -> None:
         """Add to them."""
         group, part, total = self.group, self.part, self.piece.keys_of(x)
-        if group.woven is None:
+        if group.interleaved is None:
             add(total, group.keys, group.key_places, part, new)
             return
-        keys = group.woven.part(part)[None]
-        own = new.new_zeros(new.shape[1], keys.shape[1], new.shape[3])
-        add(own, Steps(0, group.woven.step), None, slice(0, part.stop - part.start), new)
-        add(total, None, keys, slice(0, 1), own[None])
+        keys = group.interleaved.part(part)[None]
+        sums = new.new_zeros(new.shape[1], keys.shape[1], new.shape[3])
+        add(sums, Steps(0, group.interleaved.step), None, slice(0, part.stop - part.start), new)
+        add(total, None, keys, slice(0, 1), sums[None])
 
     def allowed(self, mask: Mask) -> Tensor:
         """What the mask lets through, bool `[1 or s, 1, n, m]`; nothing of what is padding."""
         group = self.group
-        if group.asked:
+        if group.from_mask:
             b, h = self.piece.place
             check_unchanged(mask)
-            own = mask.truth(b, h[:, :1], self.rows, self.keys)
+            cells = mask.truth(b, h[:, :1], self.rows, self.keys)
             if group.widths is not None:
-                own = own & (torch.arange(group.width) < group.widths[self.part, None])[:, None, None]
-            return own if group.real is None else own & group.real[self.part, None, :, None]
+                cells = cells & (torch.arange(group.width) < group.widths[self.part, None])[:, None, None]
+            return cells if group.real is None else cells & group.real[self.part, None, :, None]
         if group.masking is not None:
             return group.masking.additive(self.part, group.height, group.width, torch.float32) == 0
         cells = torch.ones(1, 1, group.height, group.width, dtype=torch.bool)

@@ -31,7 +31,7 @@ class StripKernel:
     ) -> None:
         self.sparse, self.mask, self.scale, self.bias = sparse, mask, scale, bias
         self.dead: Tensor | None = sparse.dead
-        self._finds_dead = sparse.asked or bias is not None
+        self._finds_dead = sparse.from_mask or bias is not None
         self._positions = positions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class StripKernel:
         dead = torch.ones(q.shape[:3], dtype=torch.bool) if self._finds_dead else None
         for cells in self._cells(k.shape[1], q, k, v, out, lse):
             additive = self._additive(cells, lse.dtype)
-            own, own_lse = KERNEL(
+            strip_out, strip_lse = KERNEL(
                 cells.take_rows(q),
                 _keys(cells, k, q),
                 _keys(cells, v, q),
@@ -48,11 +48,11 @@ class StripKernel:
                 attn_mask=additive,
                 scale=self.scale,
             )
-            cells.put_rows(out, own)
-            cells.put_rows(lse[..., None], own_lse[..., None])
+            cells.put_rows(out, strip_out)
+            cells.put_rows(lse[..., None], strip_lse[..., None])
             if dead is not None:
                 lost = torch.zeros(()) if additive is None else additive
-                lost = (lost == -torch.inf).all(-1).expand(own_lse.shape)
+                lost = (lost == -torch.inf).all(-1).expand(strip_lse.shape)
                 cells.put_rows(dead[..., None], lost[..., None])
         if dead is not None:
             self.dead = dead if bool(dead.any()) else None
@@ -72,7 +72,7 @@ class StripKernel:
         dq = new(q.shape, dtype=q.dtype)
         dk, dv = torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype)
         for cells in self._cells(k.shape[1], q, k, v, out, lse, dout):
-            own = KERNEL_BACKWARD(
+            gradients = KERNEL_BACKWARD(
                 cells.take_rows(dout),
                 cells.take_rows(q),
                 _keys(cells, k, q),
@@ -84,29 +84,29 @@ class StripKernel:
                 attn_mask=self._additive(cells, lse.dtype),
                 scale=self.scale,
             )
-            cells.put_rows(dq, own[0])
-            cells.add_keys(dk, own[1])
-            cells.add_keys(dv, own[2])
+            cells.put_rows(dq, gradients[0])
+            cells.add_keys(dk, gradients[1])
+            cells.add_keys(dv, gradients[2])
         return dq, dk, dv
 
     def sees(self, keys: Tensor, rows: int) -> Tensor:
-        found = torch.zeros(*keys.shape[:2], rows, dtype=torch.bool)
+        reached = torch.zeros(*keys.shape[:2], rows, dtype=torch.bool)
         for piece in pieces(self.sparse, keys.shape[1], keys, apart=True):
-            bad, hit = piece.of(keys), piece.of(found)
+            bad, hit = piece.of(keys), piece.of(reached)
             for group in piece.groups:
                 for part in group.parts(max(1, CHUNK_BYTES // (8 * group.height * group.width))):
-                    there = bad[:, group.key_index(part)].transpose(0, 1)  # strips, heads, keys
-                    if bool(there.any()):
-                        seen = self._reached(Cells(piece, group, part), there)
+                    bad_keys = bad[:, group.key_index(part)].transpose(0, 1)  # strips, heads, keys
+                    if bool(bad_keys.any()):
+                        rows_reached = self._reached(Cells(piece, group, part), bad_keys)
                         put(
                             hit[..., None],
                             None,
                             group.row_index(slice(0, group.size)),
                             part,
                             group.real,
-                            seen[..., None],
+                            rows_reached[..., None],
                         )
-        return found
+        return reached
 
     def _reached(self, cells: Cells, there: Tensor) -> Tensor:
         """Which rows of strips see the keys named by `there [strips, heads, width]`: `[strips, heads, height]`."""
@@ -127,9 +127,9 @@ class StripKernel:
             shared = (piece.kv_heads.stop - piece.kv_heads.start) * folded
             for group in piece.groups:
                 area = group.height * group.width * 8
-                masks = heads * area if self.bias is not None else area if group.asked else 0
-                own = 2 * (group.height * heads + group.width * shared) * vector + 2 * masks
-                for part in group.parts(max(1, CHUNK_BYTES // own)):
+                masks = heads * area if self.bias is not None else area if group.from_mask else 0
+                nbytes = 2 * (group.height * heads + group.width * shared) * vector + 2 * masks
+                for part in group.parts(max(1, CHUNK_BYTES // nbytes)):
                     yield Cells(piece, group, part)
 
     def _additive(self, cells: Cells, dtype: torch.dtype) -> Tensor | None:
@@ -138,7 +138,7 @@ class StripKernel:
         if self.bias is None:
             if group.masking is not None:
                 return group.masking.additive(cells.part, group.height, group.width, dtype)
-            return _floats(cells.allowed(self.mask), dtype) if group.asked else None
+            return _floats(cells.allowed(self.mask), dtype) if group.from_mask else None
         bias = torch.where(
             cells.allowed(self.mask), cells.bias(self.bias, self._positions).detach().to(dtype), -torch.inf
         )

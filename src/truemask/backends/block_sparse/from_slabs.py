@@ -7,11 +7,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from truemask.backends.block_sparse.strips import ALL, ASKED, CAUSAL, KEPT, Flags, Ints, Pattern, Strips
+from truemask.backends.block_sparse.strips import (
+    ALL,
+    CAUSAL,
+    FROM_MASK,
+    MAX_PATTERN_BYTES,
+    Flags,
+    Ints,
+    Pattern,
+    Strips,
+)
 from truemask.geometry.slabs.slabs import Slabs
 
-LONG = 2048  # rows from which on a causal slab stays whole
-LOW = 24  # rows that a strip costs beside its own: low strips are slow
+LONG_ROWS = 2048  # rows from which on a causal slab stays whole
+OVERHEAD_ROWS = 24  # rows that a strip costs beside its own: low strips are slow
 
 
 def from_slabs(
@@ -30,14 +39,14 @@ def from_slabs(
     strips would cost need not have their patterns `drawn`: those are numbers then, the same for strips surely alike.
     """
     cut = _Cut(height, drawn)
-    made: dict[int, list[_Strip]] = {}
+    strips_of: dict[int, list[_Strip]] = {}
     strips: list[_Strip] = []
     places: list[tuple[int, int]] = []
     for b, h, slabs in planes:
-        if id(slabs) not in made:
-            made[id(slabs)] = list(cut.strips(slabs))
-        strips += made[id(slabs)]
-        places += [(b, h)] * len(made[id(slabs)])
+        if id(slabs) not in strips_of:
+            strips_of[id(slabs)] = list(cut.strips(slabs))
+        strips += strips_of[id(slabs)]
+        places += [(b, h)] * len(strips_of[id(slabs)])
     b, h = np.array(places, np.int64).reshape(-1, 2).T
     q0, q1, pattern = np.array([(x.q0, x.q1, x.pattern) for x in strips], np.int64).reshape(-1, 3).T
     starts = np.cumsum([0, *(len(x.keys) for x in strips)])
@@ -62,7 +71,7 @@ class _Cut:
         self.numbers: dict[bytes, int] = {}
         self.alike: dict[Hashable, int] = {}
         self.patterns: dict[Pattern, int] = {}
-        self.left = KEPT
+        self.left = MAX_PATTERN_BYTES
 
     def strips(self, slabs: Slabs) -> Iterator[_Strip]:
         """The strips of one plane, in order."""
@@ -83,8 +92,8 @@ class _Cut:
         if before[1] != q0 or q1 - before[0] > self.height:
             return None
         union = united(before[2], keys)
-        apart = (before[1] - before[0] + LOW) * total(before[2]) + (q1 - q0 + LOW) * total(keys)
-        return (before[0], q1, union) if (q1 - before[0] + LOW) * total(union) <= apart else None
+        apart = (before[1] - before[0] + OVERHEAD_ROWS) * total(before[2]) + (q1 - q0 + OVERHEAD_ROWS) * total(keys)
+        return (before[0], q1, union) if (q1 - before[0] + OVERHEAD_ROWS) * total(union) <= apart else None
 
     def _pieces(self, slabs: Slabs) -> Iterator[tuple[int, int, Ints, bool]]:
         """Rows of one slab each, at most as many as a strip has, and whether they must stay alone."""
@@ -94,7 +103,7 @@ class _Cut:
                 continue
             ends, slopes = slabs.ends[:, runs], slabs.slopes[:, runs]
             line = (*slopes[:, 0].tolist(), *ends[:, 0].tolist()) if ends.shape[1] == 1 else ()
-            if stop - first >= LONG and line == (0, 1, first, 1):
+            if stop - first >= LONG_ROWS and line == (0, 1, first, 1):
                 yield first, stop, np.array([[first, stop]]), True
                 continue
             for q0 in range(first, stop, self.height):
@@ -138,8 +147,8 @@ class _Cut:
             columns = np.arange(width)
             lines = zip(rows[owner].tolist(), rows[owner + 1].tolist(), *ends.tolist(), *slopes.tolist(), strict=True)
             for top, bottom, lo, hi, s, t in lines:
-                some = np.arange(top, bottom)[:, None]
-                cells[top:bottom] |= (columns >= lo + s * some) & (columns < hi + t * some)
+                row = np.arange(top, bottom)[:, None]
+                cells[top:bottom] |= (columns >= lo + s * row) & (columns < hi + t * row)
             self.numbers[key] = self._number(cells)
         return self.numbers[key]
 
@@ -148,7 +157,7 @@ class _Cut:
             return ALL
         pattern = Pattern.of(cells)
         if pattern not in self.patterns and self.left <= 0:
-            return ASKED
+            return FROM_MASK
         self.left -= 0 if pattern in self.patterns else len(pattern.bits)
         return self.patterns.setdefault(pattern, len(self.patterns))
 
@@ -157,13 +166,13 @@ def united(*keys: Ints) -> Ints:
     """The union of intervals `[n, 2]`: in order, apart and not empty."""
     if len(keys) == 1 and len(keys[0]) == 1:
         return keys[0]
-    some = np.concatenate(keys)
-    some = some[some[:, 0] < some[:, 1]]
-    some = some[np.argsort(some[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(some[:, 1]) if len(some) else some[:, 1]
-    opens = np.append(True, some[1:, 0] > reach[:-1]) if len(some) else np.zeros(0, bool)
-    closes = np.append(opens[1:], True) if len(some) else opens
-    return np.stack([some[opens, 0], reach[closes]], 1)
+    intervals = np.concatenate(keys)
+    intervals = intervals[intervals[:, 0] < intervals[:, 1]]
+    intervals = intervals[np.argsort(intervals[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(intervals[:, 1]) if len(intervals) else intervals[:, 1]
+    opens = np.append(True, intervals[1:, 0] > reach[:-1]) if len(intervals) else np.zeros(0, bool)
+    closes = np.append(opens[1:], True) if len(intervals) else opens
+    return np.stack([intervals[opens, 0], reach[closes]], 1)
 
 
 def total(keys: Ints) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from truemask.backends.block_sparse.strips import ALL, ASKED, KEPT, Flags, Ints, Pattern, Strips
+from truemask.backends.block_sparse.strips import ALL, FROM_MASK, MAX_PATTERN_BYTES, Flags, Ints, Pattern, Strips
 from truemask.geometry.tiles.tile_map import TileMap
 
 GRAIN = 16  # keys to which intervals are cut: vectors stay whole, and the widths few
@@ -43,71 +43,81 @@ class _Segments(NamedTuple):
     skipped: Ints  # columns of the tile before `first`
 
 
-def from_tiles(tiles: TileMap, budget: int = KEPT) -> Strips:
+def from_tiles(tiles: TileMap, budget: int = MAX_PATTERN_BYTES) -> Strips:
     """A strip for each row of tiles that sees anything, with the runs of tiles that are not EMPTY as intervals.
 
     MIXED tiles are evaluated; those at the ends of an interval are cut where nobody sees anything. Patterns beyond
     `budget` bytes are not kept.
     """
-    known = _Cells(8 * budget)
-    found = _segments(tiles, known)
-    rows, begin = np.unique(found.row, return_index=True)
-    ends = np.append(begin, len(found.row))[1:]
-    touching = np.zeros(len(found.row), bool)
-    touching[1:] = (found.first[1:] == found.stop[:-1]) & (found.row[1:] == found.row[:-1])
+    cells = _Cells(8 * budget)
+    segments = _segments(tiles, cells)
+    rows, begin = np.unique(segments.row, return_index=True)
+    ends = np.append(begin, len(segments.row))[1:]
+    touching = np.zeros(len(segments.row), bool)
+    touching[1:] = (segments.first[1:] == segments.stop[:-1]) & (segments.row[1:] == segments.row[:-1])
     opens, closes = np.flatnonzero(~touching), np.flatnonzero(~np.append(touching, False)[1:])
-    keys = np.stack([found.first[opens], found.stop[closes]], 1)
+    keys = np.stack([segments.first[opens], segments.stop[closes]], 1)
     b, h, i = (x.astype(np.int64) for x in np.unravel_index(rows, tiles.shape[:3]))
     q0 = i * tiles.block[0]
     q1 = np.minimum(q0 + tiles.block[0], tiles.q_len)
-    patterns = _Patterns(known, budget)
-    chosen = [patterns.number(found, lo, hi, height) for lo, hi, height in zip(begin, ends, q1 - q0, strict=True)]
-    starts = np.searchsorted(opens, np.append(begin, len(found.row)))
+    patterns = _Patterns(cells, budget)
+    numbers = [patterns.number(segments, lo, hi, height) for lo, hi, height in zip(begin, ends, q1 - q0, strict=True)]
+    starts = np.searchsorted(opens, np.append(begin, len(segments.row)))
     shape = (tiles.shape[0], tiles.shape[1])
     return Strips(
-        tiles.q_len, tiles.kv_len, shape, b, h, q0, q1, starts, keys, np.array(chosen, np.int64), tuple(patterns.made)
+        tiles.q_len,
+        tiles.kv_len,
+        shape,
+        b,
+        h,
+        q0,
+        q1,
+        starts,
+        keys,
+        np.array(numbers, np.int64),
+        tuple(patterns.patterns),
     )
 
 
 class _Patterns:
     """The patterns of strips, once each."""
 
-    def __init__(self, known: _Cells, budget: int) -> None:
-        self.known, self.left = known, budget
+    def __init__(self, cells: _Cells, budget: int) -> None:
+        self.cells, self.left = cells, budget
         self.by_parts: dict[bytes, int] = {}
         self.by_cells: dict[Pattern, int] = {}
-        self.made: list[Pattern] = []
+        self.patterns: list[Pattern] = []
 
-    def number(self, found: _Segments, lo: int, hi: int, height: int) -> int:
-        """The number of the pattern of a strip made of segments `[lo, hi)`, or ALL, or ASKED."""
-        numbers, widths = found.number[lo:hi], found.stop[lo:hi] - found.first[lo:hi]
+    def number(self, segments: _Segments, lo: int, hi: int, height: int) -> int:
+        """The number of the pattern of a strip made of segments `[lo, hi)`, or ALL, or FROM_MASK."""
+        numbers, widths = segments.number[lo:hi], segments.stop[lo:hi] - segments.first[lo:hi]
         if not numbers.any():
             return ALL
         if (numbers < 0).any():
-            return ASKED
-        parts = np.stack([numbers, widths, found.skipped[lo:hi]]).tobytes() + bytes(f"{height}", "ascii")
+            return FROM_MASK
+        parts = np.stack([numbers, widths, segments.skipped[lo:hi]]).tobytes() + bytes(f"{height}", "ascii")
         if parts not in self.by_parts:
-            made = self._joined(numbers, widths, found.skipped[lo:hi], height)
-            if made not in self.by_cells:
+            pattern = self._joined(numbers, widths, segments.skipped[lo:hi], height)
+            if pattern not in self.by_cells:
                 if self.left <= 0:
-                    return ASKED
-                self.left -= len(made.bits)
-                self.by_cells[made] = len(self.made)
-                self.made.append(made)
-            self.by_parts[parts] = self.by_cells[made]
+                    return FROM_MASK
+                self.left -= len(pattern.bits)
+                self.by_cells[pattern] = len(self.patterns)
+                self.patterns.append(pattern)
+            self.by_parts[parts] = self.by_cells[pattern]
         return self.by_parts[parts]
 
     def _joined(self, numbers: Ints, widths: Ints, skipped: Ints, height: int) -> Pattern:
         parts = [
-            self.known.cells[n][:height, skip : skip + width] if n else np.ones((height, width), bool)
+            self.cells.cells[n][:height, skip : skip + width] if n else np.ones((height, width), bool)
             for n, width, skip in zip(numbers, widths, skipped, strict=True)
         ]
         return Pattern.of(np.concatenate(parts, 1))
 
 
-def _segments(tiles: TileMap, known: _Cells) -> _Segments:
+def _segments(tiles: TileMap, cells: _Cells) -> _Segments:
     """What is not EMPTY, in order: FULL runs as they are, MIXED tiles one by one, evaluated and cut."""
-    parts = [_full(tiles), *(_evaluated(tiles, known))]
+    parts = [_full(tiles), *(_evaluated(tiles, cells))]
     row, first, stop, number, skipped = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((first, row))
     return _Segments(row[order], first[order], stop[order], number[order], skipped[order])
@@ -120,23 +130,23 @@ def _full(tiles: TileMap) -> _Segments:
     return _Segments(row, full.k0, full.k1, zero, zero)
 
 
-def _evaluated(tiles: TileMap, known: _Cells) -> Iterator[_Segments]:
+def _evaluated(tiles: TileMap, cells: _Cells) -> Iterator[_Segments]:
     for part in tiles.evaluated():
         row = np.ravel_multi_index((part.b, part.h, part.i), tiles.shape[:3]).astype(np.int64)
         q0, q1, k0, k1 = tiles.extents(part.i, part.j)
-        seen = np.asarray(part.cells.any(axis=1))
-        size = seen.shape[1]
-        lo = np.where(seen.any(1), seen.argmax(1), size) // GRAIN * GRAIN
-        hi = np.minimum(-(-(size - seen[:, ::-1].argmax(1)) // GRAIN) * GRAIN, k1 - k0)
+        seen_columns = np.asarray(part.cells.any(axis=1))
+        size = seen_columns.shape[1]
+        lo = np.where(seen_columns.any(1), seen_columns.argmax(1), size) // GRAIN * GRAIN
+        hi = np.minimum(-(-(size - seen_columns[:, ::-1].argmax(1)) // GRAIN) * GRAIN, k1 - k0)
         full = part.cells.sum((1, 2)) == part.area
         lo, hi = np.where(full, 0, lo), np.where(full, k1 - k0, hi)
         keep = np.flatnonzero(lo < hi)
         heights = q1 - q0
-        number = [0 if full[n] else known.number(part.cells[n, : heights[n], : k1[n] - k0[n]]) for n in keep]
+        number = [0 if full[n] else cells.number(part.cells[n, : heights[n], : k1[n] - k0[n]]) for n in keep]
         yield _Segments(row[keep], k0[keep] + lo[keep], k0[keep] + hi[keep], np.array(number, np.int64), lo[keep])
 
 
-def rough(tiles: TileMap) -> Strips:
+def estimated(tiles: TileMap) -> Strips:
     """What `from_tiles` makes, roughly and without looking at a cell: for an estimate of what it costs."""
     sizes = np.minimum(tiles.runs[:, 1] * tiles.block[1], tiles.kv_len) - tiles.runs[:, 0] * tiles.block[1]
     sums = np.concatenate([[0], np.cumsum(sizes)])
@@ -146,6 +156,6 @@ def rough(tiles: TileMap) -> Strips:
     q0 = i * tiles.block[0]
     keys = np.stack([np.zeros_like(rows), widths[rows]], 1)
     shape = (tiles.shape[0], tiles.shape[1])
-    starts, seen = np.arange(len(rows) + 1), np.full(len(rows), ALL)
+    starts, patterns = np.arange(len(rows) + 1), np.full(len(rows), ALL)
     q1 = np.minimum(q0 + tiles.block[0], tiles.q_len)
-    return Strips(tiles.q_len, tiles.kv_len, shape, b, h, q0, q1, starts, keys, seen, ())
+    return Strips(tiles.q_len, tiles.kv_len, shape, b, h, q0, q1, starts, keys, patterns, ())

@@ -63,8 +63,8 @@ def add(x: Tensor, steps: Steps | None, places: Tensor | None, part: slice, new:
     if steps is None or (0 < steps.step < 16 and part.stop - part.start > 1):
         places = _spread(steps, part, new.shape[2]) if steps is not None else places
         assert places is not None
-        own = places if steps is not None else places[part]
-        matrix, numbers = _matrix(x, own)
+        rows = places if steps is not None else places[part]
+        matrix, numbers = _matrix(x, rows)
         matrix.index_add_(0, numbers.flatten(), new.transpose(1, 2).flatten(0, 2))
         return
     size = new.shape[2]
@@ -72,8 +72,8 @@ def add(x: Tensor, steps: Steps | None, places: Tensor | None, part: slice, new:
         new, part = new.sum(0, keepdim=True), slice(0, 1)
     width = steps.step if len(new) > 1 else size
     for first in range(0, size, max(width, 1)):
-        some = new[:, :, first : first + width]
-        strided(x, Steps(steps.first + first, steps.step), part, some.shape[2]).add_(some)
+        columns = new[:, :, first : first + width]
+        strided(x, Steps(steps.first + first, steps.step), part, columns.shape[2]).add_(columns)
 
 
 def _spread(steps: Steps, part: slice, size: int) -> Tensor:

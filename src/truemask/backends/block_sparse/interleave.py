@@ -1,6 +1,6 @@
 """Strips that see some fixed keys and a moving interval, as under sinks and a window: how not to copy the interval.
 
-A strip's keys must lie side by side to be a view. So the fixed keys are woven in once for each step of the interval:
+A strip's keys must lie side by side to be a view. So the fixed keys come once more for each step of the interval:
 
     f f 0 1 2 | f f 3 4 5 | f f 6 7 8 | ...         fixed keys f, an interval that moves 3 keys at each step
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 Ints = NDArray[np.int64]
 
-FEWEST = 4  # strips that are worth it
-MOST_HIDDEN = 0.2  # of a strip's columns
+MIN_STRIPS = 4  # strips that are worth it
+MAX_HIDDEN_SHARE = 0.2  # of a strip's columns
 
 
-class Woven(NamedTuple):
-    """Keys woven: strip i is `keys[i * step:i * step + width]`."""
+class Interleaved(NamedTuple):
+    """Keys interleaved: strip i is `keys[i * step:i * step + width]`."""
 
     keys: Tensor  # int64
     step: int
@@ -36,11 +36,15 @@ class Woven(NamedTuple):
         return self.keys[part.start * self.step : (part.stop - 1) * self.step + self.width]
 
 
-def woven(intervals: Ints) -> Woven | None:
-    """The intervals `[strips, n, 2]` of strips, all in order, woven; None if they are not of this kind."""
+def interleaved(intervals: Ints) -> Interleaved | None:
+    """The intervals `[strips, n, 2]` of strips, all in order, interleaved; None if they are not of this kind."""
     sizes = intervals[0, :, 1] - intervals[0, :, 0]
     steps = np.diff(intervals[:, :, 0], axis=0)
-    if len(intervals) < FEWEST or (np.diff(intervals, axis=2)[:, :, 0] != sizes).any() or (steps != steps[:1]).any():
+    if (
+        len(intervals) < MIN_STRIPS
+        or (np.diff(intervals, axis=2)[:, :, 0] != sizes).any()
+        or (steps != steps[:1]).any()
+    ):
         return None
     moving = np.flatnonzero(steps[0])
     if len(moving) != 1 or steps[0, moving[0]] < 0:
@@ -51,7 +55,7 @@ def woven(intervals: Ints) -> Woven | None:
     keys = np.concatenate([np.arange(*intervals[0, i]) for i in fixed])
     columns = np.concatenate([offsets[i] + np.arange(sizes[i]) for i in fixed])
     times = -(-size // step)
-    if (times - 1) * len(keys) > MOST_HIDDEN * size:
+    if (times - 1) * len(keys) > MAX_HIDDEN_SHARE * size:
         return None
     width, bar = times * len(keys) + size, len(keys) + step
     starts = intervals[0, at, 0] + step * np.arange(len(intervals) - 1 + times)
@@ -60,4 +64,4 @@ def woven(intervals: Ints) -> Woven | None:
     source[0, : len(keys)] = columns
     source[:, len(keys) :] = offsets[at] + np.arange(times * step).reshape(times, step)
     length = (len(intervals) - 1) * bar + width
-    return Woven(torch.from_numpy(blocks.ravel()[:length].copy()), bar, width, source.ravel()[:width])
+    return Interleaved(torch.from_numpy(blocks.ravel()[:length].copy()), bar, width, source.ravel()[:width])

@@ -36,9 +36,9 @@ class StripMath(NamedTuple):
     def results(self, *tensors: Any) -> tuple[Tensor, Tensor]:
         return _forward(self, Leaves.of(tensors))
 
-    def gradients(self, tensors: Any, made: Any, arriving: Any, needed: Any) -> Gradients:
+    def gradients(self, tensors: Any, results: Any, output_grads: Any, needed: Any) -> Gradients:
         with no_autocast(tensors[0].device):
-            return _backward(self, Leaves.of(tensors), arriving, needed)
+            return _backward(self, Leaves.of(tensors), output_grads, needed)
 
 
 class Leaves(NamedTuple):
@@ -69,14 +69,14 @@ def _forward(call: StripMath, leaves: Leaves) -> tuple[Tensor, Tensor]:
     out = leaves.q.new_zeros(b, h, n, dv)
     lse = leaves.q.new_full((b, h, n), -torch.inf)
     for cells in _cells(call, leaves):
-        given = leaves.bias if leaves.bias is not None else call.numbers.bias
-        bias = None if given is None else cells.bias(given, call.positions)
+        numbers = leaves.bias if leaves.bias is not None else call.numbers.bias
+        bias = None if numbers is None else cells.bias(numbers, call.positions)
         sinks = None if leaves.sinks is None else leaves.sinks[cells.piece.heads]
-        own, own_lse = _chunk(
+        strip_out, strip_lse = _chunk(
             call, cells, (cells.take_rows(leaves.q), cells.take_keys(leaves.k), cells.take_keys(leaves.v)), sinks, bias
         )
-        cells.put_rows(out, own)
-        cells.put_rows(lse[..., None], own_lse[..., None])
+        cells.put_rows(out, strip_out)
+        cells.put_rows(lse[..., None], strip_lse[..., None])
     return out, lse
 
 
@@ -90,15 +90,15 @@ def _backward(
         for x, need in zip(tensors, needed, strict=True)
     ]
     for cells in _cells(call, leaves):
-        arriving = [None if x is None else cells.take_rows(x if x.ndim == 4 else x[..., None]) for x in grads]
-        _add_gradients(call, cells, leaves, arriving, totals)
+        output_grads = [None if x is None else cells.take_rows(x if x.ndim == 4 else x[..., None]) for x in grads]
+        _add_gradients(call, cells, leaves, output_grads, totals)
     return tuple(
         total if total is None or x is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)
     )
 
 
 def _add_gradients(
-    call: StripMath, cells: Cells, leaves: Leaves, arriving: list[Tensor | None], totals: list[Tensor | None]
+    call: StripMath, cells: Cells, leaves: Leaves, output_grads: list[Tensor | None], totals: list[Tensor | None]
 ) -> None:
     """Run one chunk again and add what it gives to the leaves' gradients."""
     with torch.enable_grad():
@@ -112,13 +112,15 @@ def _add_gradients(
             value = cells.bias(leaves.bias.detach(), None).requires_grad_()
         elif call.numbers.bias is not None:
             value = cells.bias(call.numbers.bias, call.positions)
-        own = _chunk(call, cells, qkv, None if sinks is None else sinks[cells.piece.heads], value)
-        results = [own[0], own[1][..., None]]
-    pairs = [(x, g) for x, g in zip(results, arriving, strict=True) if g is not None]
+        results_of_strips = _chunk(call, cells, qkv, None if sinks is None else sinks[cells.piece.heads], value)
+        results = [results_of_strips[0], results_of_strips[1][..., None]]
+    pairs = [(x, g) for x, g in zip(results, output_grads, strict=True) if g is not None]
     sources = [*qkv, sinks, value if leaves.bias is not None else None, *leaves.parameters]
     wanted = [(i, x) for i, x in enumerate(sources) if x is not None and totals[i] is not None]
-    found = torch.autograd.grad([x for x, _ in pairs], [x for _, x in wanted], [g for _, g in pairs], allow_unused=True)
-    grads: list[Tensor | None] = list(found)
+    gradients = torch.autograd.grad(
+        [x for x, _ in pairs], [x for _, x in wanted], [g for _, g in pairs], allow_unused=True
+    )
+    grads: list[Tensor | None] = list(gradients)
     for (i, _), new in zip(wanted, grads, strict=True):
         total = totals[i]
         if new is not None and total is not None:
@@ -162,6 +164,6 @@ def _cells(call: StripMath, leaves: Leaves) -> Iterator[Cells]:
     for piece in pieces(call.sparse, leaves.k.shape[1], leaves.q, apart=True):
         heads = piece.heads.stop - piece.heads.start
         for group in piece.groups:
-            own = heads * group.height * group.width * leaves.q.element_size()
-            for part in group.parts(max(1, CHUNK_BYTES // own)):
+            nbytes = heads * group.height * group.width * leaves.q.element_size()
+            for part in group.parts(max(1, CHUNK_BYTES // nbytes)):
                 yield Cells(piece, group, part)

@@ -13,8 +13,8 @@ from truemask.common.memory import HoldsArrays
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-ALL, ASKED, CAUSAL = -1, -2, -3  # patterns: every key is seen; ask the mask; row i sees the first i + 1 keys
-KEPT = 1 << 26  # bytes of patterns, eight cells in each, that are worth keeping
+ALL, FROM_MASK, CAUSAL = -1, -2, -3  # patterns: every key is seen; ask the mask; row i sees the first i + 1 keys
+MAX_PATTERN_BYTES = 1 << 26  # bytes of patterns, eight cells in each, that are worth keeping
 
 
 class Pattern(NamedTuple):
@@ -42,7 +42,7 @@ class Strips(HoldsArrays):
 
     Strip i sees nothing outside the intervals `keys[starts[i]:starts[i + 1]]`, which are in order and apart. Inside
     them it sees every key (`pattern[i]` is ALL), a triangle (CAUSAL), the cells of `patterns[pattern[i]]`, or what the
-    mask says (ASKED). Rows in no strip see nothing.
+    mask says (FROM_MASK). Rows in no strip see nothing.
     """
 
     q_len: int
@@ -94,26 +94,26 @@ def from_cells(cells: Flags) -> Strips:
     places: list[tuple[int, int]] = []
     keys: list[Ints] = []
     patterns: dict[Pattern, int] = {}
-    chosen: list[int] = []
+    numbers: list[int] = []
     for b, h in np.ndindex(samples, heads):
         plane = cells[b, h]
-        seen: Flags = plane[0] if q_len == 1 else np.asarray(plane.any(axis=0))
-        if not seen.any():
+        seen_keys: Flags = plane[0] if q_len == 1 else np.asarray(plane.any(axis=0))
+        if not seen_keys.any():
             continue
-        edges = np.flatnonzero(seen[1:] != seen[:-1]) + 1
-        edges = np.concatenate([[0] if seen[0] else [], edges, [kv_len] if seen[-1] else []]).astype(np.int64)
+        edges = np.flatnonzero(seen_keys[1:] != seen_keys[:-1]) + 1
+        edges = np.concatenate([[0] if seen_keys[0] else [], edges, [kv_len] if seen_keys[-1] else []]).astype(np.int64)
         places.append((b, h))
         keys.append(edges.reshape(-1, 2))
         if q_len == 1:
-            chosen.append(ALL)
+            numbers.append(ALL)
             continue
-        part = plane[:, seen]
-        chosen.append(ALL if part.all() else patterns.setdefault(Pattern.of(part), len(patterns)))
+        part = plane[:, seen_keys]
+        numbers.append(ALL if part.all() else patterns.setdefault(Pattern.of(part), len(patterns)))
     b, h = np.array(places, np.int64).reshape(-1, 2).T
     starts = np.cumsum([0, *map(len, keys)])
     zero = np.zeros_like(b)
     joined = np.concatenate(keys) if keys else np.zeros((0, 2), np.int64)
     shape = (samples, heads)
     return Strips(
-        q_len, kv_len, shape, b, h, zero, zero + q_len, starts, joined, np.array(chosen, np.int64), tuple(patterns)
+        q_len, kv_len, shape, b, h, zero, zero + q_len, starts, joined, np.array(numbers, np.int64), tuple(patterns)
     )

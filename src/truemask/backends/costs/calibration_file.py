@@ -74,7 +74,7 @@ def read_entries() -> list[Entry]:
         file = costs_file()
         if file is None or not file.is_file():
             return []
-        return [_entry(found) for found in _checked(json.loads(file.read_text(encoding="utf-8")))]
+        return [_entry(entry) for entry in _checked(json.loads(file.read_text(encoding="utf-8")))]
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         complain(f"cannot be used ({type(error).__name__}: {error})")
         return []
@@ -122,16 +122,16 @@ def writable_file() -> Path:
     return file
 
 
-def _checked(found: Any) -> list[Any]:
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("entries"), list):
+def _checked(content: Any) -> list[Any]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
         raise ValueError(f"not a file of costs in format {FORMAT}")
-    return found["entries"]
+    return content["entries"]
 
 
-def _entry(found: Any) -> Entry:
-    machine = found["machine"]
-    name, threads, version, day = machine["processor"], machine["threads"], machine["torch"], found["measured"]
+def _entry(content: Any) -> Entry:
+    machine = content["machine"]
+    name, threads, version, day = machine["processor"], machine["threads"], machine["torch"], content["measured"]
     texts = all(isinstance(text, str) for text in (name, version, day))
-    if not texts or not isinstance(threads, int) or not isinstance(found["costs"], dict):
+    if not texts or not isinstance(threads, int) or not isinstance(content["costs"], dict):
         raise ValueError("an entry names a processor, threads, torch, a day and costs")
-    return Entry(Machine(name, threads, version), day, found["costs"])
+    return Entry(Machine(name, threads, version), day, content["costs"])

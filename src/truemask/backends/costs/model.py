@@ -147,15 +147,15 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
 
 def table_of(costs: dict[str, Any]) -> Table:
     """The table of stored constants; `ValueError` names the one that cannot be, or the backend that is missing."""
-    found: dict[str, Rates] = {}
+    rates: dict[str, Rates] = {}
     for name in BACKENDS:
         shipped = getattr(SHIPPED, name)
         numbers = costs.get(name, {} if name == "native" else None)  # which may have been missing
         if not isinstance(numbers, dict):
             raise ValueError(f"nothing is said of the backend {name!r}")
-        known = {field.name for field in fields(shipped)}
+        names = {field.name for field in fields(shipped)}
         for key, number in numbers.items():
-            if key not in known or type(number) not in (int, float) or not 0 < number < math.inf:
+            if key not in names or type(number) not in (int, float) or not 0 < number < math.inf:
                 raise ValueError(f"{name}: {key} = {number!r} is no constant above 0")
-        found[name] = replace(shipped, **numbers)
-    return Table(**found)  # pyright: ignore[reportArgumentType]
+        rates[name] = replace(shipped, **numbers)
+    return Table(**rates)  # pyright: ignore[reportArgumentType]

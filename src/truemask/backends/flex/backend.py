@@ -36,10 +36,10 @@ from truemask.masks.core.block_mask import MaskBlocks, MaskMod, block_mask_of
 from truemask.masks.core.mask import Mask
 
 COMPILE_ON_CPU = os.environ.get("TRUEMASK_FLEX_COMPILE") == "1"
-LARGEST_SCORES = 4 << 30  # bytes of scores that are too many
+MAX_SCORE_BYTES = 4 << 30  # bytes of scores that are too many
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LN_2 = 0.6931471805599453
-MOST_VARIANTS = 64  # compiled for one structure: directions, dtypes, numbers of heads, head sizes
+MAX_VARIANTS = 64  # compiled for one structure: directions, dtypes, numbers of heads, head sizes
 
 
 class FlexProposal(Proposal):
@@ -100,8 +100,8 @@ class Flex(Backend):
         r = job.request
         cpu = r.device.type == "cpu"
         if 0 in (r.batch, r.q_len, r.kv_len) or (cpu and not finite(inputs.q, inputs.k, inputs.v)):
-            found = eager_attention(inputs, job.mask)  # masked cells add nothing there, not even a NaN (law 6)
-            return found._replace(lse=found.lse if r.return_lse else None)
+            result = eager_attention(inputs, job.mask)  # masked cells add nothing there, not even a NaN (law 6)
+            return result._replace(lse=result.lse if r.return_lse else None)
         data = lowered.data
         with torch.autocast(r.device.type, enabled=False):
             score_mod = score_mod_of(inputs, job)
@@ -142,9 +142,9 @@ def _limits(job: Job) -> list[str]:
 
 def _too_large(job: Job) -> list[str]:
     nbytes = _score_bytes(job.request)
-    if compiles(job) or nbytes <= LARGEST_SCORES:
+    if compiles(job) or nbytes <= MAX_SCORE_BYTES:
         return []
-    return [f"scores of {memory(nbytes)} without compiling: the limit is {memory(LARGEST_SCORES)}"]
+    return [f"scores of {memory(nbytes)} without compiling: the limit is {memory(MAX_SCORE_BYTES)}"]
 
 
 def _score_bytes(r: Request) -> int:
@@ -196,7 +196,7 @@ def _known_sizes(x: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def compiled_for(structure: tuple[str, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """FlexAttention compiled for masks of one structure, with a count of compilations of its own."""
-    options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_VARIANTS}
+    options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MAX_VARIANTS}
     return torch.compile(_attention, dynamic=True, fullgraph=True, **options)
 
 

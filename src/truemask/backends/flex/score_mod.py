@@ -20,7 +20,7 @@ from truemask.masks.core.block_mask import MaskMod
 from truemask.masks.core.lookup import look_up, pick
 from truemask.masks.core.mask import Mask
 
-LEAST_SIZE = 1 << 16  # positions that data is padded to at least; beyond, to a power of four
+MIN_TABLE_SIZE = 1 << 16  # positions that data is padded to at least; beyond, to a power of four
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def padded(table: Tensor) -> Tensor:
     """A table `[n]` or `[b, n]` with its last entry repeated, as `look_up` reads beyond the end."""
     if table.ndim not in (1, 2) or table.shape[-1] == 0:
         return table
-    size = LEAST_SIZE
+    size = MIN_TABLE_SIZE
     while size < table.shape[-1]:
         size *= 4
     return torch.cat([table, table[..., -1:].expand(*table.shape[:-1], size - table.shape[-1])], -1)

@@ -24,8 +24,8 @@ from truemask.common.real_tensors import remembered
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.leaves.matrices import Dense
 
-FEW = 8  # rows up to which keys are read as they lie; for more they are packed before
-MOST_WORDS = 1 << 28  # bytes of the cells of MIXED tiles
+UNPACKED_ROWS = 8  # rows up to which keys are read as they lie; for more they are packed before
+MAX_WORD_BYTES = 1 << 28  # bytes of the cells of MIXED tiles
 
 
 class Size(NamedTuple):
@@ -56,7 +56,7 @@ class TilesProposal(Proposal):
         cells = (counts.mixed + counts.full) * min(r.q_len, TILE) * TILE * planes
         rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
         keys = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * 4  # bytes, of all that might be read
-        reading = keys * min(1, cells / max(1, r.cells)) * (1 if rows <= FEW else 2)
+        reading = keys * min(1, cells / max(1, r.cells)) * (1 if rows <= UNPACKED_ROWS else 2)
         return seconds(table().native, r, cells) + reading / table().native.read
 
     @property
@@ -70,9 +70,11 @@ class TilesProposal(Proposal):
         An eighth of the tensors that a mask holds is not too much to ask, whatever their size.
         """
         job, r = self.job, self.job.request
-        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MOST_WORDS:
+        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MAX_WORD_BYTES:
             return []
-        most = MOST_WORDS + sum(leaf.tensor.tensor.nbytes // 8 for leaf in job.mask.walk() if isinstance(leaf, Dense))
+        most = MAX_WORD_BYTES + sum(
+            leaf.tensor.tensor.nbytes // 8 for leaf in job.mask.walk() if isinstance(leaf, Dense)
+        )
         if self.size.words <= most:
             return []
         return [f"{memory(self.size.words)} of cells in tiles that differ: the limit is {memory(most)}"]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truemask.backends.base import Exact, Inputs
+from truemask.backends.base import Inputs, JobSlabs
 from truemask.backends.native.abi import (
     ALIBI,
     ALL,
@@ -31,7 +31,7 @@ from truemask.common.hashing import threshold
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles.tile_map import TileMap
 
-FORK = 1 << 23  # additions and multiplications that are worth a thread
+THREAD_WORK = 1 << 23  # additions and multiplications that are worth a thread
 
 
 class Ends(NamedTuple):
@@ -44,7 +44,7 @@ class Ends(NamedTuple):
     high: NDArray[np.int64]
 
     @classmethod
-    def of(cls, exact: Exact | None, rows_of_tiles: int) -> Ends:
+    def of(cls, exact: JobSlabs | None, rows_of_tiles: int) -> Ends:
         """Laid end to end; empty without an exact form."""
         if exact is None:
             return cls(*[np.zeros(1, np.int64)] * 5)
@@ -78,7 +78,7 @@ class Tiles(NamedTuple):
         return sum(x.nbytes for x in (*self[1:5], *self.ends))
 
 
-def tiles_of(map_: TileMap, exact: Exact | None) -> Tiles:
+def tiles_of(map_: TileMap, exact: JobSlabs | None) -> Tiles:
     """The tile map; cells of MIXED tiles are asked of the exact form, or else stored, each pattern once."""
     if exact is None:
         starts, runs, words = _stored(map_)
@@ -108,7 +108,7 @@ def _stored(map_: TileMap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
     runs = np.stack([first + within, np.where(state == MIXED, first + within + 1, last), np.full(len(first), ALL)], 1)
     places = np.flatnonzero(state == MIXED)
     words: list[NDArray[np.uint64]] = [np.zeros((1, TILE), np.uint64)]
-    known = 1
+    number = 1
     for part in map_.patterns():
         count, height, width = part.cells.shape
         cells = part.cells
@@ -116,13 +116,13 @@ def _stored(map_: TileMap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
             cells = np.zeros((count, TILE, TILE), bool)
             cells[:, :height, :width] = part.cells
         words.append(np.packbits(cells, axis=2, bitorder="little").view(np.uint64)[..., 0])
-        runs[places[part.tiles], 2] = known + part.which
-        known += count
+        runs[places[part.tiles], 2] = number + part.which
+        number += count
     return starts[map_.row_starts], runs, np.concatenate(words)
 
 
 class NativeCall:
-    """A way (`once.Way`): the mask, numbers, and a bias in the kernel's terms."""
+    """An `AttentionImpl`: the mask, numbers, and a bias in the kernel's terms."""
 
     name = "native"
 
@@ -146,9 +146,9 @@ class NativeCall:
         del held
         return out, lse
 
-    def gradients(self, tensors: Any, made: Any, arriving: Any, needed: Any) -> Gradients:
+    def gradients(self, tensors: Any, results: Any, output_grads: Any, needed: Any) -> Gradients:
         """Of q, k, v and the sinks."""
-        (q, k, v, sinks), (out, lse), (dout, dlse) = tensors, made, arriving
+        (q, k, v, sinks), (out, lse), (dout, dlse) = tensors, results, output_grads
         dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
         if dlse is not None:
             dlse = dlse.masked_fill(lse == -torch.inf, 0).contiguous()
@@ -189,7 +189,7 @@ class NativeCall:
         (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
         planes = b * hq // (self.tiles.shape[0] * self.tiles.shape[1])
         work = 2 * self.tiles.total * planes * min(nq, TILE) * TILE * (d + dv)
-        threads = max(1, min(torch.get_num_threads(), work // FORK))
+        threads = max(1, min(torch.get_num_threads(), work // THREAD_WORK))
         call = CallStruct.from_buffer_copy(self.tiles.template)
         call.b, call.hq, call.hk, call.nq, call.nk, call.d, call.dv = b, hq, hk, nq, nk, d, dv
         call.dtype, call.threads, call.scale, call.softcap = DTYPES[q.dtype], threads, self.scale, self.softcap
@@ -229,8 +229,8 @@ class NativeCall:
 
 def _laid_out_as(x: Tensor) -> Tensor:
     """Room for its gradient, in its own layout: `[b, n, h, d]` in memory, if that is how a model made it."""
-    made = torch.empty_like(x)
-    return made if made.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype)
+    room = torch.empty_like(x)
+    return room if room.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype)
 
 
 def _array(x: Tensor) -> ArrayStruct:

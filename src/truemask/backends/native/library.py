@@ -19,10 +19,10 @@ from truemask.errors import PlanError
 
 def library() -> ctypes.CDLL:
     """The library; PlanError if there is none."""
-    found, why = _loaded(os.environ.get(VARIABLE, ""))
-    if found is None:
+    kernel, why = _loaded(os.environ.get(VARIABLE, ""))
+    if kernel is None:
         raise PlanError(f"the native kernel is missing: {why}")
-    return found
+    return kernel
 
 
 def run(name: str, call: CallStruct) -> None:
@@ -39,8 +39,8 @@ def missing() -> str:
 
 def isa() -> str:
     """The instruction set of the library that is loaded; empty without one."""
-    found = _loaded(os.environ.get(VARIABLE, ""))[0]
-    return "" if found is None else Path(found._name).stem.removeprefix("truemask_")
+    kernel = _loaded(os.environ.get(VARIABLE, ""))[0]
+    return "" if kernel is None else Path(kernel._name).stem.removeprefix("truemask_")
 
 
 @cache
@@ -57,18 +57,18 @@ def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     if not name:
         return None, f"built are {', '.join(names)}; this processor runs {', '.join(runs_on(capability))}"
     try:
-        found = ctypes.CDLL(str(file_of(name)))
+        kernel = ctypes.CDLL(str(file_of(name)))
     except OSError as error:
         return None, f"{file_of(name).name} cannot be loaded ({error})"
-    if _abi_of(found) != abi():
+    if _abi_of(kernel) != abi():
         return None, "it was built from other sources than these: install truemask again"
     for name in ("tm_forward", "tm_backward"):
-        getattr(found, name).restype = ctypes.c_int
-        getattr(found, name).argtypes = [ctypes.c_void_p]
-    found.tm_peak.restype, found.tm_peak.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int]
-    found.tm_start_threads_with.argtypes = [ctypes.c_void_p]
-    found.tm_start_threads_with(_openmp())
-    return found, ""
+        getattr(kernel, name).restype = ctypes.c_int
+        getattr(kernel, name).argtypes = [ctypes.c_void_p]
+    kernel.tm_peak.restype, kernel.tm_peak.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int]
+    kernel.tm_start_threads_with.argtypes = [ctypes.c_void_p]
+    kernel.tm_start_threads_with(_openmp())
+    return kernel, ""
 
 
 def _abi_of(kernel: ctypes.CDLL) -> int:

@@ -18,7 +18,7 @@ from truemask.errors import PlanError
 Gradients = tuple[Tensor | None, ...]
 
 
-class Way(Protocol):
+class AttentionImpl(Protocol):
     """One call without its tensors, so that a graph keeps those by torch's own means only."""
 
     @property
@@ -32,22 +32,26 @@ class Way(Protocol):
         ...
 
     def gradients(
-        self, tensors: Sequence[Any], made: Sequence[Tensor], arriving: Sequence[Tensor | None], needed: Sequence[bool]
+        self,
+        tensors: Sequence[Any],
+        results: Sequence[Tensor],
+        output_grads: Sequence[Tensor | None],
+        needed: Sequence[bool],
     ) -> Gradients:
-        """Of every tensor; what arrives is the gradients of out and lse, one of which may be None."""
+        """Of every tensor; `output_grads` are those of out and lse, one of which may be None."""
         ...
 
 
 def attention(
-    way: Way, tensors: Sequence[Tensor | None], guarded: Sequence[Tensor] = (), *, grad: bool
+    impl: AttentionImpl, tensors: Sequence[Tensor | None], guarded: Sequence[Tensor] = (), *, grad: bool
 ) -> tuple[Tensor, Tensor]:
     """out and lse, differentiable once if `grad`.
 
     What is `guarded` has no gradient here; it is saved so that torch notices a change of it before the backward.
     """
     if grad:
-        return _Attention.apply(way, len(tensors), *tensors, *guarded)  # pyright: ignore[reportReturnType]
-    out, lse = way.results(*tensors)[:2]
+        return _Attention.apply(impl, len(tensors), *tensors, *guarded)  # pyright: ignore[reportReturnType]
+    out, lse = impl.results(*tensors)[:2]
     return out, lse
 
 
@@ -58,40 +62,40 @@ def tensors_of(bias: Tensor | Bias | None) -> tuple[Tensor, ...]:
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, way: Way, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        made = way.results(*tensors[:count])
-        ctx.way, ctx.count, ctx.given = way, count, len(tensors)
+    def forward(ctx: Any, impl: AttentionImpl, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        results = impl.results(*tensors[:count])
+        ctx.impl, ctx.count, ctx.saved_count = impl, count, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *made)
-        return made[0], made[1]
+        ctx.save_for_backward(*tensors, *results)
+        return results[0], results[1]
 
     @staticmethod
-    def backward(ctx: Any, *arriving: Any) -> Gradients:
-        way, count, given = ctx.way, ctx.count, ctx.given
-        if any(x is not None and is_batched(x) for x in arriving):
-            raise batched_refusal(way.name)
-        if all(x is None for x in arriving):
-            return (None,) * (2 + given)
+    def backward(ctx: Any, *output_grads: Any) -> Gradients:
+        impl, count, saved_count = ctx.impl, ctx.count, ctx.saved_count
+        if any(x is not None and is_batched(x) for x in output_grads):
+            raise batched_refusal(impl.name)
+        if all(x is None for x in output_grads):
+            return (None,) * (2 + saved_count)
         saved = ctx.saved_tensors
-        tensors, made, needed = saved[:count], saved[given:], ctx.needs_input_grad[2 : 2 + count]
-        found = partial(way.gradients, tensors, made, arriving, needed)
-        who = f"the backend {way.name!r}"
-        return None, None, *differentiable_once(who, [*tensors, *arriving], found), *(None,) * (given - count)
+        tensors, results, needed = saved[:count], saved[saved_count:], ctx.needs_input_grad[2 : 2 + count]
+        gradients = partial(impl.gradients, tensors, results, output_grads, needed)
+        who, guarded = f"the backend {impl.name!r}", (None,) * (saved_count - count)
+        return None, None, *differentiable_once(who, [*tensors, *output_grads], gradients), *guarded
 
 
 def differentiable_once(
-    who: str, links: Sequence[Tensor | None], found: Callable[[], Gradients], first: str = ""
+    who: str, links: Sequence[Tensor | None], gradients: Callable[[], Gradients], first: str = ""
 ) -> Gradients:
     """The gradients that `found` works out; to differentiate them by what they are made of, `links`, is refused.
 
     `first`: what to do before the way out that all have, naming `reference`.
     """
     if not torch.is_grad_enabled():
-        return found()
+        return gradients()
     with torch.no_grad():  # the caller asked for a graph of the gradients
-        made = found()
-    some = [x for x in links if x is not None]
-    return _OnlyOnce.apply(who, first, len(some), *some, *made)  # pyright: ignore[reportReturnType]
+        grads = gradients()
+    tensors = [x for x in links if x is not None]
+    return _OnlyOnce.apply(who, first, len(tensors), *tensors, *grads)  # pyright: ignore[reportReturnType]
 
 
 class _OnlyOnce(Function):

@@ -58,19 +58,19 @@ def flash_attention(
 
 
 class _Contained:
-    """The kernel as a way whose backward is contained too."""
+    """The kernel as an `AttentionImpl` whose backward is contained too."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.name = kernel, kernel.name
         self.alarmed = False
 
     def results(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
-        found = _forward(self.kernel, q, k, v, sinks)
-        self.alarmed = found.alarmed
-        return found.out, found.lse, found.merged
+        forward = _forward(self.kernel, q, k, v, sinks)
+        self.alarmed = forward.alarmed
+        return forward.out, forward.lse, forward.merged
 
-    def gradients(self, tensors: Any, made: Any, arriving: Any, needed: Any) -> Grads:
-        saved, (dout, dlse) = Saved(*tensors, *made), arriving
+    def gradients(self, tensors: Any, results: Any, output_grads: Any, needed: Any) -> Grads:
+        saved, (dout, dlse) = Saved(*tensors, *results), output_grads
         dout = torch.zeros_like(saved.out) if dout is None else dout
         grads = None if self.alarmed else _backward(self.kernel, saved, dout, dlse)
         return _contained_backward(self.kernel, saved, dout, dlse) if grads is None else grads
@@ -84,36 +84,36 @@ def _forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | No
     if q.numel() == 0 or k.numel() == 0:  # the kernel divides by such sizes
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
         return Forward(torch.zeros_like(q), lse, lse)
-    found = run_forward(kernel, q, k, v)
-    return _contained(kernel, q, k, v, sinks) if found is None else _finished(kernel, *found, sinks)
+    results = run_forward(kernel, q, k, v)
+    return _contained(kernel, q, k, v, sinks) if results is None else _finished(kernel, *results, sinks)
 
 
-def _finished(kernel: Kernel, out: Tensor, own: Tensor, sinks: Tensor | None) -> Forward:
+def _finished(kernel: Kernel, out: Tensor, kernel_lse: Tensor, sinks: Tensor | None) -> Forward:
     """The kernel's results as callers know them: lse -inf for dead rows, out beside the sinks."""
-    lse = own if kernel.dead is None else own.masked_fill(kernel.dead, -torch.inf)
+    lse = kernel_lse if kernel.dead is None else kernel_lse.masked_fill(kernel.dead, -torch.inf)
     if sinks is None:
-        return Forward(out, lse, own)
-    sink = sinks.to(own.dtype)[:, None]
+        return Forward(out, lse, kernel_lse)
+    sink = sinks.to(kernel_lse.dtype)[:, None]
     out = (out * beside_sink(lse, sink)[..., None]).to(out.dtype)
-    return Forward(out, lse, torch.logaddexp(own, sink))
+    return Forward(out, lse, torch.logaddexp(kernel_lse, sink))
 
 
 def _contained(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Forward:
     """Rows that something hostile reaches by `eager`, the others by the kernel; or else all by `eager`."""
     k, v = (fitted(x, q.shape[-1], q.dtype) for x in (k, v))
     parts = split(kernel, q, k, v)
-    found = None if parts.rows.all() else run_forward(kernel, parts.q, parts.k, parts.v)
-    if found is None:
-        made = _eager(kernel, q, k, v, sinks, None)
-        assert made.lse is not None
-        return Forward(made.out, made.lse, made.lse, True)
-    out, lse, merged, _ = _finished(kernel, *found, sinks)
+    results = None if parts.rows.all() else run_forward(kernel, parts.q, parts.k, parts.v)
+    if results is None:
+        eager = _eager(kernel, q, k, v, sinks, None)
+        assert eager.lse is not None
+        return Forward(eager.out, eager.lse, eager.lse, True)
+    out, lse, merged, _ = _finished(kernel, *results, sinks)
     rows = parts.rows.nonzero()[:, 0]
     if len(rows):
-        made = _eager(kernel, q[:, :, rows], k, v, sinks, rows)
-        assert made.lse is not None
-        lse = lse.index_copy(2, rows, made.lse)
-        out = out.index_copy(2, rows, made.out)
+        eager = _eager(kernel, q[:, :, rows], k, v, sinks, rows)
+        assert eager.lse is not None
+        lse = lse.index_copy(2, rows, eager.lse)
+        out = out.index_copy(2, rows, eager.out)
     return Forward(out, lse, merged, True)
 
 
@@ -218,10 +218,10 @@ def _eager_backward(kernel: Kernel, saved: Saved, dout: Tensor, dlse: Tensor | N
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in saved[:3])
         sinks = None if saved.sinks is None else saved.sinks.detach().requires_grad_()
-        made = _eager(kernel, q, k, v, sinks, rows)
-        assert made.lse is not None
-        results, arriving = [made.out], [dout]
+        eager = _eager(kernel, q, k, v, sinks, rows)
+        assert eager.lse is not None
+        results, output_grads = [eager.out], [dout]
         if dlse is not None:
-            results, arriving = [made.out, made.lse], [dout, dlse]
-        grads = torch.autograd.grad(results, [x for x in (q, k, v, sinks) if x is not None], arriving)
+            results, output_grads = [eager.out, eager.lse], [dout, dlse]
+        grads = torch.autograd.grad(results, [x for x in (q, k, v, sinks) if x is not None], output_grads)
     return grads[0], grads[1], grads[2], None if sinks is None else grads[3]

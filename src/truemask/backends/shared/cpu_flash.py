@@ -96,8 +96,8 @@ class Flash(NamedTuple):
 
 def run_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
     """out and the kernel's own lse, or None if they are not finite."""
-    out, own = kernel.forward(q, k, v)
-    return (out, own) if finite(out, own) else None
+    out, lse = kernel.forward(q, k, v)
+    return (out, lse) if finite(out, lse) else None
 
 
 def run_backward(

@@ -1,6 +1,6 @@
 """Attention in plain torch, by chunks of rows: what `reference` is, and what contains a NaN when a fast kernel cannot.
 
-Everything between the two products is ordinary differentiable torch, and the products are those of `trilinear`, so no
+Everything between the two products is ordinary differentiable torch, and the products are those of `masked_matmul`, so no
 value crosses a masked cell in any direction, and second derivatives, forward mode and `vmap` work. Scores exist for one
 chunk at a time; with several chunks in training, each is computed again in the backward rather than kept.
 
@@ -72,8 +72,8 @@ def eager_attention(
 
 
 def _wants_gradients(inputs: Inputs) -> bool:
-    given = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sink_logits)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sink_logits)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _joined(parts: list[tuple[Tensor, ...]], dtype: torch.dtype, want_weights: bool) -> Result:
@@ -207,7 +207,7 @@ def checked_value(bias: Bias, b: Tensor, h: Tensor, q: Tensor, k: Tensor, sizes:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"attend: {_named(bias)} must return a float tensor, got {describe(value)}")
     shape = (1,) * (4 - value.ndim) + tuple(value.shape)
-    if len(shape) > 4 or any(found not in (1, size) for found, size in zip(shape, sizes, strict=True)):
+    if len(shape) > 4 or any(length not in (1, size) for length, size in zip(shape, sizes, strict=True)):
         raise ValueError(
             f"attend: {_named(bias)} must return a tensor that broadcasts to [b, h, q, k] = {list(sizes)}, "
             f"got {describe(value)}"
