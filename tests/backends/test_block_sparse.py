@@ -197,7 +197,7 @@ def test_small_chunks_and_groups_change_nothing(name: str, monkeypatch: pytest.M
     want = both(MASKS[name], tensors, "block_sparse")
     for module, constant, value in (
         (strip_kernel, "CHUNK_BYTES", 1),
-        (groups, "FLOATS", 0),
+        (groups, "MAX_FLOAT_BYTES", 0),
         (groups, "CALL_CELLS", 1 << 30),
         (groups, "CALL_BYTES", 0),
     ):
