@@ -19,7 +19,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from truemask.attention.call import AttendArgs, Call, cast, read_call
 from truemask.attention.run import new_seed
 from truemask.attention.validation import checked_length
-from truemask.backends.backend import Capabilities
 from truemask.backends.base import Inputs, Result
 from truemask.backends.context import check_backend
 from truemask.backends.shared.dropout import kept
@@ -27,10 +26,9 @@ from truemask.backends.shared.eager import bias_values, mixed_by, scores_of, wei
 from truemask.biases import Bias
 from truemask.common.real_tensors import beside_real, trusted
 from truemask.masks.compose.boolean import Everything
-from truemask.masks.core.mask import Mask
 from truemask.masks.core.queries import indices
 
-PLAIN = Capabilities(frozenset(("grad", "transform")))  # what torch's own attention has
+PLAIN = {"grad", "transform"}  # the options that torch's own attention has
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs, seed: Tensor | None = None) -> Result:
@@ -41,21 +39,17 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs, s
 
 
 def _attended(call: Call, seed: Tensor | None) -> Result:
-    r, q = call.request, call.inputs.q
-    checked_length(call.mask, r.batch, r.heads, r.q_len, r.kv_len)
+    r, q, mask = call.request, call.inputs.q, call.mask
+    (b, h, n), m = q.shape[:3], call.inputs.k.shape[2]  # of the call for which the graph runs
     inputs = call.inputs._replace(k=_for_each_head(call.inputs.k, r.heads), v=_for_each_head(call.inputs.v, r.heads))
-    cells = _cells(call, call.mask)
-    allowed = None if isinstance(call.mask, Everything) else call.mask.bound(q.device)._truth(*cells)
-    if not PLAIN.lacks(r):
+    checked_length(mask, r.batch, r.heads, r.q_len, r.kv_len)
+    allowed = None
+    if not isinstance(mask, Everything):
+        cells = indices(1 if mask.batch_size == 1 else b, 1 if mask.head_count == 1 else h, n, m, q.device)
+        allowed = mask.bound(q.device)._truth(*cells)
+    if r.options <= PLAIN:
         return Result(_fused(inputs, allowed))
     return _spelled_out(call, inputs, allowed, seed)
-
-
-def _cells(call: Call, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index tensors of samples, heads, rows and keys, of the sizes that the call has when the graph runs."""
-    (b, h, n), m = call.inputs.q.shape[:3], call.inputs.k.shape[2]
-    device = call.inputs.q.device
-    return indices(1 if mask.batch_size == 1 else b, 1 if mask.head_count == 1 else h, n, m, device)
 
 
 def _for_each_head(x: Tensor, heads: int) -> Tensor:
@@ -77,8 +71,8 @@ def _fused(inputs: Inputs, allowed: Tensor | None) -> Tensor:
 def _spelled_out(call: Call, inputs: Inputs, allowed: Tensor | None, seed: Tensor | None) -> Result:
     """Scores, softmax and mixture as three steps, in fp32 or better."""
     r, dtype, wide = call.request, inputs.q.dtype, call.request.compute_dtype
-    products = inputs.q.to(wide) @ inputs.k.to(wide).transpose(2, 3)  # b h q k
-    s = scores_of(products, inputs, None if inputs.bias is None else _bias(call).to(wide))
+    bias = None if inputs.bias is None else _bias(call).to(wide)
+    s = scores_of(inputs.q.to(wide) @ inputs.k.to(wide).transpose(2, 3), inputs, bias)  # b h q k
     p, lse = weights_of(s if allowed is None else torch.where(allowed, s, -torch.inf))
     keep = None
     if r.dropout:

@@ -16,10 +16,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from truemask.backends.base import Inputs, Job, Lowered, Request, Result
+from truemask.backends.base import OPTIONS, Inputs, Job, Lowered, Request, Result
 
 ANY = "any"  # the key for every device that is not named
-OPTIONS = tuple(name for name in Request._field_defaults if name != "bias_shape")
 BIASES = frozenset(("tensor", "alibi", "relative", "object"))
 
 
@@ -32,7 +31,7 @@ class Capabilities(NamedTuple):
 
     def lacks(self, r: Request) -> set[str]:
         """The fields of the request that ask for more."""
-        lacks = {name for name in OPTIONS if getattr(r, name) and name not in self.options}
+        lacks = r.options - self.options
         if r.bias and r.bias not in self.biases:
             lacks.add("bias")
         return lacks

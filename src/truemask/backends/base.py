@@ -73,6 +73,11 @@ class Request(NamedTuple):
         return self.bias not in ("", "tensor")
 
     @property
+    def options(self) -> set[str]:
+        """Which of `OPTIONS` are asked for."""
+        return {name for name in OPTIONS if getattr(self, name)}
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of sums and of lse, whatever a kernel multiplies in."""
         return wide(self.dtype)
@@ -81,6 +86,9 @@ class Request(NamedTuple):
     def cells(self) -> int:
         """Scores of the whole call."""
         return self.batch * self.heads * self.q_len * self.kv_len
+
+
+OPTIONS = tuple(name for name in Request._field_defaults if name != "bias_shape")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Attention in plain torch, by chunks of rows: what `reference` is, and what contains a NaN when a fast kernel cannot.
 
-Everything between the two products is ordinary differentiable torch, and the products are those of `masked_matmul`, so no
-value crosses a masked cell in any direction, and second derivatives, forward mode and `vmap` work. Scores exist for one
-chunk at a time; with several chunks in training, each is computed again in the backward rather than kept.
+Everything between the two products is ordinary differentiable torch, and the products are those of `masked_matmul`, so
+no value crosses a masked cell in any direction, and second derivatives, forward mode and `vmap` work. Scores exist for
+one chunk at a time; with several chunks in training, each is computed again in the backward rather than kept.
 
 Shapes: b samples, h query heads = y key heads x g, q rows (n of a chunk), k keys, d head size.
 """
