@@ -23,7 +23,7 @@ from tests.support.equality import assert_same
 from tests.support.oracle import Three, three
 from truemask.attention import compiled as _compiled
 from truemask.attention.call import AttendArgs
-from truemask.attention.compiled import OperatorArgs
+from truemask.attention.operator_args import OperatorArgs
 from truemask.attention.planning.cache import CACHE
 from truemask.masks.core.handles import HANDLES, mask_of
 
