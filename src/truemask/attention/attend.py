@@ -1,4 +1,12 @@
-"""`attend`: check, plan, run."""
+"""`attend`: check, plan, run.
+
+>>> import torch
+>>> from truemask.masks.leaves.bands import causal
+>>> q = k = v = torch.ones(1, 2, 5, 8)
+>>> out, lse = attend(q, k, v, causal, scale=0.0, return_lse=True)
+>>> lse.exp()[0, 0]  # how many keys each row may see
+tensor([1., 2., 3., 4., 5.])
+"""
 
 from __future__ import annotations
 
@@ -126,9 +134,6 @@ def attend(
     >>> q = k = v = torch.ones(1, 2, 5, 8)
     >>> attend(q, k, v, causal & window(3)).shape
     torch.Size([1, 2, 5, 8])
-    >>> out, lse = attend(q, k, v, causal, scale=0.0, return_lse=True)
-    >>> lse.exp()[0, 0]  # how many keys each row may see
-    tensor([1., 2., 3., 4., 5.])
     """
     args = AttendArgs(
         bias=bias, scale=scale, softcap=softcap, sink_logits=sink_logits, dropout=dropout, backend=backend,

@@ -1,0 +1,34 @@
+"""The options of `attend` are written down once, and everybody else has the same list."""
+
+from __future__ import annotations
+
+import inspect
+
+import truemask as tm
+from truemask.attention.attend import Options
+from truemask.attention.call import AttendArgs
+from truemask.attention.operator_args import FIELDS, SCHEMA, TENSOR_OPTIONS, OperatorArgs
+from truemask.attention.planning.plan import OPTIONS
+
+PUBLIC = tuple(name for name in AttendArgs._fields if name != "preferred")
+
+
+def test_the_signature_lists_them_with_the_same_defaults() -> None:
+    parameters = inspect.signature(tm.attend).parameters.values()
+    keywords = {
+        parameter.name: parameter.default for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY
+    }
+    assert keywords == {name: AttendArgs._field_defaults[name] for name in PUBLIC}
+    assert {*Options.__annotations__, "return_lse", "return_weights"} == set(PUBLIC)
+
+
+def test_plan_takes_them_too() -> None:
+    assert set(PUBLIC) - {"backend"} == OPTIONS
+
+
+def test_the_operators_schema_follows_from_them() -> None:
+    assert (*OperatorArgs._fields[:-1], *AttendArgs._fields) == FIELDS
+    assert SCHEMA.startswith("(Tensor q, Tensor k, Tensor v, str mask, ")
+    assert "Tensor? bias, float? scale, float? softcap, Tensor? sink_logits, float dropout, str? backend, " in SCHEMA
+    assert SCHEMA.count(",") == len(FIELDS) - 1 + 3
+    assert TENSOR_OPTIONS == ("bias", "sink_logits")
