@@ -139,7 +139,9 @@ class Data(HoldsArrays):
         return self.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restore_data, (self.tensor,)
+        """A copy is pickled: `torch.multiprocessing` moves what it sends into shared memory, from under `array`."""
+        with ordinary_tensors():
+            return restore_data, (self.tensor if self.late else self.tensor.clone(),)
 
     def __repr__(self) -> str:
         return f"Data({self.text})"
