@@ -83,6 +83,15 @@ def text_of(
     return "\n".join([*([head] if head else []), *pictures, *_rest(more)])
 
 
+def large_text(mask: Drawable, batch: int, heads: int, q_len: int, kv_len: int) -> str:
+    """Shares of tiles in characters, with the mask's text above every panel."""
+    rows, columns = text_grid(q_len, kv_len)
+    panels = panels_of(mask, q_len, kv_len, batch=batch, heads=heads, rows=rows, columns=columns)
+    titles = [f"{mask.text}  ({label})" if label else mask.text for label in panels.labels]
+    drawn = [shades_picture(cut, title=title) for cut, title in zip(panels.cuts, titles, strict=True)]
+    return "\n".join([*drawn, *_rest(panels.more)])
+
+
 def svg_of(
     mask: Drawable,
     q_len: int,

@@ -69,7 +69,7 @@ def test_the_deepest_expression_pickles() -> None:
     mask = tm.causal
     for number in range(DEEPEST // 2 - 1):
         mask = (mask | tm.window(number + 1)) & tm.prefix(number)
-    assert pickle.loads(pickle.dumps(mask)) == copy.deepcopy(mask) == mask
+    assert pickle.loads(pickle.dumps(mask)) == mask
 
 
 def test_torch_saves_and_loads_masks() -> None:

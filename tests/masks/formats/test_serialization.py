@@ -74,7 +74,7 @@ def every_kind() -> tm.Mask:
     moved = tm.window(9).at(q_start=2, k_start=1) ^ tm.causal.packed([30, 40]) ^ tm.causal.padded([3, 4])
     placed = tm.causal.take(q=torch.arange(70).flip(0)).T | tm.causal.prepended(q=2, k=3, seen=tm.everything)
     chosen = tm.per_sample([tm.causal, tm.nothing]) | tm.per_head([tm.causal, tm.window(2)]).select(heads=[1])
-    return (bands ^ spots ^ flags ^ labels) - (shapes & tensor & pads) ^ ~(moved | placed | chosen)
+    return (bands ^ spots ^ (flags | labels)) - (shapes & tensor & pads) ^ ~(moved | placed | chosen)
 
 
 def test_a_file_of_an_earlier_version_loads() -> None:

@@ -256,7 +256,7 @@ class Mask(Value):
     def show(
         self, q_len: int = 16, kv_len: int | None = None, *, batch: int | None = None, heads: int | None = None
     ) -> str:
-        """A picture in text, one panel for each sample and head that differs."""
+        """A picture in text, one panel for each sample and head that differs; shares of tiles where it is large."""
         return pictures.text_panels(self, sizes_of(self, q_len, kv_len, batch, heads))
 
     def _repr_html_(self) -> str:

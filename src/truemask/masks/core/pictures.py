@@ -1,19 +1,26 @@
-"""Pictures of a mask: `show` for people with a terminal, `_repr_html_` for those with a notebook."""
+"""Pictures of a mask: `show` for people with a terminal, `_repr_html_` for those with a notebook.
+
+What is too large to be drawn cell by cell is cut into tiles (`viz/panels.py`), so that no size needs every cell.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 
 from truemask.errors import MaskError
 from truemask.masks.core.queries import Sizes, check, dense, sizes_of
 from truemask.masks.core.value import Value
-from truemask.viz.picture import html_picture, text_picture
+from truemask.viz.panels import Drawable, large_text
+from truemask.viz.picture import CELLS_WIDE, html_picture, text_picture
 
 
 def text_panels(mask: Value, sizes: Sizes) -> str:
-    """A picture in text, one panel for each sample and head that differs."""
+    """A picture in text, one panel for each sample and head that differs; of a large one, of the first few."""
+    if max(sizes.q_len, sizes.kv_len) > CELLS_WIDE and min(sizes.q_len, sizes.kv_len):
+        return large_text(cast("Drawable", mask), *sizes)
     cells = dense(mask, sizes, "cpu").numpy()
     panels = [(label, cells[place]) for place, label in _panels(cells.shape)]
     return "\n".join(text_picture(panel, title=f"{mask}{label}") for label, panel in panels)

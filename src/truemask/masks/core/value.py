@@ -269,7 +269,7 @@ class Value(ABC):
         return vars(self)["_hash"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restore, (self.kind, self.parts)
+        return restore, (self.kind,), self.parts
 
     @remembered
     def text(self) -> str:
