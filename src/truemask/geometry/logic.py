@@ -17,10 +17,10 @@ MIXED = np.int8(1)
 FULL = np.int8(2)
 
 
-def three(empty: Flags, full: Flags) -> States:
+def tri_state(empty: Flags, full: Flags) -> States:
     """EMPTY where proven empty, FULL where proven full, MIXED elsewhere (the arrays broadcast).
 
-    >>> three(np.array([True, False, False]), np.array([False, False, True])).tolist()
+    >>> tri_state(np.array([True, False, False]), np.array([False, False, True])).tolist()
     [0, 1, 2]
     """
     return np.where(empty, EMPTY, np.where(full, FULL, MIXED)).astype(np.int8)

@@ -15,11 +15,11 @@ import truemask as tm
 from truemask.geometry.slabs import algebra as overlay
 from truemask.geometry.slabs import measure
 from truemask.geometry.slabs import normal_form as forms
-from truemask.geometry.slabs.algebra import all_of, any_of, cropped, odd_of, pieces, roughly_odd, transposed
-from truemask.geometry.slabs.normal_form import Form, conjunction, parity
+from truemask.geometry.slabs.algebra import all_of, any_of, cropped, odd_of, pieces, transposed, unmerged_odd
+from truemask.geometry.slabs.normal_form import NormalForm, conjunction, parity
 from truemask.geometry.slabs.slabs import (
     FAR,
-    MOST,
+    MAX_ENDS,
     NoExactFormError,
     Slabs,
     bands,
@@ -120,23 +120,23 @@ def test_chunks_and_single_steps_give_the_same(x: list[Pair]) -> None:
     (a, b, c), (p, q, r) = zip(*x, strict=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overlay, "CHUNK", 2)
-        patch.setattr(forms, "AT_ONCE", 3)
+        patch.setattr(forms, "RUNS_AT_ONCE", 3)
         check(all_of([a, b], but=[c]), p & q & ~r)
-        check(conjunction([Form(a), Form(b), Form(c, True)], {}).settled, p & q & ~r)
-        check(conjunction([Form(a, True), Form(b, True), Form(c, True)], {}).settled, ~(p | q | r))
-        check(parity([Form(a), Form(b), Form(c)], {}).settled, p ^ q ^ r)
+        check(conjunction([NormalForm(a), NormalForm(b), NormalForm(c, True)], {}).canonical, p & q & ~r)
+        check(conjunction([NormalForm(a, True), NormalForm(b, True), NormalForm(c, True)], {}).canonical, ~(p | q | r))
+        check(parity([NormalForm(a), NormalForm(b), NormalForm(c)], {}).canonical, p ^ q ^ r)
 
 
 @given(several(2), st.lists(st.booleans(), min_size=2, max_size=2))
 def test_forms_are_one_for_all_spellings(x: list[Pair], negated: list[bool]) -> None:
-    a, b = (Form(pair.slabs, no) for pair, no in zip(x, negated, strict=True))
+    a, b = (NormalForm(pair.slabs, no) for pair, no in zip(x, negated, strict=True))
     p, q = (pair.cells ^ no for pair, no in zip(x, negated, strict=True))
-    known: dict[object, Form] = {}
-    check(conjunction([a, b], known).settled, p & q)
-    check((~conjunction([~a, ~b], known)).settled, p | q)
-    check(parity([a, b], known).settled, p ^ q)
-    check(conjunction([a, b, ~a], known).settled, p & False)
-    check(parity([a, b, a], known).settled, q)
+    known: dict[object, NormalForm] = {}
+    check(conjunction([a, b], known).canonical, p & q)
+    check((~conjunction([~a, ~b], known)).canonical, p | q)
+    check(parity([a, b], known).canonical, p ^ q)
+    check(conjunction([a, b, ~a], known).canonical, p & False)
+    check(parity([a, b, a], known).canonical, q)
     assert conjunction([b, a], known) == conjunction([a, b, a], known)
     assert parity([~b, a], known) == parity([~a, b], known) == ~parity([a, b], known)
 
@@ -145,12 +145,12 @@ def test_forms_are_one_for_all_spellings(x: list[Pair], negated: list[bool]) -> 
 def test_rough_slabs_count_and_settle(x: list[Pair], data: st.DataObject) -> None:
     (a, b), (p, q) = zip(*x, strict=True)
     start, stop = sorted(data.draw(st.tuples(numbers(0, p.shape[1]), numbers(0, p.shape[1]))))
-    found, cells = roughly_odd([a, b]).clipped(start, stop), (p ^ q) & within(p.shape[1], start, stop)
+    found, cells = unmerged_odd([a, b]).clipped(start, stop), (p ^ q) & within(p.shape[1], start, stop)
     assert measure.pairs(found) == cells.sum()
-    check(found.settled, cells)
+    check(found.canonical, cells)
     first = np.add(np.argwhere(cells)[:1], (int(a.rows[0]), 0))
     assert measure.first_cell(found) == (tuple(first[0].tolist()) if len(first) else None)
-    assert measure.first_cell(roughly_odd([a, a.between(int(a.rows[0]), int(a.rows[-1]))])) is None
+    assert measure.first_cell(unmerged_odd([a, a.between(int(a.rows[0]), int(a.rows[-1]))])) is None
 
 
 @given(several(1), st.data())
@@ -284,7 +284,9 @@ def test_the_exact_form_is_small(name: str) -> None:
 
 
 def test_a_form_of_too_many_runs_is_refused_before_it_is_made() -> None:
-    with pytest.raises(NoExactFormError, match=str(MOST + 1)):
-        bands(0, 1, np.arange(MOST + 1), 0, np.arange(MOST + 1), 0)
+    with pytest.raises(NoExactFormError, match=str(MAX_ENDS + 1)):
+        bands(0, 1, np.arange(MAX_ENDS + 1), 0, np.arange(MAX_ENDS + 1), 0)
     with pytest.raises(NoExactFormError):
-        pieces(0, MOST, np.arange(MOST), np.full(MOST, MOST), np.arange(MOST), np.arange(MOST) + 1)
+        pieces(
+            0, MAX_ENDS, np.arange(MAX_ENDS), np.full(MAX_ENDS, MAX_ENDS), np.arange(MAX_ENDS), np.arange(MAX_ENDS) + 1
+        )

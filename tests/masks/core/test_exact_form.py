@@ -201,7 +201,7 @@ def test_live_keys_up_to_a_query(drawn: Drawn, data: st.DataObject) -> None:
     assert same_as(kept, cells[:, :, start:].any(2))
 
 
-HORIZON = 211  # rows after which every mask drawn here has settled
+HORIZON = 211  # rows after which every mask drawn here has canonical
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -250,13 +250,13 @@ def test_live_keys_of_a_long_past() -> None:
 
 def test_samples_and_heads_that_share_a_mask_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    find = exact.rough_slabs
+    find = exact.unmerged_slabs
 
     def watched(mask: tm.Mask, *place: int) -> Any:
         asked.append(place[:2])
         return find(mask, *place)
 
-    monkeypatch.setattr(queries, "rough_slabs", watched)
+    monkeypatch.setattr(queries, "unmerged_slabs", watched)
     starts = [3, 0, 3, 3, 0]
     heads = [tm.causal, tm.window(2), tm.causal]
     flags = torch.tensor([[True, True, False], [True, False, True], [True, True, False]])
@@ -331,12 +331,12 @@ def test_tiles_of_one_phase_have_the_same_cells(drawn: Drawn, data: st.DataObjec
     high, wide = data.draw(st.integers(1, r.q)), data.draw(st.integers(1, r.k))
     places = np.array(list(np.ndindex(r.batch, r.heads, r.q - high + 1, r.k - wide + 1)), np.int64)
     b, h, q0, k0 = places.T
-    numbers = drawn.mask._phase(Rectangles(b, h, q0, q0 + high, k0, k0 + wide))
+    numbers = drawn.mask._tile_key(Rectangles(b, h, q0, q0 + high, k0, k0 + wide))
     phases = np.stack([np.broadcast_to(number, len(places)) for number in numbers] or [np.zeros(len(places))], 1)
     seen: dict[bytes, bytes] = {}
-    for (s, t, i, j), phase in zip(places, phases, strict=True):
+    for (s, t, i, j), tile_key in zip(places, phases, strict=True):
         tile = cells[s, t, i : i + high, j : j + wide].tobytes()
-        assert seen.setdefault(phase.tobytes(), tile) == tile
+        assert seen.setdefault(tile_key.tobytes(), tile) == tile
 
 
 def test_identical_tiles_are_evaluated_once() -> None:

@@ -18,30 +18,30 @@ from numpy.typing import ArrayLike
 
 from truemask.geometry.ranges import spans
 from truemask.geometry.slabs.lines import Flags, Ints, after, places, union
-from truemask.geometry.slabs.slabs import FAR, NoExactFormError, Slabs, affordable, bands, roughly
+from truemask.geometry.slabs.slabs import FAR, NoExactFormError, Slabs, affordable, bands, left_unmerged
 
 Seen = Callable[[Ints], Flags]
 CHUNK = 1 << 14  # runs that are looked at together
-FEW = 3  # runs of a slab that are not worth choosing among
+FEW_RUNS = 3  # runs of a slab that are not worth choosing among
 
 
 def all_of(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
     """The cells that are in all `parts` and in none of `but`; `parts` may be empty."""
-    return roughly_all(parts, but).settled
+    return unmerged_all(parts, but).canonical
 
 
 def any_of(parts: Sequence[Slabs]) -> Slabs:
     """The cells that are in any part."""
-    return roughly_any(parts).settled
+    return unmerged_any(parts).canonical
 
 
 def odd_of(parts: Sequence[Slabs]) -> Slabs:
     """The cells that are in an odd number of parts."""
-    return roughly_odd(parts).settled
+    return unmerged_odd(parts).canonical
 
 
-def roughly_all(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
-    """`all_of`, as rough slabs."""
+def unmerged_all(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
+    """`all_of`, as unmerged slabs."""
     if not parts:
         parts = [bands(but[0].rows[0], but[0].rows[-1], -FAR, 0, FAR, 0)]
     if len(parts) == 1 and not but:
@@ -51,13 +51,13 @@ def roughly_all(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
     return _overlay([*parts, *but], weights, lambda total: total == n, partial(_bounded, bounding=n))
 
 
-def roughly_any(parts: Sequence[Slabs]) -> Slabs:
-    """`any_of`, as rough slabs."""
+def unmerged_any(parts: Sequence[Slabs]) -> Slabs:
+    """`any_of`, as unmerged slabs."""
     return parts[0] if len(parts) == 1 else _overlay(parts, [1] * len(parts), lambda total: total > 0)
 
 
-def roughly_odd(parts: Sequence[Slabs]) -> Slabs:
-    """`odd_of`, as rough slabs."""
+def unmerged_odd(parts: Sequence[Slabs]) -> Slabs:
+    """`odd_of`, as unmerged slabs."""
     if len(parts) == 1:
         return parts[0]
     needed = _unlike if len(parts) == 2 else None
@@ -67,7 +67,7 @@ def roughly_odd(parts: Sequence[Slabs]) -> Slabs:
 def cropped(slabs: Slabs, start: int, stop: int) -> Slabs:
     """Keys `[start, stop)` alone."""
     found = slabs.clipped(start, stop)
-    return slabs if found is slabs else found.settled
+    return slabs if found is slabs else found.canonical
 
 
 def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: ArrayLike = 0, t: ArrayLike = 0) -> Slabs:
@@ -87,7 +87,7 @@ def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: Arr
     piece, slab = spans(begin, end)
     order = np.argsort(slab, kind="stable")
     heap = Slabs(rows, after(np.bincount(slab, minlength=len(rows) - 1)), lines[:, piece[order]])
-    return _overlay([heap], [1], lambda total: total > 0).settled
+    return _overlay([heap], [1], lambda total: total > 0).canonical
 
 
 def transposed(slabs: Slabs, first: int, stop: int) -> Slabs:
@@ -116,7 +116,7 @@ Found = list[tuple[Slabs, Ints, Ints]]  # parts, and from and up to which of the
 def _overlay(
     parts: Sequence[Slabs], weights: Sequence[int], seen: Seen, needed: Callable[[Found, Ints], Found] | None = None
 ) -> Slabs:
-    """The cells for which `seen` holds of the sum of the weights of the parts that they are in; 0 is not seen. Rough.
+    """The cells for which `seen` holds of the sum of the weights of the parts they are in, unmerged; 0 is not seen.
 
     `needed` chooses, between finer rows, the runs that are looked at.
     """
@@ -140,10 +140,10 @@ def _overlay(
         swept.append(ordered.runs(seen))
         affordable(sum(lines.shape[1] for _, _, lines in swept))
     if len(swept) == 1:
-        return roughly(*swept[0])
+        return left_unmerged(*swept[0])
     tops, counts, lines = zip(*swept, strict=True)
     every = np.concatenate([*(top[:-1] for top in tops), rows[-1:]])
-    return roughly(every, np.concatenate(counts), np.concatenate(lines, axis=1))
+    return left_unmerged(every, np.concatenate(counts), np.concatenate(lines, axis=1))
 
 
 def _common(parts: Sequence[Slabs]) -> tuple[Ints, list[Ints]]:
@@ -166,7 +166,7 @@ def _bounded(found: Found, rows: Ints, bounding: int) -> Found:
     left: Found = []
     for part, begin, end in found:
         end = np.where(some, end, begin)
-        if part.most > FEW:
+        if part.most > FEW_RUNS:
             begin, end = _meeting(part, begin, end, first, last, low, high)
         left.append((part, begin, end))
     return left

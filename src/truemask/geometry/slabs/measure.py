@@ -14,7 +14,7 @@ from truemask.geometry.slabs.slabs import Slabs
 
 
 def pairs(x: Slabs) -> int:
-    """The number of cells, of rough slabs too: each run is a sum of an arithmetic series.
+    """The number of cells, of unmerged slabs too: each run is a sum of an arithmetic series.
 
     >>> from truemask.geometry.slabs.slabs import bands
     >>> pairs(bands(0, 5, 0, 0, 1, 1))  # causal
@@ -41,10 +41,10 @@ def seen_keys(x: Slabs, width: int) -> Flags:
 
 
 def first_cell(x: Slabs) -> tuple[int, int] | None:
-    """The first cell in reading order, or None if there is none; slabs may be rough."""
+    """The first cell in reading order, or None if there is none; slabs may be unmerged."""
     if not pairs(x):
         return None
-    x = x.settled
+    x = x.canonical
     row = int(x.rows[x.owner[0]])
     return row, int(x.ends[0, 0] + x.slopes[0, 0] * row)
 

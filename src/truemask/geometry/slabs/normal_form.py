@@ -10,39 +10,39 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from truemask.geometry.slabs.algebra import all_of, roughly_all, roughly_any, roughly_odd
+from truemask.geometry.slabs.algebra import all_of, unmerged_all, unmerged_any, unmerged_odd
 from truemask.geometry.slabs.slabs import Slabs, bands, blank
 
-AT_ONCE = 1 << 11  # runs that are joined in one sweep; with more of them it grows with the square of the parts
-FEW = 2  # runs of a slab; parts with more, like global tokens, are joined when the others are done
+RUNS_AT_ONCE = 1 << 11  # runs that are joined in one sweep; with more of them it grows with the square of the parts
+FEW_RUNS = 2  # runs of a slab; parts with more, like global tokens, are joined when the others are done
 
 
-class Form(NamedTuple):
-    """The cells of slabs, which may be rough, or if `negated` the others; equal if the slabs are the same object."""
+class NormalForm(NamedTuple):
+    """The cells of slabs, which may be unmerged, or if `negated` the others; equal if the slabs are the same object."""
 
     slabs: Slabs
     negated: bool = False
 
-    def __invert__(self) -> Form:
-        return Form(self.slabs, not self.negated)
+    def __invert__(self) -> NormalForm:
+        return NormalForm(self.slabs, not self.negated)
 
-    def moved(self, rows: int, keys: int) -> Form:
+    def moved(self, rows: int, keys: int) -> NormalForm:
         """The same picture `rows` further down and `keys` further right."""
-        return Form(self.slabs.moved(rows, keys), self.negated)
+        return NormalForm(self.slabs.moved(rows, keys), self.negated)
 
     @property
-    def settled(self) -> Slabs:
+    def canonical(self) -> Slabs:
         """Its cells as slabs."""
-        return all_of([], but=[self.slabs]) if self.negated else self.slabs.settled
+        return all_of([], but=[self.slabs]) if self.negated else self.slabs.canonical
 
     def clipped(self, kv_len: int) -> Slabs:
-        """Its cells on keys `[0, kv_len)` as slabs, rough."""
+        """Its cells on keys `[0, kv_len)` as slabs, unmerged."""
         if not self.negated:
             return self.slabs.clipped(0, kv_len)
-        return roughly_all([bands(self.slabs.rows[0], self.slabs.rows[-1], 0, 0, kv_len, 0)], but=[self.slabs])
+        return unmerged_all([bands(self.slabs.rows[0], self.slabs.rows[-1], 0, 0, kv_len, 0)], but=[self.slabs])
 
 
-def conjunction(forms: Iterable[Form], known: dict[Any, Form]) -> Form:
+def conjunction(forms: Iterable[NormalForm], known: dict[Any, NormalForm]) -> NormalForm:
     """The cells that all forms have."""
     terms = dict.fromkeys(forms)
     key = "all", frozenset(terms)
@@ -52,36 +52,38 @@ def conjunction(forms: Iterable[Form], known: dict[Any, Form]) -> Form:
         if not set(inside).isdisjoint(outside):
             known[key] = _none(inside[0])
         else:
-            known[key] = Form(_all(inside, outside)) if inside else Form(_joined(outside, roughly_any), True)
+            known[key] = (
+                NormalForm(_all(inside, outside)) if inside else NormalForm(_joined(outside, unmerged_any), True)
+            )
     return known[key]
 
 
-def parity(forms: Iterable[Form], known: dict[Any, Form]) -> Form:
+def parity(forms: Iterable[NormalForm], known: dict[Any, NormalForm]) -> NormalForm:
     """The cells that an odd number of forms has."""
     forms = list(forms)
     negated = sum(form.negated for form in forms) % 2 == 1
     odd = [slabs for slabs, times in Counter(form.slabs for form in forms).items() if times % 2]
     key = "odd", frozenset(odd)
     if key not in known:
-        known[key] = Form(_joined(odd, roughly_odd)) if odd else _none(forms[0].slabs)
+        known[key] = NormalForm(_joined(odd, unmerged_odd)) if odd else _none(forms[0].slabs)
     return ~known[key] if negated else known[key]
 
 
 def _all(inside: list[Slabs], outside: list[Slabs]) -> Slabs:
     """Few runs at once; many one part after the other, the smallest first."""
-    if _runs([*inside, *outside]) <= AT_ONCE:
-        return roughly_all(inside, outside)
+    if _runs([*inside, *outside]) <= RUNS_AT_ONCE:
+        return unmerged_all(inside, outside)
     found, *others = sorted(inside, key=_order)
     for part in others:
-        found = roughly_all([found, part])
+        found = unmerged_all([found, part])
     for part in sorted(outside, key=_order):
-        found = roughly_all([found], [part])
+        found = unmerged_all([found], [part])
     return found
 
 
 def _joined(parts: list[Slabs], join: Callable[[list[Slabs]], Slabs]) -> Slabs:
     """The same for operations that take parts in any order."""
-    if _runs(parts) <= AT_ONCE:
+    if _runs(parts) <= RUNS_AT_ONCE:
         return join(parts)
     found, *others = sorted(parts, key=_order)
     for part in others:
@@ -90,12 +92,12 @@ def _joined(parts: list[Slabs], join: Callable[[list[Slabs]], Slabs]) -> Slabs:
 
 
 def _order(part: Slabs) -> tuple[bool, int]:
-    return part.most > FEW, part.runs
+    return part.most > FEW_RUNS, part.runs
 
 
 def _runs(parts: list[Slabs]) -> int:
     return sum(part.runs for part in parts)
 
 
-def _none(like: Slabs) -> Form:
-    return Form(blank(like.rows[0], like.rows[-1]))
+def _none(like: Slabs) -> NormalForm:
+    return NormalForm(blank(like.rows[0], like.rows[-1]))

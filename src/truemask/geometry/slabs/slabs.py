@@ -25,11 +25,11 @@ from truemask.geometry.ranges import spans
 from truemask.geometry.slabs.lines import Flags, Ints, after, joined, places, tidied, union
 
 FAR = 1 << 42  # beyond every position: the end of a run that has none
-MOST = 1 << 21  # ends of runs that are worth looking at, over all rows
+MAX_ENDS = 1 << 21  # ends of runs that are worth looking at, over all rows
 
 
 class NoExactFormError(Exception):
-    """There are no slabs of the mask, or more than `MOST` runs: it is better looked at tile by tile."""
+    """There are no slabs of the mask, or more than `MAX_ENDS` runs: it is better looked at tile by tile."""
 
 
 class Region(NamedTuple):
@@ -56,14 +56,14 @@ class Slabs(HoldsArrays):
     """Rows `[rows[i], rows[i + 1])` see the runs `starts[i]:starts[i + 1]`, which are in order and apart.
 
     Run j is the keys from `ends[0, j] + slopes[0, j] * q` up to, not including, `ends[1, j] + slopes[1, j] * q`; it is
-    empty on no row of its slab, and no two lines cross inside one. In `rough` slabs, which one step of a calculation
+    empty on no row of its slab, and no two lines cross inside one. In `unmerged` slabs, which one step of a calculation
     leaves to the next, runs may be empty, or touch each other, on the first and on the last row of a slab.
     """
 
     rows: Ints  # [m + 1], increasing
     starts: Ints  # [m + 1]
     lines: Ints  # [2, runs]: 2 * end + slope
-    rough: bool = False
+    unmerged: bool = False
 
     @classmethod
     def of(cls, rows: Ints, starts: Ints, ends: Ints, slopes: Ints) -> Slabs:
@@ -116,9 +116,9 @@ class Slabs(HoldsArrays):
         return np.repeat(self.rows[1:] - 1, self.sizes)
 
     @cached_property
-    def settled(self) -> Slabs:
-        """Rough slabs as they should be: no run empty, none touching, and as few slabs as go on in the same lines."""
-        if not self.rough:
+    def canonical(self) -> Slabs:
+        """Unmerged slabs merged: no run empty, none touching, and as few slabs as go on in the same lines."""
+        if not self.unmerged:
             return self
         x = self
         lo, hi = places(self.lines, self.first)
@@ -169,7 +169,7 @@ class Slabs(HoldsArrays):
         return replace(self, starts=after(counts), lines=self.lines[:, ~runs])
 
     def clipped(self, start: int, stop: int) -> Slabs:
-        """The keys `[start, stop)` alone, rough; itself if there are no others."""
+        """The keys `[start, stop)` alone, unmerged; itself if there are no others."""
         if not ((self.at(0, self.first) < start).any() or (self.at(1, self.last) > stop).any()):
             return self
         passing = np.concatenate([edge - self.ends + 1 for edge in (start, stop)])  # the rows after a line is there
@@ -177,7 +177,7 @@ class Slabs(HoldsArrays):
         x = self.cut(passing[inside]) if inside.any() else self
         top, bottom = places(x.lines, x.first), places(x.lines, x.last)
         lines = np.where(bottom <= start, 2 * start, np.where(top >= stop, 2 * stop, x.lines))
-        return Slabs(x.rows, x.starts, lines, rough=True).without(lines[0] == lines[1])
+        return Slabs(x.rows, x.starts, lines, unmerged=True).without(lines[0] == lines[1])
 
 
 def _meets(lo: Ints, hi: Ints, same: Flags) -> Flags:
@@ -236,7 +236,7 @@ def from_cells(rows: Ints, edges: Ints, cells: Flags) -> Slabs:
 
 def affordable(ends: int) -> None:
     """Raise if an exact form of so many ends is not worth having."""
-    if ends > MOST:
+    if ends > MAX_ENDS:
         raise NoExactFormError(f"{ends} runs")
 
 
@@ -250,7 +250,7 @@ def _tidy(rows: Ints, counts: Ints, lines: Ints) -> Slabs:
     return Slabs(rows, after(counts), lines)
 
 
-def roughly(rows: Ints, counts: Ints, lines: Ints) -> Slabs:
-    """Neighbouring slabs with the same lines as one, and nothing else done to them: rough."""
+def left_unmerged(rows: Ints, counts: Ints, lines: Ints) -> Slabs:
+    """Neighbouring slabs with the same lines as one, and nothing else done to them: unmerged."""
     rows, counts, lines = joined(rows, counts, lines)
-    return Slabs(rows, after(counts), lines, rough=True)
+    return Slabs(rows, after(counts), lines, unmerged=True)

@@ -15,7 +15,7 @@ def pairs_in(tiles: TileMap) -> int:
     return counted + sum(int(part.cells.sum((1, 2))[part.which].sum()) for part in tiles.patterns())
 
 
-def lives_in(tiles: TileMap, axis: int) -> Flags:
+def live_in(tiles: TileMap, axis: int) -> Flags:
     """Which rows (axis 0) or keys (axis 1) of a map of one sample and head have a cell that is True."""
     full, size, block = tiles.full(), (tiles.q_len, tiles.kv_len)[axis], tiles.block[axis]
     first, stop = ((full.q0, full.q1), (full.k0, full.k1))[axis]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from truemask.common.memory import HoldsArrays
-from truemask.geometry.logic import EMPTY, FULL, MIXED, States, three
+from truemask.geometry.logic import EMPTY, FULL, MIXED, States, tri_state
 from truemask.geometry.slabs.slabs import Region
 
 Ints = NDArray[np.int64]
@@ -45,7 +45,7 @@ class Rectangles:
         return replace(self, **changes)
 
 
-Phase = Callable[[Rectangles], Sequence[Ints]]
+TileKey = Callable[[Rectangles], Sequence[Ints]]
 Evaluate = Callable[[Ints, Ints, Ints, Ints], NDArray[np.bool_]]
 Plane = Callable[[Region], NDArray[np.bool_]]
 
@@ -132,7 +132,7 @@ class TileMap(HoldsArrays):
     runs: Ints  # [runs, 3]: start, stop, state; EMPTY ones left out
     evaluate: Evaluate
     exact: bool = False
-    phase: Phase | None = None  # numbers that tell tiles of different cells apart; None: all may differ
+    tile_key: TileKey | None = None  # numbers that tell tiles of different cells apart; None: all may differ
     plane: Plane | None = None  # the cells of whole regions, of masks that hold them
 
     @property
@@ -190,10 +190,10 @@ class TileMap(HoldsArrays):
     def _sharing(self) -> tuple[Ints, Ints]:
         """One MIXED tile of each pattern, and the number of the pattern of every MIXED tile."""
         b, h, i, j = self.mixed()
-        if self.phase is None:
+        if self.tile_key is None:
             return np.arange(len(b)), np.arange(len(b))
         q0, q1, k0, k1 = self.extents(i, j)
-        numbers = [*self.phase(Rectangles(b, h, q0, q1, k0, k1)), q1 - q0, k1 - k0]
+        numbers = [*self.tile_key(Rectangles(b, h, q0, q1, k0, k1)), q1 - q0, k1 - k0]
         pattern = np.zeros(len(b), np.int64)
         for number in numbers:
             values, found = np.unique(np.broadcast_to(number, b.shape), return_inverse=True)
@@ -285,14 +285,16 @@ class TileMap(HoldsArrays):
         seen = np.zeros(len(b), np.int64)
         for part in self.patterns():
             seen[part.tiles] = part.cells.sum((1, 2))[part.which]
-        found = three(seen == 0, seen == (q1 - q0) * (k1 - k0))
+        found = tri_state(seen == 0, seen == (q1 - q0) * (k1 - k0))
         state = self.state
         state[b, h, i, j] = found
         starts, runs = runs_of(state)
         return replace(self, row_starts=starts, runs=runs, exact=True)
 
 
-def shared(parts: list[TileMap], which: Ints, evaluate: Evaluate, phase: Phase | None, plane: Plane | None) -> TileMap:
+def shared(
+    parts: list[TileMap], which: Ints, evaluate: Evaluate, tile_key: TileKey | None, plane: Plane | None
+) -> TileMap:
     """One map of samples and heads that share maps: `which [samples, heads]` of the parts each has."""
     first = parts[0]
     sizes = [np.diff(part.row_starts) for part in parts]
@@ -301,7 +303,7 @@ def shared(parts: list[TileMap], which: Ints, evaluate: Evaluate, phase: Phase |
     runs = np.concatenate([parts[n].runs for n in order])
     shape = (*which.shape, *first.shape[2:])
     exact = all(part.exact for part in parts)
-    return TileMap(first.q_len, first.kv_len, first.block, shape, starts, runs, evaluate, exact, phase, plane)  # pyright: ignore[reportArgumentType]
+    return TileMap(first.q_len, first.kv_len, first.block, shape, starts, runs, evaluate, exact, tile_key, plane)  # pyright: ignore[reportArgumentType]
 
 
 def runs_of(state: States) -> tuple[Ints, Ints]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from truemask.geometry.logic import EMPTY, FULL, States, kleene_and, kleene_not, kleene_or, kleene_xor
 from truemask.geometry.slabs import normal_form
-from truemask.geometry.slabs.normal_form import Form
+from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import FAR, Flags, Region, Slabs, bands, blank
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.mask import Mask
@@ -40,7 +40,7 @@ class Everything(Mask):
     def _slabs(self, r: Region) -> Slabs:
         return bands(r.q0, r.q1, -FAR, 0, FAR, 0)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return []
 
     def _write(self) -> Written:
@@ -64,7 +64,7 @@ class Nothing(Mask):
     def _slabs(self, r: Region) -> Slabs:
         return blank(r.q0, r.q1)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return []
 
     def _write(self) -> Written:
@@ -90,8 +90,8 @@ class _Combination(Mask):
     def _tile(self, r: Rectangles) -> States:
         return reduce(type(self).fold, [term._tile(r) for term in self.terms])
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        return [number for term in self.terms for number in term._phase(r)]
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
+        return [number for term in self.terms for number in term._tile_key(r)]
 
     def _write(self) -> Written:
         return f" {self.sign} ".join(within(term, self.level + 1) for term in self.terms), self.level
@@ -112,7 +112,7 @@ class And(_Combination):
     def _plane(self, r: Region) -> Flags:
         return reduce(np.logical_and, [term._plane(r) for term in self.terms])
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         return all_forms(self, r)
 
 
@@ -128,7 +128,7 @@ class Or(_Combination):
     def _plane(self, r: Region) -> Flags:
         return reduce(np.logical_or, [term._plane(r) for term in self.terms])
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         return ~all_forms(Not(self), r)
 
 
@@ -144,7 +144,7 @@ class Xor(_Combination):
     def _plane(self, r: Region) -> Flags:
         return reduce(np.logical_xor, [term._plane(r) for term in self.terms])
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         return normal_form.parity([_literal(*term, r) for term in _addends(self)], {} if r.known is None else r.known)
 
 
@@ -171,11 +171,11 @@ class Minus(Mask):
     def _tile(self, r: Rectangles) -> States:
         return kleene_and(self.left._tile(r), kleene_not(self.right._tile(r)))
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         return all_forms(self, r)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        return [*self.left._phase(r), *self.right._phase(r)]
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
+        return [*self.left._tile_key(r), *self.right._tile_key(r)]
 
     def _write(self) -> Written:
         left = self.left.text if isinstance(self.left, Minus) else within(self.left, MINUS)
@@ -207,11 +207,11 @@ class Not(Mask):
     def _tile(self, r: Rectangles) -> States:
         return kleene_not(self.base._tile(r))
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         return ~self.base.form_in(r)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        return self.base._phase(r)
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
+        return self.base._tile_key(r)
 
     def _write(self) -> Written:
         return f"~{within(self.base, NOT)}", NOT
@@ -223,14 +223,14 @@ class Not(Mask):
 # -- exact forms: the same one for all spellings by De Morgan's laws ---------------------------------------------------
 
 
-def all_forms(mask: Mask, r: Region) -> Form:
+def all_forms(mask: Mask, r: Region) -> NormalForm:
     """The exact form of a mask as the conjunction of its factors."""
     return normal_form.conjunction(
         [_literal(*factor, r) for factor in _factors(mask)], {} if r.known is None else r.known
     )
 
 
-def _literal(mask: Mask, negated: bool, r: Region) -> Form:
+def _literal(mask: Mask, negated: bool, r: Region) -> NormalForm:
     return ~mask.form_in(r) if negated else mask.form_in(r)
 
 

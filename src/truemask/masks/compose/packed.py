@@ -12,7 +12,7 @@ from torch import Tensor
 from truemask.common.arguments import whole
 from truemask.common.real_tensors import remembered, surely
 from truemask.errors import MaskError
-from truemask.geometry.logic import EMPTY, FULL, MIXED, States, kleene_and, three
+from truemask.geometry.logic import EMPTY, FULL, MIXED, States, kleene_and, tri_state
 from truemask.geometry.ranges import spans
 from truemask.geometry.slabs.algebra import all_of, any_of, cropped
 from truemask.geometry.slabs.lines import after
@@ -165,7 +165,7 @@ class Padded(Mask):
     def _tile(self, r: Rectangles) -> States:
         start = self._start(r.b)
         outside = (r.q1 <= start) | (r.k1 <= start)
-        real = three(outside, (r.q0 >= start) & (r.k0 >= start))
+        real = tri_state(outside, (r.q0 >= start) & (r.k0 >= start))
         q0, k0 = np.maximum(r.q0 - start, 0), np.maximum(r.k0 - start, 0)
         q1, k1 = np.maximum(r.q1 - start, q0 + 1), np.maximum(r.k1 - start, k0 + 1)
         return kleene_and(real, np.where(outside, EMPTY, self.base._tile(Rectangles(r.b, r.h, q0, q1, k0, k1))))

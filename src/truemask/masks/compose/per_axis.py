@@ -15,7 +15,7 @@ from truemask.common.formatting import describe
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import MIXED, States
-from truemask.geometry.slabs.normal_form import Form
+from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import Flags, Region
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.data import Data, integers
@@ -66,7 +66,7 @@ class _Choice(Mask):
         which = int(place[min((b, h)[self.axis == "head"], len(place) - 1)])
         return which, distinct[which]
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         return self._entry(r.b, r.h)[1].form_in(r)
 
     def _plane(self, r: Region) -> Flags:
@@ -228,15 +228,15 @@ class Select(Mask):
         """The base's sample and head."""
         return int(_pick(self.samples, np.array(b))), int(_pick(self.heads, np.array(h)))
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         b, h = self._places(r.b, r.h)
         return self.base.form_in(r._replace(b=b, h=h))
 
     def _variant(self, b: int, h: int) -> Hashable:
         return self.base._variant(*self._places(b, h))
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        return self.base._phase(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
+        return self.base._tile_key(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))
 
     def kv_len_for(self, q_len: int) -> int:
         return self.base.kv_len_for(q_len)

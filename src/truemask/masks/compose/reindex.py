@@ -15,7 +15,7 @@ from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.ranges import RangeTable
 from truemask.geometry.slabs.algebra import all_of, any_of, transposed
-from truemask.geometry.slabs.normal_form import Form
+from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import Flags, NoExactFormError, Region, Slabs, bands, from_cells, stacked
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.data import Data, integers
@@ -64,15 +64,15 @@ class At(Mask):
         q, k = np.int64(self.q_start), np.int64(self.k_start)
         return self.base._tile(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
 
-    def _form(self, r: Region) -> Form:
+    def _form(self, r: Region) -> NormalForm:
         there = r.moved(self.q_start, self.k_start)
         if max(there.q1, there.k1) > 2 * LARGEST:
             raise NoExactFormError(f"`{self}` asks about positions beyond 2**41")
         return self.base.form_in(there).moved(-self.q_start, -self.k_start)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         q, k = np.int64(self.q_start), np.int64(self.k_start)
-        return self.base._phase(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
+        return self.base._tile_key(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
 
     def _settles(self, k_stop: int) -> tuple[int, int] | None:
         found = self.base._settles(k_stop + self.k_start)
@@ -223,8 +223,8 @@ class Transposed(Mask):
         base = self.base.slabs_in(Region(r.b, r.h, r.k0, r.k1, r.q0, r.q1, r.known))
         return transposed(base, r.q0, r.q1)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
-        return self.base._phase(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
+        return self.base._tile_key(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
 
     def _settles(self, k_stop: int) -> tuple[int, int] | None:
         return None  # the base would have to say it of its rows

@@ -16,7 +16,7 @@ from truemask.errors import MaskError
 from truemask.geometry.slabs.measure import tile_runs
 from truemask.geometry.slabs.slabs import Flags, NoExactFormError, Region, Slabs, blank
 from truemask.geometry.tiles.quadtree import TooManyTilesError, classify_tiles
-from truemask.geometry.tiles.tile_map import Evaluate, Ints, Phase, Plane, Rectangles, TileMap
+from truemask.geometry.tiles.tile_map import Evaluate, Ints, Plane, Rectangles, TileKey, TileMap
 from truemask.masks.core.value import Value
 
 MOST_ROWS = 1 << 24  # of tiles, that a map may have
@@ -52,12 +52,12 @@ def for_each(mask: Value, answer: Callable[[int, int], Answer], samples: int, he
 
 def exact_slabs(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
     """The slabs of one sample and head, cut to the keys there are; None if the mask has no such form."""
-    slabs = rough_slabs(mask, b, h, q_len, kv_len)
-    return None if slabs is None else slabs.settled
+    slabs = unmerged_slabs(mask, b, h, q_len, kv_len)
+    return None if slabs is None else slabs.canonical
 
 
-def rough_slabs(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
-    """The same as rough slabs, which is enough to count."""
+def unmerged_slabs(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> Slabs | None:
+    """The same as unmerged slabs, which is enough to count."""
     remembered: dict[Any, Slabs | None] = vars(mask).setdefault("_known", {})
     key = (b, h, q_len, kv_len)
     slabs = remembered.get(key, "unknown")  # asked once: another thread may clear it at any time
@@ -90,9 +90,9 @@ def tile_map(
             starts, runs = classify_tiles(mask._tile, q_len, kv_len, block, b, h, most_mixed)
         except TooManyTilesError as error:
             raise _too_large(mask, f"{error} of {block[0]} x {block[1]} are too many", q_len, kv_len) from None
-    evaluate, phase, plane = _looked_at(mask, b, h)
+    evaluate, tile_key, plane = _looked_at(mask, b, h)
     is_exact = slabs is not None or mask._tiles_exact
-    return TileMap(q_len, kv_len, block, shape, starts, runs, evaluate, is_exact, phase, plane)
+    return TileMap(q_len, kv_len, block, shape, starts, runs, evaluate, is_exact, tile_key, plane)
 
 
 def searched_tiles(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> TileMap:
@@ -112,16 +112,16 @@ def _too_large(mask: Value, why: str, q_len: int, kv_len: int) -> MaskError:
     )
 
 
-def _looked_at(mask: Value, b: int, h: int) -> tuple[Evaluate, Phase, Plane | None]:
+def _looked_at(mask: Value, b: int, h: int) -> tuple[Evaluate, TileKey, Plane | None]:
     """What cells and tiles answer in sample b and head h, which a map of one calls 0."""
 
     def evaluate(b_: Ints, h_: Ints, q: Ints, k: Ints) -> Flags:
         return mask._cells(b_ + b, h_ + h, q, k)
 
-    def phase(r: Rectangles) -> Sequence[Ints]:
-        return mask._phase(r.moved(b=r.b + b, h=r.h + h))
+    def tile_key(r: Rectangles) -> Sequence[Ints]:
+        return mask._tile_key(r.moved(b=r.b + b, h=r.h + h))
 
     def plane(r: Region) -> Flags:
         return mask._plane(r._replace(b=r.b + b, h=r.h + h))
 
-    return evaluate, phase, plane if mask.holds_cells else None
+    return evaluate, tile_key, plane if mask.holds_cells else None

@@ -18,9 +18,9 @@ from truemask.errors import MaskError
 from truemask.geometry.slabs.algebra import cropped
 from truemask.geometry.slabs.measure import first_cell, live_rows, pairs, seen_keys
 from truemask.geometry.slabs.slabs import NoExactFormError, Region
-from truemask.geometry.tiles.measure import first_cell_in, lives_in, pairs_in
+from truemask.geometry.tiles.measure import first_cell_in, live_in, pairs_in
 from truemask.geometry.tiles.tile_map import BATCH_CELLS, TileMap, shared
-from truemask.masks.core.exact_form import exact_slabs, for_each, rough_slabs, searched_tiles, tile_map, variants
+from truemask.masks.core.exact_form import exact_slabs, for_each, searched_tiles, tile_map, unmerged_slabs, variants
 from truemask.masks.core.slab_tensors import SlabTensors, slab_tensors
 from truemask.masks.core.value import ANY, Value
 from truemask.masks.core.verdict import Cell, Verdict
@@ -76,7 +76,7 @@ def tiles(mask: Value, sizes: Sizes, block: int | tuple[int, int]) -> TileMap:
     maps = [tile_map(mask, b, h, q_len, kv_len, extent) for b, h in members or [(0, 0)]]
     if which.size == 1:
         return maps[0]
-    return shared(maps, which, mask._cells, mask._phase, mask._plane if mask.holds_cells else None)
+    return shared(maps, which, mask._cells, mask._tile_key, mask._plane if mask.holds_cells else None)
 
 
 def dense(mask: Value, sizes: Sizes, device: torch.device | str) -> Tensor:
@@ -147,7 +147,7 @@ def count(mask: Value, sizes: Sizes) -> Tensor:
     samples, heads, q_len, kv_len = sizes
 
     def pairs_of(b: int, h: int) -> int:
-        form = rough_slabs(mask, b, h, q_len, kv_len)
+        form = unmerged_slabs(mask, b, h, q_len, kv_len)
         number = pairs_in(searched_tiles(mask, b, h, q_len, kv_len)) if form is None else pairs(form)
         if number >= 1 << 63:
             raise MaskError(f"`{mask}` lets {number} pairs through, more than int64 holds: ask about fewer queries")
@@ -162,7 +162,7 @@ def live_queries(mask: Value, sizes: Sizes) -> Tensor:
 
     def live(b: int, h: int) -> NDArray[np.bool_]:
         form = exact_slabs(mask, b, h, q_len, kv_len)
-        return lives_in(searched_tiles(mask, b, h, q_len, kv_len), 0) if form is None else live_rows(form)
+        return live_in(searched_tiles(mask, b, h, q_len, kv_len), 0) if form is None else live_rows(form)
 
     return for_each(mask, live, samples, heads, q_len).bool()
 
@@ -173,7 +173,7 @@ def seen(mask: Value, sizes: Sizes) -> Tensor:
 
     def live(b: int, h: int) -> NDArray[np.bool_]:
         form = exact_slabs(mask, b, h, q_len, kv_len)
-        return lives_in(searched_tiles(mask, b, h, q_len, kv_len), 1) if form is None else seen_keys(form, kv_len)
+        return live_in(searched_tiles(mask, b, h, q_len, kv_len), 1) if form is None else seen_keys(form, kv_len)
 
     return for_each(mask, live, samples, heads, kv_len).bool()
 
@@ -182,7 +182,7 @@ def first(mask: Value, sizes: Sizes) -> Cell | None:
     """A cell that is True, or None if there is none."""
     samples, heads, q_len, kv_len = sizes
     for b, h in variants(mask, samples, heads)[0]:
-        form = rough_slabs(mask, b, h, q_len, kv_len)
+        form = unmerged_slabs(mask, b, h, q_len, kv_len)
         place = first_cell_in(searched_tiles(mask, b, h, q_len, kv_len)) if form is None else first_cell(form)
         if place is not None:
             return Cell(b, h, *place)

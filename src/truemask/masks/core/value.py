@@ -27,7 +27,7 @@ from torch import Tensor
 from truemask.common.real_tensors import is_diverted, is_late, ordinary_tensors, remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
-from truemask.geometry.slabs.normal_form import Form
+from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import Flags, NoExactFormError, Region, Slabs
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.data import Data
@@ -68,16 +68,16 @@ class Value(ABC):
         """What `slabs_in` answers, for kinds that know it themselves."""
         raise NoExactFormError(f"`{self}` has no exact form")
 
-    def _form(self, r: Region) -> Form:
-        """The same, which may be rough or negated."""
-        return Form(self._slabs(r))
+    def _form(self, r: Region) -> NormalForm:
+        """The same, which may be unmerged or negated."""
+        return NormalForm(self._slabs(r))
 
     def _variant(self, b: int, h: int) -> Hashable:
         """What tells sample b and head h from others: those that share it have the same mask."""
         own = [part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2]
         return (*own, *(child._variant(b, h) for child in self.children))
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         """Numbers that are equal for tiles (of one size) only if their cells are."""
         return [r.q0, r.k0, *([r.b] if self.batch_size != 1 else []), *([r.h] if self.head_count != 1 else [])]
 
@@ -165,8 +165,8 @@ class Value(ABC):
         with ordinary_tensors() if is_diverted() else nullcontext():
             return self.truth(*map(torch.from_numpy, (b, h, q, k))).numpy()
 
-    def form_in(self, r: Region) -> Form:
-        """The exact form for a region that is not empty, or `NoExactFormError`; it may be rough or negated.
+    def form_in(self, r: Region) -> NormalForm:
+        """The exact form for a region that is not empty, or `NoExactFormError`; it may be unmerged or negated.
 
         It is found once in answering a question.
         """
@@ -178,7 +178,7 @@ class Value(ABC):
 
     def slabs_in(self, r: Region) -> Slabs:
         """The same as slabs that are neither."""
-        return self.form_in(r).settled
+        return self.form_in(r).canonical
 
     def bound(self, device: torch.device | str) -> Self:
         """This mask with its numbers and data as tensors on `device`; made once if they are real there."""

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from truemask.common.arguments import LARGEST, whole
-from truemask.geometry.logic import States, three
+from truemask.geometry.logic import States, tri_state
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.deferred import recorded
@@ -27,7 +27,7 @@ def band(r: Rectangles, low: int | None, high: int | None) -> States:
     least, most = r.q0 - r.k1 + 1, r.q1 - 1 - r.k0
     low = -LARGEST * 4 if low is None else low
     high = LARGEST * 4 if high is None else high
-    return three((most < low) | (least > high), (least >= low) & (most <= high))
+    return tri_state((most < low) | (least > high), (least >= low) & (most <= high))
 
 
 def offset(r: Rectangles, moved: int = 0) -> Ints:
@@ -51,7 +51,7 @@ class Causal(Mask):
     def _slabs(self, r: Region) -> Slabs:
         return bands(r.q0, r.q1, -FAR, 0, 1, 1)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [offset(r)]
 
     def _settles(self, k_stop: int) -> tuple[int, int]:
@@ -82,7 +82,7 @@ class Window(Mask):
     def _slabs(self, r: Region) -> Slabs:
         return bands(r.q0, r.q1, 1 - self.size, 1, 1, 1)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [offset(r), offset(r, -self.size)]
 
     def _settles(self, k_stop: int) -> tuple[int, int]:
@@ -129,7 +129,7 @@ class Local(Mask):
     def _slabs(self, r: Region) -> Slabs:
         return bands(r.q0, r.q1, -self.radius, 1, self.radius + 1, 1)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [offset(r, self.radius), offset(r, -self.radius - 1)]
 
     def _settles(self, k_stop: int) -> tuple[int, int]:

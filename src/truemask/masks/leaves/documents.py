@@ -13,7 +13,7 @@ from truemask.common.formatting import describe
 from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
-from truemask.geometry.logic import States, three
+from truemask.geometry.logic import States, tri_state
 from truemask.geometry.ranges import RunTable, spans
 from truemask.geometry.slabs.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
@@ -113,7 +113,7 @@ class _Labelled(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         qa, qb, ka, kb = self._extremes(r)
-        return three((qb < ka) | (kb < qa), (qa == qb) & (ka == kb) & (qa == ka))
+        return tri_state((qb < ka) | (kb < qa), (qa == qb) & (ka == kb) & (qa == ka))
 
     def _slabs(self, r: Region) -> Slabs:
         """Each run of rows sees the runs of keys with its label."""
@@ -187,7 +187,7 @@ class Same(_Labelled):
         qa, qb, ka, kb = self._extremes(r)
         none = self.none
         apart = (qb < ka) | (kb < qa) | ((qa == none) & (qb == none)) | ((ka == none) & (kb == none))
-        return three(apart, (qa == qb) & (ka == kb) & (qa == ka) & (qa != none))
+        return tri_state(apart, (qa == qb) & (ka == kb) & (qa == ka) & (qa != none))
 
     def _visible(self, label: Ints) -> np.ndarray:
         return label != self.none

@@ -12,7 +12,7 @@ from truemask.common.arguments import whole
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
-from truemask.geometry.logic import MIXED, States, three
+from truemask.geometry.logic import MIXED, States, tri_state
 from truemask.geometry.ranges import Areas
 from truemask.geometry.slabs.slabs import Flags, NoExactFormError, Region, Slabs, from_cells
 from truemask.geometry.tiles.tile_map import Rectangles
@@ -64,7 +64,7 @@ class Dense(Mask):
         if self.sample is not None and not self.sample.shows_tiles:
             return np.full(np.broadcast_shapes(*(side.shape for side in (r.b, r.h, r.q0, r.k0))), MIXED)
         seen, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
-        return three(seen == 0, seen == area)
+        return tri_state(seen == 0, seen == area)
 
     def _slabs(self, r: Region) -> Slabs:
         cells = self._plane(r)
@@ -161,7 +161,7 @@ class BlockPattern(Mask):
     def _tile(self, r: Rectangles) -> States:
         n = self.size
         seen, area = self._areas.covering(r.b * 0, r.h, r.q0 // n, (r.q1 - 1) // n + 1, r.k0 // n, (r.k1 - 1) // n + 1)
-        return three(seen == 0, seen == area)
+        return tri_state(seen == 0, seen == area)
 
     def _slabs(self, r: Region) -> Slabs:
         n = self.size

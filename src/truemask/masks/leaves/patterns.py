@@ -14,7 +14,7 @@ from truemask.common.formatting import describe
 from truemask.common.hashing import WORD, hash32, threshold
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
-from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_and, three
+from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_and, tri_state
 from truemask.geometry.slabs.algebra import pieces
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, from_cells
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
@@ -40,7 +40,7 @@ class Dilated(Mask):
     def _tile(self, r: Rectangles) -> States:
         least, most = r.q0 - r.k1 + 1, r.q1 - 1 - r.k0
         none = most // self.step * self.step < least
-        return three(none, ~none & ((self.step == 1) | (least == most)))
+        return tri_state(none, ~none & ((self.step == 1) | (least == most)))
 
     def _slabs(self, r: Region) -> Slabs:
         first, stop = (r.k0 - r.q1) // self.step, (r.k1 - r.q0) // self.step + 1
@@ -52,7 +52,7 @@ class Dilated(Mask):
             else bands(r.q0, r.q1, start, 1, start + 1, 1)
         )
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [(r.k0 - r.q0) % self.step]
 
     def _settles(self, k_stop: int) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class Strided(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         seen = self._before(r.k1) - self._before(r.k0)
-        return three(seen == 0, seen == r.k1 - r.k0)
+        return tri_state(seen == 0, seen == r.k1 - r.k0)
 
     def _slabs(self, r: Region) -> Slabs:
         if self.last == self.step:
@@ -102,7 +102,7 @@ class Strided(Mask):
         end = (np.arange(first, stop) + 1) * self.step
         return bands(r.q0, r.q1, end - self.last, 0, end, 0)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [r.k0 % self.step]
 
     def _write(self) -> Written:
@@ -166,7 +166,7 @@ class Random(Mask):
                 place = (r.h, np.minimum(top + i, bottom), np.minimum(left + j, right))
                 seen: Flags = np.asarray(self._draw(*place) < self.limit)
                 seen_all, seen_any = seen_all & seen, seen_any | seen
-        return np.where(few, three(~np.asarray(seen_any), np.asarray(seen_all)), MIXED).astype(np.int8)
+        return np.where(few, tri_state(~np.asarray(seen_any), np.asarray(seen_all)), MIXED).astype(np.int8)
 
     def _slabs(self, r: Region) -> Slabs:
         """Where all blocks may be hashed: runs of the blocks of each row of blocks."""

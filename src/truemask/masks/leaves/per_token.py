@@ -18,7 +18,7 @@ from truemask.common.arguments import whole
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import remembered, surely
 from truemask.errors import MaskError
-from truemask.geometry.logic import States, kleene_and, three
+from truemask.geometry.logic import States, kleene_and, tri_state
 from truemask.geometry.ranges import Counts, spans
 from truemask.geometry.slabs.lines import after, union
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, flag_runs, for_rows, from_cells
@@ -66,7 +66,7 @@ class Prefix(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         length = np.asarray(self.length) if isinstance(self.length, int) else self.length.array[r.b]
-        return three(r.k0 >= length, r.k1 <= length)
+        return tri_state(r.k0 >= length, r.k1 <= length)
 
     def _slabs(self, r: Region) -> Slabs:
         return bands(r.q0, r.q1, -FAR, 0, number_for(self.length, r.b), 0)
@@ -74,7 +74,7 @@ class Prefix(Mask):
     def _variant(self, b: int, h: int) -> Hashable:
         return number_for(self.length, b)
 
-    def _phase(self, r: Rectangles) -> Sequence[Ints]:
+    def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         length = np.asarray(self.length) if isinstance(self.length, int) else self.length.array[r.b]
         return [np.clip(length - r.k0, 0, r.k1 - r.k0)]
 
@@ -160,7 +160,7 @@ class Padding(Mask):
         edge = np.asarray(self._edge) if isinstance(self._edge, int) else self._edge.array[r.b]
         sides = {"both": [(r.q0, r.q1), (r.k0, r.k1)], "keys": [(r.k0, r.k1)], "queries": [(r.q0, r.q1)]}[self.on]
         left = self.lengths is None
-        states = [three(hi <= edge, lo >= edge) if left else three(lo >= edge, hi <= edge) for lo, hi in sides]
+        states = [tri_state(hi <= edge, lo >= edge) if left else tri_state(lo >= edge, hi <= edge) for lo, hi in sides]
         return kleene_and(states[0], states[-1])
 
     def _slabs(self, r: Region) -> Slabs:
@@ -217,7 +217,7 @@ class _Flagged(Mask):
 
     def _states(self, b: Ints, lo: Ints, hi: Ints) -> States:
         seen = self._counts.between(b, lo, hi)
-        return three(seen == 0, seen == hi - lo)
+        return tri_state(seen == 0, seen == hi - lo)
 
     def _of(self, b: int) -> np.ndarray:
         """The flags of a sample."""
@@ -325,7 +325,7 @@ class GlobalTokens(Mask):
     def _tile(self, r: Rectangles) -> States:
         zero = np.zeros((), np.int64)
         rows, columns = self._counts.between(zero, r.q0, r.q1), self._counts.between(zero, r.k0, r.k1)
-        return three((rows == 0) & (columns == 0), (rows == r.q1 - r.q0) | (columns == r.k1 - r.k0))
+        return tri_state((rows == 0) & (columns == 0), (rows == r.q1 - r.q0) | (columns == r.k1 - r.k0))
 
     def _slabs(self, r: Region) -> Slabs:
         """Rows among the positions see everything, those between them the positions."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
-from truemask.geometry.logic import States, three
+from truemask.geometry.logic import States, tri_state
 from truemask.geometry.ranges import RangeTable
 from truemask.geometry.slabs.algebra import pieces
 from truemask.geometry.slabs.slabs import Region, Slabs, affordable
@@ -71,7 +71,7 @@ class Tree(Mask):
         q_low, q_high = first.between(r.b, r.q0, r.q1)
         k_low, k_high = first.between(r.b, r.k0, r.k1)
         stop_low, stop_high = stop.between(r.b, r.k0, r.k1)
-        return three((stop_high <= q_low) | (k_low > q_high), (k_high <= q_low) & (q_high < stop_low))
+        return tri_state((stop_high <= q_low) | (k_low > q_high), (k_high <= q_low) & (q_high < stop_low))
 
     def _slabs(self, r: Region) -> Slabs:
         """Each node's rows see the runs of its ancestors, and its own tokens up to the row."""
