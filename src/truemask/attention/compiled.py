@@ -29,7 +29,7 @@ from truemask.backends.shared.autograd import differentiable_once
 from truemask.biases import Alibi, Bias, Relative, alibi, relative
 from truemask.common.torch_internals import at_once, recorded_by_autograd, transform
 from truemask.errors import PlanError
-from truemask.masks.core.deferred import BUILDERS, Note, Traced, read
+from truemask.masks.core.deferred import BUILDERS, DeferredMask, DeferredText, read_deferred
 
 # -- tracing -----------------------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) 
     exporting = torch.compiler.is_exporting()
     at_once(let_dynamo_pass if exporting else refuse_transforms)
     q, k, v = cast(q, k, v)
-    note = Note(by_number=exporting)
+    note = DeferredText(by_number=exporting)
     text = note.write(mask)
     bias, form = _as_tensor(args.bias)
     options = args._replace(bias=bias)
@@ -55,7 +55,7 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) 
 
 
 def _as_tensor(bias: Any) -> tuple[Tensor | None, str]:
-    """A bias as the tensor that may want gradients, and a note (traced.py) of the bias that holds it."""
+    """A bias as the tensor that may want gradients, and a note (deferred.py) of the bias that holds it."""
     if isinstance(bias, Alibi):
         return bias.slopes, "alibi(T0, {})"
     if isinstance(bias, Relative):
@@ -72,11 +72,11 @@ BUILDERS.update(alibi=alibi, relative=relative)
 
 def positions_traced(builder: str, mask: Any, numbers: list[int]) -> Tensor:
     """What `builder` says of a mask and a layout, int64 `[b, n]`: a tensor of positions, while dynamo traces."""
-    note = Note(by_number=torch.compiler.is_exporting())
-    text = note.write(Traced(builder, (mask, numbers, {})))
+    note = DeferredText(by_number=torch.compiler.is_exporting())
+    text = note.write(DeferredMask(builder, (mask, numbers, {})))
     if torch.compiler.is_exporting():
         at_once(let_dynamo_pass)
-        return read(text, note.tensors, note.ints, note.floats)
+        return read_deferred(text, note.tensors, note.ints, note.floats)
     return torch.ops.truemask.positions(text, note.tensors, note.ints, note.floats, numbers[0], numbers[2])
 
 
@@ -85,7 +85,7 @@ def positions_op(
     text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], batch: int, rows: int
 ) -> Tensor:
     """A note of positions, read."""
-    return read(text, tensors, ints, floats).clone(memory_format=torch.contiguous_format)
+    return read_deferred(text, tensors, ints, floats).clone(memory_format=torch.contiguous_format)
 
 
 @positions_op.register_fake
@@ -104,14 +104,14 @@ def attend_exported(*args: Any) -> tuple[Tensor, ...]:
     That graph is traced again before the export ends, and then nothing but torch's operations is left of it.
     """
     op = OperatorArgs.of(args)
-    mask = read(op.mask, op.tensors, op.ints, op.floats)
+    mask = read_deferred(op.mask, op.tensors, op.ints, op.floats)
     result = attend_plain(op.q, op.k, op.v, mask, _options(op), seed=op.seed)
     return tuple(x for x in result if x is not None)
 
 
 def let_dynamo_pass(_: Any) -> None:
     """Called by dynamo, which is not imported before somebody needs it."""
-    for function in (attend_exported, read):
+    for function in (attend_exported, read_deferred):
         torch.compiler.allow_in_graph(function)
 
 
@@ -161,7 +161,7 @@ def _options(op: OperatorArgs) -> AttendArgs:
             "tensors another bias object reads"
         )
     bias = op.tensor("bias")
-    return op.options._replace(bias=read(op.bias_form, [] if bias is None else [bias], (), ()))
+    return op.options._replace(bias=read_deferred(op.bias_form, [] if bias is None else [bias], (), ()))
 
 
 def _read(op: OperatorArgs, mask: Any) -> Call:
@@ -170,7 +170,7 @@ def _read(op: OperatorArgs, mask: Any) -> Call:
 
 def _eagerly(op: OperatorArgs) -> Result:
     """The call as it runs without `torch.compile`."""
-    mask = read(op.mask, op.tensors, op.ints, op.floats)
+    mask = read_deferred(op.mask, op.tensors, op.ints, op.floats)
     return run(_read(op, mask), op.seed)
 
 

@@ -16,7 +16,7 @@ class OperatorArgs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: str  # as `Note` wrote it, with the tensors, ints and floats of its places
+    mask: str  # as `DeferredText` wrote it, with the tensors, ints and floats of its places
     tensors: Sequence[Tensor]
     ints: Sequence[int]
     floats: Sequence[float]

@@ -24,7 +24,7 @@ from truemask.common.formatting import describe
 from truemask.common.real_tensors import for_now, is_recorded, ordinary_tensors, trusted
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import conjunction, everything
-from truemask.masks.core.deferred import BUILDERS, recorded
+from truemask.masks.core.deferred import BUILDERS, deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.masks.leaves.bands import causal
@@ -78,7 +78,7 @@ def read_masks(
     return user
 
 
-@recorded
+@deferrable
 def _read_later(mask: Mask | Tensor | str | None, attn_mask: Mask | Tensor | str | None, numbers: list[Any]) -> Mask:
     tensor = next((x for x in (mask, attn_mask) if isinstance(x, Tensor)), torch.empty(0))
     return read_masks(mask, attn_mask, Layout(*numbers), tensor)
@@ -106,7 +106,7 @@ def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
     return mask.at(q_start=layout.first_row) if layout.first_row else mask
 
 
-@recorded
+@deferrable
 def _combine_later(user: Mask, numbers: list[Any], causal_too: bool) -> Mask:
     return combine(user, Layout(*numbers), causal_too=causal_too)
 

@@ -460,7 +460,7 @@ def test_a_mask_remembers_few_forms_and_no_large_ones() -> None:
     mask = tm.blocks(3)
     for n in range(1, 20):
         mask.count(n)
-    assert len(vars(mask)["_known"]) <= exact.KEPT
+    assert len(vars(mask)["_known"]) <= exact.KEPT_FORMS
     mask.count(3 * (exact.KEPT_RUNS + 2))
     assert all(x.ends.shape[1] <= exact.KEPT_RUNS for x in vars(mask)["_known"].values())
 

@@ -19,7 +19,7 @@ import torch
 import truemask as tm
 from tests.support.cases import CASES, Case
 from truemask.masks.core.data import Data
-from truemask.masks.core.value import DEEPEST
+from truemask.masks.core.value import MAX_DEPTH
 
 SAVABLE = [case for case in CASES if "predicate" not in case.name]
 
@@ -67,7 +67,7 @@ def test_copies_have_handles_of_their_own() -> None:
 
 def test_the_deepest_expression_pickles() -> None:
     mask = tm.causal
-    for number in range(DEEPEST // 2 - 1):
+    for number in range(MAX_DEPTH // 2 - 1):
         mask = (mask | tm.window(number + 1)) & tm.prefix(number)
     assert pickle.loads(pickle.dumps(mask)) == mask
 

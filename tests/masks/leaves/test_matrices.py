@@ -26,7 +26,7 @@ from truemask.geometry.ranges import Areas
 from truemask.geometry.slabs.slabs import Region
 from truemask.geometry.tiles.tile_map import TileMap
 from truemask.masks.core import queries
-from truemask.masks.core.data import STRIDE, Data
+from truemask.masks.core.data import STRIDE_WORDS, Data
 from truemask.masks.core.exact_form import exact_slabs
 from truemask.masks.leaves import tile_sample as sampled
 from truemask.masks.leaves.matrices import Dense
@@ -241,24 +241,24 @@ def test_areas(data: st.DataObject, height: int, width: int, most: int) -> None:
 
 
 def test_data_with_one_fingerprint_are_told_apart_by_their_bytes() -> None:
-    words = torch.arange(3 * STRIDE).view(3, STRIDE)
+    words = torch.arange(3 * STRIDE_WORDS).view(3, STRIDE_WORDS)
     first, second = Data(words), Data(words[[1, 0, 2]])
     assert first.fingerprint == second.fingerprint
     assert first != second
     assert len({first, second, Data(words.clone())}) == 2
-    assert Data(words.bool()) != Data(words > 0).reshaped(STRIDE, 3)
+    assert Data(words.bool()) != Data(words > 0).reshaped(STRIDE_WORDS, 3)
     assert Data(words[0]) != Data(words[0].double())
 
 
 def test_masks_of_one_fingerprint_have_plans_of_their_own() -> None:
-    cells = torch.zeros(2 * STRIDE, 8, dtype=torch.bool)
-    cells[:STRIDE, 0], cells[STRIDE:, 1] = True, True
-    other = cells.roll(STRIDE, 0)
+    cells = torch.zeros(2 * STRIDE_WORDS, 8, dtype=torch.bool)
+    cells[:STRIDE_WORDS, 0], cells[STRIDE_WORDS:, 1] = True, True
+    other = cells.roll(STRIDE_WORDS, 0)
     assert hash(tm.dense(cells)) == hash(tm.dense(other))
-    q, k = torch.randn(1, 1, 2 * STRIDE, 8), torch.randn(1, 1, 8, 8)
-    first, second = (tm.attend(q, k, k, mask)[0, 0, :STRIDE] for mask in (cells, other))
-    torch.testing.assert_close(first, k[0, 0, :1].expand(STRIDE, 8))
-    torch.testing.assert_close(second, k[0, 0, 1:2].expand(STRIDE, 8))
+    q, k = torch.randn(1, 1, 2 * STRIDE_WORDS, 8), torch.randn(1, 1, 8, 8)
+    first, second = (tm.attend(q, k, k, mask)[0, 0, :STRIDE_WORDS] for mask in (cells, other))
+    torch.testing.assert_close(first, k[0, 0, :1].expand(STRIDE_WORDS, 8))
+    torch.testing.assert_close(second, k[0, 0, 1:2].expand(STRIDE_WORDS, 8))
 
 
 def test_a_tensor_changed_after_the_call_changes_nothing_that_is_kept() -> None:

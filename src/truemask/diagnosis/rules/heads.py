@@ -50,6 +50,6 @@ def _groups(x: Subject) -> list[list[int]]:
     samples = x.mask.batch_size or x.batch or 1
     groups: dict[Hashable, list[int]] = {}
     for h in range(count):
-        alike = tuple(x.mask._variant(b, h) for b in range(samples))
+        alike = tuple(x.mask._distinct_key(b, h) for b in range(samples))
         groups.setdefault(alike, []).append(h)
     return list(groups.values())

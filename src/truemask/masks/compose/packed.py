@@ -109,7 +109,7 @@ class Packed(Mask):
             inside = all_of([inside, Slabs(rows, after(some), 2 * np.stack([k_first, k_stop])[:, spare])])
         return inside.between(r.q0, r.q1)
 
-    def _settles(self, k_stop: int) -> None:
+    def _periodic_from(self, k_stop: int) -> None:
         return None  # every document begins anew, and there are no rows beyond the last
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -179,11 +179,11 @@ class Padded(Mask):
         real = all_of([base, bands(q0, r.q1, start, 0, FAR, 0)])
         return stacked([blank(r.q0, q0), real]) if r.q0 < q0 else real
 
-    def _variant(self, b: int, h: int) -> Hashable:
-        return int(self._start(np.array(b))), self.base._variant(b, h)
+    def _distinct_key(self, b: int, h: int) -> Hashable:
+        return int(self._start(np.array(b))), self.base._distinct_key(b, h)
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
-        found = self.base._settles(k_stop)
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
+        found = self.base._periodic_from(k_stop)
         return None if found is None else (found[0] + low_high(self.starts)[1], found[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -250,8 +250,8 @@ class Prepended(Mask):
                 parts.append(any_of([extra, all_of([own, bands(q0, q1, self.k, 0, FAR, 0)])]))
         return stacked(parts)
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
-        found = self.base._settles(max(0, k_stop - self.k))
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
+        found = self.base._periodic_from(max(0, k_stop - self.k))
         return None if found is None else (found[0] + self.q, found[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:

@@ -19,7 +19,7 @@ from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import Flags, Region
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.data import Data, integers
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import look_up, low_high, within
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.registry import operand
@@ -72,9 +72,9 @@ class _Choice(Mask):
     def _plane(self, r: Region) -> Flags:
         return self._entry(r.b, r.h)[1]._plane(r)
 
-    def _variant(self, b: int, h: int) -> Hashable:
+    def _distinct_key(self, b: int, h: int) -> Hashable:
         which, mask = self._entry(b, h)
-        return which, mask._variant(b, h)
+        return which, mask._distinct_key(b, h)
 
     def _sort(self, entry: np.ndarray, r: Rectangles) -> States:
         distinct, place = self._distinct
@@ -144,7 +144,7 @@ class PerSample(_Choice):
         return self._sort(r.b, r)
 
 
-@recorded
+@deferrable
 def per_head(masks: Any) -> Mask:
     """A mask for each query head, in order.
 
@@ -155,7 +155,7 @@ def per_head(masks: Any) -> Mask:
     return PerHead(_masks(masks, "per_head"))
 
 
-@recorded
+@deferrable
 def per_sample(masks: Any) -> Mask:
     """A mask for each sample of the batch, in order.
 
@@ -232,8 +232,8 @@ class Select(Mask):
         b, h = self._places(r.b, r.h)
         return self.base.form_in(r._replace(b=b, h=h))
 
-    def _variant(self, b: int, h: int) -> Hashable:
-        return self.base._variant(*self._places(b, h))
+    def _distinct_key(self, b: int, h: int) -> Hashable:
+        return self.base._distinct_key(*self._places(b, h))
 
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return self.base._tile_key(r.moved(b=_pick(self.samples, r.b), h=_pick(self.heads, r.h)))

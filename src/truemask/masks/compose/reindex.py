@@ -43,7 +43,7 @@ class At(Mask):
             return base
         if isinstance(base, At):
             base, q_start, k_start = base.base, base.q_start + q_start, base.k_start + k_start
-        # Decoding makes one in every step: no ticket (traced.py writes it out), and nothing asked twice.
+        # Decoding makes one in every step: no handle (deferred.py writes it out), and nothing asked twice.
         new = object.__new__(cls)
         known = {name: getattr(base, name) for name in ("batch_size", "head_count", "varies_with_query")}
         known |= {"base": base, "q_start": q_start, "k_start": k_start}
@@ -74,8 +74,8 @@ class At(Mask):
         q, k = np.int64(self.q_start), np.int64(self.k_start)
         return self.base._tile_key(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
-        found = self.base._settles(k_stop + self.k_start)
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
+        found = self.base._periodic_from(k_stop + self.k_start)
         return None if found is None else (max(0, found[0] - self.q_start), found[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -169,10 +169,10 @@ class Take(Mask):
         base = self.base.slabs_in(Region(r.b, r.h, q, q + q1 - q0, k, k + k1 - k0, r.known)).moved(q0 - q, k0 - k)
         return base if self.k is None else all_of([base, bands(q0, q1, k0, 0, k1, 0)])
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
         if self.q is not None:
             return None  # any row may see any key, up to the last one taken
-        return self.base._settles(k_stop if self.k is None else _stop(self.k))
+        return self.base._periodic_from(k_stop if self.k is None else _stop(self.k))
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         for side, stop, name in ((self.q, q_stop, "queries"), (self.k, k_stop, "keys")):
@@ -226,7 +226,7 @@ class Transposed(Mask):
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return self.base._tile_key(Rectangles(r.b, r.h, r.k0, r.k1, r.q0, r.q1))
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
         return None  # the base would have to say it of its rows
 
     def _check(self, q_stop: int, k_stop: int) -> None:

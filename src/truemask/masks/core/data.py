@@ -17,10 +17,10 @@ from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import is_late, is_real, is_recorded, ordinary_tensors, remembered
 from truemask.errors import MaskError, PlanError
 
-LONGEST = 1 << 24  # positions that a mask may hold a table for: tokens of packed documents and trees, global tokens
-SHOWN = 64  # data of at most this many numbers is written out in a mask's text
-STRIDE = 1021  # words that a fingerprint adds up separately: a prime, so that rows moved down make another one
-COMPARED = 1 << 22  # bytes compared at once
+MAX_TOKENS = 1 << 24  # that a mask may hold a table for: of packed documents and trees, global ones
+SHOWN_NUMBERS = 64  # data of at most this many numbers is written out in a mask's text
+STRIDE_WORDS = 1021  # words that a fingerprint adds up separately: a prime, so that rows moved down make another one
+COMPARED_BYTES = 1 << 22  # bytes compared at once
 
 
 class Data(HoldsArrays):
@@ -67,8 +67,8 @@ class Data(HoldsArrays):
         """
         raw = self._raw
         words = raw[: raw.nbytes // 8 * 8].view(np.int64)
-        whole_rows = len(words) // STRIDE * STRIDE
-        sums = words[:whole_rows].reshape(-1, STRIDE).sum(0)  # wraps around, which is as good
+        whole_rows = len(words) // STRIDE_WORDS * STRIDE_WORDS
+        sums = words[:whole_rows].reshape(-1, STRIDE_WORDS).sum(0)  # wraps around, which is as good
         rest = raw[whole_rows * 8 :].tobytes()
         return hash((str(self.tensor.dtype), tuple(self.tensor.shape), sums.tobytes(), rest))
 
@@ -82,8 +82,8 @@ class Data(HoldsArrays):
         if self.tensor.dtype != other.tensor.dtype or self.tensor.shape != other.tensor.shape:
             return False
         mine, theirs = self._raw, other._raw
-        parts = range(0, len(mine), COMPARED)
-        return all(np.array_equal(mine[i : i + COMPARED], theirs[i : i + COMPARED]) for i in parts)
+        parts = range(0, len(mine), COMPARED_BYTES)
+        return all(np.array_equal(mine[i : i + COMPARED_BYTES], theirs[i : i + COMPARED_BYTES]) for i in parts)
 
     @remembered
     def array(self) -> NDArray[Any]:
@@ -115,7 +115,7 @@ class Data(HoldsArrays):
     @property
     def complete(self) -> bool:
         """Whether `text` holds every number."""
-        return not self.late and self.tensor.numel() <= SHOWN
+        return not self.late and self.tensor.numel() <= SHOWN_NUMBERS
 
     def arrays(self) -> Iterator[Tensor]:
         """The tensor, of which all else is a view; none while nobody has its numbers."""

@@ -33,22 +33,22 @@ from truemask.masks.core.value import Written
 # What is done instead:
 #
 # * A mask from outside enters the graph as its handle, a tensor of one number (handles.py).
-# * What is built inside is not built. `mask.at(q_start=start) & window(64)` becomes a `Traced`, a mask that remembers
-#   names and arguments: `build` (registry.py) makes it in place of what an operator makes, `recorded` in place of what
-#   a public function makes. Only `attend` and the modules can use it, and any question refuses.
-# * `Note` writes it as text with places for what may change from call to call, which are inputs of the graph:
+# * What is built inside is not built. `mask.at(q_start=start) & window(64)` becomes a `DeferredMask`, which remembers
+#   names and arguments: `build` (registry.py) makes it in place of what an operator makes, `deferrable` in place of
+#   what a public function makes. Only `attend` and the modules can use it, and any question refuses.
+# * `DeferredText` writes it as text with places for what may change from call to call, which are inputs of the graph:
 #
 #       _and(_at(M0, I0, I1), window(I2, {}))      masks M and tensors T of the list of tensors, ints I, floats F
 #
-# * `read` makes the mask from the text in every call, with its places filled; equal ones are made once.
+# * `read_deferred` makes the mask from the text in every call, with its places filled; equal ones are made once.
 # * `torch.export` runs what it traces once more before it ends: there a mask from outside is written by its number.
 
 P = ParamSpec("P")
 BUILDERS: dict[str, Callable[..., Any]] = {}
 
 
-class Traced(Mask):
-    """A mask that somebody will build: `builder` is a kind or a recorded function."""
+class DeferredMask(Mask):
+    """A mask that somebody will build: `builder` is a kind or a deferrable function."""
 
     def __init__(self, builder: str, args: tuple[Any, ...]) -> None:
         self.builder, self.args = builder, args
@@ -69,11 +69,11 @@ class Traced(Mask):
         )
 
 
-register_deferred(Traced)
+register_deferred(DeferredMask)
 BUILDERS["numbered"] = mask_of
 
 
-def recorded(fn: Callable[P, Mask]) -> Callable[P, Mask]:
+def deferrable(fn: Callable[P, Mask]) -> Callable[P, Mask]:
     """A public function that makes a mask, able to stand in a compiled function."""
     name = fn.__name__
     BUILDERS[name] = fn
@@ -83,13 +83,13 @@ def recorded(fn: Callable[P, Mask]) -> Callable[P, Mask]:
     @wraps(fn)
     def build_or_defer(*args: P.args, **keywords: P.kwargs) -> Mask:
         if torch.compiler.is_dynamo_compiling():
-            return Traced(name, (*args, keywords))
+            return DeferredMask(name, (*args, keywords))
         return made_apart(fn, args, keywords) if is_diverted() else fn(*args, **keywords)
 
     return build_or_defer
 
 
-class Note:
+class DeferredText:
     """Text, and the values for its places; written while tracing.
 
     With `by_number` the text names masks from outside itself: it is read before the tracing ends.
@@ -103,10 +103,10 @@ class Note:
 
     def write(self, value: Any) -> str:
         """The text of a mask or an argument; what may change is kept aside."""
-        if isinstance(value, Traced):
+        if isinstance(value, DeferredMask):
             return f"{value.builder}({', '.join([self.write(arg) for arg in value.args])})"
         if isinstance(value, Mask) and value.kind == "at":
-            return self.write(Traced("_at", (value.base, value.q_start, value.k_start)))  # pyright: ignore
+            return self.write(DeferredMask("_at", (value.base, value.q_start, value.k_start)))  # pyright: ignore
         if isinstance(value, Mask) and self.by_number:
             return f"numbered({value.number!r}, {{}})"
         if isinstance(value, Mask):
@@ -147,8 +147,8 @@ class Values(NamedTuple):
     floats: tuple[float, ...]
 
 
-def read(text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Any:
-    """What `Note` wrote, with these values in its places: a mask, a tensor or None."""
+def read_deferred(text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Any:
+    """What `DeferredText` wrote, with these values in its places: a mask, a tensor or None."""
     kinds = _kinds(text)
     masks = tuple(mask_of(tensors[i]) if kinds.get(i) == "M" else None for i in range(len(tensors)))
     if "T" not in kinds.values() and not is_recorded():

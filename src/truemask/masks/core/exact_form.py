@@ -19,9 +19,10 @@ from truemask.geometry.tiles.quadtree import TooManyTilesError, classify_tiles
 from truemask.geometry.tiles.tile_map import Evaluate, Ints, Plane, Rectangles, TileKey, TileMap
 from truemask.masks.core.value import Value
 
-MOST_ROWS = 1 << 24  # of tiles, that a map may have
-MOST_EVALUATED, MOST_MIXED = 1 << 30, 1 << 23  # cells that a question may evaluate (a minute or a few), and tiles
-KEPT, KEPT_RUNS = 4, 1 << 16  # exact forms that a mask remembers, and how many runs one may have
+MAX_TILE_ROWS = 1 << 24  # of tiles, that a map may have
+MAX_EVALUATED_CELLS = 1 << 30  # that a question may evaluate: a minute or a few
+MAX_MIXED_TILES = 1 << 23  # that a question may look at
+KEPT_FORMS, KEPT_RUNS = 4, 1 << 16  # exact forms that a mask remembers, and how many runs one may have
 
 Answer = TypeVar("Answer")
 
@@ -34,7 +35,7 @@ def variants(mask: Value, samples: int, heads: int) -> tuple[list[tuple[int, int
     members: list[tuple[int, int]] = []
     which = np.zeros((samples, heads), np.int64)
     for b, h in np.ndindex(samples, heads):
-        number = numbers.setdefault(mask._variant(b, h), len(numbers))
+        number = numbers.setdefault(mask._distinct_key(b, h), len(numbers))
         which[b, h] = number
         if number == len(members):
             members.append((b, h))
@@ -69,7 +70,7 @@ def unmerged_slabs(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> Slab
     except NoExactFormError:
         slabs = None
     if slabs is None or slabs.ends.shape[1] <= KEPT_RUNS:
-        if len(remembered) >= KEPT:
+        if len(remembered) >= KEPT_FORMS:
             remembered.clear()
         remembered[key] = slabs
     return slabs
@@ -80,7 +81,7 @@ def tile_map(
 ) -> TileMap:
     """The tiles of one sample and head: `[1, 1, rows, columns]`."""
     shape = (1, 1, -(-q_len // block[0]), -(-kv_len // block[1]))
-    if shape[2] > MOST_ROWS:
+    if shape[2] > MAX_TILE_ROWS:
         raise MaskError(f"{q_len} queries are {shape[2]} rows of tiles of {block[0]}: ask with larger blocks")
     slabs = exact_slabs(mask, b, h, q_len, kv_len)
     if slabs is not None:
@@ -97,9 +98,9 @@ def tile_map(
 
 def searched_tiles(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> TileMap:
     """The tiles of a mask without exact form, if looking at their cells is affordable."""
-    tiles = tile_map(mask, b, h, q_len, kv_len, (128, 128), MOST_MIXED)
+    tiles = tile_map(mask, b, h, q_len, kv_len, (128, 128), MAX_MIXED_TILES)
     cells = tiles.cells_to_evaluate
-    if cells > MOST_EVALUATED:
+    if cells > MAX_EVALUATED_CELLS:
         raise _too_large(mask, f"{cells} cells to evaluate are too many", q_len, kv_len)
     return tiles
 

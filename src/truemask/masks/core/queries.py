@@ -25,7 +25,7 @@ from truemask.masks.core.slab_tensors import SlabTensors, slab_tensors
 from truemask.masks.core.value import ANY, Value
 from truemask.masks.core.verdict import Cell, Verdict
 
-TILED_FROM = 1 << 16  # cells from which on a dense mask is filled tile by tile
+TILED_FROM_CELLS = 1 << 16  # cells from which on a dense mask is filled tile by tile
 
 
 class Sizes(NamedTuple):
@@ -81,7 +81,7 @@ def tiles(mask: Value, sizes: Sizes, block: int | tuple[int, int]) -> TileMap:
 
 def dense(mask: Value, sizes: Sizes, device: torch.device | str) -> Tensor:
     """Every cell, `[b, h, q, k]`."""
-    if torch.device(device).type == "cpu" and sizes.q_len * sizes.kv_len > TILED_FROM:
+    if torch.device(device).type == "cpu" and sizes.q_len * sizes.kv_len > TILED_FROM_CELLS:
         return torch.from_numpy(_planes(mask, sizes) if mask.holds_cells else tiles(mask, sizes, 128).dense())
     return mask.truth(*indices(*sizes, device)).contiguous()
 
@@ -191,7 +191,7 @@ def first(mask: Value, sizes: Sizes) -> Cell | None:
 
 def last_query(mask: Value, q_start: int, kv_len: int) -> int:
     """A row behind which no query sees any of the first keys that none before saw."""
-    periodic = mask._settles(kv_len)
+    periodic = mask._periodic_from(kv_len)
     held = rows_held(mask)
     if periodic is None and held is None:
         raise MaskError(

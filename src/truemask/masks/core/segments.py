@@ -9,7 +9,7 @@ from torch import Tensor
 from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
-from truemask.masks.core.data import LONGEST, Data, integers
+from truemask.masks.core.data import MAX_TOKENS, Data, integers
 from truemask.masks.core.lookup import low_high
 
 
@@ -76,8 +76,8 @@ def _lengths(value: object, name: str) -> Data:
     if data.tensor.numel() == 0 or low_high(data)[0] < 0:
         raise MaskError(f"{name} are tokens per document, 0 or more and at least one document: got {data.text}")
     totals = data.tensor.sum(-1)
-    if low_high(data)[1] > LONGEST or int(totals.sum()) > LONGEST:
-        raise MaskError(f"{name} may add up to at most {LONGEST} tokens over all samples, got {data.text}")
+    if low_high(data)[1] > MAX_TOKENS or int(totals.sum()) > MAX_TOKENS:
+        raise MaskError(f"{name} may add up to at most {MAX_TOKENS} tokens over all samples, got {data.text}")
     if totals.ndim and len(set(totals.tolist())) > 1:
         raise MaskError(
             f"{name} of the samples must add up to the same row length, got {totals.tolist()}: "

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ANY = 0  # the size of an axis over which a mask varies without holding a number of entries
-DEEPEST = 200  # nesting of an expression: far more than anyone writes, far less than Python's own limit
+MAX_DEPTH = 200  # nesting of an expression: far more than anyone writes, far less than Python's own limit
 
 Written = tuple[str, int]
 
@@ -72,21 +72,21 @@ class Value(ABC):
         """The same, which may be unmerged or negated."""
         return NormalForm(self._slabs(r))
 
-    def _variant(self, b: int, h: int) -> Hashable:
+    def _distinct_key(self, b: int, h: int) -> Hashable:
         """What tells sample b and head h from others: those that share it have the same mask."""
         own = [part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2]
-        return (*own, *(child._variant(b, h) for child in self.children))
+        return (*own, *(child._distinct_key(b, h) for child in self.children))
 
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         """Numbers that are equal for tiles (of one size) only if their cells are."""
         return [r.q0, r.k0, *([r.b] if self.batch_size != 1 else []), *([r.h] if self.head_count != 1 else [])]
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
         """A row from which on what is seen of the keys below `k_stop` repeats, and with what period; None: never.
 
         Rows beyond the mask's data do not count.
         """
-        answers = [child._settles(k_stop) for child in self.children]
+        answers = [child._periodic_from(k_stop) for child in self.children]
         periodic = [pair for pair in answers if pair is not None]
         if len(periodic) < len(answers) or (not answers and self._reads_query):
             return None  # a leaf whose rows hold data never settles before they end
@@ -238,9 +238,9 @@ class Value(ABC):
             yield from child.walk()
 
     def __post_init__(self) -> None:
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise MaskError(
-                f"this expression is nested more than {DEEPEST} deep: combine masks of one kind flatly instead"
+                f"this expression is nested more than {MAX_DEPTH} deep: combine masks of one kind flatly instead"
             )
         _ = self.batch_size, self.head_count  # parts that hold data for different numbers of samples are an error here
 

@@ -26,7 +26,7 @@ from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.per_token import keys
 
 BRIGHT = 0.5  # of the brightest: from here on a pixel may attend
-LARGEST = 1 << 30  # bytes of a file that is read
+MAX_FILE_BYTES = 1 << 30  # bytes of a file that is read
 
 
 def is_file(text: str) -> bool:
@@ -78,8 +78,8 @@ def read_mask(path: Path, name: str | None = None, axes: str | None = None) -> R
         raise MaskError(f"{path.name}: masks are read from {', '.join(READERS)}{suggest(path.suffix, READERS)}")
     if not path.is_file():
         raise MaskError(f"there is no file {path}")
-    if path.stat().st_size > LARGEST:
-        raise MaskError(f"{path.name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise MaskError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
     try:
         found = reader(path)
     except MaskError:

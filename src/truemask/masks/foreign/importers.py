@@ -7,7 +7,7 @@ from torch import Tensor
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.tensors import (
     additive_visible,
@@ -24,7 +24,7 @@ from truemask.masks.foreign.tensors import (
 from truemask.masks.leaves.bands import causal
 
 
-@recorded
+@deferrable
 def from_torch_sdpa(attn_mask: Tensor) -> Mask:
     """The boolean `attn_mask` of `F.scaled_dot_product_attention`: True = attend, so nothing is flipped.
 
@@ -55,7 +55,7 @@ def from_torch_sdpa(attn_mask: Tensor) -> Mask:
     return from_cells("from_torch_sdpa", "attn_mask", attn_mask)
 
 
-@recorded
+@deferrable
 def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
     """A float mask that is added to the scores: 0 = attend, the lowest numbers = hidden.
 
@@ -77,7 +77,7 @@ def from_additive(bias: Tensor, axes: str | None = None) -> Mask:
     return from_cells("from_additive", "the mask", additive_visible("from_additive", "the mask", bias), axes)
 
 
-@recorded
+@deferrable
 def from_torch_mha(
     attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None, *, num_heads: int | None = None
 ) -> Mask:
@@ -122,7 +122,7 @@ def from_torch_mha(
     return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
-@recorded
+@deferrable
 def from_huggingface_2d(attention_mask: Tensor) -> Mask:
     """The 2-D `attention_mask` of Hugging Face: 1 = a real token, 0 = padding. It speaks of keys only.
 
@@ -150,7 +150,7 @@ def from_huggingface_2d(attention_mask: Tensor) -> Mask:
     return key_visibility(zeros_and_ones(where, "attention_mask", attention_mask))
 
 
-@recorded
+@deferrable
 def from_x_transformers(
     mask: Tensor | None = None, attn_mask: Tensor | None = None, *, heads: int | None = None
 ) -> Mask:
@@ -187,7 +187,7 @@ def from_x_transformers(
     return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
-@recorded
+@deferrable
 def from_keras(attention_mask: Tensor | None = None, use_causal_mask: bool = False) -> Mask:
     """The masks of Keras' `MultiHeadAttention`: True = attend, ANDed with a top-left causal one if asked.
 

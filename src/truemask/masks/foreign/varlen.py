@@ -20,7 +20,7 @@ from truemask.geometry.slabs.measure import first_cell
 from truemask.geometry.slabs.slabs import FAR, Ints, Slabs, stacked
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.data import integers
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.slab_tensors import SlabTensors
 from truemask.masks.formats.as_mask import expression
@@ -209,7 +209,7 @@ def _differs(mask: Mask, cell: tuple[int, int], sizes: tuple[int, int], samples:
     )
 
 
-@recorded
+@deferrable
 def from_varlen(
     cu_seqlens_q: object,
     cu_seqlens_k: object = None,

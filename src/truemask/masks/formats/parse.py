@@ -15,7 +15,7 @@ from truemask.common.formatting import suggest
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.compose.per_axis import per_head, per_sample
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, local, window
 from truemask.masks.leaves.documents import documents, same
@@ -24,11 +24,11 @@ from truemask.masks.leaves.patterns import dilated, grid, random, strided
 from truemask.masks.leaves.per_token import global_tokens, keys, padding, prefix, queries
 from truemask.masks.leaves.tree import tree
 
-LONGEST = 20_000  # characters
-DEEPEST = 100  # brackets, or signs in a row
-LONGEST_NUMBER = 30  # digits
-SIGNS = re.compile(rf"([~+-]\s*){{{DEEPEST},}}")
-DIGITS = re.compile(rf"\b\d\w{{{LONGEST_NUMBER},}}")
+MAX_CHARACTERS = 20_000  # characters
+MAX_NESTING = 100  # brackets, or signs in a row
+MAX_DIGITS = 30  # digits
+SIGNS = re.compile(rf"([~+-]\s*){{{MAX_NESTING},}}")
+DIGITS = re.compile(rf"\b\d\w{{{MAX_DIGITS},}}")
 
 VALUES: dict[str, Mask] = {"causal": causal, "everything": everything, "nothing": nothing}
 FUNCTIONS: dict[str, Callable[..., Mask]] = {
@@ -47,7 +47,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Mask, Mask], Mask]] = {
 }
 
 
-@recorded
+@deferrable
 def parse(text: str) -> Mask:
     """The mask that a text of the language says; the inverse of `str(mask)` where `mask.has_text`.
 
@@ -85,7 +85,7 @@ def _reason(error: BaseException) -> str:
 
 def _bounded(text: str) -> None:
     """Refuse what would cost Python's parser more than a moment, and what text cannot say."""
-    start = text[:LONGEST]
+    start = text[:MAX_CHARACTERS]
     if found := re.search(r"\b(\w+)\((?:\w+=)?<|<\w+ \[[\d, ]*\] #[0-9a-f]+>|\bpredicate\(", start):
         name = found[1] or ("predicate" if found[0] == "predicate(" else "this mask")
         what = "is a function, which text cannot carry: build it in Python"
@@ -97,17 +97,17 @@ def _bounded(text: str) -> None:
     depth = 0
     for place, sign in enumerate(start):
         depth += (sign in "([{") - (sign in ")]}")
-        if depth > DEEPEST:
-            raise _error(start, f"more than {DEEPEST} brackets inside each other", place, place + 1)
+        if depth > MAX_NESTING:
+            raise _error(start, f"more than {MAX_NESTING} brackets inside each other", place, place + 1)
     for found, what in (
-        (SIGNS.search(start), f"more than {DEEPEST} signs in a row"),
-        (DIGITS.search(start), f"a number of more than {LONGEST_NUMBER} digits"),
+        (SIGNS.search(start), f"more than {MAX_NESTING} signs in a row"),
+        (DIGITS.search(start), f"a number of more than {MAX_DIGITS} digits"),
     ):
         if found:
             raise _error(start, what, *found.span())
-    if len(text) > LONGEST:
-        what = f"the text of a mask has at most {LONGEST} characters, this one has {len(text)}"
-        raise _error(text[: LONGEST + 50], what, LONGEST, LONGEST + 1)
+    if len(text) > MAX_CHARACTERS:
+        what = f"the text of a mask has at most {MAX_CHARACTERS} characters, this one has {len(text)}"
+        raise _error(text[: MAX_CHARACTERS + 50], what, MAX_CHARACTERS, MAX_CHARACTERS + 1)
 
 
 def _error(line: str, message: str, start: int, stop: int) -> MaskError:

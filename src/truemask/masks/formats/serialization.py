@@ -13,11 +13,11 @@ from torch import Tensor
 
 from truemask.common.formatting import describe, suggest
 from truemask.errors import MaskError
-from truemask.masks.core.data import LONGEST, Data, integers
+from truemask.masks.core.data import MAX_TOKENS, Data, integers
 from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.registry import operand
-from truemask.masks.core.value import DEEPEST
+from truemask.masks.core.value import MAX_DEPTH
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.formats.parse import FUNCTIONS
 from truemask.masks.leaves.documents import same
@@ -78,8 +78,8 @@ def from_json(expression: Json, tensors: dict[str, Tensor]) -> Mask:
 
 
 def _read(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
-    if depth > 2 * DEEPEST:
-        raise MaskError(f"this file nests masks more than {DEEPEST} deep")
+    if depth > 2 * MAX_DEPTH:
+        raise MaskError(f"this file nests masks more than {MAX_DEPTH} deep")
     match value:
         case {"kind": str() as kind, **rest}:
             if kind not in KINDS:
@@ -138,7 +138,7 @@ def _runs(parts: Json, side: str) -> tuple[Data | None, Data | None]:
     rows = np.atleast_2d(ends.array)
     totals = rows[:, -1:].ravel()
     good = ends.tensor.shape == values.tensor.shape and (np.diff(rows, axis=1, prepend=0) >= 0).all()
-    if not good or len(set(totals.tolist())) > 1 or totals.sum() > LONGEST:
+    if not good or len(set(totals.tolist())) > 1 or totals.sum() > MAX_TOKENS:
         raise MaskError("the runs of this mask's labels do not follow each other, or are too long")
     return ends, values
 

@@ -16,7 +16,7 @@ from truemask.common.arguments import LARGEST, whole
 from truemask.geometry.logic import States, tri_state
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import ATOM, call
 from truemask.masks.core.value import Written
@@ -54,7 +54,7 @@ class Causal(Mask):
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [offset(r)]
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return k_stop, 1
 
     def _write(self) -> Written:
@@ -85,14 +85,14 @@ class Window(Mask):
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [offset(r), offset(r, -self.size)]
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return k_stop + self.size, 1
 
     def _write(self) -> Written:
         return call("window", self.size)
 
 
-@recorded
+@deferrable
 def window(size: int) -> Mask:
     """The last `size` keys, the query's own included: `q - size < k <= q`. Causal already.
 
@@ -132,14 +132,14 @@ class Local(Mask):
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [offset(r, self.radius), offset(r, -self.radius - 1)]
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return k_stop + self.radius, 1
 
     def _write(self) -> Written:
         return call("local", self.radius)
 
 
-@recorded
+@deferrable
 def local(radius: int) -> Mask:
     """`radius` keys on both sides and the query's own: `abs(q - k) <= radius`, local attention.
 
@@ -181,14 +181,14 @@ class Blocks(Mask):
         ends = np.clip(np.stack([block - self.back, block + self.ahead + 1]), -far, far) * n
         return Slabs(rows, np.arange(len(rows)), 2 * ends)
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return k_stop + (self.back + 1) * self.size, 1
 
     def _write(self) -> Written:
         return call("blocks", self.size, back=self.back or None, ahead=self.ahead or None)
 
 
-@recorded
+@deferrable
 def blocks(size: int, back: int = 0, ahead: int = 0) -> Mask:
     """Within blocks of `size` positions, and with `back` blocks before and `ahead` blocks after the query's own.
 

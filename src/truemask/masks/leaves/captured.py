@@ -18,8 +18,8 @@ from torch import Tensor
 from truemask.common.real_tensors import is_real
 from truemask.masks.core.mask import Mask
 
-MOST_THINGS = 10_000  # that are looked through
-MOST_BYTES = 1 << 20  # of an array without versions, whose numbers are compared
+MAX_OBJECTS = 10_000  # that are looked through
+MAX_COMPARED_BYTES = 1 << 20  # of an array without versions, whose numbers are compared
 PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 OPAQUE = (ModuleType, type, BuiltinFunctionType)
 LIBRARIES = ("torch", "numpy", "truemask")  # whose functions read nothing of the caller's but what they close over
@@ -35,7 +35,7 @@ class State:
     def _keys(self, fn: Any) -> Iterator[Hashable]:
         seen: set[int] = set()
         left = [fn]
-        while left and len(seen) < MOST_THINGS:
+        while left and len(seen) < MAX_OBJECTS:
             one = left.pop()
             if isinstance(one, PLAIN):
                 yield type(one), one
@@ -55,7 +55,7 @@ def _version(thing: Any) -> Hashable:
 
 def _contents(thing: Any) -> Hashable:
     """The numbers of what has no version; of too many of them something that is equal to nothing."""
-    if thing.nbytes > MOST_BYTES:
+    if thing.nbytes > MAX_COMPARED_BYTES:
         return object()
     array = thing.detach().cpu().view(torch.uint8).numpy() if isinstance(thing, Tensor) and thing.ndim else thing
     return array.item() if isinstance(array, Tensor) else array.tobytes()

@@ -18,7 +18,7 @@ from truemask.geometry.ranges import RunTable, spans
 from truemask.geometry.slabs.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
 from truemask.masks.core.data import Data, integers
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import look_up, rows_of
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.registry import is_known
@@ -206,7 +206,7 @@ class Same(_Labelled):
         return call("same", q, none=None if self.none == -1 else self.none, kv_labels=k)
 
 
-@recorded
+@deferrable
 def documents(lengths: object = None, ids: object = None, kv_lengths: object = None, kv_ids: object = None) -> Mask:
     """q and k in the same document of a packed row; `lengths` in tokens, or an id for each token.
 
@@ -245,7 +245,7 @@ def _numbered(lengths: Data) -> tuple[Data, Data]:
     return Data(ends), Data(torch.arange(ends.shape[-1]).expand_as(ends))
 
 
-@recorded
+@deferrable
 def same(labels: object, none: int = -1, kv_labels: object = None) -> Mask:
     """Equal labels, and not the label `none`: image tokens, speakers, groups, in any order.
 

@@ -17,7 +17,7 @@ from truemask.geometry.ranges import Areas
 from truemask.geometry.slabs.slabs import Flags, NoExactFormError, Region, Slabs, from_cells
 from truemask.geometry.tiles.tile_map import Rectangles
 from truemask.masks.core.data import Data, flags
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import pick, within
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call
@@ -25,8 +25,8 @@ from truemask.masks.core.value import Written
 from truemask.masks.leaves.per_token import beyond
 from truemask.masks.leaves.tile_sample import SAMPLED_FROM, Sample, runs_are_few, sample_of
 
-LARGEST_READ = 1 << 28  # cells of a dense tensor that are looked through for its runs
-FEW_CELLS = 1 << 16  # up to which every exact form is worth having
+MAX_READ_CELLS = 1 << 28  # cells of a dense tensor that are looked through for its runs
+SMALL_CELLS = 1 << 16  # up to which every exact form is worth having
 GRAINS = 16  # cells of a larger tensor for each of its sums, which are eight bytes
 
 
@@ -47,7 +47,7 @@ class Dense(Mask):
 
     @remembered
     def _areas(self) -> Areas:
-        return Areas(self.tensor.array, max(FEW_CELLS, self.tensor.array.size // GRAINS))
+        return Areas(self.tensor.array, max(SMALL_CELLS, self.tensor.array.size // GRAINS))
 
     @remembered
     def sample(self) -> Sample | None:
@@ -68,9 +68,9 @@ class Dense(Mask):
 
     def _slabs(self, r: Region) -> Slabs:
         cells = self._plane(r)
-        if cells.size > LARGEST_READ:
+        if cells.size > MAX_READ_CELLS:
             raise NoExactFormError(f"{cells.size} cells are more than are read for this")
-        if cells.size > FEW_CELLS and not self._has_runs(cells):
+        if cells.size > SMALL_CELLS and not self._has_runs(cells):
             raise NoExactFormError(f"{cells.size} cells without a pattern take less room than their runs")
         return from_cells(np.arange(r.q0, r.q1 + 1), np.arange(r.k0, r.k1 + 1), cells)
 
@@ -83,10 +83,10 @@ class Dense(Mask):
         return True
 
     def _plane(self, r: Region) -> Flags:
-        b, h = self._variant(r.b, r.h)
+        b, h = self._distinct_key(r.b, r.h)
         return self.tensor.array[b, h, r.q0 : r.q1, r.k0 : r.k1]
 
-    def _variant(self, b: int, h: int) -> tuple[int, int]:
+    def _distinct_key(self, b: int, h: int) -> tuple[int, int]:
         return min(b, self.batch_size - 1), min(h, self.head_count - 1)
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -104,7 +104,7 @@ class Dense(Mask):
 AXES = {"qk": 2, "bqk": 3, "hqk": 3, "bhqk": 4}
 
 
-@recorded
+@deferrable
 def dense(tensor: object, axes: str | None = None) -> Mask:
     """A boolean tensor as a mask, True = may attend: `[q, k]`, or `[b, h, q, k]` with size 1 where it does not vary.
 
@@ -165,12 +165,12 @@ class BlockPattern(Mask):
 
     def _slabs(self, r: Region) -> Slabs:
         n = self.size
-        table = self.matrix.array.reshape(self.head_count, *self.matrix.array.shape[-2:])[self._variant(r.b, r.h)]
+        table = self.matrix.array.reshape(self.head_count, *self.matrix.array.shape[-2:])[self._distinct_key(r.b, r.h)]
         row, column = (np.arange(first // n, (stop - 1) // n + 1) for first, stop in ((r.q0, r.q1), (r.k0, r.k1)))
         rows, edges = np.append(np.maximum(row * n, r.q0), r.q1), np.append(column, column[-1] + 1) * n
         return from_cells(rows, edges, table[row[0] : row[-1] + 1, column[0] : column[-1] + 1])
 
-    def _variant(self, b: int, h: int) -> int:
+    def _distinct_key(self, b: int, h: int) -> int:
         return min(h, self.head_count - 1)
 
     def _check(self, q_stop: int, k_stop: int) -> None:
@@ -182,7 +182,7 @@ class BlockPattern(Mask):
         return call("block_pattern", self.matrix, self.size)
 
 
-@recorded
+@deferrable
 def block_pattern(matrix: object, size: int) -> Mask:
     """Any pattern of blocks: `matrix[q // size, k // size]`, bool `[rows, columns]` or `[h, rows, columns]`.
 

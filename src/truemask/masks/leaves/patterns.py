@@ -18,7 +18,7 @@ from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_an
 from truemask.geometry.slabs.algebra import pieces
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, from_cells
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call
 from truemask.masks.core.value import Written
@@ -55,14 +55,14 @@ class Dilated(Mask):
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         return [(r.k0 - r.q0) % self.step]
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return 0, self.step
 
     def _write(self) -> Written:
         return call("dilated", self.step)
 
 
-@recorded
+@deferrable
 def dilated(step: int) -> Mask:
     """Every `step`-th key, counted from the query: `(q - k) % step == 0`. Sees both ways: `causal & dilated(4)`.
 
@@ -109,7 +109,7 @@ class Strided(Mask):
         return call("strided", self.step, last=None if self.last == 1 else self.last)
 
 
-@recorded
+@deferrable
 def strided(step: int, last: int = 1) -> Mask:
     """The last `last` keys of every `step`: `k % step >= step - last`, Sparse Transformer's summary columns.
 
@@ -177,10 +177,10 @@ class Random(Mask):
         seen = np.asarray(self._draw(np.asarray(r.h), row[:, None], column) < self.limit)
         return from_cells(np.append(np.maximum(row * n, r.q0), r.q1), np.append(column, column[-1] + 1) * n, seen)
 
-    def _variant(self, b: int, h: int) -> Hashable:
+    def _distinct_key(self, b: int, h: int) -> Hashable:
         return h if self.per_head else 0
 
-    def _settles(self, k_stop: int) -> tuple[int, int] | None:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
         return (0, 1) if self.limit in (0, WORD + 1) else None
 
     def _write(self) -> Written:
@@ -188,7 +188,7 @@ class Random(Mask):
         return call("random", self.rate, **options, per_head=self.per_head or None)
 
 
-@recorded
+@deferrable
 def random(rate: float, block: int = 1, seed: int = 0, per_head: bool = False) -> Mask:
     """Each cell, or each `block` x `block` of them, with probability `rate`: the same ones everywhere, always.
 
@@ -261,7 +261,7 @@ class Grid(Mask):
         return call("grid", self.height, self.width, self.radius)
 
 
-@recorded
+@deferrable
 def grid(height: int, width: int, radius: int) -> Mask:
     """2-D neighbourhoods of an image in row order: both coordinates differ by at most `radius`.
 

@@ -23,22 +23,22 @@ from truemask.geometry.ranges import Counts, spans
 from truemask.geometry.slabs.lines import after, union
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, flag_runs, for_rows, from_cells
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import LONGEST, Data, as_tensor, integers
+from truemask.masks.core.data import MAX_TOKENS, Data, as_tensor, integers
 from truemask.masks.core.data import flags as as_flags
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import look_up, low_high, rows_of
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call
 from truemask.masks.core.value import Written
 
-SHOWN = 160  # characters of a mask in an error about its data
+SHOWN_CHARACTERS = 160  # characters of a mask in an error about its data
 
 
 def beyond(mask: Mask, data: Data | int, stop: int, what: str) -> None:
     """The door of data of a certain length."""
     size = data.tensor.shape[-1] if isinstance(data, Data) else data
     if surely(stop > size):
-        text = mask.text if len(mask.text) <= SHOWN else f"{mask.text[: SHOWN - 3]}..."
+        text = mask.text if len(mask.text) <= SHOWN_CHARACTERS else f"{mask.text[: SHOWN_CHARACTERS - 3]}..."
         raise MaskError(f"`{text}` holds data for {size} {what}, but was asked about {stop}")
 
 
@@ -71,7 +71,7 @@ class Prefix(Mask):
     def _slabs(self, r: Region) -> Slabs:
         return bands(r.q0, r.q1, -FAR, 0, number_for(self.length, r.b), 0)
 
-    def _variant(self, b: int, h: int) -> Hashable:
+    def _distinct_key(self, b: int, h: int) -> Hashable:
         return number_for(self.length, b)
 
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
@@ -102,7 +102,7 @@ def _number_or_each(value: object, name: str) -> int | Data:
     return whole(value, name)
 
 
-@recorded
+@deferrable
 def prefix(length: object) -> Mask:
     """The first `length` keys, for everyone: `k < length`; attention sinks, or the bidirectional part of a prefix-LM.
 
@@ -169,10 +169,10 @@ class Padding(Mask):
         seen = bands(r.q0, r.q1, *((-FAR, 0, FAR, 0) if self.on == "queries" else (lo, 0, hi, 0)))
         return seen if self.on == "keys" else for_rows(seen, lo, hi)
 
-    def _variant(self, b: int, h: int) -> Hashable:
+    def _distinct_key(self, b: int, h: int) -> Hashable:
         return number_for(self._edge, b)
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         edge = self._edge
         return edge if isinstance(edge, int) else int(edge.array.max()), 1
 
@@ -180,7 +180,7 @@ class Padding(Mask):
         return call("padding", lengths=self.lengths, starts=self.starts, on=None if self.on == "both" else self.on)
 
 
-@recorded
+@deferrable
 def padding(lengths: object = None, starts: object = None, on: str = "both") -> Mask:
     """Real tokens only: right padding by `lengths=`, left padding by `starts=`, one number of tokens for each sample.
 
@@ -266,7 +266,7 @@ class Queries(_Flagged):
         beyond(self, self.flags, q_stop, "queries")
 
 
-@recorded
+@deferrable
 def keys(flags: object) -> Mask:
     """Keys with a flag, for every query: `flags[k]`, bool `[n]` or `[b, n]`.
 
@@ -278,7 +278,7 @@ def keys(flags: object) -> Mask:
     return Keys(as_flags(flags, "keys(flags)"))
 
 
-@recorded
+@deferrable
 def queries(flags: object) -> Mask:
     """Queries with a flag see everything, the others nothing: `flags[q]`, bool `[n]` or `[b, n]`.
 
@@ -345,14 +345,14 @@ class GlobalTokens(Mask):
         new = np.diff(chosen, prepend=-2) > 1
         return chosen[new], chosen[np.append(new[1:], True)[: len(chosen)]] + 1
 
-    def _settles(self, k_stop: int) -> tuple[int, int]:
+    def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return len(self._flags), 1
 
     def _write(self) -> Written:
         return call("global_tokens", self.positions_)
 
 
-@recorded
+@deferrable
 def global_tokens(positions: object) -> Mask:
     """Tokens that see all and are seen by all: q or k is one of `positions` (Longformer, arXiv 2004.05150).
 
@@ -360,6 +360,6 @@ def global_tokens(positions: object) -> Mask:
     [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
     """
     data = integers(positions, "global_tokens(positions)", (1,), "[m]")
-    if data.tensor.numel() and not 0 <= int(data.tensor.min()) <= int(data.tensor.max()) < LONGEST:
-        raise MaskError(f"global_tokens(positions) must be 0 or more and below {LONGEST}, got {data.text}")
+    if data.tensor.numel() and not 0 <= int(data.tensor.min()) <= int(data.tensor.max()) < MAX_TOKENS:
+        raise MaskError(f"global_tokens(positions) must be 0 or more and below {MAX_TOKENS}, got {data.text}")
     return GlobalTokens(Data(data.tensor.unique()))

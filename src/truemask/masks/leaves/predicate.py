@@ -17,20 +17,20 @@ from truemask.common.real_tensors import is_recorded, remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import MIXED, States
 from truemask.geometry.tiles.tile_map import Rectangles
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import ATOM
 from truemask.masks.core.value import ANY, Written
 from truemask.masks.leaves.captured import State
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskModFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Predicate(Mask):
     """`fn(b, h, q, k)`: nothing is known of it but what it answers."""
 
-    fn: MaskMod
+    fn: MaskModFn
     kind: ClassVar[str] = "predicate"
 
     @remembered
@@ -85,10 +85,10 @@ class Predicate(Mask):
     def _tile(self, r: Rectangles) -> States:
         return np.broadcast_to(MIXED, np.broadcast_shapes(r.q0.shape, r.k0.shape, r.b.shape, r.h.shape))
 
-    def _variant(self, b: int, h: int) -> Hashable:
+    def _distinct_key(self, b: int, h: int) -> Hashable:
         return b * (self.batch_size != 1), h * (self.head_count != 1)
 
-    def _settles(self, k_stop: int) -> None:
+    def _periodic_from(self, k_stop: int) -> None:
         return None
 
     @remembered
@@ -144,8 +144,8 @@ def _renewed(mask: Mask) -> Mask:
     return replace(cast(Any, mask), **new)
 
 
-@recorded
-def predicate(fn: MaskMod) -> Mask:
+@deferrable
+def predicate(fn: MaskModFn) -> Mask:
     """Whatever `fn(b, h, q, k)` says: int64 index tensors that broadcast, to bool; FlexAttention's `mask_mod`.
 
     Use index arithmetic only (`&`, `|`, comparisons, indexing): no `if`, no `.item()`. The mask pickles if `fn` does,
@@ -167,7 +167,7 @@ def predicate(fn: MaskMod) -> Mask:
 INDICES = ("b", "h", "q", "k")
 
 
-def _check_signature(fn: MaskMod) -> None:
+def _check_signature(fn: MaskModFn) -> None:
     """Raise unless the function can be called with four indices, and names them in our order if it has our names."""
     try:
         signature = inspect.signature(fn)

@@ -16,8 +16,8 @@ from truemask.geometry.ranges import RangeTable
 from truemask.geometry.slabs.algebra import pieces
 from truemask.geometry.slabs.slabs import Region, Slabs, affordable
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
-from truemask.masks.core.data import LONGEST, Data, integers
-from truemask.masks.core.deferred import recorded
+from truemask.masks.core.data import MAX_TOKENS, Data, integers
+from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import look_up, rows_of
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call
@@ -134,7 +134,7 @@ def node_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     return first, stop
 
 
-@recorded
+@deferrable
 def tree(parents: object, lengths: object = None) -> Mask:
     """k is q or an ancestor of q: speculative drafts, or shared prefixes.
 
@@ -153,8 +153,10 @@ def tree(parents: object, lengths: object = None) -> Mask:
     sizes = None if lengths is None else integers(lengths, "tree(lengths=...)")
     if sizes is not None and (sizes.tensor.shape[-1] != nodes or int(sizes.tensor.min()) < 0):
         raise MaskError(f"tree(lengths=...) are the tokens of each of the {nodes} nodes, 0 or more; got {sizes.text}")
-    if sizes is not None and (int(sizes.tensor.max()) > LONGEST or int(sizes.tensor.sum()) > LONGEST):
-        raise MaskError(f"tree(lengths=...) may add up to at most {LONGEST} tokens over all samples, got {sizes.text}")
+    if sizes is not None and (int(sizes.tensor.max()) > MAX_TOKENS or int(sizes.tensor.sum()) > MAX_TOKENS):
+        raise MaskError(
+            f"tree(lengths=...) may add up to at most {MAX_TOKENS} tokens over all samples, got {sizes.text}"
+        )
     if sizes is not None and rows_of(data) > 1 < rows_of(sizes) != rows_of(data):
         raise MaskError(f"tree: parents speak of {rows_of(data)} samples and lengths of {rows_of(sizes)}")
     totals = {1} if sizes is None else set(torch.atleast_2d(sizes.tensor).sum(-1).tolist())
