@@ -13,7 +13,7 @@ from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_late
 from truemask.errors import MaskError
 
-LARGEST = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
+MAX_POSITION = 1 << 40  # sizes, offsets and positions stay below this, so that 64-bit index arithmetic cannot overflow
 
 
 def whole(value: object, name: str, least: int = 0) -> int:
@@ -29,7 +29,7 @@ def whole(value: object, name: str, least: int = 0) -> int:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError, RuntimeError):
         raise MaskError(f"{name} must be a whole number, got {describe(value)}") from None
-    if not least <= number < LARGEST:
+    if not least <= number < MAX_POSITION:
         shown = number if abs(number) < 1 << 80 else f"a number of {number.bit_length()} bits"
         raise MaskError(f"{name} must be at least {least} and below 2**40, got {shown}")
     return number

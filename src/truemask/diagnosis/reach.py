@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.common.arguments import LARGEST, whole
+from truemask.common.arguments import MAX_POSITION, whole
 from truemask.common.formatting import counted, describe, ranges, shortened
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
@@ -162,7 +162,7 @@ def _chain(masks: Sequence[Mask | str] | Mask | str, layers: int | None) -> list
 
 def _length(chain: list[Mask], query: int) -> int:
     held = tokens_held(chain)
-    return min(max(FEWEST, 2 * (query + 1)), LARGEST - 1) if held is None else held
+    return min(max(FEWEST, 2 * (query + 1)), MAX_POSITION - 1) if held is None else held
 
 
 def _check(mask: Mask, q_len: int, kv_len: int, sample: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truemask.common.arguments import LARGEST, whole
+from truemask.common.arguments import MAX_POSITION, whole
 from truemask.common.formatting import counted, describe, suggest
 from truemask.packing.best_fit import best_fit
 from truemask.packing.samples import Arrays, Samples, read_samples
@@ -235,7 +235,7 @@ def ramp(sizes: np.ndarray) -> np.ndarray:
 
 def token(name: str, value: object) -> int:
     """A token or label, which may be negative, as a Python int."""
-    return whole(value, name, 1 - LARGEST)
+    return whole(value, name, 1 - MAX_POSITION)
 
 
 def check_rows(caller: str, outputs: object, tokens: Tensor, *, logits: bool = False) -> None:

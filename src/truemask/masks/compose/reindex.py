@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from truemask.common.arguments import LARGEST, whole
+from truemask.common.arguments import MAX_POSITION, whole
 from truemask.common.real_tensors import is_late, remembered, surely
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
@@ -66,7 +66,7 @@ class At(Mask):
 
     def _form(self, r: Region) -> NormalForm:
         there = r.moved(self.q_start, self.k_start)
-        if max(there.q1, there.k1) > 2 * LARGEST:
+        if max(there.q1, there.k1) > 2 * MAX_POSITION:
             raise NoExactFormError(f"`{self}` asks about positions beyond 2**41")
         return self.base.form_in(there).moved(-self.q_start, -self.k_start)
 
@@ -269,7 +269,7 @@ def _positions(value: object, name: str) -> Data | None:
         raise MaskError(
             f"take({name}=...): positions are 0 or more, got {low_high(data)[0]}; leave out rows that do not exist"
         )
-    if low_high(data)[1] >= LARGEST:
+    if low_high(data)[1] >= MAX_POSITION:
         raise MaskError(f"take({name}=...): positions are below 2**40, got {low_high(data)[1]}")
     return data
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truemask.common.arguments import LARGEST, whole
+from truemask.common.arguments import MAX_POSITION, whole
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.geometry.slabs.algebra import cropped
@@ -212,9 +212,9 @@ def rows_held(mask: Value) -> int | None:
             return False
         return True
 
-    if answers(LARGEST - 1):
+    if answers(MAX_POSITION - 1):
         return None
-    low, high = 0, LARGEST - 1
+    low, high = 0, MAX_POSITION - 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if answers(middle) else (low, middle)

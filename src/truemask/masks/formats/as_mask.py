@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truemask.common.arguments import LARGEST
+from truemask.common.arguments import MAX_POSITION
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import ordinary_tensors
 from truemask.errors import MaskError
@@ -70,7 +70,7 @@ def _way_out(given: object, lists: str) -> str:
         return f"one mask for each head is `per_head([...])`, one for each sample `per_sample([...])`{lists}"
     if callable(given):
         return "call mask functions with their arguments, and wrap a function of (b, h, q, k) in `predicate`"
-    if isinstance(given, int) and 0 < given <= LARGEST:
+    if isinstance(given, int) and 0 < given <= MAX_POSITION:
         return f"a number alone is no rule, a window of {given} keys is `window({given})`"
     if given is None:
         return "no mask is `everything`"

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from truemask.common.arguments import LARGEST, whole
+from truemask.common.arguments import MAX_POSITION, whole
 from truemask.geometry.logic import States, tri_state
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
@@ -25,8 +25,8 @@ from truemask.masks.core.value import Written
 def band(r: Rectangles, low: int | None, high: int | None) -> States:
     """Tiles of `low <= q - k <= high`: a rectangle takes every difference between its extremes, so this is exact."""
     least, most = r.q0 - r.k1 + 1, r.q1 - 1 - r.k0
-    low = -LARGEST * 4 if low is None else low
-    high = LARGEST * 4 if high is None else high
+    low = -MAX_POSITION * 4 if low is None else low
+    high = MAX_POSITION * 4 if high is None else high
     return tri_state((most < low) | (least > high), (least >= low) & (most <= high))
 
 
