@@ -137,7 +137,7 @@ def test_a_padded_context_is_compared_with_none(flags: Tensor) -> None:
     expected = [] if flags[1, 0] else ["padded-differs"]
     report = audit(bart(), batch)
     assert serious(report) == expected, str(report)
-    assert all("without padded context" in one.message for one in report.findings if one.severity != "note")
+    assert all("without padded context" in finding.message for finding in report.findings if finding.severity != "note")
 
 
 def test_tokens_and_context_are_cut_each_by_their_own_padding() -> None:

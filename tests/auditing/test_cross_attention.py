@@ -45,7 +45,7 @@ def test_each_fault_is_found_and_nothing_else(fault: str, code: str, tokens: boo
     batch = {"x": ids(2, 5), "context": ids(2, 6, seed=8) if tokens else context(), "context_mask": REAL}
     report = audit(Reads(fault), batch)
     assert serious(report) == ([code] if code else []), str(report)
-    assert all("context" in one.where for one in report.findings if one.code == code)
+    assert all("context" in finding.where for finding in report.findings if finding.code == code)
     assert report.exit_code == bool(code)
 
 

@@ -28,7 +28,7 @@ N = 7
 
 def serious(report: Report) -> list[str]:
     """The codes of what is worse than a note."""
-    return [one.code for one in report.findings if one.severity != "note"]
+    return [finding.code for finding in report.findings if finding.severity != "note"]
 
 
 def picture(cells: Tensor) -> str:
@@ -94,7 +94,8 @@ def test_blind_spots_count_where_the_mask_is_stated() -> None:
     assert "the farthest input seen to matter is 1 back, and the mask reaches 2" in str(
         audit(narrow, ids(1, N), window(3), layers=1)
     )
-    assert [one.severity for one in audit(Planted(lambda x: x).eval(), ids(1, N)).findings] == ["warning", "note"]
+    findings = audit(Planted(lambda x: x).eval(), ids(1, N)).findings
+    assert [finding.severity for finding in findings] == ["warning", "note"]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -276,8 +277,8 @@ def test_noise_is_measured_and_not_taken_for_a_leak() -> None:
     noise = np.random.default_rng(0)
 
     def shaky(x: Tensor, leak: float) -> Tensor:
-        drawn = torch.from_numpy(noise.standard_normal(x.shape)).to(x.dtype)
-        return x.detach().cumsum(1) + 1e-3 * drawn + leak * x.detach().flip(1)
+        draws = torch.from_numpy(noise.standard_normal(x.shape)).to(x.dtype)
+        return x.detach().cumsum(1) + 1e-3 * draws + leak * x.detach().flip(1)
 
     quiet, loud = (audit(Planted(lambda x, leak=leak: shaky(x, leak)).eval(), ids(2, N)) for leak in (0.0, 1.0))
     assert serious(quiet) == ["nondeterministic"]

@@ -134,8 +134,8 @@ def test_a_window_of_another_size_than_stated() -> None:
 
 
 def test_a_4d_mask_is_the_whole_mask() -> None:
-    drawn = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.6
-    cells = drawn.tril() | torch.eye(N, dtype=torch.bool)
+    cells = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.6
+    cells = cells.tril() | torch.eye(N, dtype=torch.bool)
     report = audit(tiny("Llama"), {"input_ids": ids(2, N), "attention_mask": cells.expand(2, 1, N, N)})
     assert serious(report) == [], str(report)
     assert "the 4-D attention_mask" in report.title
@@ -292,7 +292,7 @@ def test_a_stated_mask_counts_real_tokens_and_a_tensor_rows() -> None:
 )
 def test_documents_are_kept_apart_by_the_mask_of_the_model(kind: str, keywords: dict[str, Any], suggested: str) -> None:
     report = audit(tiny(kind, **keywords), {"input_ids": ids(2, N), "position_ids": PACKED})
-    mixed = next(one for one in report.findings if one.code == "documents-mix")
+    mixed = next(finding for finding in report.findings if finding.code == "documents-mix")
     assert mixed.fix.startswith(f"keep documents apart with {suggested}")
     assert ("transformers looks" in mixed.fix) == (kind != "Bert")
 
@@ -318,7 +318,7 @@ def test_padding_may_have_the_place_before_the_first() -> None:
     torch.manual_seed(1)
     model = transformers.RobertaModel(transformers.RobertaConfig(**SIZES, pad_token_id=1)).eval()
     batch = {"input_ids": ids(2, N), "attention_mask": LEFT.int()}
-    advice = next(one.fix for one in audit(model, batch).findings if one.code == "padded-differs")
+    advice = next(finding.fix for finding in audit(model, batch).findings if finding.code == "padded-differs")
     assert advice.endswith("position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0) + 2")
     places = (LEFT.int().cumsum(-1) - 1).clamp(min=0) + 2
     assert serious(audit(model, {**batch, "position_ids": places})) == []

@@ -48,15 +48,15 @@ def mimi() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (encodec, r"audio_values float32 \[2, 1, 320\].*Audit a part that takes a vector for each position"),
         (dac, r"quantized_representation float32 \[2, 16, 80\]"),
         (mimi, r"audio_values float32 \[2, 1, 320\].*the part that attends \(model.encoder.encoder_transformer, "),
     ],
 )
-def test_an_audio_codec_is_no_model_of_one_position(make: Any, said: str) -> None:
-    with pytest.raises(AuditError, match=f"takes input_values and gives .*{said}"):
+def test_an_audio_codec_is_no_model_of_one_position(make: Any, message: str) -> None:
+    with pytest.raises(AuditError, match=f"takes input_values and gives .*{message}"):
         audit(make(), {"input_values": torch.randn(2, 1, 320)})
 
 

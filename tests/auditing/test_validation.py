@@ -71,7 +71,7 @@ def reads():
 
 
 @pytest.mark.parametrize(
-    ("batch", "said"),
+    ("batch", "message"),
     [
         (torch.zeros(5, dtype=torch.int64), r"the input is int64 \[5\].*pass batch\[None\]"),
         (torch.zeros(2, 5), r"the input is float32 \[2, 5\].*expected whole ids \[b, n\] or embeddings"),
@@ -82,13 +82,13 @@ def reads():
     ],
     ids=str,
 )
-def test_a_batch_that_cannot_be_fed(batch: Any, said: str) -> None:
-    with pytest.raises(AuditError, match=said):
+def test_a_batch_that_cannot_be_fed(batch: Any, message: str) -> None:
+    with pytest.raises(AuditError, match=message):
         audit(Sums(), batch)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"mask": 3}, "mask= is int 3; expected a mask such as tm.causal"),
         ({"mask": "windw(3)"}, "did you mean 'window'"),
@@ -103,8 +103,8 @@ def test_a_batch_that_cannot_be_fed(batch: Any, said: str) -> None:
     ],
     ids=str,
 )
-def test_an_argument_that_does_not_fit(options: dict[str, Any], said: str) -> None:
-    with pytest.raises((AuditError, MaskError), match=said):
+def test_an_argument_that_does_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((AuditError, MaskError), match=message):
         audit(Sums(), ids(1, 4), **options)
 
 
@@ -127,44 +127,45 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     app.command()(command.audit)
 
     def call(*words: str) -> tuple[int, str]:
-        done = CliRunner().invoke(app, list(words))
-        return done.exit_code, done.output
+        result = CliRunner().invoke(app, list(words))
+        return result.exit_code, result.output
 
     return call
 
 
 def test_exit_codes(run: Any, tmp_path: Path) -> None:
-    code, said = run("audited_models:clean", "--length", "5")
-    assert (code, "audit of Sums, 2 samples of 5 positions: held to `causal` (assumed)" in said) == (0, True)
-    code, said = run("audited_models.py:leaky", "--html", "report.html", "--ascii")
-    assert (code, "future-leak" in said) == (1, True)
-    assert said.isascii()
+    code, output = run("audited_models:clean", "--length", "5")
+    assert (code, "audit of Sums, 2 samples of 5 positions: held to `causal` (assumed)" in output) == (0, True)
+    code, output = run("audited_models.py:leaky", "--html", "report.html", "--ascii")
+    assert (code, "future-leak" in output) == (1, True)
+    assert output.isascii()
     assert "future-leak" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert run("audited_models:stated", "--layers", "1")[0] == 1
     assert run("audited_models:stated", "--mask", "causal")[0] == 0
 
 
 def test_json(run: Any) -> None:
-    code, said = run("audited_models:leaky", "--json")
-    found = json.loads(said)
-    assert (code, found["ok"], found["findings"][0]["code"], found["leaks"]) == (1, False, "future-leak", 4)
+    code, output = run("audited_models:leaky", "--json")
+    report = json.loads(output)
+    assert (code, report["ok"], report["findings"][0]["code"], report["leaks"]) == (1, False, "future-leak", 4)
 
 
 def test_json_tells_what_the_report_tells(run: Any) -> None:
     for name in ("clean", "leaky", "reads"):
-        code, said = run(f"audited_models:{name}", "--json")
-        found = json.loads(said)
+        code, output = run(f"audited_models:{name}", "--json")
+        report = json.loads(output)
         text = " ".join(run(f"audited_models:{name}")[1].split())
-        assert set(found) == {"title", "ok", "findings", "notes", "leaks", "blind"}
-        assert code == int(not found["ok"]) == int(any(one["severity"] != "note" for one in found["findings"]))
-        assert all(" ".join(note.split()) in text for note in (found["title"], *found["notes"]))
-        assert all(" ".join(one["message"].split()) in text for one in found["findings"])
-        assert bool(found["leaks"]) == any("leak" in one["code"] for one in found["findings"])
+        assert set(report) == {"title", "ok", "findings", "notes", "leaks", "blind"}
+        severities = {finding["severity"] for finding in report["findings"]}
+        assert code == int(not report["ok"]) == int(bool(severities - {"note"}))
+        assert all(" ".join(note.split()) in text for note in (report["title"], *report["notes"]))
+        assert all(" ".join(finding["message"].split()) in text for finding in report["findings"])
+        assert bool(report["leaks"]) == any("leak" in finding["code"] for finding in report["findings"])
 
 
 def test_a_batch_made_here_has_no_special_tokens_and_feeds_both_sides(run: Any) -> None:
-    code, said = run("audited_models:reads", "--length", "40")
-    assert (code, "audit of Reads, 2 samples of 40 positions" in said) == (0, True), said
+    code, output = run("audited_models:reads", "--length", "40")
+    assert (code, "audit of Reads, 2 samples of 40 positions" in output) == (0, True), output
 
 
 def test_a_file_is_that_file_whatever_else_has_its_name(run: Any, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_file_is_that_file_whatever_else_has_its_name(run: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["audited_models"], "is not MODULE:FACTORY"),
         (["nowhere_at_all:clean"], "there is no module 'nowhere_at_all'"),
@@ -191,10 +192,10 @@ def test_a_file_is_that_file_whatever_else_has_its_name(run: Any, tmp_path: Path
     ],
     ids=str,
 )
-def test_mistakes_are_exit_code_2(run: Any, words: list[str], said: str) -> None:
+def test_mistakes_are_exit_code_2(run: Any, words: list[str], message: str) -> None:
     code, written = run(*words)
     assert code == 2
-    assert said in written.replace("\n", " ") or said in written
+    assert message in written.replace("\n", " ") or message in written
 
 
 # -- the pytest plugin -------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_the_plugin_in_another_project(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-m", "pytest", "-q", "-p", "truemask_pytest", "-p", "no:cacheprovider", "."]
     alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whether or not the entry point is installed
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=alone)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 1 passed" in done.stdout
-    assert "[future-leak]" in done.stdout
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=alone)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "1 failed, 1 passed" in result.stdout
+    assert "[future-leak]" in result.stdout

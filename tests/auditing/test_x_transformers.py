@@ -72,8 +72,8 @@ def test_m3_flash_ignores_that_causal_is_false() -> None:
 
 
 def test_m5_a_mask_for_each_sample_is_read_as_one_for_each_head() -> None:
-    drawn = torch.rand(2, N, N, generator=torch.Generator().manual_seed(0)) < 0.5
-    masks = drawn | torch.eye(N, dtype=torch.bool)
+    cells = torch.rand(2, N, N, generator=torch.Generator().manual_seed(0)) < 0.5
+    masks = cells | torch.eye(N, dtype=torch.bool)
     report = audit(net(), {"x": ids(2, N), "attn_mask": masks}, causal & dense(masks, axes="bqk"))
     assert serious(report) == ["leak"]
     assert audit(net(), {"x": ids(2, N), "attn_mask": masks[:, None]}, causal & dense(masks, axes="bqk")).ok

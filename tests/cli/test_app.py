@@ -17,8 +17,8 @@ MODULES = "import sys; from truemask.cli.app import app\ntry: app({arguments})\n
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     program = MODULES.format(arguments=arguments)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    modules = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    modules = {name.split(".")[0] for name in result.stdout.splitlines()[-1].split()}
     assert "truemask" in modules
     assert modules.isdisjoint({"torch", "numpy", "matplotlib", "transformers"})
 
@@ -30,6 +30,6 @@ def test_the_help_says_what_the_command_itself_says(command: str) -> None:
 
 
 def test_a_mistyped_command_names_the_nearest() -> None:
-    done = CliRunner().invoke(app, ["shw", "causal"])
-    assert done.exit_code == 2
-    assert "Did you mean 'show'?" in done.output
+    result = CliRunner().invoke(app, ["shw", "causal"])
+    assert result.exit_code == 2
+    assert "Did you mean 'show'?" in result.output

@@ -86,7 +86,7 @@ def test_a_flag_inside_the_prompt_hides_a_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "message"),
     [
         ([], "an empty list"),
         ([ids(3), ids(0)], r"at least one token each; got int64 \[0\]"),
@@ -102,8 +102,8 @@ def test_a_flag_inside_the_prompt_hides_a_token() -> None:
         ([[[1, 2]]], "got list"),
     ],
 )
-def test_prompts_that_do_not_fit_are_refused(prompts: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_prompts_that_do_not_fit_are_refused(prompts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         model().generate(prompts, 3)
 
 
@@ -124,7 +124,7 @@ def test_what_holds_no_tokens_is_refused(prompts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"eos_token": "x"}, TypeError, "eos_token is str 'x'; expected a whole number or None"),
         ({"eos_token": TOKENS}, ValueError, "eos_token is 31, which the model never gives: num_tokens=31"),
@@ -138,13 +138,13 @@ def test_what_holds_no_tokens_is_refused(prompts: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_arguments_are_checked_before_the_first_token(method: str, options: Any, error: Any, said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_arguments_are_checked_before_the_first_token(method: str, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
         getattr(model(), method)(PROMPTS, 3, **options)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "mask", "said"),
+    ("prompts", "mask", "message"),
     [
         (PROMPTS, torch.ones(3, 11, dtype=torch.bool), "a list of prompts holds no padding, so pass an expression"),
         (ids(2, 5), torch.ones(2, 7, dtype=torch.bool), r"a tensor speaks of the prompt's tokens, bool \[2, 5\]"),
@@ -155,8 +155,8 @@ def test_arguments_are_checked_before_the_first_token(method: str, options: Any,
         (ids(2, 5), [causal], "must be a mask expression, its text, or bool flags over the prompt"),
     ],
 )
-def test_masks_that_do_not_fit_are_refused_before_the_first_token(prompts: Any, mask: Any, said: str) -> None:
-    with pytest.raises(MaskError, match=said):
+def test_masks_that_do_not_fit_are_refused_before_the_first_token(prompts: Any, mask: Any, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
         model().stream(prompts, ANSWER, mask=mask)
 
 
@@ -242,21 +242,21 @@ def test_a_generator_repeats_the_answer() -> None:
 
 
 def test_modes_come_back_even_after_an_error() -> None:
-    own = model().train()
-    own.net.emb_dropout.eval()  # one part is in its own mode
-    modes = [part.training for part in own.modules()]
-    greedy(own, PROMPTS)
-    assert [part.training for part in own.modules()] == modes
+    wrapper = model().train()
+    wrapper.net.emb_dropout.eval()  # one part is in its own mode
+    modes = [part.training for part in wrapper.modules()]
+    greedy(wrapper, PROMPTS)
+    assert [part.training for part in wrapper.modules()] == modes
 
     def broken(logits: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a filter that fails")
 
     with pytest.raises(RuntimeError, match="a filter that fails"):
-        own.generate(PROMPTS, 3, filter_logits_fn=broken)
-    assert [part.training for part in own.modules()] == modes
-    steps = own.stream(PROMPTS, 3)
+        wrapper.generate(PROMPTS, 3, filter_logits_fn=broken)
+    assert [part.training for part in wrapper.modules()] == modes
+    steps = wrapper.stream(PROMPTS, 3)
     next(steps)
-    assert [part.training for part in own.modules()] == modes  # between two steps, too
+    assert [part.training for part in wrapper.modules()] == modes  # between two steps, too
     assert torch.is_grad_enabled()
 
 
@@ -269,8 +269,8 @@ def test_generation_does_not_drop() -> None:
 
 
 def test_a_copy_generates_the_same() -> None:
-    own = model(wrapped(tie_embedding=True))
-    assert torch.equal(greedy(copy.deepcopy(own), PROMPTS), greedy(own, PROMPTS))
+    wrapper = model(wrapped(tie_embedding=True))
+    assert torch.equal(greedy(copy.deepcopy(wrapper), PROMPTS), greedy(wrapper, PROMPTS))
 
 
 def test_dead_rows_generate_finite_logits() -> None:

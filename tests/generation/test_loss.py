@@ -30,9 +30,9 @@ def model(feature: str = "rotary") -> AutoregressiveWrapper:
     return AutoregressiveWrapper(featured(feature))
 
 
-def alone(own: AutoregressiveWrapper, mask: Mask = everything) -> Tensor:
+def alone(wrapper: AutoregressiveWrapper, mask: Mask = everything) -> Tensor:
     """The mean over all targets of the documents, one at a time."""
-    costs = [own(document[None], mask=mask) * (len(document) - 1) for document in DOCUMENTS]
+    costs = [wrapper(document[None], mask=mask) * (len(document) - 1) for document in DOCUMENTS]
     return torch.stack(costs).sum() / TARGETS
 
 
@@ -46,86 +46,86 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token() -> None:
-    own, tokens = model(), ids(3, 11)
-    logits = own.net(tokens[:, :-1])
-    assert_same(own(tokens), F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    wrapper, tokens = model(), ids(3, 11)
+    logits = wrapper.net(tokens[:, :-1])
+    assert_same(wrapper(tokens), F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_packed_documents_cost_what_they_cost_alone(feature: str) -> None:
-    own, mask = model(feature), causal & (window(3) | prefix(2))
-    assert_same(own(torch.cat(DOCUMENTS)[None], mask=mask.packed(LENGTHS)), alone(own, mask))
+    wrapper, mask = model(feature), causal & (window(3) | prefix(2))
+    assert_same(wrapper(torch.cat(DOCUMENTS)[None], mask=mask.packed(LENGTHS)), alone(wrapper, mask))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_left_padded_documents_cost_what_they_cost_alone(feature: str) -> None:
-    own, (rows, _) = model(feature), padded("left")
-    assert_same(own(rows, mask=window(4).padded(STARTS)), alone(own, window(4)))
+    wrapper, (rows, _) = model(feature), padded("left")
+    assert_same(wrapper(rows, mask=window(4).padded(STARTS)), alone(wrapper, window(4)))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_right_padding_by_flags_or_by_an_expression(feature: str) -> None:
-    own, (rows, flags) = model(feature), padded("right")
-    assert_same(own(rows, mask=flags), alone(own))
-    assert_same(own(rows, mask=padding(lengths=LENGTHS)), alone(own))
-    assert_same(own(rows, mask=flags, attn_mask=window(4)), alone(own, window(4)))
+    wrapper, (rows, flags) = model(feature), padded("right")
+    assert_same(wrapper(rows, mask=flags), alone(wrapper))
+    assert_same(wrapper(rows, mask=padding(lengths=LENGTHS)), alone(wrapper))
+    assert_same(wrapper(rows, mask=flags, attn_mask=window(4)), alone(wrapper, window(4)))
 
 
 def test_left_padding_by_flags() -> None:
-    own, (rows, flags) = model(), padded("left")
-    assert_same(own(rows, mask=flags), alone(own))
+    wrapper, (rows, flags) = model(), padded("left")
+    assert_same(wrapper(rows, mask=flags), alone(wrapper))
 
 
 def test_the_ignored_index_is_neither_read_nor_predicted() -> None:
-    own, (rows, flags) = model(), padded("right")
-    assert_same(own(rows.masked_fill(~flags, -100)), alone(own))
+    wrapper, (rows, flags) = model(), padded("right")
+    assert_same(wrapper(rows.masked_fill(~flags, -100)), alone(wrapper))
 
 
 def test_documents_that_do_not_restart_positions_count_their_first_tokens() -> None:
-    own, row = model(), torch.cat(DOCUMENTS)[None]
+    wrapper, row = model(), torch.cat(DOCUMENTS)[None]
     mask = documents(LENGTHS)
-    logits = own.net(row[:, :-1], mask=mask)
-    assert_same(own(row, mask=mask), F.cross_entropy(logits[0], row[0, 1:]))
+    logits = wrapper.net(row[:, :-1], mask=mask)
+    assert_same(wrapper(row, mask=mask), F.cross_entropy(logits[0], row[0, 1:]))
 
 
 def test_labels_decide() -> None:
-    own, tokens = model(), ids(3, 11)
+    wrapper, tokens = model(), ids(3, 11)
     labels = tokens.clone()
     labels[:, ::2] = -100
-    logits = own.net(tokens[:, :-1])
+    logits = wrapper.net(tokens[:, :-1])
     expected = F.cross_entropy(logits[:, ::2].flatten(0, 1), tokens[:, 1::2].flatten())
-    assert_same(own(tokens, labels=labels), expected)
-    assert_same(own(tokens, mask=padding(lengths=[3, 11, 11]), labels=tokens * 0 - 100), torch.zeros_like(expected))
+    assert_same(wrapper(tokens, labels=labels), expected)
+    assert_same(wrapper(tokens, mask=padding(lengths=[3, 11, 11]), labels=tokens * 0 - 100), torch.zeros_like(expected))
 
 
 def test_no_target_at_all_costs_nothing_and_has_gradients() -> None:
-    own = model().train()
-    loss = own(ids(2, 5), mask=torch.zeros(2, 5, dtype=torch.bool))
+    wrapper = model().train()
+    loss = wrapper(ids(2, 5), mask=torch.zeros(2, 5, dtype=torch.bool))
     loss.backward()
     assert float(loss.detach()) == 0.0
-    assert all(p.grad is None or p.grad.isfinite().all() for p in own.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in wrapper.parameters())
 
 
 def test_a_matrix_speaks_of_every_token() -> None:
-    own, tokens = model(), ids(3, 11)
-    assert_same(own(tokens, attn_mask=window(4).to_dense(11)), own(tokens, mask=window(4)))
+    wrapper, tokens = model(), ids(3, 11)
+    assert_same(wrapper(tokens, attn_mask=window(4).to_dense(11)), wrapper(tokens, mask=window(4)))
     with pytest.raises(MaskError, match=r"attn_mask= is bool \[10, 10\] .*the mask speaks of all n \+ 1 = 11 tokens"):
-        own(tokens, attn_mask=window(4).to_dense(10)[0, 0])
+        wrapper(tokens, attn_mask=window(4).to_dense(10)[0, 0])
     with pytest.raises(MaskError, match=r"mask= is bool \[3, 10\] .*speaks of all n \+ 1 = 11 tokens"):
-        own(tokens, mask=torch.ones(3, 10, dtype=torch.bool))
+        wrapper(tokens, mask=torch.ones(3, 10, dtype=torch.bool))
 
 
 def test_targets_that_the_mask_shows_are_noticed() -> None:
-    own, tokens, mask = model(), ids(3, 11), causal | prefix(4)
+    wrapper, tokens, mask = model(), ids(3, 11), causal | prefix(4)
     with pytest.warns(ConventionWarning, match="lets 6 pairs look ahead, at the tokens that the loss asks for"):
-        own(tokens, mask=mask, causal=False)
+        wrapper(tokens, mask=mask, causal=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        own(tokens, mask=mask, causal=False, labels=tokens.index_fill(1, torch.arange(4), -100))
+        wrapper(tokens, mask=mask, causal=False, labels=tokens.index_fill(1, torch.arange(4), -100))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "labels", "said"),
+    ("tokens", "labels", "message"),
     [
         (ids(3, 1), None, "at least two tokens a row"),
         (ids(11), None, r"expected ids \[b, n \+ 1\]"),
@@ -133,8 +133,8 @@ def test_targets_that_the_mask_shows_are_noticed() -> None:
         (ids(3, 11), ids(3, 10), r"expected one for each token, \[3, 11\], not shifted"),
     ],
 )
-def test_tokens_and_labels_that_do_not_fit_are_refused(tokens: Tensor, labels: Tensor | None, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_tokens_and_labels_that_do_not_fit_are_refused(tokens: Tensor, labels: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         model()(tokens, labels=labels)
 
 
@@ -144,15 +144,15 @@ def test_the_loss_of_a_half_precision_model_is_single() -> None:
 
 def test_a_model_learns_a_simple_rule() -> None:
     """The whole of it, once: a row that counts is predicted after a few steps."""
-    own = AutoregressiveWrapper(featured("rotary").float().train())
+    wrapper = AutoregressiveWrapper(featured("rotary").float().train())
     rows = (torch.arange(13)[None] + torch.arange(7)[:, None]) % 7
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        own(rows, mask=window(3)).backward()
+        wrapper(rows, mask=window(3)).backward()
         optimizer.step()
-    assert float(own(rows, mask=window(3)).detach()) < 0.1
-    answer = own.generate(torch.tensor([3, 4]), 9, temperature=0.0, mask=window(3))
+    assert float(wrapper(rows, mask=window(3)).detach()) < 0.1
+    answer = wrapper.generate(torch.tensor([3, 4]), 9, temperature=0.0, mask=window(3))
     assert answer.tolist() == [(5 + i) % 7 for i in range(9)]
 
 
@@ -164,12 +164,12 @@ def test_flags_of_what_the_model_reads_are_one_short() -> None:
 
 
 def test_one_key_of_a_matrix_still_broadcasts() -> None:
-    own, tokens = model(), ids(3, 2)
-    assert_same(own(tokens, attn_mask=torch.ones(2, 1, dtype=torch.bool)), own(tokens))
+    wrapper, tokens = model(), ids(3, 2)
+    assert_same(wrapper(tokens, attn_mask=torch.ones(2, 1, dtype=torch.bool)), wrapper(tokens))
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         (
             {"lens": None},
@@ -179,8 +179,8 @@ def test_one_key_of_a_matrix_still_broadcasts() -> None:
         ({"label": None}, "did you mean 'labels'"),
     ],
 )
-def test_an_unknown_keyword_of_the_loss_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_an_unknown_keyword_of_the_loss_names_what_was_meant(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         model()(ids(3, 11), **keywords)
 
 

@@ -72,7 +72,7 @@ def test_half_precision_logits_are_sampled_in_single() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": math.inf}, "temperature is inf"),
@@ -82,13 +82,13 @@ def test_half_precision_logits_are_sampled_in_single() -> None:
         ({"min_p": -0.1}, "min_p is -0.1"),
     ],
 )
-def test_impossible_filters_are_refused(options: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_impossible_filters_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Sampler(**options)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"temperature": "1"}, "temperature is str '1'; expected a number"),
         ({"top_k": 2.5}, "top_k is float 2.5; expected a whole number or None"),
@@ -97,6 +97,6 @@ def test_impossible_filters_are_refused(options: dict[str, float], said: str) ->
         ({"filter_logits_fn": 3}, r"filter_logits_fn is int 3; expected a function of logits \(b, v\) to logits$"),
     ],
 )
-def test_filters_of_another_type_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_filters_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Sampler(**options)

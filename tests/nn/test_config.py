@@ -28,7 +28,7 @@ def test_flash_is_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"atn_kv_heads": 2}, "did you mean 'attn_kv_heads'?"),
         ({"attn_kv_head": 2}, "did you mean 'attn_kv_heads'?"),
@@ -43,8 +43,8 @@ def test_flash_is_the_default() -> None:
         ({"attn_causal": False}, "has no keyword 'attn_causal'"),
     ],
 )
-def test_an_unknown_keyword_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_an_unknown_keyword_names_what_was_meant(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Decoder(**SMALL, **keywords)
 
 
@@ -60,7 +60,7 @@ def test_the_wrapper_refuses_unknown_keywords_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"attn_one_kv_head": True, "attn_kv_heads": 2}, "attn_one_kv_head says one key head and attn_kv_heads says 2"),
         ({"ff_swish": True, "ff_relu_squared": True}, "each name the activation"),
@@ -77,8 +77,8 @@ def test_the_wrapper_refuses_unknown_keywords_too() -> None:
         ({**ROTARY, "rotary_base_rescale_factor": 0.0}, "rotary_base_rescale_factor is 0.0"),
     ],
 )
-def test_contradictions_and_impossible_sizes_are_refused(keywords: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_contradictions_and_impossible_sizes_are_refused(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Decoder(**SMALL, **keywords)
 
 
@@ -103,7 +103,7 @@ def test_a_scale_of_logits_needs_tied_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"attn_flash": "no"}, "attn_flash is str 'no'; expected True or False"),
         ({"use_rmsnorm": "no"}, "use_rmsnorm is str 'no'; expected True or False"),
@@ -118,8 +118,8 @@ def test_a_scale_of_logits_needs_tied_ones() -> None:
         ({**ROTARY, "rotary_interpolation_factor": "2"}, "rotary_interpolation_factor is str '2'"),
     ],
 )
-def test_a_value_of_another_type_is_refused(keywords: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_a_value_of_another_type_is_refused(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Decoder(**SMALL, **keywords)
 
 
@@ -131,7 +131,7 @@ def test_sizes_and_numbers_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"num_tokens": 5.5}, "num_tokens is float 5.5; expected a whole number"),
         ({"max_seq_len": "5"}, "max_seq_len is str '5'"),
@@ -142,14 +142,14 @@ def test_sizes_and_numbers_are_checked_too() -> None:
         ({"emb_dropout": None}, "emb_dropout is NoneType None"),
     ],
 )
-def test_the_wrapper_checks_types_too(keywords: dict[str, Any], said: str) -> None:
+def test_the_wrapper_checks_types_too(keywords: dict[str, Any], message: str) -> None:
     options = {"num_tokens": 7, "max_seq_len": 5, "attn_layers": Decoder(**SMALL), **keywords}
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         TransformerWrapper(**options)
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"context": None}, "Decoder.forward.. has no keyword 'context': x-transformers has it"),
         ({"mems": []}, "'mems': x-transformers has it .*; keep a KVCache and pass it as cache="),
@@ -157,22 +157,22 @@ def test_the_wrapper_checks_types_too(keywords: dict[str, Any], said: str) -> No
         ({"unknow": 1}, "Decoder.forward.. has no keyword 'unknow'$"),
     ],
 )
-def test_a_call_of_the_layers_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_a_call_of_the_layers_names_what_was_meant(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Decoder(**SMALL)(torch.zeros(1, 3, 12), **keywords)
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"return_mems": True}, r"TransformerWrapper.forward\(\) has no keyword 'return_mems': x-transformers has it"),
         ({"seq_start_pos": None}, r"pass the mask `everything.padded\(starts\)`"),
         ({"return_embedding": True}, "did you mean 'return_embeddings'"),
     ],
 )
-def test_a_call_of_the_wrapper_names_what_was_meant(keywords: dict[str, Any], said: str) -> None:
+def test_a_call_of_the_wrapper_names_what_was_meant(keywords: dict[str, Any], message: str) -> None:
     net = TransformerWrapper(num_tokens=7, max_seq_len=5, attn_layers=Decoder(**SMALL))
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         net(torch.zeros(1, 3, dtype=torch.long), **keywords)
 
 

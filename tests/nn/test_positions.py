@@ -59,7 +59,7 @@ def test_the_callers_positions_come_first() -> None:
 
 @pytest.mark.parametrize("feature", ["absolute", "rotary", "registers"])
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "message"),
     [
         (causal.packed([2, 4]) & causal.packed([3, 3]), "packed"),
         (causal.take(k=[5, 4, 3, 2, 1, 0]), "another position as queries than as keys"),
@@ -68,9 +68,9 @@ def test_the_callers_positions_come_first() -> None:
     ],
     ids=str,
 )
-def test_a_mask_with_two_positions_for_a_token_needs_the_callers(feature: str, mask: Mask, said: str) -> None:
+def test_a_mask_with_two_positions_for_a_token_needs_the_callers(feature: str, mask: Mask, message: str) -> None:
     net, row, pos = featured(feature), ids(2, 6), torch.arange(6)
-    with pytest.raises(MaskError, match=rf"{said}.*pass pos= in the call"):
+    with pytest.raises(MaskError, match=rf"{message}.*pass pos= in the call"):
         net(row, mask=mask, causal=False)
     given = net(row, mask=mask, pos=pos, causal=False)
     assert_same(given, net(row, attn_mask=mask.to_dense(6, 6), pos=pos, causal=False))

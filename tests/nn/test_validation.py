@@ -1,4 +1,4 @@
-"""What a caller may pass, what is refused at the door, and what is legal but probably not meant."""
+"""What a caller may pass, what is refused, and what is legal but probably not meant."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_three_axes_that_could_be_both_are_never_guessed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "message"),
     [
         (torch.ones(BATCH, N), r"float32 \[3, 11\].*a mask is bool and True means may attend.*from_additive\(mask\)"),
         (torch.ones(BATCH, N, dtype=torch.long), r"int64 \[3, 11\].*from_huggingface_2d\(mask\)"),
@@ -134,13 +134,13 @@ def test_three_axes_that_could_be_both_are_never_guessed() -> None:
         (keys(FLAGS[:, :7]), "holds data for 7 keys, but was asked about 11"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(mask: object, said: str) -> None:
-    with pytest.raises(MaskError, match=said):
+def test_a_mask_that_does_not_fit_is_refused(mask: object, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
         decoder()(X, mask=mask)
 
 
 @pytest.mark.parametrize(
-    ("attn_mask", "said"),
+    ("attn_mask", "message"),
     [
         (torch.zeros(N, N), r"attn_mask= is float32 \[11, 11\] on cpu; a mask is bool.*from_additive\(attn_mask\)"),
         (
@@ -152,8 +152,8 @@ def test_a_mask_that_does_not_fit_is_refused(mask: object, said: str) -> None:
         (torch.ones(1, 1, 1, N, N, dtype=torch.bool), r"bool \[1, 1, 1, 11, 11\]"),
     ],
 )
-def test_a_matrix_that_does_not_fit_is_refused(attn_mask: torch.Tensor, said: str) -> None:
-    with pytest.raises(MaskError, match=said):
+def test_a_matrix_that_does_not_fit_is_refused(attn_mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
         decoder()(X, attn_mask=attn_mask)
 
 
@@ -164,19 +164,19 @@ def test_flags_that_count_the_registers_are_recognised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "said"),
+    ("x", "message"),
     [
         (features(N), f"takes features .b, n, {DIM}., got float64"),
         (X[..., 1:], "got float64 .3, 11, 22."),
         (ids(BATCH, N, DIM), "token ids go through a TransformerWrapper"),
     ],
 )
-def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         decoder()(x)
 
 
-def test_an_input_of_another_dtype_or_device_is_refused_at_the_door() -> None:
+def test_an_input_of_another_dtype_or_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Decoder has float64 parameters .*float32 .*x.to\(torch.float64\).*model.to"):
         decoder()(X.float())
     with pytest.raises(ValueError, match=r"has float16 parameters .*x.to\(torch.float16\).*model.to\(torch.float32\)"):
@@ -193,7 +193,7 @@ def test_autocast_chooses_dtypes_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    ("tokens", "message"),
     [
         (ids(N), r"pass ids\[None\]"),
         (torch.rand(2, 3), "expected whole numbers"),
@@ -202,16 +202,16 @@ def test_autocast_chooses_dtypes_itself() -> None:
         (torch.ones(2, 3, dtype=torch.long, device="meta"), "on meta and the model is on cpu: move one with"),
     ],
 )
-def test_tokens_that_do_not_fit_are_refused(tokens: torch.Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_tokens_that_do_not_fit_are_refused(tokens: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         wrapped()(tokens)
 
 
 @pytest.mark.parametrize(
-    ("pos", "said"), [(torch.rand(N), "positions are whole numbers"), (torch.arange(N + 1), r"\[11\] or \[3, 11\]")]
+    ("pos", "message"), [(torch.rand(N), "positions are whole numbers"), (torch.arange(N + 1), r"\[11\] or \[3, 11\]")]
 )
-def test_positions_that_do_not_fit_are_refused(pos: torch.Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_positions_that_do_not_fit_are_refused(pos: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         decoder(rotary_pos_emb=True, rotary_emb_dim=4)(X, pos=pos)
 
 

@@ -86,7 +86,7 @@ WRONG: list[Any] = [-1, 0.5, True, None, "2", 1 << 40]
 
 
 @pytest.mark.parametrize("first", WRONG, ids=repr)
-def test_what_is_no_first_position_is_told_at_the_door(first: Any) -> None:
+def test_what_is_no_first_position_is_refused(first: Any) -> None:
     message = "first_position must be"
     for call in (
         lambda: tm.pack(GIVEN, 7, first_position=first),

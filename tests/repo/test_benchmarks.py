@@ -47,10 +47,10 @@ def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp
         pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
     file = tmp_path / "numbers.json"
     text = script(name).main(["--quick", "--json", str(file)])
-    found = json.loads(file.read_text())
-    assert found["machine"] in text
-    assert f"torch {torch.__version__}" in found["machine"]
-    for table in found["tables"]:
+    report = json.loads(file.read_text())
+    assert report["machine"] in text
+    assert f"torch {torch.__version__}" in report["machine"]
+    for table in report["tables"]:
         assert table["title"] in text
         assert table["rows"]
         assert table["numbers"]
@@ -193,8 +193,8 @@ def test_bars_and_times_are_read_off(script: Script) -> None:
 def test_memory_is_the_peak_of_a_process_of_its_own(script: Script) -> None:
     harness = script("harness")
     program = "import harness, torch; print(harness.peak_beyond(lambda: torch.ones(200_000_000, dtype=torch.uint8)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=FOLDER, check=True, capture_output=True, text=True)
-    assert 190e6 < int(done.stdout) < 250e6
+    result = subprocess.run([sys.executable, "-c", program], cwd=FOLDER, check=True, capture_output=True, text=True)
+    assert 190e6 < int(result.stdout) < 250e6
     assert harness.peak_elsewhere(str(FOLDER / "plan.py"), "causal.packed(lengths)") < 500e6
 
 

@@ -203,9 +203,9 @@ q = torch.randn(1, 2, 7, 8)
 tm.attend(q, q, q, mask)
 print(tm.plan(mask, q_len=7).backend, tm.Decoder(dim=16, depth=1, heads=2)(torch.randn(1, 7, 16), mask=mask).shape)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 7, 16])" in done.stdout
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([1, 7, 16])" in result.stdout
 
 
 def test_the_map_shows_the_house() -> None:

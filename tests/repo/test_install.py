@@ -74,7 +74,7 @@ def said(place: Path, wheel: Path) -> list[str]:
     site = place / "site"
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(site)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         check=True,
         capture_output=True,
@@ -83,7 +83,7 @@ def said(place: Path, wheel: Path) -> list[str]:
         env=os.environ | {"PYTHONPATH": str(site)},
         timeout=120,
     )
-    return done.stdout.strip().split("|")
+    return result.stdout.strip().split("|")
 
 
 @pytest.mark.skipif(bool(missing()), reason="the move is whoever installs a C++ compiler")

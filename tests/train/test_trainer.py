@@ -131,9 +131,9 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_building_a_model_leaves_the_generator_alone(config: TrainConfig) -> None:
     torch.manual_seed(7)
     build_model(config)
-    drawn = torch.rand(3)
+    numbers = torch.rand(3)
     torch.manual_seed(7)
-    assert torch.equal(drawn, torch.rand(3))
+    assert torch.equal(numbers, torch.rand(3))
 
 
 def test_a_continuation_is_text_and_depends_on_its_seed_alone(config: TrainConfig) -> None:

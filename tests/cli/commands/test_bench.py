@@ -34,7 +34,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def costs_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of costs, in a folder that is not there yet; afterwards everything is as it was."""
     file = tmp_path / "deep" / "costs.json"
     monkeypatch.setenv("TRUEMASK_COSTS", str(file))
@@ -51,9 +51,9 @@ def _forget() -> None:
 
 def _stored(**changes: Any) -> dict[str, Any]:
     """The shipped costs with another number, as an entry holds them."""
-    found = asdict(costs.SHIPPED)
-    found["sdpa"].update(changes)
-    return found
+    measured_costs = asdict(costs.SHIPPED)
+    measured_costs["sdpa"].update(changes)
+    return measured_costs
 
 
 # -- racing ------------------------------------------------------------------------------------------------------------
@@ -85,19 +85,19 @@ def test_a_mistake_is_a_message() -> None:
 # -- calibrating -------------------------------------------------------------------------------------------------------
 
 
-def test_calibration_is_stored_and_found(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_is_stored_and_found(costs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tm.plan(tm.causal, 67)
     assert re.search(r"predicted from the shipped costs.*; `truemask bench --calibrate`", str(before))
     found = calibrate.measured_costs(lambda text: None, SMALL, LARGE, 0.0)
     monkeypatch.setattr(bench, "measured_costs", lambda say: found)
     code, out = run("--calibrate")
     assert code == 0, out
-    assert f"stored in {kept}" in out.replace("\n", "")
+    assert f"stored in {costs_file}" in out.replace("\n", "")
     assert costs.table() == costs.table_of(found)
     after = tm.plan(tm.causal, 67)
     assert after.costs != before.costs
     assert re.search(r"predicted from costs measured on this machine on \d{4}-\d\d-\d\d", str(after))
-    assert not list(kept.parent.glob("*.part"))
+    assert not list(costs_file.parent.glob("*.part"))
 
 
 def test_calibration_predicts_what_it_measured() -> None:
@@ -123,8 +123,8 @@ def test_every_constant_is_measured() -> None:
     assert costs.table_of(json.loads(json.dumps(found)))
 
 
-def test_nothing_is_kept_where_it_cannot_be(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept.parent.write_text("a file where the folder should be")
+def test_nothing_is_kept_where_it_cannot_be(costs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs_file.parent.write_text("a file where the folder should be")
     monkeypatch.setattr(bench, "measured_costs", lambda say: pytest.fail("measured for nothing"))
     code, out = run("--calibrate")
     assert code == 2
@@ -138,8 +138,8 @@ def test_nothing_is_kept_where_it_cannot_be(kept: Path, monkeypatch: pytest.Monk
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_entries_of_other_machines_stay(kept: Path) -> None:
-    kept.parent.mkdir()
+def test_entries_of_other_machines_stay(costs_file: Path) -> None:
+    costs_file.parent.mkdir()
     threads = torch.get_num_threads()
     calibration.store(_stored(forward=1e9))
     torch.set_num_threads(threads + 1)
@@ -162,9 +162,9 @@ def test_entries_of_other_machines_stay(kept: Path) -> None:
     "text",
     ["", "{", "[]", "null", '{"format": 2, "entries": []}', '{"format": 1, "entries": [3]}', '{"format": 1}', "\x00"],
 )
-def test_a_broken_file_is_a_warning_and_the_shipped_costs(kept: Path, text: str) -> None:
-    kept.parent.mkdir()
-    kept.write_text(text)
+def test_a_broken_file_is_a_warning_and_the_shipped_costs(costs_file: Path, text: str) -> None:
+    costs_file.parent.mkdir()
+    costs_file.write_text(text)
     with pytest.warns(UserWarning, match=r"costs\.json cannot be used .*plans go by the shipped ones"):
         assert costs.table() == costs.shipped()[0]
     with warnings.catch_warnings():
@@ -178,25 +178,25 @@ def test_a_broken_file_is_a_warning_and_the_shipped_costs(kept: Path, text: str)
 @pytest.mark.parametrize(
     "changes", [{"forward": -1.0}, {"forward": 0}, {"call": "fast"}, {"speed": 1.0}, {"call": True}, {"call": 1e999}]
 )
-def test_a_wrong_constant_is_a_warning(kept: Path, changes: dict[str, Any]) -> None:
-    kept.parent.mkdir()
+def test_a_wrong_constant_is_a_warning(costs_file: Path, changes: dict[str, Any]) -> None:
+    costs_file.parent.mkdir()
     calibration.store(_stored(**changes))
     with pytest.warns(UserWarning, match=rf"are wrong \(sdpa: {next(iter(changes))} = .* is no constant"):
         assert costs.table() == costs.shipped()[0]
     assert "because the measured ones are wrong" in costs.source()
 
 
-def test_a_backend_that_came_later_is_a_warning(kept: Path) -> None:
-    kept.parent.mkdir()
+def test_a_backend_that_came_later_is_a_warning(costs_file: Path) -> None:
+    costs_file.parent.mkdir()
     calibration.store({"sdpa": asdict(costs.SHIPPED.sdpa)})
     with pytest.warns(UserWarning, match="nothing is said of the backend"):
         assert costs.table() == costs.shipped()[0]
 
 
-def test_a_file_of_another_machine_is_a_warning(kept: Path) -> None:
-    kept.parent.mkdir()
+def test_a_file_of_another_machine_is_a_warning(costs_file: Path) -> None:
+    costs_file.parent.mkdir()
     calibration.store(_stored())
-    kept.write_text(kept.read_text().replace(torch.__version__, "1.13"))
+    costs_file.write_text(costs_file.read_text().replace(torch.__version__, "1.13"))
     with pytest.warns(UserWarning, match=r"are of another machine \(.*torch 1\.13; this is .*`truemask bench --cal"):
         assert costs.table() == costs.shipped()[0]
 

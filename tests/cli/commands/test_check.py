@@ -68,17 +68,17 @@ def test_claims_and_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "options", "said"),
+    ("flags", "options", "message"),
     [
         ([1, 1, 1, 0, 0, 0], [], "6 queries x 6 keys"),
         ([1, 1, 1, 0, 0, 0], ["-n", "4"], "4 queries x 4 keys"),
         ([[1, 1, 1, 0, 0, 0], [1] * 6], ["--padding"], "6 queries x 6 keys"),
     ],
 )
-def test_flags_of_tokens(tmp_path: Path, flags: list[Any], options: list[str], said: str) -> None:
+def test_flags_of_tokens(tmp_path: Path, flags: list[Any], options: list[str], message: str) -> None:
     np.save(tmp_path / "flags.npy", np.array(flags))
     code, out, _ = run("check", str(tmp_path / "flags.npy"), *options)
-    assert (code, said in out, "rows-or-samples" in out) == (0, True, False)
+    assert (code, message in out, "rows-or-samples" in out) == (0, True, False)
 
 
 @pytest.mark.parametrize(("rows", "columns", "noted"), [(2, 8, True), (1, 8, True), (8, 8, False), (8, 2, False)])
@@ -281,7 +281,7 @@ def test_images_with_alpha(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "options", "said"),
+    ("what", "options", "message"),
     [
         ("causal", ["--tensor", "mask"], "--tensor mask speaks of a file's tensor, and 'causal' is an expression"),
         ("causal", ["--axes", "bqk"], "--axes bqk speaks of a file's tensor"),
@@ -294,7 +294,7 @@ def test_images_with_alpha(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_options_and_names_that_fit_nothing_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, options: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(TRIANGLE, "one.pt")
@@ -302,4 +302,4 @@ def test_options_and_names_that_fit_nothing_are_told(
     Path("one.csv").write_text("1,0\n1,1\n")
     Path("one").write_text("causal")
     code, _, err = run("check", what, *options)
-    assert (code, said in err) == (2, True), err
+    assert (code, message in err) == (2, True), err

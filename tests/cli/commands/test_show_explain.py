@@ -113,12 +113,12 @@ def test_no_color_and_pipes_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_console().no_color
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     program = "from truemask.cli.app import main; main()"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program, "show", "causal", "-n", "40"], capture_output=True, check=True
     )
-    assert done.stdout.isascii()
-    assert b"\x1b" not in done.stdout
-    assert done.stderr == b""
+    assert result.stdout.isascii()
+    assert b"\x1b" not in result.stdout
+    assert result.stderr == b""
 
 
 def test_utf_8_terminals_get_blocks() -> None:
@@ -136,11 +136,11 @@ def test_version_and_help_name_the_commands() -> None:
 
 
 def test_python_m_truemask_is_the_command() -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "truemask", "show", "causal & windw(8)"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2
-    assert "^^^^^" in done.stderr
+    assert result.returncode == 2
+    assert "^^^^^" in result.stderr
 
 
 def test_explain_says_why_a_pair_is_as_it_is() -> None:

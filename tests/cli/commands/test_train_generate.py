@@ -26,9 +26,9 @@ def run(*arguments: str) -> tuple[int, str, str]:
 @pytest.fixture
 def trained(folder: Path, tmp_path: Path) -> tuple[Path, str]:
     out = tmp_path / "runs" / "one"
-    code, said, err = run("train", "--data", str(folder), "--steps", "4", "--out", str(out), *SMALL)
+    code, output, err = run("train", "--data", str(folder), "--steps", "4", "--out", str(out), *SMALL)
     assert (code, err) == (0, "")
-    return out, said
+    return out, output
 
 
 def test_train_writes_a_run_and_says_what_next(trained: tuple[Path, str]) -> None:
@@ -45,17 +45,17 @@ def test_train_writes_a_run_and_says_what_next(trained: tuple[Path, str]) -> Non
 
 def test_train_goes_on_and_can_be_made_longer(trained: tuple[Path, str]) -> None:
     out, _ = trained
-    code, said, _ = run("train", "--resume", str(out), "--steps", "6", "--keep", "1")
+    code, output, _ = run("train", "--resume", str(out), "--steps", "6", "--keep", "1")
     assert code == 0
-    assert "after 6 steps (2 now)" in said
+    assert "after 6 steps (2 now)" in output
     assert [path.name for path in checkpoints(out)] == ["step-00000006"]
 
 
 def test_several_paths_follow_data(folder: Path, tmp_path: Path) -> None:
     texts = [str(folder / "more"), str(folder / "0.txt"), str(folder / "3.txt")]
-    code, said, _ = run("train", "--data", *texts, "--steps", "1", "--out", str(tmp_path / "run"), *SMALL)
+    code, output, _ = run("train", "--data", *texts, "--steps", "1", "--out", str(tmp_path / "run"), *SMALL)
     assert code == 0
-    assert ", ".join(texts) in said
+    assert ", ".join(texts) in output
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +70,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(trainer.Trainer, "_train_one", interrupted)
     out = tmp_path / "run"
-    code, said, _ = run("train", "--data", str(folder), "--steps", "50", "--out", str(out), *SMALL)
+    code, output, _ = run("train", "--data", str(folder), "--steps", "50", "--out", str(out), *SMALL)
     assert code == 0
-    assert f"stopped and saved; to go on: truemask train --resume {out}" in said
+    assert f"stopped and saved; to go on: truemask train --resume {out}" in output
     assert checkpoints(out)[-1].name == "step-00000003"
 
 

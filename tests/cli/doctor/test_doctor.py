@@ -29,11 +29,11 @@ def test_doctor_names_versions_and_backends() -> None:
 
 def test_doctor_as_json() -> None:
     code, out, _ = run("doctor", "--json")
-    found = json.loads(out)
-    assert (code, found["facts"]["torch"]) == (0, torch.__version__)
-    assert [one["backend"] for one in found["self_test"]] == list(tm.backends())
-    assert all(one["good"] for one in found["self_test"])
-    assert found["backends"][1]["objections"]["flex"] == ["gradients: FlexAttention has no backward on the CPU"]
+    report = json.loads(out)
+    assert (code, report["facts"]["torch"]) == (0, torch.__version__)
+    assert [outcome["backend"] for outcome in report["self_test"]] == list(tm.backends())
+    assert all(outcome["good"] for outcome in report["self_test"])
+    assert report["backends"][1]["objections"]["flex"] == ["gradients: FlexAttention has no backward on the CPU"]
 
 
 def test_the_self_test_is_short_and_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_the_self_test_is_short_and_notices_what_is_wrong(monkeypatch: pytest.Mo
         return real(*tensors, backend=backend)
 
     monkeypatch.setattr(self_test, "attend", counted)
-    assert [one.text.split(":")[0] for one in self_test.self_test()].count("agrees") >= 3
+    assert [outcome.text.split(":")[0] for outcome in self_test.self_test()].count("agrees") >= 3
     assert len(lengths) <= len(tm.backends())
     assert max(lengths) < 256
 
@@ -54,7 +54,7 @@ def test_the_self_test_is_short_and_notices_what_is_wrong(monkeypatch: pytest.Mo
         return real(*tensors, backend=backend) * (1.01 if backend == "block_sparse" else 1.0)
 
     monkeypatch.setattr(self_test, "attend", broken)
-    bad = {one.backend: one.text for one in self_test.self_test() if not one.good}
+    bad = {outcome.backend: outcome.text for outcome in self_test.self_test() if not outcome.good}
     assert bad["sdpa"] == "RuntimeError: no kernel"
     assert bad["block_sparse"].startswith("DIFFERS: error 2")
     assert len(bad) == 2

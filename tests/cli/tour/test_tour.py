@@ -50,22 +50,22 @@ def test_no_library_of_ours_gives_nan_and_no_decoder_of_ours_leaks() -> None:
     for peer in PEERS:
         if not peer.name.startswith("truemask"):
             continue
-        found = examine(peer)
-        assert not found.dead_nan
-        assert found.dead_moved == 0
-        assert found.bad_gradients == 0
-        assert "Decoder" not in peer.name or found.leaked == 0
+        examination = examine(peer)
+        assert not examination.dead_nan
+        assert examination.dead_moved == 0
+        assert examination.bad_gradients == 0
+        assert "Decoder" not in peer.name or examination.leaked == 0
 
 
 def test_what_is_said_of_the_others_is_so() -> None:
     """Facts about torch 2.13 and x-transformers; should one change, the tour tells it, and so should the docs."""
-    found = {peer.name: examine(peer) for peer in PEERS if not peer.missing}
-    assert found["nn.MultiheadAttention"].dead_nan
-    assert found["nn.MultiheadAttention"].bad_gradients == 13
-    assert found["torch SDPA, bool mask"].dead_zero
-    if "x-transformers Decoder" in found:
-        assert found["x-transformers Decoder"].leaked > 0
-        assert found["x-transformers Decoder, flash"].leaked == 0
+    examinations = {peer.name: examine(peer) for peer in PEERS if not peer.missing}
+    assert examinations["nn.MultiheadAttention"].dead_nan
+    assert examinations["nn.MultiheadAttention"].bad_gradients == 13
+    assert examinations["torch SDPA, bool mask"].dead_zero
+    if "x-transformers Decoder" in examinations:
+        assert examinations["x-transformers Decoder"].leaked > 0
+        assert examinations["x-transformers Decoder, flash"].leaked == 0
 
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
