@@ -180,7 +180,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = torch.cat((weights[..., extra:], weights[..., :extra]), dim=-1) if extra else weights
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            out, weights = attend(q, k, v, mask, bias=bias, dropout=drop, backend=self.backend), None
+            out, weights = attend(q, k, v, seen, bias=bias, dropout=drop, backend=self.backend), None
         out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         out = self.out_proj(out.flatten(2))
         if batched:
