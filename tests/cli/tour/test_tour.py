@@ -93,12 +93,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_five_masks_race_and_agree(short: None) -> None:
     code, out = run("--only", "race", "--race-length", "257")
     assert code == 0, out
-    assert len(re.findall(r"x (?:faster|slower) |as fast ", out)) == 5
-    differences = [float(number) for number in re.findall(r"\de[+-]\d\d", out)]
+    page = Path("report.html").read_text()  # a table of the terminal folds what is long, as it is on a busy machine
+    assert len(re.findall(r">(?:[\d.]+ x (?:faster|slower)|as fast)<", page)) == 5
+    differences = [float(number) for number in re.findall(r">(\de[+-]\d\d)<", page)]
     assert len(differences) == 5
     assert max(differences) < 1e-4
     assert out.count("█ ") == 10
-    assert Path("report.html").read_text().count("<rect") == 10
+    assert page.count("<rect") == 10
 
 
 def test_the_race_is_honest() -> None:
