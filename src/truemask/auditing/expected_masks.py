@@ -26,7 +26,6 @@ from truemask.auditing.subject import AuditedModel, AuditError
 from truemask.auditing.torch_modules import torch_mask_of
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.interop.positions import lies_in_rows
 from truemask.interop.removed_pairs import removed_pairs
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
@@ -35,6 +34,7 @@ from truemask.masks.foreign.token_spans import token_spans
 from truemask.masks.formats.as_mask import from_text
 from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.per_token import padding
+from truemask.masks.structure.data import lies_in_rows
 
 TORCH_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 

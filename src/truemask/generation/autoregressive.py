@@ -19,10 +19,9 @@ from truemask.generation.kv_cache import KVCache
 from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler
 from truemask.masks.compose.boolean import everything
-from truemask.masks.compose.packed import Padded
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
-from truemask.masks.leaves.per_token import Padding, Queries
+from truemask.masks.structure.padding import marks_queries
 from truemask.nn.config import check_type, reject_keywords
 from truemask.nn.forward_mask import Layout, pairs_ahead, read_masks, token_positions
 from truemask.nn.validation import warn
@@ -255,7 +254,7 @@ def follows(user: Mask, layout: Layout) -> Tensor:
     positions = token_positions(user, layout, None)
     positions = positions[None] if positions.ndim == 1 else positions
     real = torch.ones_like(positions, dtype=torch.bool)
-    if any(isinstance(node, (Queries, Padding, Padded)) for node in user.walk()):
+    if any(map(marks_queries, user.walk())):
         real = ~user.dead_queries(n, n, batch=layout.batch, heads=layout.heads).all(dim=1)  # b|1 n
     follow = torch.zeros(torch.broadcast_shapes(positions.shape, real.shape), dtype=torch.bool)
     follow[:, 1:] = (positions[:, 1:] == positions[:, :-1] + 1) & real[:, 1:] & real[:, :-1]

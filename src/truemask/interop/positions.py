@@ -9,12 +9,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.per_token import Padding
-
-DOCUMENT_KINDS = ("packed", "documents", "tree")  # kinds that say which documents there are
-ROW_KINDS = (*DOCUMENT_KINDS, "same", "keys", "queries", "dense")
-
 
 class CallerPositions(NamedTuple):
     """What the caller of a forward said, and what the model adds to every position."""
@@ -41,18 +35,3 @@ def first_position(model: nn.Module) -> int:
             return place + 1
     configs = [getattr(module, "config", None) for module in model.modules()]
     return int(any(getattr(config, "model_type", None) == "paligemma" for config in configs))
-
-
-def lies_in_rows(mask: Mask, *, packed: bool) -> bool:
-    """Whether a mask says itself how tokens lie in the rows of a batch that is `packed`, or else padded on the left.
-
-    Packed rows are described by documents, and by data for each token; padded ones by where samples begin.
-
-    >>> from truemask.masks.leaves.bands import causal
-    >>> lies_in_rows(causal.packed([3, 7]), packed=True), lies_in_rows(causal, packed=True)
-    (True, False)
-    """
-    parts = list(mask.walk())
-    if any(part.kind == "padded" or (isinstance(part, Padding) and part.starts is not None) for part in parts):
-        return True
-    return packed and any(part.kind in ROW_KINDS for part in parts)

@@ -10,35 +10,11 @@ from truemask.errors import MaskError
 from truemask.geometry.slabs.slabs import NoExactFormError, Region
 from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.bands import Causal, causal
+from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.data import asks_for_keys
 from truemask.masks.structure.order import looks_back
 from truemask.nn.validation import warn
 
-RESTRICTING_KINDS = {
-    "everything",
-    "nothing",
-    "causal",
-    "documents",
-    "same",
-    "keys",
-    "queries",
-    "padding",
-    "dilated",
-    "random",
-}
-RESTRICTING_KINDS |= {
-    "tree",
-    "and",
-    "not",
-    "minus",
-    "packed",
-    "padded",
-    "at",
-    "take",
-    "select",
-    "per_head",
-    "per_sample",
-}
 MIN_LENGTH, MAX_LENGTH_WITHOUT_FORM = 64, 2048  # positions that are looked at, at least; and at most, cell by cell
 
 
@@ -71,7 +47,7 @@ def asks_beyond(mask: Mask) -> bool:
     >>> asks_beyond(causal | prefix(6)), asks_beyond(causal & documents([3, 4]))
     (True, False)
     """
-    return any(part.kind not in RESTRICTING_KINDS for part in mask.walk())
+    return any(map(asks_for_keys, mask.walk()))
 
 
 def removed_pairs(mask: Mask | None, rule: Mask, length: int, batch: int = 1, heads: int = 1) -> RemovedPairs | None:
@@ -89,7 +65,7 @@ def removed_pairs(mask: Mask | None, rule: Mask, length: int, batch: int = 1, he
     """
     if mask is None or rule == everything or not asks_beyond(mask):
         return None
-    speaks_of_causality = any(isinstance(part, Causal) for part in mask.walk())
+    speaks_of_causality = causal in mask.walk()
     if rule == causal and (not speaks_of_causality or looks_back(mask)):
         return None
     removed = mask - rule

@@ -19,8 +19,7 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.files import Reading, is_file, perhaps_a_file, read_mask
 from truemask.masks.foreign.importers import from_huggingface_2d
 from truemask.masks.formats.parse import parse
-from truemask.masks.leaves.matrices import Dense
-from truemask.masks.structure.data import tokens_held
+from truemask.masks.structure.data import cells_held, tokens_held
 from truemask.viz.panels import text_of
 
 COLUMNS = 32  # of the picture
@@ -93,7 +92,8 @@ def _read(what: str, tensor: str | None, axes: str | None) -> Reading:
 
 def sizes(mask: Mask, length: int | None, kv_length: int | None) -> tuple[int, int]:
     """Queries and keys: as asked, or those that the mask holds data for."""
-    shape = mask.tensor.tensor.shape if isinstance(mask, Dense) else None
+    held = cells_held(mask)
+    shape = None if held is None else held.tensor.shape
     held_tokens = shape[2] if shape is not None and (shape[2] > 1 or length is None) else tokens_held([mask])
     q_len = length or held_tokens or DEFAULT_TOKENS
     kv_len = kv_length or (shape[3] if shape is not None else mask.kv_len_for(q_len))
@@ -102,7 +102,8 @@ def sizes(mask: Mask, length: int | None, kv_length: int | None) -> tuple[int, i
 
 def _perhaps_padding(mask: Mask) -> Iterator[Finding]:
     """That a table of fewer rows than columns may be flags of tokens, a row for each sample."""
-    b, h, rows, columns = mask.tensor.tensor.shape if isinstance(mask, Dense) else (0, 0, 0, 0)
+    held = cells_held(mask)
+    b, h, rows, columns = (0, 0, 0, 0) if held is None else held.tensor.shape
     if (b, h) == (1, 1) and rows < columns:
         reading = f"it was read as {counted(rows, 'query')} x {counted(columns, 'key')}"
         advice = f"if it is the attention_mask of {counted(rows, 'sample')} of {counted(columns, 'token')}"
@@ -112,10 +113,10 @@ def _perhaps_padding(mask: Mask) -> Iterator[Finding]:
 
 def _as_padding(mask: Mask) -> Mask:
     """A table of flags `[b, n]` as key padding."""
-    table = mask.tensor.tensor if isinstance(mask, Dense) else None
-    if table is None or table.shape[:2] != (1, 1):
+    held = cells_held(mask)
+    if held is None or held.tensor.shape[:2] != (1, 1):
         raise MaskError(f"--padding reads a file's table [b, n] of 0 and 1, a row for each sample; this is `{mask}`")
-    return from_huggingface_2d(table[0, 0])
+    return from_huggingface_2d(held.tensor[0, 0])
 
 
 def _lengths(text: str | None) -> list[int] | None:

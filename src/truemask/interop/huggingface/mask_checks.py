@@ -10,9 +10,8 @@ from truemask.interop.padding import alike
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.leaves.documents import documents
+from truemask.masks.structure.documents import may_separate_documents
 from truemask.nn.validation import warn
-
-SEPARATING_KINDS = ("packed", "documents", "same", "tree", "dense", "predicate")  # kinds that may keep documents apart
 
 
 def check_samples(user_mask: Mask | None, batch: int) -> None:
@@ -40,7 +39,7 @@ def check_kept_keys(user_mask: Mask, mask: Mask, batch: int, q_start: int, q_len
 
 def may_keep_apart(user_mask: Mask | None) -> bool:
     """Whether a mask may keep documents apart."""
-    return user_mask is not None and any(part.kind in SEPARATING_KINDS for part in user_mask.walk())
+    return user_mask is not None and any(map(may_separate_documents, user_mask.walk()))
 
 
 def keeps_apart(rule: Mask, positions: Tensor | None, sizes: tuple[int, int, int]) -> bool:

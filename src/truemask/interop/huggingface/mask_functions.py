@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import and_, or_
+from operator import or_
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.padding import alike
-from truemask.masks.compose.boolean import Or, everything, nothing
+from truemask.masks.compose.boolean import conjunction, everything, nothing
 from truemask.masks.compose.per_axis import per_sample
 from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.bands import Window, blocks, causal, local, window
+from truemask.masks.leaves.bands import blocks, causal, local, window
 from truemask.masks.leaves.documents import documents, same
 from truemask.masks.leaves.per_token import keys
 from truemask.masks.leaves.predicate import predicate
+from truemask.masks.structure.order import window_size
 
 MaskFunction = Callable[..., Any]
 HOME = "transformers.masking_utils"
@@ -150,7 +151,7 @@ def _all_of(masks: Sequence[Mask]) -> Mask:
     windows = [near for mask in masks if (near := _window_of(mask)) is not None]
     if windows and causal in masks:
         masks = [*windows, *[mask for mask in masks if mask != causal and _window_of(mask) is None]]
-    return reduce(and_, [mask for mask in masks if mask != everything] or [everything])
+    return conjunction(*masks)
 
 
 def _any_of(masks: Sequence[Mask]) -> Mask:
@@ -169,12 +170,9 @@ def _within(size: int) -> Mask:
 
 def _window_of(mask: Mask) -> Mask | None:
     """The window of a `_not_before`."""
-    return mask.terms[0] if isinstance(mask, Or) and mask == _not_before_like(mask) else None
-
-
-def _not_before_like(mask: Or) -> Mask | None:
-    first = mask.terms[0]
-    return _not_before(first.size) if isinstance(first, Window) else None
+    first = next(iter(mask.children), everything)
+    size = window_size(first)
+    return first if size is not None and mask == _not_before(size) else None
 
 
 def _chunks(held: dict[str, Any]) -> Mask:

@@ -6,7 +6,6 @@ The mask function makes a `ModelMask`; transformers carries it to every attentio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace as changed
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -26,11 +25,12 @@ from truemask.interop.huggingface.mask_placeholder import MaskPlaceholder
 from truemask.interop.huggingface.placement import CallSizes, Placement, placement_of, placement_of_tensor
 from truemask.interop.layer_masks import AttentionLayer
 from truemask.interop.padding import BatchPadding, alike, batch_padding
-from truemask.interop.positions import DOCUMENT_KINDS, CallerPositions, lies_in_rows
-from truemask.masks.compose.boolean import And, conjunction, everything
-from truemask.masks.compose.packed import Packed
+from truemask.interop.positions import CallerPositions
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.data import lies_in_rows
+from truemask.masks.structure.documents import depths, lists_documents, packed_like
 
 
 class ModelMask(MaskPlaceholder):
@@ -173,20 +173,19 @@ class ModelMask(MaskPlaceholder):
 
         Rows of documents stand in order, and so do those of a tree: causality alone can count rows.
         """
-        kinds = set() if user_mask is None else {part.kind for part in user_mask.walk()}
-        if kinds.isdisjoint(DOCUMENT_KINDS) or self._real is not None or self.q_len != self.k_len:
+        parts = [] if user_mask is None else list(user_mask.walk())
+        if not any(map(lists_documents, parts)) or self._real is not None or self.q_len != self.k_len:
             return self.lifted.mask
         bare = self.lifted.bare
         if bare in (causal, everything):
             return bare
-        terms = user_mask.terms if isinstance(user_mask, And) else (user_mask,)
-        packed = next((term for term in terms if isinstance(term, Packed)), None)
+        packed = None if user_mask is None else packed_like(user_mask, bare)
         if packed is not None:
-            return changed(packed, base=bare)
+            return packed
         if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == self.q_len:
             places = alike(position_ids)
             return bare.take(q=places, k=places)
-        if "tree" in kinds:
+        if any(depths(part) is not None for part in parts):
             raise MaskError(
                 f"the model's own rule `{bare}` counts positions, and on the paths of `tree` these are not the rows: "
                 "pass position_ids (`positions` of pack_tree)"
@@ -236,7 +235,7 @@ class ModelMask(MaskPlaceholder):
         A mask that says itself how the rows are packed or padded is about the rows as they lie.
         """
         placement = self.placement
-        if placement.behind and any(part.kind in DOCUMENT_KINDS for part in user_mask.walk()):
+        if placement.behind and any(map(lists_documents, user_mask.walk())):
             return user_mask
         if refusal := placement.refusal(user_mask, CallSizes(self.q_len, self.k_len)):
             raise MaskError(refusal)

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from truemask.errors import MaskError
 from truemask.interop.positions import CallerPositions
-from truemask.masks.compose.boolean import everything, nothing
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.token_spans import token_positions
 from truemask.masks.leaves.bands import causal
-
-PLACING_KINDS = ("at", "take", "dense")
-JOINING_KINDS = ("and", "or", "xor", "minus", "not")
+from truemask.masks.structure.placement import places_rows, says_rows
 
 
 class CallSizes(NamedTuple):
@@ -57,7 +54,7 @@ class Placement(NamedTuple):
 
     def as_they_lie(self, user_mask: Mask) -> bool:
         """Whether a mask is about the rows and keys of this call, from 0 on: it says so, and nobody else does."""
-        explicit = any(part.kind in PLACING_KINDS for part in user_mask.walk())
+        explicit = any(map(places_rows, user_mask.walk()))
         return bool(self.problem or self.moved) and explicit and says_rows(user_mask, self.keys_known or self.moved)
 
     def refusal(self, user_mask: Mask, sizes: CallSizes) -> str:
@@ -80,18 +77,6 @@ class Placement(NamedTuple):
             f"{self.problem}, so `{user_mask}` could count either. Pass position_ids that agree, a cache that keeps "
             f"all keys (`past_key_values=DynamicCache()`), or {explicit}"
         )
-
-
-def says_rows(mask: Mask, keys_known: bool = True) -> bool:
-    """Whether a mask says itself which row and key of a call is which: by `at`, `take` or a tensor, in all its parts.
-
-    >>> from truemask.masks.leaves.bands import local
-    >>> says_rows(local(1).at(q_start=10)), says_rows(local(1))
-    (True, False)
-    """
-    if mask.kind in JOINING_KINDS:
-        return all(says_rows(part, keys_known) for part in mask.children)
-    return mask.kind in PLACING_KINDS or mask in (everything, nothing) or (keys_known and not mask.varies_with_query)
 
 
 def _same_at(mask: Mask, shift: int, length: int) -> bool:

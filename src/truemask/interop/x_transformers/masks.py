@@ -13,17 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from truemask.errors import MaskError
-from truemask.interop.positions import lies_in_rows
-from truemask.masks.compose.boolean import conjunction, everything, nothing
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_x_transformers
 from truemask.masks.leaves.bands import causal, window
 from truemask.masks.leaves.per_token import keys
-from truemask.masks.structure.padding import real_queries, seen_by_all
+from truemask.masks.structure.data import lies_in_rows
+from truemask.masks.structure.padding import seen_by_all
+from truemask.masks.structure.registers import with_registers
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,10 @@ def _cross(user_mask: Mask, layout: RegisterLayout) -> Mask:
 
 def _among_registers(user_mask: Mask, layout: RegisterLayout) -> Mask:
     """`user_mask` for a sequence that begins or ends with registers."""
-    extra = layout.front or layout.back
-    if not extra or user_mask == everything:
+    registers = layout.front or layout.back
+    if not registers or user_mask == everything:
         return user_mask
-    visible, real = seen_by_all(user_mask), real_queries(user_mask)
-    mask = user_mask.prepended(q=extra, k=extra, seen=visible)
-    if visible != nothing and real != everything:
-        mask = mask & real.prepended(q=extra)  # padding reads no register
-    if layout.back:
-        tokens = layout.rows - extra
-        order = torch.cat((torch.arange(extra, extra + tokens), torch.arange(extra)))
-        mask = mask.take(q=order, k=order)
-    return mask
+    return with_registers(user_mask, registers, behind=layout.rows - registers if layout.back else None)
 
 
 def from_flags(flags: Tensor | None, layout: RegisterLayout) -> Mask:
