@@ -6,7 +6,6 @@ Of any other model something is assumed, and a note says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from truemask.auditing.subject import AuditedModel
 from truemask.auditing.torch_modules import assumed_mask_of, torch_mask_of
 from truemask.interop.active_masks import ActiveMask, active_in_transformers, active_in_x_transformers
-from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_additive, from_torch_sdpa, from_x_transformers
 from truemask.masks.leaves.bands import blocks, causal, local, window
@@ -129,7 +128,7 @@ def _of_truemask(subject: AuditedModel, stack: AttentionLayers) -> DeclaredMask:
     layout = Layout(batch=subject.batch, heads=heads, new=subject.length)
     user = read_masks(keywords.get("mask"), keywords.get("attn_mask"), layout, x)
     looks_back = stack.causal if keywords.get("causal") is None else bool(keywords["causal"])
-    mask = causal & user if looks_back and user is not everything else causal if looks_back else user
+    mask = conjunction(causal, user) if looks_back else user
     return DeclaredMask((mask,), f"what {type(subject.model).__name__} runs", stack.depth)
 
 
@@ -147,7 +146,7 @@ def _of_x_transformers(subject: AuditedModel) -> DeclaredMask:
         parts.append(from_x_transformers(attn_mask=attn_mask))
     if isinstance(flags, Tensor):
         parts.append(keys(flags))
-    base = reduce(lambda left, right: left & right, parts) if parts else everything
+    base = conjunction(*parts)
     pasts = [getattr(part, "max_attend_past", None) for part in _peer_attentions(stack)]
     masks = tuple(base & (window(past + 1) | ~causal) if past is not None else base for past in pasts) or (base,)
     masks = masks[:1] if len(set(masks)) == 1 else masks

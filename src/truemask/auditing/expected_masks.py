@@ -27,7 +27,7 @@ from truemask.auditing.torch_modules import torch_mask_of
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.removed_pairs import removed_pairs
-from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.boolean import conjunction
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign import from_huggingface_2d, from_torch_mha
 from truemask.masks.foreign.token_spans import token_spans
@@ -96,7 +96,7 @@ def expected_mask_of(subject: AuditedModel, mask: object = None, layers: int | N
         masks = tuple(user_mask.combined_with(model_mask, placed, **sizes) for model_mask, user_mask in pairs)
         masks = masks[:1] if len(set(masks)) == 1 else masks
     if padded is not None and (mask is not None or stack_of(subject) is None):  # truemask's own masks hold it already
-        masks = tuple(padded if layer_mask is everything else layer_mask & padded for layer_mask in masks)
+        masks = tuple(conjunction(layer_mask, padded) for layer_mask in masks)
     count = layers if layers is not None else base.layers if base.layers is not None else len(masks)
     if len(masks) > 1 and count != len(masks):
         says = f"layers={count}" if layers is not None else f"the model has {count} layers"
@@ -198,7 +198,7 @@ def _padding(subject: AuditedModel) -> Mask | None:
     if isinstance(starts, Tensor) and tuple(starts.shape) == shape[:1]:
         parts.append(padding(starts=starts, on="keys"))
     parts = [part for part in parts if not bool(flags_of(part, subject).all())]
-    return reduce(lambda left, right: left & right, parts) if parts else None
+    return conjunction(*parts) if parts else None
 
 
 def _from_first_token(mask: Mask, real: Tensor, subject: AuditedModel) -> Mask:

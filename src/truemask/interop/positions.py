@@ -1,7 +1,4 @@
-"""What a forward was told of positions: `position_ids`, how many keys its cache held, and from where a model counts.
-
-And which masks say themselves how tokens lie in the rows of a batch.
-"""
+"""What a forward was told of positions: `position_ids`, how many keys its cache held, and from where a model counts."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from truemask.attention.run import new_seed, run
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import cannot_look, traceable
 from truemask.errors import MaskError
-from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.importers import from_torch_mha
 from truemask.masks.formats.as_mask import from_text, not_a_mask
@@ -255,9 +255,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             terms.append(from_torch_mha(attn_hidden, pad_hidden, num_heads=self.num_heads))
         if mask is not None:
             terms.append(mask)
-        seen = everything
-        for term in terms:
-            seen = term if seen is everything else seen & term
+        seen = conjunction(*terms)
         if attn_bias is not None and attn_bias.ndim == 3:
             attn_bias = attn_bias.unflatten(0, (-1, self.num_heads))
         if pad_bias is not None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.foreign.tensors import (
@@ -119,7 +119,7 @@ def from_torch_mha(
                 f"and key_padding_mask of {visible.shape[0]}; check num_heads and the batch"
             )
         parts.append(key_visibility(visible))
-    return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    return conjunction(*parts)
 
 
 @deferrable
@@ -182,9 +182,7 @@ def from_x_transformers(
         if mask.ndim != 2:
             raise MaskError(f"{where}: mask is {describe(mask)}; it is (b, k), the real tokens. Is it an attn_mask?")
         parts.append(key_visibility(mask))
-    if not parts:
-        return everything
-    return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    return conjunction(*parts)
 
 
 @deferrable
