@@ -13,7 +13,7 @@ from truemask.masks.structure.order import names_order
 from truemask.masks.structure.padding import padding_of_one_axis
 from truemask.masks.structure.placement import moves_positions, swaps_axes
 
-ROWS = 64  # of a tensor, looked at together
+ROWS_AT_ONCE = 64  # of a tensor, looked at together
 
 
 def top_left(mask: Mask, q_len: int, kv_len: int) -> str:
@@ -78,8 +78,8 @@ def _sees_only_later(cells: NDArray[np.bool_]) -> bool:
     Most tensors are refuted by their first rows.
     """
     size = cells.shape[-1]
-    for row in range(0, size, ROWS):
-        last = min(row + ROWS, size)
+    for row in range(0, size, ROWS_AT_ONCE):
+        last = min(row + ROWS_AT_ONCE, size)
         past = np.tri(last - row, last, row, dtype=bool)
         if (cells[:, :, row:last, :last] & past).any():
             return False

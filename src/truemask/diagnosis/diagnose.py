@@ -9,12 +9,12 @@ from torch import Tensor
 from truemask.common.arguments import whole
 from truemask.common.finding import Finding, Findings
 from truemask.diagnosis.leaf_reasons import quoted
-from truemask.diagnosis.rules.alignment import PLACING_RULES
-from truemask.diagnosis.rules.context import Subject
-from truemask.diagnosis.rules.expression import WORDING_RULES, known_by_name
+from truemask.diagnosis.rules.alignment import ALIGNMENT_RULES
+from truemask.diagnosis.rules.context import RuleContext
+from truemask.diagnosis.rules.expression import EXPRESSION_RULES, known_by_name
 from truemask.diagnosis.rules.heads import of_heads
-from truemask.diagnosis.rules.misreadings import TRAP_RULES
-from truemask.diagnosis.rules.visibility import OUTCOME_RULES
+from truemask.diagnosis.rules.misreadings import MISREADING_RULES
+from truemask.diagnosis.rules.visibility import VISIBILITY_RULES
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.leaves.documents import documents as documents_of
@@ -58,17 +58,17 @@ def diagnose(
     """
     mask = dense(mask) if isinstance(mask, Tensor) else expression("diagnose: mask", mask)
     q_len = whole(q_len, "q_len", 1)
-    stretched = list(_rows_as_squares(mask, q_len))
-    if stretched:
-        return Findings(stretched)
+    findings = list(_rows_as_squares(mask, q_len))
+    if findings:
+        return Findings(findings)
     kv_len = mask.kv_len_for(q_len) if kv_len is None else whole(kv_len, "kv_len", 1)
     mask.check(q_len, kv_len, batch=batch, heads=heads)
-    claimed = None if documents is None else documents_of(documents)
-    subject = Subject(mask, q_len, kv_len, batch, heads, causal, claimed)
-    wording = (finding for rule in (*WORDING_RULES, *TRAP_RULES) for finding in rule(subject))
-    names = list(known_by_name(subject)) or of_heads(subject, [known_by_name])
+    separate = None if documents is None else documents_of(documents)
+    context = RuleContext(mask, q_len, kv_len, batch, heads, causal, separate)
+    wording = (finding for rule in (*EXPRESSION_RULES, *MISREADING_RULES) for finding in rule(context))
+    names = list(known_by_name(context)) or of_heads(context, [known_by_name])
     # among equally grave ones: how it is written, then what follows from it
-    return Findings([*wording, *names, *of_heads(subject, [*OUTCOME_RULES, *PLACING_RULES])])
+    return Findings([*wording, *names, *of_heads(context, [*VISIBILITY_RULES, *ALIGNMENT_RULES])])
 
 
 def _rows_as_squares(mask: Mask, q_len: int) -> Iterator[Finding]:

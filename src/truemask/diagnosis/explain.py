@@ -25,8 +25,8 @@ from truemask.masks.structure.kinds import CONSTANTS, LEAVES, PER_AXIS
 from truemask.masks.structure.open_functions import open_function, register
 from truemask.masks.structure.placement import Step, step_into
 
-WIDEST = 100  # characters of an expression that stand in one line
-MOST_WAYS = 16  # ways to decide a part that are kept while more are looked at
+LINE_WIDTH = 100  # characters of an expression that stand in one line
+MAX_PATHS = 16  # paths to decide a part that are kept while more are looked at
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Explanation:
 
     def __str__(self) -> str:
         b, h, q, k = self.cell
-        where = [f"{name} {i}" for name, i, own in self._axes(b, h) if own != 1]
+        where = [f"{name} {i}" for name, i, count in self._axes(b, h) if count != 1]
         head = f"query {q} {'may' if self.allowed else 'may not'} attend to key {k}"
         lines = [head + (f" in {', '.join(where)}" if where else ""), *self._underlined()]
-        said = dict.fromkeys(map(self._line, self.reasons))  # a part that stands twice says it once
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes), *said])
+        reasons = dict.fromkeys(map(self._line, self.reasons))  # a part that stands twice says it once
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes), *reasons])
 
     __repr__ = __str__
 
@@ -77,8 +77,8 @@ class Explanation:
             marks[slice(*reason.span)] = "^" * (reason.span[1] - reason.span[0])
         under = "".join(marks)
         lines: list[str] = []
-        for start in range(0, len(text), WIDEST):
-            lines += [text[start : start + WIDEST], under[start : start + WIDEST].rstrip()]
+        for start in range(0, len(text), LINE_WIDTH):
+            lines += [text[start : start + LINE_WIDTH], under[start : start + LINE_WIDTH].rstrip()]
         return [line for line in lines if line]
 
 
@@ -110,15 +110,15 @@ def explain(mask: Mask | str, q: int, k: int, *, sample: int = 0, head: int = 0)
     """
     mask = expression("explain: mask", mask)
     cell = Cell(whole(sample, "sample"), whole(head, "head"), whole(q, "q"), whole(k, "k"))
-    for name, place, own in (("sample", cell.sample, mask.batch_size), ("head", cell.head, mask.head_count)):
-        if own not in (1, ANY) and place >= own:
-            raise MaskError(f"explain: {name} {place} is out of range, the mask `{mask}` holds {own}")
+    for name, place, count in (("sample", cell.sample, mask.batch_size), ("head", cell.head, mask.head_count)):
+        if count not in (1, ANY) and place >= count:
+            raise MaskError(f"explain: {name} {place} is out of range, the mask `{mask}` holds {count}")
     mask.check(cell.query + 1, cell.key + 1)
-    allowed, ways = decide(mask, cell, 0)
-    return Explanation(mask, cell, allowed, ways[0].reasons, tuple(dict.fromkeys(ways[0].notes)))
+    allowed, paths = decide(mask, cell, 0)
+    return Explanation(mask, cell, allowed, paths[0].reasons, tuple(dict.fromkeys(paths[0].notes)))
 
 
-class Way(NamedTuple):
+class Path(NamedTuple):
     """Parts that decide a cell together, and notes about the positions that they are asked about."""
 
     reasons: tuple[Reason, ...]
@@ -130,7 +130,7 @@ class Way(NamedTuple):
         return len({(reason.mask, reason.cell) for reason in self.reasons})
 
 
-Decision = tuple[bool, list[Way]]  # the value of a part, and the ways to decide it, the shortest first
+Decision = tuple[bool, list[Path]]  # the value of a part, and the paths to decide it, the shortest first
 
 
 @open_function
@@ -162,8 +162,8 @@ def _xor(mask: Xor, cell: Cell, start: int) -> Decision:
 
 @register(decide, Minus, Not)
 def _without(mask: Minus | Not, cell: Cell, start: int) -> Decision:
-    *parts, (allowed, ways) = _decide_parts(mask, cell, start)
-    return _combined([*parts, (not allowed, ways)], alone=False)
+    *parts, (allowed, paths) = _decide_parts(mask, cell, start)
+    return _combined([*parts, (not allowed, paths)], alone=False)
 
 
 @register(decide, *PER_AXIS)
@@ -233,19 +233,19 @@ def _decide_parts(mask: Mask, cell: Cell, start: int) -> list[Decision]:
 
 
 def _noted(note: str, decision: Decision) -> Decision:
-    allowed, ways = decision
-    return allowed, [Way(way.reasons, (note, *way.notes)) for way in ways]
+    allowed, paths = decision
+    return allowed, [Path(path.reasons, (note, *path.notes)) for path in paths]
 
 
 def _own(mask: Mask, cell: Cell, start: int, after: int, allowed: bool) -> Decision:
     """What a part says itself, marked from `after` on in its text."""
     span = (start + after, start + len(mask.text))
-    return allowed, [Way((Reason(mask, allowed, cell, because(mask, allowed, cell), span),))]
+    return allowed, [Path((Reason(mask, allowed, cell, because(mask, allowed, cell), span),))]
 
 
 def _combined(parts: Sequence[Decision], *, alone: bool) -> Decision:
     """The parts under an operator of which one part decides the value `alone`, and all together the other one."""
-    deciding = [way for allowed, ways in parts if allowed == alone for way in ways]
+    deciding = [path for allowed, paths in parts if allowed == alone for path in paths]
     return (alone, _shortest(deciding)) if deciding else (not alone, _together(parts))
 
 
@@ -258,17 +258,17 @@ def _inside(mask: Mask, cell: Cell, start: int, name: str, step: Step, note: str
     return (True, _together([decision, _own(mask, cell, start, tail, allowed=True)])) if decision[0] else decision
 
 
-def _together(parts: Sequence[Decision]) -> list[Way]:
-    """The ways to decide all parts."""
-    found = [Way(())]
-    for _, ways in parts:
-        found = _shortest(Way((*a.reasons, *b.reasons), (*a.notes, *b.notes)) for a, b in product(found, ways))
-    return found
+def _together(parts: Sequence[Decision]) -> list[Path]:
+    """The paths to decide all parts."""
+    combined = [Path(())]
+    for _, paths in parts:
+        combined = _shortest(Path((*a.reasons, *b.reasons), (*a.notes, *b.notes)) for a, b in product(combined, paths))
+    return combined
 
 
-def _shortest(ways: Iterable[Way]) -> list[Way]:
+def _shortest(paths: Iterable[Path]) -> list[Path]:
     """Some of them, the shortest first: a longer one may share leaves with other parts, and be the shortest there."""
-    return sorted(ways, key=lambda way: way.size)[:MOST_WAYS]
+    return sorted(paths, key=lambda path: path.size)[:MAX_PATHS]
 
 
 def _stands(cell: Cell, there: Cell) -> str:

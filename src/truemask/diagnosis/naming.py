@@ -15,11 +15,11 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.core.value import ANY
 from truemask.masks.structure.data import is_function, names_tokens
 
-FAR = (1_009, 100_003)  # lengths at which every function is asked too
-ROWS = 64  # that are looked at there
-SQUARE = 520  # the longest text that is looked at cell by cell
-CELLS = 1 << 20  # of each sample and head
-DATA = "that is data of these tokens, and no rule for others"
+FAR_LENGTHS = (1_009, 100_003)  # lengths at which every function is asked too
+PROBED_ROWS = 64  # that are looked at there
+MAX_SQUARE_LENGTH = 520  # the longest text that is looked at cell by cell
+MAX_PROBED_CELLS = 1 << 20  # of each sample and head
+ONLY_DATA = "that is data of these tokens, and no rule for others"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Name:
         if not self.is_rule:
             return f"its cells here are `{text}`; {self.elsewhere}"
         if self.lengths:
-            asked = ", ".join(f"{n:,}" for n in self.lengths)
-            return f"it is `{text}`, also at the other lengths that were tried ({asked}); that costs nothing to build"
+            numbers = ", ".join(f"{n:,}" for n in self.lengths)
+            return f"it is `{text}`, also at the other lengths that were tried ({numbers}); that costs nothing to build"
         return f"its cells are `{text}`, a rule without a size, which costs nothing to build"
 
 
@@ -64,10 +64,10 @@ def name_of(part: Mask, q_len: int, kv_len: int, *, batch: int | None = None, he
     """
     if is_function(part):
         return _of_function(part, q_len, kv_len, batch, heads)
-    found = recognise(part, q_len, kv_len, batch=batch, heads=heads)
-    if found is None:
+    mask = recognise(part, q_len, kv_len, batch=batch, heads=heads)
+    if mask is None:
         return None
-    return Name(found, elsewhere=DATA if holds_data(found) else "")
+    return Name(mask, elsewhere=ONLY_DATA if holds_data(mask) else "")
 
 
 def holds_data(mask: Mask) -> bool:
@@ -79,28 +79,28 @@ def _of_function(part: Mask, q_len: int, kv_len: int, batch: int | None, heads: 
     """A name that the function has everywhere, or else the one of its cells here."""
     lengths = other_lengths(max(q_len, kv_len))
     sizes = {"batch": batch, "heads": heads}
-    squares = [(n, n) for n in lengths if max(q_len, kv_len) < n <= SQUARE]
-    found = dict.fromkeys(_tried(part, *size, **sizes) for size in (*squares, (q_len, kv_len)))
-    here: Name | None = None
-    for name in found:
-        if name is None or not _same(part, name, q_len, kv_len, sizes):
+    squares = [(n, n) for n in lengths if max(q_len, kv_len) < n <= MAX_SQUARE_LENGTH]
+    candidates = dict.fromkeys(_name_at(part, *size, **sizes) for size in (*squares, (q_len, kv_len)))
+    best: Name | None = None
+    for name in candidates:
+        if name is None or not _equal(part, name, q_len, kv_len, sizes):
             continue
-        said = [_difference(part, name, n, **sizes) for n in lengths]
-        why = next((why for why, _ in said if why), "")
-        here = Name(name, () if why else lengths, why, any(differs for _, differs in said))
-        if here.is_rule:
-            return here
-    return here
+        differences = [_difference(part, name, n, **sizes) for n in lengths]
+        why = next((why for why, _ in differences if why), "")
+        best = Name(name, () if why else lengths, why, any(differs for _, differs in differences))
+        if best.is_rule:
+            return best
+    return best
 
 
-def _same(part: Mask, name: Mask, q_len: int, kv_len: int, sizes: dict[str, int | None]) -> bool:
+def _equal(part: Mask, name: Mask, q_len: int, kv_len: int, sizes: dict[str, int | None]) -> bool:
     both = part ^ name
-    own = {"batch": both.batch_size, "heads": both.head_count}
-    asked = {axis: size if own[axis] == ANY else None for axis, size in sizes.items()}
-    return bool(part.equivalent(name, q_len, kv_len, **asked))
+    held = {"batch": both.batch_size, "heads": both.head_count}
+    free = {axis: size if held[axis] == ANY else None for axis, size in sizes.items()}
+    return bool(part.equivalent(name, q_len, kv_len, **free))
 
 
-def _tried(part: Mask, q_len: int, kv_len: int, **sizes: int | None) -> Mask | None:
+def _name_at(part: Mask, q_len: int, kv_len: int, **sizes: int | None) -> Mask | None:
     """The name at some lengths; None if there is none, or the function does not answer there."""
     try:
         return recognise(part, q_len, kv_len, **sizes)
@@ -113,25 +113,25 @@ def _difference(part: Mask, name: Mask, n: int, **sizes: int | None) -> tuple[st
     try:
         name.check(n, n)
     except MaskError:
-        return DATA, False
+        return ONLY_DATA, False
     cells = _cells(n, part, sizes)
     try:
-        found = part.truth(*cells)
+        answers = part.truth(*cells)
     except Exception as error:  # a user's function may raise anything
         return f"at {n:,} the function does not answer ({type(error).__name__}), as if it read data", False
-    apart = found ^ name.truth(*cells)
-    if not bool(apart.any()):
+    different = answers ^ name.truth(*cells)
+    if not bool(different.any()):
         return "", False
-    _, _, row, key = apart.nonzero()[0].tolist()
+    _, _, row, key = different.nonzero()[0].tolist()
     return f"at {n:,} tokens they are not, first query {int(cells[2].flatten()[row])} and key {key}", True
 
 
 def _cells(n: int, part: Mask, sizes: dict[str, int | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Some rows from the first to the last, and all keys."""
-    count = max(2, min(n, ROWS, CELLS // n))
+    count = max(2, min(n, PROBED_ROWS, MAX_PROBED_CELLS // n))
     rows = torch.linspace(0, n - 1, count, dtype=torch.float64).long()
-    own = zip((part.batch_size, part.head_count), sizes.values(), strict=True)
-    b, h = (torch.arange(asked or 1 if size == ANY else size) for size, asked in own)
+    axes = zip((part.batch_size, part.head_count), sizes.values(), strict=True)
+    b, h = (torch.arange(size or 1 if held == ANY else held) for held, size in axes)
     return b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), rows.view(1, 1, -1, 1), torch.arange(n).view(1, 1, 1, -1)
 
 
@@ -142,7 +142,7 @@ def other_lengths(n: int) -> tuple[int, ...]:
     (15, 61, 127, 1009, 100003)
     """
     longer = (next_prime(2 * n), next_prime(4 * n))
-    return (*((n // 2,) if n > 1 else ()), *longer, *(far for far in FAR if far > longer[-1]))
+    return (*((n // 2,) if n > 1 else ()), *longer, *(far for far in FAR_LENGTHS if far > longer[-1]))
 
 
 def next_prime(n: int) -> int:

@@ -18,7 +18,7 @@ from truemask.masks.formats.as_mask import expression, from_text
 from truemask.masks.leaves.bands import causal
 from truemask.masks.structure.data import tokens_held
 
-FEWEST = 64  # tokens that are looked at where nothing says how many there are
+MIN_TOKENS = 64  # tokens that are looked at where nothing says how many there are
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ class Reach:
         allowed = expression("leaks: `allowed`", allowed)
         itself = self.layers[-1]
         _check(allowed, self.query + 1, len(itself), self.sample)
-        seen = itself | _seen(allowed, itself, self.sample, self.heads)
-        return (self.tokens & ~seen).nonzero().flatten().tolist()
+        visible = itself | _seen(allowed, itself, self.sample, self.heads)
+        return (self.tokens & ~visible).nonzero().flatten().tolist()
 
     def path(self, token: int) -> list[int]:
         """How a token gets there: the position of its influence before each layer, and at last the query.
@@ -67,8 +67,8 @@ class Reach:
         for mask, later in zip(self.masks, self.layers[1:], strict=True):
             rows = later.nonzero().flatten()
             cells = _of_sample(mask, self.sample).take(q=rows, k=[path[-1]])
-            seen = ~cells.dead_queries(len(rows), 1, heads=self.heads)[0].all(0) | (rows == path[-1])
-            path.append(int(rows[seen][-1]))
+            readers = ~cells.dead_queries(len(rows), 1, heads=self.heads)[0].all(0) | (rows == path[-1])
+            path.append(int(rows[readers][-1]))
         return path
 
     def _text(self) -> str:
@@ -139,12 +139,12 @@ def reach(
         raise MaskError(f"reach: query {query} lies behind the {n} tokens that are looked at: pass `length=`")
     for mask in chain:
         _check(mask, n, n, sample)
-    here = torch.zeros(n, dtype=torch.bool)
-    here[query] = True
-    found = [here]
+    tokens = torch.zeros(n, dtype=torch.bool)
+    tokens[query] = True
+    layer_tokens = [tokens]
     for mask in reversed(chain):
-        found.append(found[-1] | _seen(mask, found[-1], sample, heads))
-    return Reach(tuple(chain), query, torch.stack(found[::-1]), sample, heads)
+        layer_tokens.append(layer_tokens[-1] | _seen(mask, layer_tokens[-1], sample, heads))
+    return Reach(tuple(chain), query, torch.stack(layer_tokens[::-1]), sample, heads)
 
 
 def _chain(masks: Sequence[Mask | str] | Mask | str, layers: int | None) -> list[Mask]:
@@ -162,7 +162,7 @@ def _chain(masks: Sequence[Mask | str] | Mask | str, layers: int | None) -> list
 
 def _length(chain: list[Mask], query: int) -> int:
     held = tokens_held(chain)
-    return min(max(FEWEST, 2 * (query + 1)), MAX_POSITION - 1) if held is None else held
+    return min(max(MIN_TOKENS, 2 * (query + 1)), MAX_POSITION - 1) if held is None else held
 
 
 def _check(mask: Mask, q_len: int, kv_len: int, sample: int) -> None:

@@ -26,11 +26,11 @@ from truemask.masks.structure.placement import offset
 
 Cells = NDArray[np.bool_]
 
-MOST_CELLS = 1 << 24
-MOST_MEMBERS = 8  # different masks of samples or heads that are worth writing out
-REPEATS = 3  # times that flags must repeat to be called periodic
-MOST_STRIDES = 3  # runs of keys in one period
-MOST_GLOBAL = 0.25  # share of the rows beyond which full rows are no global tokens
+MAX_CELLS = 1 << 24
+MAX_MEMBERS = 8  # different masks of samples or heads that are worth writing out
+MIN_REPEATS = 3  # times that flags must repeat to be called periodic
+MAX_STRIDES = 3  # runs of keys in one period
+MAX_GLOBAL_SHARE = 0.25  # share of the rows beyond which full rows are no global tokens
 
 
 def recognise(
@@ -47,43 +47,43 @@ def recognise(
     """
     kv_len = mask.kv_len_for(q_len) if kv_len is None else kv_len
     samples, head_count = (
-        own if own != 0 else asked or 1 for own, asked in ((mask.batch_size, batch), (mask.head_count, heads))
+        held if held != 0 else size or 1 for held, size in ((mask.batch_size, batch), (mask.head_count, heads))
     )
-    if q_len * kv_len * samples * head_count > MOST_CELLS or not q_len * kv_len:
+    if q_len * kv_len * samples * head_count > MAX_CELLS or not q_len * kv_len:
         return None
     table = mask.to_dense(q_len, kv_len, batch=samples, heads=head_count).numpy()
     rows = [_of_heads(row) for row in table]
     if any(row is None for row in rows):
         return None
-    found = [row for row in rows if row is not None]
-    if len(set(found)) == 1:
-        return found[0]
+    masks = [row for row in rows if row is not None]
+    if len(set(masks)) == 1:
+        return masks[0]
     flagged = _flags_apart(table)
     if flagged is not None:
         return flagged
-    return per_sample(found) if len(found) <= MOST_MEMBERS else None
+    return per_sample(masks) if len(masks) <= MAX_MEMBERS else None
 
 
 def _of_heads(cells: Cells) -> Mask | None:
     """Of `[h, q, k]`."""
     if (cells == cells[:1]).all():
         return recognised(cells[0])
-    found = [recognised(one) for one in cells]
-    return per_head(found) if len(found) <= MOST_MEMBERS and all(one is not None for one in found) else None
+    masks = [recognised(head) for head in cells]
+    return per_head(masks) if len(masks) <= MAX_MEMBERS and all(mask is not None for mask in masks) else None
 
 
 def _flags_apart(table: Cells) -> Mask | None:
     """Samples that differ by the keys that nobody sees only: one mask and the flags of each."""
     if table.shape[1] > 1:
         return None
-    seen = np.asarray(table[:, 0].any(1))
+    seen_keys = np.asarray(table[:, 0].any(1))
     base = recognised(np.asarray(table[:, 0].any(0)))
     if base is None:
         return None
-    for flags in (_key_flags(seen), _key_flags(seen, "both")):
-        found = conjunction(base, flags)
-        if (found.to_dense(*table.shape[2:], batch=len(table)).numpy() == table).all():
-            return found
+    for flags in (_key_flags(seen_keys), _key_flags(seen_keys, "both")):
+        whole = conjunction(base, flags)
+        if (whole.to_dense(*table.shape[2:], batch=len(table)).numpy() == table).all():
+            return whole
     return None
 
 
@@ -125,17 +125,17 @@ def periodic(flags: Cells) -> Mask | None:
     """
     if flags.all():
         return everything
-    for period in range(2, len(flags) // REPEATS + 1):
+    for period in range(2, len(flags) // MIN_REPEATS + 1):
         if not (flags[period:] == flags[:-period]).all():
             continue
-        one = flags[:period]
-        starts = np.flatnonzero(one & ~np.roll(one, 1)).tolist()
-        if not 0 < len(starts) <= MOST_STRIDES:
+        cycle = flags[:period]
+        starts = np.flatnonzero(cycle & ~np.roll(cycle, 1)).tolist()
+        if not 0 < len(starts) <= MAX_STRIDES:
             return None
-        turned = [np.roll(one, -start) for start in starts]
+        turned = [np.roll(cycle, -start) for start in starts]
         lengths = [int(run.argmin()) for run in turned]
-        found = [strided(period, n).at(k_start=-(start + n) % period) for start, n in zip(starts, lengths, strict=True)]
-        return reduce(operator.or_, found)
+        rules = [strided(period, n).at(k_start=-(start + n) % period) for start, n in zip(starts, lengths, strict=True)]
+        return reduce(operator.or_, rules)
     return None
 
 
@@ -146,14 +146,14 @@ def _is(mask: Mask, cells: Cells) -> bool:
         return False
 
 
-def _key_flags(seen: Cells, on: str = "keys") -> Mask:
+def _key_flags(seen_keys: Cells, on: str = "keys") -> Mask:
     """The keys that some row sees, `[b, k]`: as padding if the others lie at one end; or the tokens, of both."""
-    n, counts = seen.shape[1], seen.sum(1)
-    if (seen == (np.arange(n) < counts[:, None])).all():
+    n, counts = seen_keys.shape[1], seen_keys.sum(1)
+    if (seen_keys == (np.arange(n) < counts[:, None])).all():
         return padding(lengths=counts.tolist(), on=on)
-    if (seen == (np.arange(n) >= n - counts[:, None])).all():
+    if (seen_keys == (np.arange(n) >= n - counts[:, None])).all():
         return padding(starts=(n - counts).tolist(), on=on)
-    flags = seen[0] if len(seen) == 1 else seen
+    flags = seen_keys[0] if len(seen_keys) == 1 else seen_keys
     return keys(flags) if on == "keys" else keys(flags) & queries(flags)
 
 
@@ -171,65 +171,65 @@ class _Shape(NamedTuple):
         return cls(cells, live, cells[live].argmax(1), cells.shape[1] - 1 - cells[live][:, ::-1].argmax(1))
 
 
-def _candidates(x: _Shape) -> Iterator[Mask]:
+def _candidates(shape: _Shape) -> Iterator[Mask]:
     """Few masks that might be it, the plainest first."""
-    n, m = x.cells.shape
+    n, m = shape.cells.shape
     yield everything
-    yield from _aligned(x, 0, 0)
+    yield from _aligned(shape, 0, 0)
     if n != m:
         right = (m - n, 0) if m > n else (0, n - m)
-        yield from (mask.at(*right) for mask in _aligned(x, *right) if mask.varies_with_query)
-    rows = np.asarray(x.cells.all(1) & x.cells.all(0)) if n == m else np.zeros(n, bool)
-    if 0 < rows.sum() <= MOST_GLOBAL * n:
-        rest = x.cells & ~rows[:, None] & ~rows
+        yield from (mask.at(*right) for mask in _aligned(shape, *right) if mask.varies_with_query)
+    rows = np.asarray(shape.cells.all(1) & shape.cells.all(0)) if n == m else np.zeros(n, bool)
+    if 0 < rows.sum() <= MAX_GLOBAL_SHARE * n:
+        rest = shape.cells & ~rows[:, None] & ~rows
         if rest.any():
-            shown = global_tokens(np.flatnonzero(rows).tolist())
-            yield from (mask | shown for mask in _aligned(_Shape.of(rest), 0, 0))
+            tokens = global_tokens(np.flatnonzero(rows).tolist())
+            yield from (mask | tokens for mask in _aligned(_Shape.of(rest), 0, 0))
 
 
-def _aligned(x: _Shape, down: int, right: int) -> Iterator[Mask]:
+def _aligned(shape: _Shape, down: int, right: int) -> Iterator[Mask]:
     """Where rows begin at position `down` and keys at `right`."""
-    q, first, last = x.live + down, x.first + right, x.last + right
+    q, first, last = shape.live + down, shape.first + right, shape.last + right
     back, ahead = int((q - first).max()), int((last - q).max())
     bases: list[Mask] = []
-    steps = [mask for mask in _steps(x, down - right) if offset(mask).base == mask or not (down or right)]
+    steps = [mask for mask in _steps(shape, down - right) if offset(mask).base == mask or not (down or right)]
     if ahead <= 0:
         bases += [causal, window(back + 1)]
-        tail = _tail_run(x)
+        tail = _tail_run(shape)
         if tail <= back:
-            bases += [causal & (window(tail) | prefix(int(_lead(x))))]
+            bases += [causal & (window(tail) | prefix(int(_lead(shape))))]
         bases += [causal & step for step in steps]
-    bases += [prefix(int(_lead(x))), causal | prefix(int(last[0]) + 1)]
+    bases += [prefix(int(_lead(shape))), causal | prefix(int(last[0]) + 1)]
     bases += [local(back)] if back == ahead else []
-    bases += _blocks(x, q, first, last)
+    bases += _blocks(shape, q, first, last)
     bases += steps
     yield from bases
-    seen_to_move = (x.last < x.cells.shape[1] - 1).sum() > 1
+    seen_to_move = (shape.last < shape.cells.shape[1] - 1).sum() > 1
     if ahead and seen_to_move and not down and not right:
         yield from (mask.at(max(ahead, 0), max(-ahead, 0)) for mask in (causal, window(back + ahead + 1)))
     yield local(max(back, ahead, 0))
-    lengths = _documents(x)
+    lengths = _documents(shape)
     if len(lengths) > 1 and not down and not right:
         yield documents(lengths)
-        longest = int(max((x.last - x.first).max() + 1, 1))
+        longest = int(max((shape.last - shape.first).max() + 1, 1))
         yield from (causal.packed(lengths), window(longest).packed(lengths))
 
 
-def _lead(x: _Shape) -> int:
+def _lead(shape: _Shape) -> int:
     """How many of the first keys the last row sees without a gap."""
-    row = x.cells[x.live[-1]]
+    row = shape.cells[shape.live[-1]]
     return len(row) if row.all() else int(row.argmin())
 
 
-def _tail_run(x: _Shape) -> int:
+def _tail_run(shape: _Shape) -> int:
     """How many keys up to its last one the last row sees without a gap."""
-    row = x.cells[x.live[-1], : x.last[-1] + 1][::-1]
+    row = shape.cells[shape.live[-1], : shape.last[-1] + 1][::-1]
     return len(row) if row.all() else int(row.argmin())
 
 
-def _blocks(x: _Shape, q: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> list[Mask]:
+def _blocks(shape: _Shape, q: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> list[Mask]:
     """Blocks of the size after which rows change."""
-    changes = np.flatnonzero((x.cells[1:] != x.cells[:-1]).any(1)) + 1
+    changes = np.flatnonzero((shape.cells[1:] != shape.cells[:-1]).any(1)) + 1
     size = int(np.gcd.reduce(changes)) if len(changes) else 0
     if size < 2:
         return []
@@ -237,20 +237,20 @@ def _blocks(x: _Shape, q: NDArray[np.int64], first: NDArray[np.int64], last: NDA
     return [blocks(size), blocks(size, back, ahead), causal & blocks(size, back, 0)]
 
 
-def _steps(x: _Shape, moved: int) -> list[Mask]:
+def _steps(shape: _Shape, moved: int) -> list[Mask]:
     """The step between all distances."""
-    rows = min(len(x.cells), 64)
-    q, k = np.nonzero(x.cells[-rows:])
-    distance = q + len(x.cells) - rows + moved - k
+    rows = min(len(shape.cells), 64)
+    q, k = np.nonzero(shape.cells[-rows:])
+    distance = q + len(shape.cells) - rows + moved - k
     if not len(distance):
         return []
     step = int(np.gcd.reduce(distance - distance[0]))
     return [dilated(step).at(q_start=int(-distance[0]) % step)] if step > 1 else []
 
 
-def _documents(x: _Shape) -> list[int]:
+def _documents(shape: _Shape) -> list[int]:
     """Lengths of the documents, if rows begin anew where the first key that they see is the row itself."""
-    if len(x.live) < len(x.cells) or x.cells.shape[0] != x.cells.shape[1]:
+    if len(shape.live) < len(shape.cells) or shape.cells.shape[0] != shape.cells.shape[1]:
         return []
-    starts = np.flatnonzero(x.first == np.arange(len(x.first)))
-    return np.diff(np.append(starts, len(x.cells))).tolist() if len(starts) and starts[0] == 0 else []
+    starts = np.flatnonzero(shape.first == np.arange(len(shape.first)))
+    return np.diff(np.append(starts, len(shape.cells))).tolist() if len(starts) and starts[0] == 0 else []

@@ -17,12 +17,12 @@ from truemask.masks.structure.data import is_opaque
 from truemask.masks.structure.documents import is_documents_only
 from truemask.masks.structure.placement import chooses_samples, parts_axes, reindexed_like
 
-LONGER = (2, 50)  # times as long texts that are asked about
-MOST_CELLS = 1 << 22  # of them, where cells have to be looked at
+LONGER_FACTORS = (2, 50)  # times as long texts that are asked about
+MAX_CELLS = 1 << 22  # of them, where cells have to be looked at
 
 
 @dataclass(frozen=True)
-class Subject:
+class RuleContext:
     """A mask at some sizes, and what is claimed of it."""
 
     mask: Mask
@@ -49,18 +49,18 @@ class Subject:
 
     def _of(self, mask: Mask) -> dict[str, int | None]:
         """The sizes, where the mask does not hold its own."""
-        own = {"batch": mask.batch_size, "heads": mask.head_count}
-        return {name: size if own[name] == 0 else None for name, size in self.sizes.items()}
+        held = {"batch": mask.batch_size, "heads": mask.head_count}
+        return {name: size if held[name] == 0 else None for name, size in self.sizes.items()}
 
     def means_the_same(self, other: Mask) -> bool:
         return bool(self.mask.equivalent(other, self.q_len, self.kv_len, **self._of(self.mask ^ other)))
 
     def means_the_same_longer(self, other: Mask) -> bool:
         """Whether that is so of longer texts too, as far as it can be seen; True if there is none to ask about."""
-        for times in LONGER:
+        for times in LONGER_FACTORS:
             q_len, kv_len = times * self.q_len + 1, times * self.kv_len + 1
             try:
-                if q_len * kv_len > MOST_CELLS and exact_slabs(self.mask, 0, 0, q_len, kv_len) is None:
+                if q_len * kv_len > MAX_CELLS and exact_slabs(self.mask, 0, 0, q_len, kv_len) is None:
                     return True
                 if not self.mask.equivalent(other, q_len, kv_len, **self._of(self.mask ^ other)):
                     return False
@@ -79,8 +79,8 @@ class Subject:
 
     def here(self, plain: Mask) -> Mask:
         """`plain` for the mask's rows and keys; where its parts count them differently, both count from 0."""
-        found = reindexed_like(self.mask, plain)
-        return plain if found is None else found
+        placed = reindexed_like(self.mask, plain)
+        return plain if placed is None else placed
 
     @cached_property
     def name(self) -> Mask | None:
@@ -133,5 +133,5 @@ def at_cell(cell: Cell, mask: Mask) -> str:
     'query 3 and key 4'
     """
     axes = (("sample", cell.sample, mask.batch_size), ("head", cell.head, mask.head_count))
-    where = "".join(f" in {name} {place}" for name, place, own in axes if own != 1)
+    where = "".join(f" in {name} {place}" for name, place, count in axes if count != 1)
     return f"query {cell.query} and key {cell.key}{where}"

@@ -9,7 +9,7 @@ from operator import and_
 from truemask.common.finding import Finding
 from truemask.diagnosis.leaf_reasons import quoted
 from truemask.diagnosis.naming import name_of
-from truemask.diagnosis.rules.context import Subject
+from truemask.diagnosis.rules.context import RuleContext
 from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
@@ -19,15 +19,15 @@ from truemask.masks.structure.order import band, counts_from_start, is_order, wi
 from truemask.masks.structure.parts import all_parts, conjuncts, droppable_terms
 from truemask.masks.structure.placement import moves_positions
 
-MOST_PARTS = 16  # of an expression, that are left out one by one
+MAX_TERMS = 16  # of an expression, that are left out one by one
 
 
-def not_restarted(x: Subject) -> Iterator[Finding]:
+def not_restarted(context: RuleContext) -> Iterator[Finding]:
     """Parts that count from the start of the row, beside documents: only the first document has them."""
-    for claimed in filter(is_documents_only, _outside_packed(x.mask)):
-        counting = list(filter(counts_from_start, _outside_packed(x.mask)))
-        packed = _restarted(x.mask, claimed)
-        if not counting or (packed is not None and x.means_the_same(packed)):
+    for documents in filter(is_documents_only, _outside_packed(context.mask)):
+        counting = list(filter(counts_from_start, _outside_packed(context.mask)))
+        packed = _restarted(context.mask, documents)
+        if not counting or (packed is not None and context.means_the_same(packed)):
             continue
         what = " and ".join(quoted(part) for part in dict.fromkeys(counting))
         message = (
@@ -45,11 +45,11 @@ def _outside_packed(mask: Mask) -> Iterator[Mask]:
             yield from _outside_packed(child)
 
 
-def _restarted(mask: Mask, claimed: Mask) -> Mask | None:
+def _restarted(mask: Mask, documents: Mask) -> Mask | None:
     """The other terms inside each document, where the documents are one of several terms and numbered in order."""
-    lengths, terms = lengths_of_documents(claimed), conjuncts(mask)
-    others = dict.fromkeys(term for term in terms if term != claimed)
-    if lengths is None or claimed not in terms or not others:
+    lengths, terms = lengths_of_documents(documents), conjuncts(mask)
+    others = dict.fromkeys(term for term in terms if term != documents)
+    if lengths is None or documents not in terms or not others:
         return None
     try:
         return reduce(and_, others).packed(lengths.tensor)
@@ -57,37 +57,41 @@ def _restarted(mask: Mask, claimed: Mask) -> Mask | None:
         return None
 
 
-def long_windows(x: Subject) -> Iterator[Finding]:
+def long_windows(context: RuleContext) -> Iterator[Finding]:
     """Windows and neighbourhoods that reach beyond the text."""
-    for part, put in all_parts(x.mask):
-        if _is_long(x, part) and x.means_the_same(put(causal)):
+    for part, put in all_parts(context.mask):
+        if _is_long(context, part) and context.means_the_same(put(causal)):
             message = "the window is longer than what there is to see: it means `causal` here"
             yield Finding("long-window", "note", quoted(part), message, str(put(causal)))
-        if _is_wide(x, part):
+        if _is_wide(context, part):
             yield Finding("long-window", "note", quoted(part), "the radius is longer than the text: everything is near")
 
 
-def _is_long(x: Subject, part: Mask) -> bool:
+def _is_long(context: RuleContext, part: Mask) -> bool:
     size = window_size(part)
-    return size is not None and size >= min(x.q_len, x.kv_len)
+    return size is not None and size >= min(context.q_len, context.kv_len)
 
 
-def _is_wide(x: Subject, part: Mask) -> bool:
+def _is_wide(context: RuleContext, part: Mask) -> bool:
     """Whether it is a neighbourhood, to both sides, that reaches beyond the text."""
     reach = None if is_order(part) else band(part)
-    return reach is not None and reach.ahead is not None and reach.ahead + 1 >= max(x.q_len, x.kv_len)
+    return reach is not None and reach.ahead is not None and reach.ahead + 1 >= max(context.q_len, context.kv_len)
 
 
-def no_effect(x: Subject) -> Iterator[Finding]:
+def no_effect(context: RuleContext) -> Iterator[Finding]:
     """Terms without which the expression means the same."""
-    shorter = list(_shorter(x.mask))
-    if len(shorter) > MOST_PARTS:
+    shorter = list(_shorter(context.mask))
+    if len(shorter) > MAX_TERMS:
         return
     for part, without in shorter:
-        if _backs_a_window(x.mask, part) or _is_long(x, part):
+        if _backs_a_window(context.mask, part) or _is_long(context, part):
             continue
-        if x.means_the_same(without):
-            here = "" if x.means_the_same_longer(without) else f", at {x.q_len:,} queries and {x.kv_len:,} keys"
+        if context.means_the_same(without):
+            here = (
+                ""
+                if context.means_the_same_longer(without)
+                else f", at {context.q_len:,} queries and {context.kv_len:,} keys"
+            )
             message = f"the expression means the same without it{here}"
             yield Finding("no-effect", "note", quoted(part), message, str(without))
 
@@ -104,14 +108,14 @@ def _shorter(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
             yield term, put(rest)
 
 
-def known_by_name(x: Subject) -> Iterator[Finding]:
+def known_by_name(context: RuleContext) -> Iterator[Finding]:
     """Cells that are an expression of the language."""
-    for part in x.mask.walk():
-        if not is_opaque(part) or (part is not x.mask and x.any_part(moves_positions)):
+    for part in context.mask.walk():
+        if not is_opaque(part) or (part is not context.mask and context.any_part(moves_positions)):
             continue
-        found = name_of(part, x.q_len, x.kv_len, **x.sizes)
-        if found is not None:
-            yield Finding("has-a-name", "note", quoted(part), found.words(), "" if found.differs else str(found.mask))
+        name = name_of(part, context.q_len, context.kv_len, **context.sizes)
+        if name is not None:
+            yield Finding("has-a-name", "note", quoted(part), name.words(), "" if name.differs else str(name.mask))
 
 
-WORDING_RULES = (not_restarted, long_windows, no_effect)
+EXPRESSION_RULES = (not_restarted, long_windows, no_effect)
