@@ -182,6 +182,70 @@ def test_every_file_says_what_it_is(file: str) -> None:
     assert said, f"{file} has no docstring; its first sentence is what docs/internals/map.md shows"
 
 
+def classes_of_masks(tree: ast.AST) -> set[str]:
+    """The names by which the code knows classes of masks."""
+    from truemask.masks.core.registry import KINDS
+
+    kinds = {kind.__name__ for kind in KINDS.values()}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
+    from_masks = [alias for node in imports if node.module.startswith("truemask.masks") for alias in node.names]  # pyright: ignore
+    return {alias.asname or alias.name for alias in from_masks if alias.name in kinds}
+
+
+def questions_of_kind(tree: ast.AST) -> Iterator[int]:
+    """The lines that ask what class a mask is of: by isinstance, match or comparison, or by its `kind`."""
+    classes = classes_of_masks(tree)
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+    def names_class(node: ast.AST) -> bool:
+        return any(isinstance(part, ast.Name) and part.id in classes for part in ast.walk(node))
+
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kind]) if names_class(kind):
+                yield node.lineno
+            case ast.MatchClass(cls=kind) if names_class(kind):
+                yield node.lineno
+            case ast.Compare(comparators=kinds) if any(map(names_class, kinds)):
+                yield node.lineno
+            case ast.Attribute(attr="kind", value=ast.Attribute(attr="dtype")):
+                pass
+            case ast.Attribute(attr="kind") if id(node) not in called:
+                yield node.lineno
+            case _:
+                pass
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("masks/")])
+def test_only_masks_asks_what_kind_a_mask_is(file: str) -> None:
+    """A new kind must not fall through a table of kinds: who has to know asks an open function (masks/structure)."""
+    lines = text_of(file).splitlines()
+    # a parameter of a function has a kind, too
+    asking = [line for line in questions_of_kind(ast.parse(text_of(file))) if "VAR_KEYWORD" not in lines[line - 1]]
+    assert not asking, (
+        f"{file} asks for the class of a mask in the lines {asking}: ask an open function of masks/structure"
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "isinstance(mask, Causal)",
+        "isinstance(mask, (int, Window))",
+        "type(mask) is Causal",
+        "mask.kind == 'causal'",
+        "kinds = {part.kind for part in mask.walk()}",
+        "match mask:\n    case Window(size=size):\n        pass",
+    ],
+)
+def test_such_questions_are_seen(code: str) -> None:
+    imports = "from truemask.masks.leaves.bands import Causal, Window\n"
+    assert list(questions_of_kind(ast.parse(imports + code)))
+    assert not list(
+        questions_of_kind(ast.parse(imports + "register(looks_back, Causal)(Window(3))\narray.dtype.kind == 'f'"))
+    )
+
+
 def test_the_tests_mirror_the_package() -> None:
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     strange = {name for name in folders if name not in NOT_MIRRORED and not (SOURCE / name).is_dir()}

@@ -25,7 +25,7 @@ from truemask.backends.shared.dropout import kept
 from truemask.backends.shared.eager import bias_values, mixed_by, scores_of, weights_of
 from truemask.biases import Bias
 from truemask.common.real_tensors import beside_real, trusted
-from truemask.masks.compose.boolean import Everything
+from truemask.masks.compose.boolean import everything
 from truemask.masks.core.queries import indices
 
 PLAIN = {"grad", "transform"}  # the options that torch's own attention has
@@ -44,7 +44,7 @@ def _attended(call: Call, seed: Tensor | None) -> Result:
     inputs = call.inputs._replace(k=_for_each_head(call.inputs.k, r.heads), v=_for_each_head(call.inputs.v, r.heads))
     checked_length(mask, r.batch, r.heads, r.q_len, r.kv_len)
     allowed = None
-    if not isinstance(mask, Everything):
+    if mask != everything:
         cells = indices(1 if mask.batch_size == 1 else b, 1 if mask.head_count == 1 else h, n, m, q.device)
         allowed = mask.bound(q.device)._truth(*cells)
     if r.options <= PLAIN:

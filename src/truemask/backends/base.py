@@ -34,10 +34,10 @@ from truemask.errors import PlanError
 from truemask.geometry.slabs.slabs import Slabs
 from truemask.geometry.tiles.tile_map import Ints, TileMap
 from truemask.masks.compose.boolean import everything
-from truemask.masks.compose.reindex import At
 from truemask.masks.core.exact_form import exact_slabs, variants
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.placement import offset
 
 SMALL_CELLS = 1 << 16  # cells below which a mask is looked at whole rather than by tiles
 MAX_PROOF_CELLS = 1 << 28  # cells that are worth evaluating for a proof: about a second
@@ -228,7 +228,7 @@ class Job(HoldsArrays):
 
 def evaluated_cells(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
     """The mask as a bool tensor on the CPU; an outermost `at` moves the indices and is not bound, as decoding wants."""
-    q_start, k_start, base = (mask.q_start, mask.k_start, mask.base) if isinstance(mask, At) else (0, 0, mask)
+    base, q_start, k_start = offset(mask)
     b = ZERO if batch == 1 else torch.arange(batch).view(-1, 1, 1, 1)
     h = ZERO if heads == 1 else torch.arange(heads).view(1, -1, 1, 1)
     q = torch.arange(q_start, q_start + q_len).view(1, 1, -1, 1)

@@ -14,10 +14,10 @@ from truemask.backends.costs.model import source
 from truemask.common.formatting import duration
 from truemask.diagnosis.recognise import recognise
 from truemask.masks.core.mask import Mask
+from truemask.masks.structure.data import is_opaque
 
 WORTHWHILE_SHARE = 0.8  # share of the time below which a change is worth a line
 NEVER = float("inf")  # seconds
-IN_DISGUISE = ("dense", "predicate")  # masks that may be an expression in disguise
 
 
 class Change(NamedTuple):
@@ -107,6 +107,6 @@ def _changes(job: Job) -> Iterator[Change]:
 
 def _by_name(job: Job) -> Mask | None:
     r = job.request
-    if job.mask.kind not in IN_DISGUISE:
+    if not is_opaque(job.mask):
         return None
     return recognise(job.mask, r.q_len, r.kv_len, batch=r.batch, heads=r.heads)

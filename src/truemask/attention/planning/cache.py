@@ -31,9 +31,9 @@ from truemask.backends.backend import Backend
 from truemask.backends.base import Job, Lowered, Request
 from truemask.common.memory import Memory, arrays_in, memory_of
 from truemask.common.real_tensors import ordinary_tensors
-from truemask.masks.compose.reindex import At, Take
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.memory import mask_memory
+from truemask.masks.structure.placement import without_positions
 
 MAX_PLANS = 256
 MAX_STEPS = 64  # of them for few queries: a long answer must not drive out the plans of training
@@ -46,14 +46,7 @@ def structure_key(mask: Mask, request: Request, wanted: str | None) -> Hashable:
     rows = 1 << (request.q_len - 1).bit_length() if request.q_len else 0
     shape = request.bias_shape
     lengths = (*shape[:2], *(size > 1 for size in shape[2:])) if shape else ()
-    return structure_of(mask), varies, rows, request._replace(q_len=0, kv_len=0, bias_shape=lengths), wanted
-
-
-def structure_of(mask: Mask) -> Mask:
-    """The mask without its outermost offsets and positions."""
-    while isinstance(mask, (At, Take)):
-        mask = mask.base
-    return mask
+    return without_positions(mask), varies, rows, request._replace(q_len=0, kv_len=0, bias_shape=lengths), wanted
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -154,7 +147,7 @@ class PlanCache:
     def _keep_choice(self, key: Hashable, plan: Plan) -> None:
         family = self._kept.get(key)
         if not isinstance(family, Family):
-            family = Family(key, structure_of(plan.mask))
+            family = Family(key, without_positions(plan.mask))
             self._put(family)
         family.choices.append(plan.choice)
         self._kept.weigh(family)

@@ -8,7 +8,7 @@ from truemask.attention.planning.proposals import Proposals
 from truemask.backends.base import Job, Request
 from truemask.backends.costs.model import source
 from truemask.common.formatting import duration
-from truemask.masks.leaves.matrices import Dense
+from truemask.masks.structure.data import sampling_note
 
 MAX_EVALUATED_CELLS = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
 
@@ -58,8 +58,8 @@ def tiles_text(job: Job) -> str:
     else:
         share = f"{full / total:.1%} to {(full + mixed) / total:.1%} of the pairs"
     counted = f"tiles of {tiles.block[0]} x {tiles.block[1]}: {empty} empty, {mixed} mixed, {full} full; {share}"
-    samples = {leaf.sample.text for leaf in job.mask.walk() if isinstance(leaf, Dense) and leaf.sample is not None}
-    return "\n".join([counted, *sorted(samples - {""})])
+    notes = set(map(sampling_note, job.mask.walk()))
+    return "\n".join([counted, *sorted(notes - {""})])
 
 
 def refusal(job: Job, objections: dict[str, list[str]], wanted: str | None) -> str:

@@ -34,6 +34,7 @@ from truemask.backends.shared.eager import beside_sink, eager_attention
 from truemask.common.formatting import memory
 from truemask.masks.core.block_mask import MaskBlocks, MaskMod, block_mask_of
 from truemask.masks.core.mask import Mask
+from truemask.masks.structure.data import is_drawn
 
 COMPILE_ON_CPU = os.environ.get("TRUEMASK_FLEX_COMPILE") == "1"
 MAX_SCORE_BYTES = 4 << 30  # bytes of scores that are too many
@@ -124,7 +125,7 @@ def compiles(job: Job) -> bool:
 
 
 def _hashes(mask: Mask) -> bool:
-    return any(part.kind == "random" for part in mask.walk())
+    return any(map(is_drawn, mask.walk()))
 
 
 def _limits(job: Job) -> list[str]:
@@ -179,7 +180,7 @@ def _compiled(
     """The compiled kernel, made on the first call for a structure."""
     q, k, v = (_known_sizes(x) for x in inputs[:3])
     assert isinstance(blocks.mask_mod, MaskMod)
-    structure = tuple(part.kind for part in blocks.mask_mod.mask.walk())
+    structure = tuple(type(part) for part in blocks.mask_mod.mask.walk())
     # Sizes that happen to be equal are not the same size.
     with shape_config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
         return compiled_for(structure)(q, k, v, score_mod, blocks, inputs.scale, r.return_lse or r.sinks)
@@ -194,7 +195,7 @@ def _known_sizes(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def compiled_for(structure: tuple[str, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def compiled_for(structure: tuple[type[Mask], ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """FlexAttention compiled for masks of one structure, with a count of compilations of its own."""
     options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MAX_VARIANTS}
     return torch.compile(_attention, dynamic=True, fullgraph=True, **options)

@@ -22,7 +22,7 @@ from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory
 from truemask.common.real_tensors import remembered
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
-from truemask.masks.leaves.matrices import Dense
+from truemask.masks.structure.data import cells_held
 
 UNPACKED_ROWS = 8  # rows up to which keys are read as they lie; for more they are packed before
 MAX_WORD_BYTES = 1 << 28  # bytes of the cells of MIXED tiles
@@ -73,7 +73,7 @@ class TilesProposal(Proposal):
         if job.mask_batch * job.mask_heads * r.q_len * r.kv_len <= 8 * MAX_WORD_BYTES:
             return []
         most = MAX_WORD_BYTES + sum(
-            leaf.tensor.tensor.nbytes // 8 for leaf in job.mask.walk() if isinstance(leaf, Dense)
+            held.tensor.nbytes // 8 for part in job.mask.walk() if (held := cells_held(part)) is not None
         )
         if self.size.words <= most:
             return []
