@@ -8,6 +8,7 @@ the longest line that its path begins with. Within a room no circle of files is 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def classes_of_masks(tree: ast.AST) -> set[str]:
     """The names by which the code knows classes of masks."""
     from truemask.masks.core.registry import KINDS
 
+    importlib.import_module("truemask.masks.structure.kinds")  # so that every kind is there
     kinds = {kind.__name__ for kind in KINDS.values()}
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
     from_masks = [alias for node in imports if node.module.startswith("truemask.masks") for alias in node.names]  # pyright: ignore
