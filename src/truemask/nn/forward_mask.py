@@ -134,7 +134,7 @@ def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
     if pos is None and torch.compiler.is_dynamo_compiling() and user is not everything:
         return positions_traced("_positions_later", user, layout.numbers)
     if pos is None:
-        return _own_positions(user, layout)
+        return _positions_of_mask(user, layout)
     if pos.is_floating_point() or pos.dtype == torch.bool:
         raise ValueError(f"pos= is {describe(pos)}; positions are whole numbers, int64 [n] or [b, n]")
     if tuple(pos.shape) not in {(layout.new,), (1, layout.new), (layout.batch, layout.new)}:
@@ -145,7 +145,7 @@ def token_positions(user: Mask, layout: Layout, pos: Tensor | None) -> Tensor:
     return pos
 
 
-def _own_positions(user: Mask, layout: Layout) -> Tensor:
+def _positions_of_mask(user: Mask, layout: Layout) -> Tensor:
     """The mask's logical positions; MaskError where it gives a token two of them."""
     if user == everything:
         return torch.arange(layout.past, layout.total)
@@ -158,7 +158,7 @@ def _own_positions(user: Mask, layout: Layout) -> Tensor:
     if is_recorded():
         if not user.is_late:
             with trusted(), ordinary_tensors():  # the sizes are those of any call, and the check is of this one
-                _own_positions(user, Layout(*map(for_now, layout.numbers)))
+                _positions_of_mask(user, Layout(*map(for_now, layout.numbers)))
         return q
     if bool((q != k[..., layout.past :]).any()):
         raise MaskError(
@@ -169,7 +169,7 @@ def _own_positions(user: Mask, layout: Layout) -> Tensor:
 
 def _positions_later(user: Mask, numbers: list[Any]) -> Tensor:
     layout = Layout(*numbers)
-    return _own_positions(user, layout).expand(layout.batch, -1)
+    return _positions_of_mask(user, layout).expand(layout.batch, -1)
 
 
 BUILDERS["_positions_later"] = _positions_later
