@@ -22,8 +22,8 @@ def oracle(mask: Description, b: Any, h: Any, q: Any, k: Any) -> Bools:
     """Which of the cells (b, h, q, k) may attend, as bool of the shape that the four broadcast to."""
     b, h, q, k = (np.asarray(x, np.int64) for x in (b, h, q, k))
     name, *arguments = mask
-    found = RE_INDEXED[name](b, h, q, k, *arguments) if name in RE_INDEXED else LEAVES[name](b, h, q, k, *arguments)
-    return np.broadcast_to(found, np.broadcast_shapes(b.shape, h.shape, q.shape, k.shape))
+    allowed = RE_INDEXED[name](b, h, q, k, *arguments) if name in RE_INDEXED else LEAVES[name](b, h, q, k, *arguments)
+    return np.broadcast_to(allowed, np.broadcast_shapes(b.shape, h.shape, q.shape, k.shape))
 
 
 def dense(mask: Description, q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> Bools:
@@ -95,13 +95,13 @@ def _tree(b: Ints, h: Ints, q: Ints, k: Ints, parents: Any, lengths: Any = None)
 def token_parents(parents: Any, lengths: Any) -> list[int]:
     """A tree of segments as a tree of tokens: each token hangs on the one before, the first on the last one above."""
     ends = np.cumsum(lengths)
-    found = []
+    parents_of = []
     for parent, length, end in zip(parents, lengths, ends, strict=True):
         while parent >= 0 and lengths[parent] == 0:  # an empty segment has no token to hang on
             parent = parents[parent]
         root = int(ends[parent]) - 1 if parent >= 0 else -1
-        found += [root, *range(int(end) - length, int(end) - 1)][:length]
-    return found
+        parents_of += [root, *range(int(end) - length, int(end) - 1)][:length]
+    return parents_of
 
 
 def _dense(b: Ints, h: Ints, q: Ints, k: Ints, cells: Any) -> Bools:

@@ -62,14 +62,14 @@ def model_of(name: str, attention: str = "eager", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**arguments, attn_implementation=attention)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, None, 1
-    made = getattr(transformers, model_class)(config).eval()
+    model = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
-        for path, parameter in made.named_parameters():
+        for path, parameter in model.named_parameters():
             if parameter.ndim > 1 or path.endswith("sinks"):
                 parameter.normal_(std=0.3)
             elif parameter.isnan().any() or not parameter.any():
                 parameter.normal_(std=0.5)
-    return made
+    return model
 
 
 def tokens(samples: int = 2, length: int = TOKENS, seed: int = 1) -> Tensor:
@@ -124,14 +124,14 @@ def in_chunks(model: Any, ids: Tensor, cache: Any, sizes: list[int]) -> Tensor:
     """One forward for each chunk of a left-padded batch, all with one cache."""
     real = torch.ones_like(ids)
     real[0, :3] = 0
-    found, start = [], 0
+    logits, start = [], 0
     for size in sizes:
         stop = start + size
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, start:stop]
-        given = {"attention_mask": real[:, :stop], "position_ids": positions, "past_key_values": cache}
-        found.append(model(ids[:, start:stop], **given, use_cache=True).logits)
+        keywords = {"attention_mask": real[:, :stop], "position_ids": positions, "past_key_values": cache}
+        logits.append(model(ids[:, start:stop], **keywords, use_cache=True).logits)
         start = stop
-    return torch.cat(found, 1)[real == 1]
+    return torch.cat(logits, 1)[real == 1]
 
 
 WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -161,9 +161,9 @@ def other_of(name: str) -> Any:
     config_class = getattr(transformers, f"{class_name}{'Text' * (name == 'minimax_m3')}Config")
     torch.manual_seed(0)
     sizes = GROUPED | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    made = getattr(transformers, f"{class_name}ForCausalLM")(config_class(**(sizes | arguments))).eval()
+    model = getattr(transformers, f"{class_name}ForCausalLM")(config_class(**(sizes | arguments))).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
-    return made
+    return model

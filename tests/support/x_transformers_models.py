@@ -28,14 +28,14 @@ def stack(kind: str = "Decoder", depth: int = 2, **options: Any) -> Any:
 
 def model(kind: str = "Decoder", wrap: dict[str, Any] | None = None, depth: int = 2, **options: Any) -> Any:
     torch.manual_seed(0)
-    made = X.TransformerWrapper(
+    net = X.TransformerWrapper(
         num_tokens=WORDS, max_seq_len=64, attn_layers=stack(kind, depth, **options), **(wrap or {})
     )
     with torch.no_grad():
-        for name, parameter in made.named_parameters():  # what begins at 0 or 1 would hide mistakes
+        for name, parameter in net.named_parameters():  # what begins at 0 or 1 would hide mistakes
             if parameter.ndim == 1 or "sink" in name or "mem" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    return made.eval()
+    return net.eval()
 
 
 def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
