@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
+from tests.support.equality import assert_same
 from tests.support.oracle import Three, three
 from truemask.attention.planning.plan import CACHE
 from truemask.backends.registry import BACKENDS
@@ -37,13 +38,13 @@ def test_results_come_in_order(backend: str) -> None:
         assert [list(x.shape) for x in pair] == [[2, 4, 5, 8], [2, 4, 5, 5]]
         all_three = tm.attend(*given, tm.causal, backend=backend, return_lse=True, return_weights=True)
         assert [x.ndim for x in all_three] == [4, 3, 4]
-    torch.testing.assert_close(pair[0], out)
+    assert_same(pair[0], out)
 
 
 def test_weights_are_what_multiplied_v() -> None:
     q, k, v = qkv(y=4)
     out, weights = tm.attend(q, k, v, tm.causal, dropout=0.4, sink_logits=torch.zeros(4), return_weights=True)
-    torch.testing.assert_close(weights @ v, out)
+    assert_same(weights @ v, out)
     assert not weights.triu(1).any()
     assert weights.dtype == q.dtype
 
@@ -60,14 +61,14 @@ def test_bool_tensors_are_masks() -> None:
     for shape in ((5, 7), (2, 4, 5, 7), (1, 1, 5, 7), (2, 1, 1, 7), (1, 4, 5, 1), (1, 1, 1, 1)):
         mask = torch.rand(shape) < 0.7
         want = scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(2, 4, 5, 7))
-        torch.testing.assert_close(tm.attend(q, k, v, mask), want)
+        assert_same(tm.attend(q, k, v, mask), want)
 
 
 def test_heads_are_shared_in_blocks() -> None:
     q, k, v = qkv(h=6, y=3)
     many_k, many_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     for backend in ("sdpa", "block_sparse", "reference"):
-        torch.testing.assert_close(
+        assert_same(
             tm.attend(q, k, v, tm.causal, backend=backend), tm.attend(q, many_k, many_v, tm.causal, backend=backend)
         )
 
@@ -101,7 +102,7 @@ def test_autocast_is_that_of_sdpa() -> None:
     assert out.dtype == capped.dtype == want.dtype == torch.bfloat16
     tolerance = max(backend.tolerance[torch.bfloat16] for backend in BACKENDS)
     torch.testing.assert_close(out, want, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(doubles.float(), scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert_same(doubles.float(), scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_meta_tensors_are_cast_as_those_that_they_stand_for() -> None:
@@ -152,7 +153,7 @@ def test_a_mask_tensor_changed_afterwards_is_another_mask() -> None:
     mask = torch.ones(5, 5, dtype=torch.bool)
     first = tm.attend(q, k, v, mask)
     mask.tril_()
-    torch.testing.assert_close(tm.attend(q, k, v, mask), scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert_same(tm.attend(q, k, v, mask), scaled_dot_product_attention(q, k, v, is_causal=True))
     assert not torch.equal(first, tm.attend(q, k, v, mask))
 
 

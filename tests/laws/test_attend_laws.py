@@ -14,6 +14,7 @@ from torch import Tensor
 
 import truemask as tm
 from tests.support import oracle
+from tests.support.equality import assert_same
 from tests.support.oracle import three
 from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.plan import Plan, plan
@@ -282,7 +283,7 @@ def test_a_false_alarm_changes_nothing() -> None:
     q, k = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
     v = torch.full((1, 1, 9, 8), 3e38)
     out = tm.attend(q, k, v, tm.causal, backend="sdpa")
-    torch.testing.assert_close(out, v)
+    assert_same(out, v)
 
 
 # -- law 8: choosers can be asked --------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def test_law_9_second_derivatives_are_refused_by_name() -> None:
     out = tm.attend(q, k, v, tm.causal, backend="sdpa")
     (dq,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
     once = torch.autograd.grad(tm.attend(q, k, v, tm.causal, backend="reference").sin().sum(), q)[0]
-    torch.testing.assert_close(dq.detach(), once)
+    assert_same(dq.detach(), once)
     with pytest.raises(tm.PlanError, match='backend="reference"'):
         dq.sum().backward()
 
@@ -329,7 +330,7 @@ def test_law_9_transforms_choose_or_name_the_backend_that_has_them() -> None:
     q, k, v = (torch.randn(3, 1, 2, 5, 4) for _ in range(3))
     many = torch.vmap(lambda q, k, v: tm.attend(q, k, v, tm.causal))(q, k, v)
     for i in range(3):
-        torch.testing.assert_close(many[i], tm.attend(q[i], k[i], v[i], tm.causal))
+        assert_same(many[i], tm.attend(q[i], k[i], v[i], tm.causal))
     with pytest.raises(tm.PlanError, match=r"vmap(.|\n)*backend='reference' can"):
         torch.vmap(lambda q, k, v: tm.attend(q, k, v, tm.causal, backend="sdpa"))(q, k, v)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(tm.PlanError, match="forward mode"):
@@ -351,7 +352,7 @@ def test_law_9_batches_of_gradients_are_refused_by_name(backend: str) -> None:
         return
     found = torch.vmap(lambda g: torch.autograd.grad(out, q, g, retain_graph=True)[0])(many)
     for i in range(3):
-        torch.testing.assert_close(found[i], torch.autograd.grad(out, q, many[i], retain_graph=True)[0])
+        assert_same(found[i], torch.autograd.grad(out, q, many[i], retain_graph=True)[0])
 
 
 def test_law_9_the_way_out_of_batches_of_gradients_works() -> None:
@@ -360,7 +361,7 @@ def test_law_9_the_way_out_of_batches_of_gradients_works() -> None:
     def call(q: Tensor) -> Tensor:
         return tm.attend(q, q, q, tm.causal, backend="reference")
 
-    torch.testing.assert_close(torch.func.jacrev(call)(q), torch.autograd.functional.jacobian(call, q))
+    assert_same(torch.func.jacrev(call)(q), torch.autograd.functional.jacobian(call, q))
 
 
 def test_law_9_mask_tensors_that_vmap_maps_over_are_refused_by_name() -> None:

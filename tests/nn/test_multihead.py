@@ -81,6 +81,14 @@ def masks(kind: str, batched: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     }[kind]
 
 
+def assert_same_results(found: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> None:
+    """The output, and the weights if there are any."""
+    assert_same(found[0], expected[0])
+    assert (found[1] is None) == (expected[1] is None)
+    if found[1] is not None and expected[1] is not None:
+        assert_same(found[1], expected[1])
+
+
 def results(module: nn.Module, given: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
     """Outputs, weights and gradients of a call."""
     out, weights = module(*given, **options)
@@ -171,7 +179,7 @@ def test_a_nan_behind_the_mask_stays_there() -> None:
     hidden[1, 3:] = True
     clean, _ = ours(x, x, x, hidden, need_weights=False)
     out, _ = ours(x, bad, bad, hidden, need_weights=False)
-    torch.testing.assert_close(out, clean)
+    assert_same(out, clean)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -188,19 +196,19 @@ def test_an_expression_is_anded_with_torchs_masks(batch_first: bool) -> None:
     want = theirs(x, x, x, padded, attn_mask=hidden | ~shown, average_attn_weights=False)
     expression = window(3) | dense((j == 0).expand(Q, Q))
     got = ours(x, x, x, padded, attn_mask=hidden, average_attn_weights=False, mask=expression)
-    torch.testing.assert_close(got, want)
+    assert_same_results(got, want)
     alone = ours(x, x, x, mask=expression & keys(~padded), attn_mask=hidden, average_attn_weights=False)
-    torch.testing.assert_close(alone, want)
+    assert_same_results(alone, want)
 
 
 def test_an_expression_does_not_count_the_keys_that_the_module_adds() -> None:
     ours, theirs = twins(add_bias_kv=True, add_zero_attn=True, batch_first=True)
     x = torch.randn(B, Q, E, generator=drawn())
     want = theirs(x, x, x, attn_mask=torch.ones(Q, Q, dtype=torch.bool).triu(1))
-    torch.testing.assert_close(ours(x, x, x, mask=causal), want)
+    assert_same_results(ours(x, x, x, mask=causal), want)
     none = ours(x, x, x, mask=nothing)[1]
     assert not none[..., :Q].any()
-    torch.testing.assert_close(none.sum(-1), torch.ones(B, Q))
+    assert_same(none.sum(-1), torch.ones(B, Q))
 
 
 @pytest.mark.parametrize(("need", "given"), list(itertools.product((True, False), (None, "bool", "float"))))
@@ -210,7 +218,7 @@ def test_is_causal_is_causal(need: bool, given: str | None) -> None:
     later = torch.ones(Q, Q, dtype=torch.bool).triu(1)
     mask = {"bool": later, "float": torch.zeros(Q, Q).masked_fill(later, -torch.inf)}.get(str(given))
     want = theirs(x, x, x, attn_mask=later, need_weights=need)
-    torch.testing.assert_close(ours(x, x, x, attn_mask=mask, is_causal=True, need_weights=need), want)
+    assert_same_results(ours(x, x, x, attn_mask=mask, is_causal=True, need_weights=need), want)
 
 
 def test_dropout_drops_the_same_cells_whoever_runs_it() -> None:
@@ -221,9 +229,9 @@ def test_dropout_drops_the_same_cells_whoever_runs_it() -> None:
     out, weights = ours(x, x, x, average_attn_weights=False)
     torch.manual_seed(3)
     fast, _ = ours(x, x, x, need_weights=False)
-    torch.testing.assert_close(fast, out)
+    assert_same(fast, out)
     values = ours._heads(ours._project(x, x, x)[2])  # b h k d
-    torch.testing.assert_close(ours.out_proj((weights @ values).permute(2, 0, 1, 3).flatten(2)), out)
+    assert_same(ours.out_proj((weights @ values).permute(2, 0, 1, 3).flatten(2)), out)
     assert 0.3 < float((weights == 0).double().mean()) < 0.7
     assert not torch.allclose(ours(x, x, x, need_weights=False)[0], out)
     assert torch.equal(ours.eval()(x, x, x)[0], ours(x, x, x)[0])
@@ -248,7 +256,7 @@ def test_it_runs_inside_an_encoder_layer(kind: str, mode: str, monkeypatch: pyte
     with torch.set_grad_enabled(mode != "eval without grad"):
         got, want = layer(x, **mask), want_layer(x, **mask)
     real = ~mask.get("src_key_padding_mask", torch.zeros(B, Q, dtype=torch.bool))
-    torch.testing.assert_close(got[real], want[real])
+    assert_same(got[real], want[real])
     assert calls == [1]
 
 
@@ -295,7 +303,7 @@ def test_a_decoder_layer_takes_it_too() -> None:
     x, memory = torch.randn(B, Q, E, generator=drawn()), torch.randn(B, K, E, generator=drawn(1))
     mask = nn.Transformer.generate_square_subsequent_mask(Q)
     options = {"tgt_mask": mask, "memory_key_padding_mask": torch.arange(K).expand(B, K) > 4, "tgt_is_causal": True}
-    torch.testing.assert_close(layer(x, memory, **options), want_layer(x, memory, **options))
+    assert_same(layer(x, memory, **options), want_layer(x, memory, **options))
 
 
 @pytest.mark.filterwarnings(NESTED)
@@ -306,9 +314,9 @@ def test_nested_samples_train() -> None:
     out, _ = ours(x, x, x, need_weights=False, mask=causal)
     for part, got in zip(parts, out.unbind(), strict=True):
         want, _ = ours(part, part, part, need_weights=False, mask=causal)
-        torch.testing.assert_close(got, want)
+        assert_same(got, want)
         for a, b in zip(*(torch.autograd.grad(y.sum(), part, retain_graph=True) for y in (got, want)), strict=True):
-            torch.testing.assert_close(a, b)
+            assert_same(a, b)
 
 
 def call(keywords: dict[str, Any], **make: Any) -> None:
@@ -385,12 +393,10 @@ def test_it_compiles_into_one_graph() -> None:
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     for mask in (hidden, added):
         want = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
-        torch.testing.assert_close(compiled(x, x, x, attn_mask=mask, need_weights=False)[0], want)
+        assert_same(compiled(x, x, x, attn_mask=mask, need_weights=False)[0], want)
     odd = predicate(lambda b, h, q, k: (q - k) % 2 == 0)
-    torch.testing.assert_close(
-        compiled(x, x, x, mask=causal & window(2), need_weights=False)[0], ours(x, x, x, mask=window(2))[0]
-    )
-    torch.testing.assert_close(ours(x, x, x, mask=odd)[0], ours(x, x, x, mask=odd, need_weights=False)[0])
+    assert_same(compiled(x, x, x, mask=causal & window(2), need_weights=False)[0], ours(x, x, x, mask=window(2))[0])
+    assert_same(ours(x, x, x, mask=odd)[0], ours(x, x, x, mask=odd, need_weights=False)[0])
 
 
 @pytest.mark.parametrize("need", [True, False])
@@ -411,4 +417,4 @@ def test_a_compiled_module_takes_another_length() -> None:
     run = torch.compile(ours.eval(), fullgraph=True, backend="eager")
     for length in (Q, Q + 1, Q + 2):
         x = torch.randn(length, B, E, generator=drawn())
-        torch.testing.assert_close(run(x, x, x), ours(x, x, x))
+        assert_same_results(run(x, x, x), ours(x, x, x))

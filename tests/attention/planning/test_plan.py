@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import truemask as tm
+from tests.support.equality import assert_same
 from tests.support.oracle import Three, three
 from truemask.attention.planning import cache as _cache
 from truemask.attention.planning.cache import CACHE, PlanCache
@@ -441,7 +442,7 @@ def test_the_rows_of_decoding_are_those_of_the_whole() -> None:
         for rows in (1, 3, 7):
             stop = first + rows
             part = tm.attend(q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], mask.at(q_start=first))
-            torch.testing.assert_close(part, whole[:, :, first:stop])
+            assert_same(part, whole[:, :, first:stop])
 
 
 def test_a_plan_says_for_what_it_was_chosen_and_speaks_of_the_call() -> None:
@@ -543,7 +544,7 @@ def test_threads_share_one_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
     assert len(found) == 8
     for out in found:
-        torch.testing.assert_close(out, want)
+        assert_same(out, want)
 
 
 def test_a_mask_tensor_says_how_many_samples_and_heads_there_are() -> None:
