@@ -11,6 +11,10 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+TORCH: Any = torch  # whose declared face leaves these out
+cpu_flash = TORCH._scaled_dot_product_flash_attention_for_cpu
+cpu_flash_backward = TORCH.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 def is_batched(x: Tensor) -> bool:
     """Whether a `vmap` maps over the tensor: `torch.func`'s, or the older one that `is_grads_batched` uses."""
@@ -45,3 +49,10 @@ def recorded_by_autograd() -> Iterator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, left_out), torch.enable_grad():
         yield
+
+
+def with_constant_sizes(tensor: Tensor, *axes: int) -> Tensor:
+    """The tensor with a note for dynamo: its sizes along these axes are constants of what is compiled."""
+    for axis in axes:
+        TORCH._dynamo.mark_static(tensor, axis)
+    return tensor

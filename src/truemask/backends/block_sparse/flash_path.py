@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from truemask.backends.base import wide
 from truemask.backends.block_sparse.cells import Cells, Sparse, folds, pieces
 from truemask.backends.block_sparse.gather_scatter import put
-from truemask.backends.shared.cpu_flash import KERNEL, KERNEL_BACKWARD, Grads, fitted, wide
+from truemask.backends.shared.cpu_flash import Grads, fitted
 from truemask.biases import Bias
+from truemask.common.torch_internals import cpu_flash, cpu_flash_backward
 from truemask.masks.core.mask import Mask
 
 CHUNK_BYTES = 1 << 24  # of what one call copies or makes
@@ -39,7 +41,7 @@ class StripKernel:
         dead = torch.ones(q.shape[:3], dtype=torch.bool) if self._finds_dead else None
         for cells in self._cells(k.shape[1], q, k, v, out, lse):
             additive = self._additive(cells, lse.dtype)
-            strip_out, strip_lse = KERNEL(
+            strip_out, strip_lse = cpu_flash(
                 cells.take_rows(q),
                 _keys(cells, k, q),
                 _keys(cells, v, q),
@@ -72,7 +74,7 @@ class StripKernel:
         dq = new(q.shape, dtype=q.dtype)
         dk, dv = torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype)
         for cells in self._cells(k.shape[1], q, k, v, out, lse, dout):
-            gradients = KERNEL_BACKWARD(
+            gradients = cpu_flash_backward(
                 cells.take_rows(dout),
                 cells.take_rows(q),
                 _keys(cells, k, q),

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from truemask.backends.base import Inputs
+from truemask.backends.base import Inputs, wide
 from truemask.backends.block_sparse.cells import Cells, Sparse, pieces
 from truemask.backends.shared.autograd import Gradients, attention
-from truemask.backends.shared.cpu_flash import wide
 from truemask.backends.shared.eager import cells_attention
 from truemask.backends.shared.masked_matmul import no_autocast
 from truemask.masks.core.mask import Mask

@@ -32,6 +32,7 @@ from truemask.backends.flex.score_mod import ScoreMod, score_mod_of, static_data
 from truemask.backends.shared.cpu_flash import finite
 from truemask.backends.shared.eager import beside_sink, eager_attention
 from truemask.common.formatting import memory
+from truemask.common.torch_internals import with_constant_sizes
 from truemask.masks.core.block_mask import MaskBlocks, MaskMod, block_mask_of
 from truemask.masks.core.mask import Mask
 from truemask.masks.structure.data import is_drawn
@@ -189,9 +190,7 @@ def _compiled(
 def _known_sizes(x: Tensor) -> Tensor:
     """The tensor with a note that its heads and head size do not change."""
     x = x.detach() if x.device.type == "cpu" else x.view_as(x)
-    for axis in (1, 3):
-        torch._dynamo.mark_static(x, axis)
-    return x
+    return with_constant_sizes(x, 1, 3)
 
 
 @functools.lru_cache(maxsize=256)

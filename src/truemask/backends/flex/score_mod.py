@@ -16,6 +16,7 @@ from torch import Tensor
 from truemask.backends.base import Inputs, Job
 from truemask.backends.shared.eager import bias_values
 from truemask.biases import Alibi, Bias, Relative
+from truemask.common.torch_internals import with_constant_sizes
 from truemask.masks.core.block_mask import MaskMod
 from truemask.masks.core.lookup import look_up, pick
 from truemask.masks.core.mask import Mask
@@ -116,7 +117,4 @@ def padded(table: Tensor) -> Tensor:
 
 def static(tensor: Tensor) -> Tensor:
     """The tensor with a note that its sizes are constants of what is compiled."""
-    tensor = tensor.detach()
-    for axis in range(tensor.ndim):
-        torch._dynamo.mark_static(tensor, axis)
-    return tensor
+    return with_constant_sizes(tensor.detach(), *range(tensor.ndim))

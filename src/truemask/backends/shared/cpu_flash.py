@@ -16,11 +16,8 @@ from torch.nn.functional import pad
 
 from truemask.backends.base import wide
 from truemask.biases import Bias
+from truemask.common.torch_internals import cpu_flash, cpu_flash_backward
 from truemask.masks.core.mask import Mask
-
-KERNEL = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
-KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -78,11 +75,11 @@ class Flash(NamedTuple):
     name: str = "sdpa"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return KERNEL(q, k, v, 0.0, self.causal, attn_mask=self.additive, scale=self.scale)
+        return cpu_flash(q, k, v, 0.0, self.causal, attn_mask=self.additive, scale=self.scale)
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Grads:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        return KERNEL_BACKWARD(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=self.additive, scale=self.scale)
+        return cpu_flash_backward(dout, q, k, v, out, lse, 0.0, self.causal, attn_mask=self.additive, scale=self.scale)
 
     def sees(self, keys: Tensor, rows: int) -> Tensor:
         if self.additive is not None:
