@@ -7,7 +7,7 @@
 | is anything else              | dense, of size 1 where it does not vary        |
 
 On the CPU the kernel is called directly, because it gives the log-sum-exp too (for `return_lse` and sinks) and because
-`contain` must see its results. On other devices the call is `F.scaled_dot_product_attention`.
+`containment` must see its results. On other devices the call is `F.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Strips run by torch's CPU flash kernel, strips side by side in its batch: a `Kernel` that `contain` can hold."""
+"""Strips run by torch's CPU flash kernel, strips side by side in its batch: a `Kernel` that `containment` can hold."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class Kernel(Protocol):
-    """One call of a fast kernel, without q, k, v and sinks: what `contain` holds to laws 5 and 6."""
+    """One call of a fast kernel, without q, k, v and sinks: what `containment` holds to laws 5 and 6."""
 
     @property
     def name(self) -> str:

@@ -135,11 +135,11 @@ def _batched(
     form: Any, sizes: tuple[int, int, int], in_dims: tuple[int | None, ...], *tensors: Tensor
 ) -> tuple[Tensor, int]:
     """`form` with the mapped axis of each tensor in front of all the others."""
-    rank = max(x.ndim - (dim is not None) - own for x, dim, own in zip(tensors, in_dims, sizes, strict=True))
+    rank = max(x.ndim - (dim is not None) - axes for x, dim, axes in zip(tensors, in_dims, sizes, strict=True))
     moved: list[Tensor] = []
-    for x, dim, own in zip(tensors, in_dims, sizes, strict=True):
+    for x, dim, axes in zip(tensors, in_dims, sizes, strict=True):
         x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
-        moved.append(x.reshape(x.shape[0], *[1] * (rank + own + 1 - x.ndim), *x.shape[1:]))
+        moved.append(x.reshape(x.shape[0], *[1] * (rank + axes + 1 - x.ndim), *x.shape[1:]))
     return form(*moved), 0
 
 
