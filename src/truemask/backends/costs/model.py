@@ -1,8 +1,8 @@
 """What the backends cost: constants that were measured, and the seconds that follow from them.
 
 The constants of two machines ship, `TABLES`. `truemask bench --calibrate` measures this one and stores what it finds
-(see `calibration_file`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is ever
-timed inside a run.
+(see `calibration_file`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is
+ever timed inside a run.
 
 The shipped ones rank backends, and say roughly how long. `TRUEMASK_COSTS=avx2` or `=amx` takes one of them by name,
 whatever the processor: plans are then the same everywhere.
