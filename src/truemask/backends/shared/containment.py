@@ -54,7 +54,9 @@ def flash_attention(
 
     q, k and v are `fitted`; without gradients k and v need not be, if the kernel fits what it takes of them.
     """
-    return attention(_Contained(kernel), (q, k, v, sinks), tensors_of(kernel.bias), grad=grad)
+    if not grad:
+        return _forward(kernel, q, k, v, sinks)[:2]
+    return attention(_Contained(kernel), (q, k, v, sinks), tensors_of(kernel.bias), grad=True)
 
 
 class _Contained:
