@@ -66,8 +66,8 @@ def unmerged_odd(parts: Sequence[Slabs]) -> Slabs:
 
 def cropped(slabs: Slabs, start: int, stop: int) -> Slabs:
     """Keys `[start, stop)` alone."""
-    found = slabs.clipped(start, stop)
-    return slabs if found is slabs else found.canonical
+    clipped = slabs.clipped(start, stop)
+    return slabs if clipped is slabs else clipped.canonical
 
 
 def pieces(first: int, stop: int, q0: Ints, q1: Ints, lo: Ints, hi: Ints, s: ArrayLike = 0, t: ArrayLike = 0) -> Slabs:
@@ -110,29 +110,32 @@ def transposed(slabs: Slabs, first: int, stop: int) -> Slabs:
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
-Found = list[tuple[Slabs, Ints, Ints]]  # parts, and from and up to which of their runs each finer slab has
+PartRuns = list[tuple[Slabs, Ints, Ints]]  # parts, and from and up to which of their runs each finer slab has
 
 
 def _overlay(
-    parts: Sequence[Slabs], weights: Sequence[int], seen: Seen, needed: Callable[[Found, Ints], Found] | None = None
+    parts: Sequence[Slabs],
+    weights: Sequence[int],
+    seen: Seen,
+    needed: Callable[[PartRuns, Ints], PartRuns] | None = None,
 ) -> Slabs:
     """The cells for which `seen` holds of the sum of the weights of the parts they are in, unmerged; 0 is not seen.
 
     `needed` chooses, between finer rows, the runs that are looked at.
     """
     rows, there = _common(parts)
-    found = [(part, part.starts[at], part.starts[at + 1]) for part, at in zip(parts, there, strict=True)]
-    found = needed(found, rows) if needed else found
-    sizes = sum((end - begin for _, begin, end in found), np.zeros(len(rows) - 1, np.int64))
+    part_runs = [(part, part.starts[at], part.starts[at + 1]) for part, at in zip(parts, there, strict=True)]
+    part_runs = needed(part_runs, rows) if needed else part_runs
+    sizes = sum((end - begin for _, begin, end in part_runs), np.zeros(len(rows) - 1, np.int64))
     affordable(int(sizes.sum()))
     moves = any(part.moves for part in parts)
     bits = (2 * len(parts)).bit_length()
     swept: list[tuple[Ints, Ints, Ints]] = []
     for a, b in _chunks(sizes):
-        chosen = [(part, *spans(begin[a:b], end[a:b])) for part, begin, end in found]
-        slab = np.concatenate([slab for _, slab, _ in chosen])
-        lines = np.concatenate([part.lines.take(run, axis=1) for part, _, run in chosen], axis=1)
-        weight = np.repeat(weights, [len(slab) for _, slab, _ in chosen])
+        batch = [(part, *spans(begin[a:b], end[a:b])) for part, begin, end in part_runs]
+        slab = np.concatenate([slab for _, slab, _ in batch])
+        lines = np.concatenate([part.lines.take(run, axis=1) for part, _, run in batch], axis=1)
+        weight = np.repeat(weights, [len(slab) for _, slab, _ in batch])
         ends = _Ends(rows[a : b + 1], np.concatenate([slab, slab]), lines.ravel(), np.concatenate([weight, -weight]))
         ordered = ends.in_order(bits)
         if moves and (cut := ordered.cut()) is not None:
@@ -156,25 +159,25 @@ def _common(parts: Sequence[Slabs]) -> tuple[Ints, list[Ints]]:
     return row[last], [np.cumsum(part == i)[last[:-1]] - 1 for i in range(n)]
 
 
-def _bounded(found: Found, rows: Ints, bounding: int) -> Found:
+def _bounded(part_runs: PartRuns, rows: Ints, bounding: int) -> PartRuns:
     """Without the runs that cannot meet what all of the first parts have."""
     first, last = rows[:-1], rows[1:] - 1
     low, high = np.full(len(first), -FAR), np.full(len(first), FAR)
-    for part, begin, end in found[:bounding]:
+    for part, begin, end in part_runs[:bounding]:
         low, high = _narrowed(part, begin, end, first, last, low, high)
     some = low < high
-    left: Found = []
-    for part, begin, end in found:
+    meeting: PartRuns = []
+    for part, begin, end in part_runs:
         end = np.where(some, end, begin)
         if part.most > FEW_RUNS:
             begin, end = _meeting(part, begin, end, first, last, low, high)
-        left.append((part, begin, end))
-    return left
+        meeting.append((part, begin, end))
+    return meeting
 
 
-def _unlike(found: Found, rows: Ints) -> Found:
+def _unlike(part_runs: PartRuns, rows: Ints) -> PartRuns:
     """Without the runs of rows on which two parts have the same lines."""
-    (x, a, b), (y, c, d) = found
+    (x, a, b), (y, c, d) = part_runs
     same = b - a == d - c
     slab, run = spans(a, np.where(same, b, a))
     differs = (x.lines[:, run] != y.lines[:, run + (c - a)[slab]]).any(0)

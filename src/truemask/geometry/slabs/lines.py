@@ -50,13 +50,13 @@ def tidied(rows: Ints, counts: Ints, lines: Ints) -> Stack:
     if alone.any():
         single, first = np.repeat(alone, counts), np.repeat(rows[:-1], counts)
         lines = np.where(single, 2 * places(lines, first), lines)
-    found = joined(rows, counts, lines)
-    while (alone := found[0][1:] - found[0][:-1] == 1).any():
-        adopted = _adopted(*found, alone)
+    stack = joined(rows, counts, lines)
+    while (alone := stack[0][1:] - stack[0][:-1] == 1).any():
+        adopted = _adopted(*stack, alone)
         if not adopted.any():
             break
-        found = joined(*_without(*found, adopted))
-    return found
+        stack = joined(*_without(*stack, adopted))
+    return stack
 
 
 def joined(rows: Ints, counts: Ints, lines: Ints) -> Stack:
@@ -126,8 +126,8 @@ def _adopted(rows: Ints, counts: Ints, lines: Ints, alone: Flags) -> Flags:
     both = pairs.everywhere((step == 0) | (step == 1)) & alone[above] & alone[above + 1]
     both &= ~taken[above] & ~taken[above + 1]
     both &= _every_other(above, both)
-    for chosen, source, target in ((down, upper, lower), (up, lower, upper)):
-        runs = chosen[pairs.pair]
+    for subset, source, target in ((down, upper, lower), (up, lower, upper)):
+        runs = subset[pairs.pair]
         lines[:, target[runs]] = lines[:, source[runs]]
     runs = both[pairs.pair]
     start = lines[:, upper[runs]] - 2 * step[:, runs] * (row[runs] - 1) + step[:, runs]  # rows alone have slopes 0
@@ -137,13 +137,13 @@ def _adopted(rows: Ints, counts: Ints, lines: Ints, alone: Flags) -> Flags:
     return joined
 
 
-def _every_other(place: Ints, chosen: Flags) -> Flags:
+def _every_other(place: Ints, flags: Flags) -> Flags:
     """Of places chosen in a row, the first, the third, and so on."""
-    places = place[chosen]
+    places = place[flags]
     some = np.zeros(len(place), bool)
     if len(places):
         begins = np.ones(len(places), bool)
         begins[1:] = places[1:] != places[:-1] + 1
         offset = places - np.maximum.accumulate(np.where(begins, places, -1))
-        some[np.flatnonzero(chosen)[offset % 2 == 0]] = True
+        some[np.flatnonzero(flags)[offset % 2 == 0]] = True
     return some

@@ -42,53 +42,53 @@ class NormalForm(NamedTuple):
         return unmerged_all([bands(self.slabs.rows[0], self.slabs.rows[-1], 0, 0, kv_len, 0)], but=[self.slabs])
 
 
-def conjunction(forms: Iterable[NormalForm], known: dict[Any, NormalForm]) -> NormalForm:
+def conjunction(forms: Iterable[NormalForm], remembered: dict[Any, NormalForm]) -> NormalForm:
     """The cells that all forms have."""
     terms = dict.fromkeys(forms)
     key = "all", frozenset(terms)
-    if key not in known:
+    if key not in remembered:
         inside = [form.slabs for form in terms if not form.negated]
         outside = [form.slabs for form in terms if form.negated]
         if not set(inside).isdisjoint(outside):
-            known[key] = _none(inside[0])
+            remembered[key] = _none(inside[0])
         else:
-            known[key] = (
+            remembered[key] = (
                 NormalForm(_all(inside, outside)) if inside else NormalForm(_joined(outside, unmerged_any), True)
             )
-    return known[key]
+    return remembered[key]
 
 
-def parity(forms: Iterable[NormalForm], known: dict[Any, NormalForm]) -> NormalForm:
+def parity(forms: Iterable[NormalForm], remembered: dict[Any, NormalForm]) -> NormalForm:
     """The cells that an odd number of forms has."""
     forms = list(forms)
     negated = sum(form.negated for form in forms) % 2 == 1
     odd = [slabs for slabs, times in Counter(form.slabs for form in forms).items() if times % 2]
     key = "odd", frozenset(odd)
-    if key not in known:
-        known[key] = NormalForm(_joined(odd, unmerged_odd)) if odd else _none(forms[0].slabs)
-    return ~known[key] if negated else known[key]
+    if key not in remembered:
+        remembered[key] = NormalForm(_joined(odd, unmerged_odd)) if odd else _none(forms[0].slabs)
+    return ~remembered[key] if negated else remembered[key]
 
 
 def _all(inside: list[Slabs], outside: list[Slabs]) -> Slabs:
     """Few runs at once; many one part after the other, the smallest first."""
     if _runs([*inside, *outside]) <= RUNS_AT_ONCE:
         return unmerged_all(inside, outside)
-    found, *others = sorted(inside, key=_order)
+    total, *others = sorted(inside, key=_order)
     for part in others:
-        found = unmerged_all([found, part])
+        total = unmerged_all([total, part])
     for part in sorted(outside, key=_order):
-        found = unmerged_all([found], [part])
-    return found
+        total = unmerged_all([total], [part])
+    return total
 
 
 def _joined(parts: list[Slabs], join: Callable[[list[Slabs]], Slabs]) -> Slabs:
     """The same for operations that take parts in any order."""
     if _runs(parts) <= RUNS_AT_ONCE:
         return join(parts)
-    found, *others = sorted(parts, key=_order)
+    total, *others = sorted(parts, key=_order)
     for part in others:
-        found = join([found, part])
-    return found
+        total = join([total, part])
+    return total
 
 
 def _order(part: Slabs) -> tuple[bool, int]:

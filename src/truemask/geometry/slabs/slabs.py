@@ -182,9 +182,9 @@ class Slabs(HoldsArrays):
 
 def _meets(lo: Ints, hi: Ints, same: Flags) -> Flags:
     """Which runs are empty, or touch the next one of the same slab."""
-    found = lo == hi
-    found[:-1] |= (hi[:-1] == lo[1:]) & same
-    return found
+    narrow = lo == hi
+    narrow[:-1] |= (hi[:-1] == lo[1:]) & same
+    return narrow
 
 
 # -- making slabs ------------------------------------------------------------------------------------------------------

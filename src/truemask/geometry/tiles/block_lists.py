@@ -49,8 +49,8 @@ def block_lists(tiles: TileMap) -> BlockLists:
         (panel * rows + row, column, (samples, heads, rows, columns)),
         (panel * columns + column, row, (samples, heads, columns, rows)),
     ):
-        for chosen in (~full, full):
-            lists += _ordered(across[chosen], down[chosen], shape)
+        for subset in (~full, full):
+            lists += _ordered(across[subset], down[subset], shape)
     return BlockLists(*lists)
 
 

@@ -52,8 +52,8 @@ def classify_tiles(
     for top in range(0, rows, BAND):
         sample, head, row = (np.full(len(across), x, np.int64) for x in (b, h, top))
         squares = _Squares(sample, head, row, across)
-        found = _band(classify, squares, rows, columns, (q_len, kv_len), block)
-        starts, joined = _in_rows(found, top, min(top + BAND, rows))
+        band = _band(classify, squares, rows, columns, (q_len, kv_len), block)
+        starts, joined = _in_rows(band, top, min(top + BAND, rows))
         counts.append(np.diff(starts))
         runs.append(joined)
         total += len(joined)
@@ -75,31 +75,31 @@ def _band(
     """The runs of a band of rows, in any order: `[n, 4]` of row, start, stop, state."""
     _affordable(len(squares.b), "squares", MAX_RUNS)
     side = BAND
-    known = [np.zeros((0, 4), np.int64)]
+    parts = [np.zeros((0, 4), np.int64)]
     while len(squares.b):
         state = _classified(classify, squares, side, lengths, block)
-        known.append(_runs(squares.chosen(state == FULL), side, rows, columns, int(FULL)))
+        parts.append(_runs(squares.chosen(state == FULL), side, rows, columns, int(FULL)))
         squares = squares.chosen(state == MIXED)
         if side == 1:
-            known.append(_runs(squares, 1, rows, columns, int(MIXED)))
+            parts.append(_runs(squares, 1, rows, columns, int(MIXED)))
             break
         side //= PARTS
         squares = _parts(squares, side, rows, columns)
-    return np.concatenate(known)
+    return np.concatenate(parts)
 
 
 def _classified(
     classify: Classify, squares: _Squares, side: int, lengths: tuple[int, int], block: tuple[int, int]
 ) -> States:
     """EMPTY, MIXED or FULL for each square, cut at the true lengths."""
-    found = []
+    states = []
     for part in _batches(squares):
         (q0, q1), (k0, k1) = (
             (x * size, np.minimum((x + side) * size, length))
             for x, size, length in zip((part.i, part.j), block, lengths, strict=True)
         )
-        found.append(np.broadcast_to(classify(Rectangles(part.b, part.h, q0, q1, k0, k1)), part.b.shape))
-    return np.concatenate(found)
+        states.append(np.broadcast_to(classify(Rectangles(part.b, part.h, q0, q1, k0, k1)), part.b.shape))
+    return np.concatenate(states)
 
 
 def _batches(squares: _Squares) -> Iterator[_Squares]:

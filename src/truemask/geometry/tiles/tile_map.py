@@ -196,8 +196,8 @@ class TileMap(HoldsArrays):
         numbers = [*self.tile_key(Rectangles(b, h, q0, q1, k0, k1)), q1 - q0, k1 - k0]
         pattern = np.zeros(len(b), np.int64)
         for number in numbers:
-            values, found = np.unique(np.broadcast_to(number, b.shape), return_inverse=True)
-            pattern = np.unique(pattern * len(values) + found, return_inverse=True)[1]
+            values, index = np.unique(np.broadcast_to(number, b.shape), return_inverse=True)
+            pattern = np.unique(pattern * len(values) + index, return_inverse=True)[1]
         return np.unique(pattern, return_index=True)[1], pattern
 
     @property
@@ -207,14 +207,14 @@ class TileMap(HoldsArrays):
 
     def patterns(self) -> Iterator[Patterns]:
         """The MIXED tiles in batches, each pattern evaluated once."""
-        shown, pattern = self._sharing
+        examples, pattern = self._sharing
         order = np.argsort(pattern, kind="stable")
-        ends = np.searchsorted(pattern[order], np.arange(len(shown) + 1))
+        ends = np.searchsorted(pattern[order], np.arange(len(examples) + 1))
         places = self.mixed()
         step = self._batch
-        for first in range(0, len(shown), step):
-            last = min(first + step, len(shown))
-            cells = self._cells(*(x[shown[first:last]] for x in places))
+        for first in range(0, len(examples), step):
+            last = min(first + step, len(examples))
+            cells = self._cells(*(x[examples[first:last]] for x in places))
             tiles = order[ends[first] : ends[last]]
             yield Patterns(cells, tiles, pattern[tiles] - first)
 
@@ -255,12 +255,12 @@ class TileMap(HoldsArrays):
         for lo, hi in zip(starts.tolist(), [*starts[1:].tolist(), len(b)], strict=False):
             left, right = int(k0[lo]), int(k1[hi - 1])
             region = Region(int(b[lo]), int(h[lo]), int(q0[lo]), int(q1[lo]), left, right)
-            found = plane(region)
-            height, entire = len(found), lo + (right - left) // bk  # the last one may be cut
-            parts = found[:, : (entire - lo) * bk].reshape(height, entire - lo, bk)
+            strip = plane(region)
+            height, entire = len(strip), lo + (right - left) // bk  # the last one may be cut
+            parts = strip[:, : (entire - lo) * bk].reshape(height, entire - lo, bk)
             cells[order[lo:entire], :height] = parts.swapaxes(0, 1)
             if entire < hi:
-                cells[order[entire], :height, : (right - left) % bk] = found[:, (entire - lo) * bk :]
+                cells[order[entire], :height, : (right - left) % bk] = strip[:, (entire - lo) * bk :]
         return cells
 
     def dense(self) -> NDArray[np.bool_]:
@@ -282,12 +282,12 @@ class TileMap(HoldsArrays):
             return self
         b, h, i, j = self.mixed()
         q0, q1, k0, k1 = self.extents(i, j)
-        seen = np.zeros(len(b), np.int64)
+        set_cells = np.zeros(len(b), np.int64)
         for part in self.patterns():
-            seen[part.tiles] = part.cells.sum((1, 2))[part.which]
-        found = tri_state(seen == 0, seen == (q1 - q0) * (k1 - k0))
+            set_cells[part.tiles] = part.cells.sum((1, 2))[part.which]
+        states = tri_state(set_cells == 0, set_cells == (q1 - q0) * (k1 - k0))
         state = self.state
-        state[b, h, i, j] = found
+        state[b, h, i, j] = states
         starts, runs = runs_of(state)
         return replace(self, row_starts=starts, runs=runs, exact=True)
 

@@ -82,8 +82,8 @@ class Packed(Mask):
         ]
         inner = self.base._tile(Rectangles(r.b, r.h, *safe))
         inside = single & (qa == qb) & (ka == kb)
-        known = np.where(inside | (inner == EMPTY), inner, MIXED)
-        return np.where(apart, EMPTY, np.where(single, known, MIXED)).astype(np.int8)
+        states = np.where(inside | (inner == EMPTY), inner, MIXED)
+        return np.where(apart, EMPTY, np.where(single, states, MIXED)).astype(np.int8)
 
     def _slabs(self, r: Region) -> Slabs:
         """The base's slabs once for each document, moved there and cut to it."""
@@ -183,8 +183,8 @@ class Padded(Mask):
         return int(self._start(np.array(b))), self.base._distinct_key(b, h)
 
     def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
-        found = self.base._periodic_from(k_stop)
-        return None if found is None else (found[0] + low_high(self.starts)[1], found[1])
+        period = self.base._periodic_from(k_stop)
+        return None if period is None else (period[0] + low_high(self.starts)[1], period[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         least = low_high(self.starts)[0]
@@ -223,8 +223,8 @@ class Prepended(Mask):
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         row, key = (q - self.q).clamp(min=0), (k - self.k).clamp(min=0)
         extra = q < self.q
-        own = (extra & self.seen._truth(b, h, row, key)) | (~extra & self.base._truth(b, h, row, key))
-        return (k < self.k) | own
+        inside = (extra & self.seen._truth(b, h, row, key)) | (~extra & self.base._truth(b, h, row, key))
+        return (k < self.k) | inside
 
     def _tile(self, r: Rectangles) -> States:
         (q0, q1), (k0, k1) = (
@@ -233,9 +233,9 @@ class Prepended(Mask):
         inner = Rectangles(r.b, r.h, q0, np.maximum(q1, q0 + 1), k0, np.maximum(k1, k0 + 1))
         base, seen = self.base._tile(inner), self.seen._tile(inner)
         both = np.where(base == seen, base, MIXED)
-        own = np.where(r.q1 <= self.q, seen, np.where(r.q0 >= self.q, base, both))
-        partly = np.where(own == FULL, FULL, MIXED)  # some extra keys, some of the mask's own
-        return np.where(r.k1 <= self.k, FULL, np.where(r.k0 >= self.k, own, partly)).astype(np.int8)
+        behind = np.where(r.q1 <= self.q, seen, np.where(r.q0 >= self.q, base, both))
+        partly = np.where(behind == FULL, FULL, MIXED)  # some extra keys, some of the mask's own
+        return np.where(r.k1 <= self.k, FULL, np.where(r.k0 >= self.k, behind, partly)).astype(np.int8)
 
     def _slabs(self, r: Region) -> Slabs:
         """Above the extra rows' own, below the base's, both behind the extra keys."""
@@ -244,15 +244,15 @@ class Prepended(Mask):
         for mask, q0, q1, up in ((self.seen, r.q0, min(r.q1, self.q), 0), (self.base, max(r.q0, self.q), r.q1, self.q)):
             if q0 < q1:
                 extra = bands(q0, q1, 0, 0, self.k, 0) if self.k else blank(q0, q1)
-                own = blank(q0, q1)
+                part = blank(q0, q1)
                 if k0 < k1:
-                    own = mask.slabs_in(Region(r.b, r.h, q0 - up, q1 - up, k0, k1, r.known)).moved(up, self.k)
-                parts.append(any_of([extra, all_of([own, bands(q0, q1, self.k, 0, FAR, 0)])]))
+                    part = mask.slabs_in(Region(r.b, r.h, q0 - up, q1 - up, k0, k1, r.known)).moved(up, self.k)
+                parts.append(any_of([extra, all_of([part, bands(q0, q1, self.k, 0, FAR, 0)])]))
         return stacked(parts)
 
     def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
-        found = self.base._periodic_from(max(0, k_stop - self.k))
-        return None if found is None else (found[0] + self.q, found[1])
+        period = self.base._periodic_from(max(0, k_stop - self.k))
+        return None if period is None else (period[0] + self.q, period[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         q_stop, k_stop = max(0, q_stop - self.q), max(0, k_stop - self.k)

@@ -130,10 +130,10 @@ class PerSample(_Choice):
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
         """Each sample's own positions, `[b, n]`."""
-        found = [mask._logical(q, k) for mask in self.masks]
-        if all(pair is None for pair in found):
+        pairs = [mask._logical(q, k) for mask in self.masks]
+        if all(pair is None for pair in pairs):
             return None
-        rows = [pair or (q, k) for pair in found]
+        rows = [pair or (q, k) for pair in pairs]
         first, second = (
             torch.stack([side[min(b, len(side) - 1)] if side.ndim == 2 else side for b, side in enumerate(sides)])
             for sides in zip(*rows, strict=True)
@@ -242,20 +242,20 @@ class Select(Mask):
         return self.base.kv_len_for(q_len)
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = self.base._logical(q, k)
-        if found is None or self.samples is None:
-            return found
-        chosen = self.samples.tensor
-        first, second = (x if x.ndim == 1 else x[within(chosen, x.shape[0])] for x in found)
+        pair = self.base._logical(q, k)
+        if pair is None or self.samples is None:
+            return pair
+        entries = self.samples.tensor
+        first, second = (x if x.ndim == 1 else x[within(entries, x.shape[0])] for x in pair)
         return first, second
 
     def _write(self) -> Written:
         return method(self.base, call("select", samples=self.samples, heads=self.heads)[0])
 
 
-def _chosen(own: int, chosen: Data | None) -> int:
-    return own if chosen is None or own == 1 else (chosen.tensor.shape[0] or ANY)
+def _chosen(size: int, entries: Data | None) -> int:
+    return size if entries is None or size == 1 else (entries.tensor.shape[0] or ANY)
 
 
-def _pick(chosen: Data | None, index: np.ndarray) -> np.ndarray:
-    return index if chosen is None else chosen.array[np.minimum(index, len(chosen.array) - 1)]
+def _pick(entries: Data | None, index: np.ndarray) -> np.ndarray:
+    return index if entries is None else entries.array[np.minimum(index, len(entries.array) - 1)]

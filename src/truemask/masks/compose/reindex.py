@@ -45,9 +45,9 @@ class At(Mask):
             base, q_start, k_start = base.base, base.q_start + q_start, base.k_start + k_start
         # Decoding makes one in every step: no handle (deferred.py writes it out), and nothing asked twice.
         new = object.__new__(cls)
-        known = {name: getattr(base, name) for name in ("batch_size", "head_count", "varies_with_query")}
-        known |= {"base": base, "q_start": q_start, "k_start": k_start}
-        vars(new).update(known, children=(base,), _key=("at", base, q_start, k_start))
+        held = {name: getattr(base, name) for name in ("batch_size", "head_count", "varies_with_query")}
+        held |= {"base": base, "q_start": q_start, "k_start": k_start}
+        vars(new).update(held, children=(base,), _key=("at", base, q_start, k_start))
         return new
 
     @property
@@ -75,8 +75,8 @@ class At(Mask):
         return self.base._tile_key(r.moved(q0=r.q0 + q, q1=r.q1 + q, k0=r.k0 + k, k1=r.k1 + k))
 
     def _periodic_from(self, k_stop: int) -> tuple[int, int] | None:
-        found = self.base._periodic_from(k_stop + self.k_start)
-        return None if found is None else (max(0, found[0] - self.q_start), found[1])
+        period = self.base._periodic_from(k_stop + self.k_start)
+        return None if period is None else (max(0, period[0] - self.q_start), period[1])
 
     def _check(self, q_stop: int, k_stop: int) -> None:
         self.base._check(q_stop + self.q_start, k_stop + self.k_start)
@@ -239,8 +239,8 @@ class Transposed(Mask):
         return self.base.kv_len_for(kv_len)
 
     def _logical(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = self.base._logical(k, q)
-        return None if found is None else (found[1], found[0])
+        pair = self.base._logical(k, q)
+        return None if pair is None else (pair[1], pair[0])
 
     def _write(self) -> Written:
         return method(self.base, "T")

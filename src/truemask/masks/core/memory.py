@@ -31,7 +31,7 @@ def mask_memory(mask: Value, counted: Value | None = None) -> Memory:
 
 def _arrays_of(mask: Value) -> Iterator[Tensor | np.ndarray]:
     """The arrays of a mask without those of its parts: what it holds stands in its `__dict__`."""
-    held = dict(vars(mask))  # in one step: another thread may be remembering something
-    copies = held.pop("_bound", {})
-    yield from arrays_in(held.values())
+    attributes = dict(vars(mask))  # in one step: another thread may be remembering something
+    copies = attributes.pop("_bound", {})
+    yield from arrays_in(attributes.values())
     yield from arrays_in([vars(copy)["_bound_tables"] for copy in list(copies.values())])

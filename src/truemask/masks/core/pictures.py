@@ -30,8 +30,8 @@ def html_panels(mask: Value) -> str:
     """The same as one SVG of a length that the mask's data answers for."""
     cells = dense(mask, sizes_of(mask, _picture_length(mask), None, mask.batch_size or 1, mask.head_count or 1), "cpu")
     places = list(_panels(cells.shape))[:8]
-    shown = np.stack([cells.numpy()[place] for place, _ in places])
-    return html_picture(shown, title=str(mask.text), labels=[label for _, label in places])
+    panels = np.stack([cells.numpy()[place] for place, _ in places])
+    return html_picture(panels, title=str(mask.text), labels=[label for _, label in places])
 
 
 def _panels(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], str]]:

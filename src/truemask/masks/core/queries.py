@@ -46,12 +46,12 @@ def sizes_of(mask: Value, q_len: int, kv_len: int | None, batch: int | None, hea
     return Sizes(samples, _axis(mask, "heads", mask.head_count, heads), q_len, kv_len)
 
 
-def _axis(mask: Value, name: str, held: int, wanted: int | None) -> int:
+def _axis(mask: Value, name: str, size: int, asked_size: int | None) -> int:
     """The size of the batch or head axis of an answer: 1 where the mask does not vary."""
-    if held == ANY and wanted is None:
+    if size == ANY and asked_size is None:
         axis = {"batch": "samples", "heads": "heads"}[name]
         raise MaskError(f"the mask `{mask}` varies over {axis} and holds no number of them: pass `{name}=`")
-    return 1 if held == 1 else held or (wanted or 0)
+    return 1 if size == 1 else size or (asked_size or 0)
 
 
 def check(mask: Value, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> None:
@@ -192,14 +192,14 @@ def first(mask: Value, sizes: Sizes) -> Cell | None:
 def last_query(mask: Value, q_start: int, kv_len: int) -> int:
     """A row behind which no query sees any of the first keys that none before saw."""
     periodic = mask._periodic_from(kv_len)
-    held = rows_held(mask)
-    if periodic is None and held is None:
+    rows = rows_held(mask)
+    if periodic is None and rows is None:
         raise MaskError(
             f"live_keys: what `{mask}` lets later queries see of {kv_len} keys never repeats, and nothing says "
             "where queries end: pass `q_stop=`, the number of queries that there will be"
         )
-    stop = held if periodic is None else max(q_start, periodic[0]) + periodic[1]
-    return min(stop, held) if stop is not None and held is not None else stop or 0
+    stop = rows if periodic is None else max(q_start, periodic[0]) + periodic[1]
+    return min(stop, rows) if stop is not None and rows is not None else stop or 0
 
 
 def rows_held(mask: Value) -> int | None:

@@ -23,9 +23,9 @@ def method(base: Mask, tail: str) -> Written:
 
 def within(mask: Mask, level: int) -> str:
     """The text of a part inside an operator of this level; mixed `-` always gets its parentheses."""
-    text, own = mask._write()  # pyright: ignore[reportPrivateUsage]
-    mixed = MINUS in (own, level) and own not in (NOT, ATOM)
-    return f"({text})" if own < level or mixed else text
+    text, own_level = mask._write()  # pyright: ignore[reportPrivateUsage]
+    mixed = MINUS in (own_level, level) and own_level not in (NOT, ATOM)
+    return f"({text})" if own_level < level or mixed else text
 
 
 def _shown(value: object) -> str:

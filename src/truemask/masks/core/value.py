@@ -74,8 +74,10 @@ class Value(ABC):
 
     def _distinct_key(self, b: int, h: int) -> Hashable:
         """What tells sample b and head h from others: those that share it have the same mask."""
-        own = [part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2]
-        return (*own, *(child._distinct_key(b, h) for child in self.children))
+        row_kinds = [
+            part.row_kind(b) for part in self.parts.values() if isinstance(part, Data) and part.tensor.ndim == 2
+        ]
+        return (*row_kinds, *(child._distinct_key(b, h) for child in self.children))
 
     def _tile_key(self, r: Rectangles) -> Sequence[Ints]:
         """Numbers that are equal for tiles (of one size) only if their cells are."""
@@ -194,15 +196,17 @@ class Value(ABC):
 
     def _bind(self, device: torch.device) -> Self:
         new = type(self).__new__(type(self))
-        held = vars(new)
-        held.update(self.parts)
+        attributes = vars(new)
+        attributes.update(self.parts)
         for name in self._numbers:
             number = getattr(self, name)
-            held[name] = number if is_late(number) else torch.tensor(number, device=device)
+            attributes[name] = number if is_late(number) else torch.tensor(number, device=device)
         for name in self._child_fields:
             value = getattr(self, name)
-            held[name] = value.bound(device) if isinstance(value, Value) else tuple(m.bound(device) for m in value)
-        held["_bound_tables"] = {name: table.to(device) for name, table in self._tables().items()}
+            attributes[name] = (
+                value.bound(device) if isinstance(value, Value) else tuple(m.bound(device) for m in value)
+            )
+        attributes["_bound_tables"] = {name: table.to(device) for name, table in self._tables().items()}
         return new
 
     def table(self, name: str) -> Tensor:
@@ -247,8 +251,8 @@ class Value(ABC):
     @property
     def is_late(self) -> bool:
         """Whether some of its data or numbers come in with each call of a graph that is being recorded."""
-        own = any(part.late if isinstance(part, Data) else is_late(part) for part in self.parts.values())
-        return own or any(child.is_late for child in self.children)
+        has_late_part = any(part.late if isinstance(part, Data) else is_late(part) for part in self.parts.values())
+        return has_late_part or any(child.is_late for child in self.children)
 
     # -- equality and text -----------------------------------------------------------------------------------------
 
@@ -279,8 +283,8 @@ class Value(ABC):
     @remembered
     def has_text(self) -> bool:
         """Whether the text is complete: no data too large to write, no function."""
-        own = all(part.complete for part in self.parts.values() if isinstance(part, Data))
-        return own and all(child.has_text for child in self.children)
+        is_complete = all(part.complete for part in self.parts.values() if isinstance(part, Data))
+        return is_complete and all(child.has_text for child in self.children)
 
     def __repr__(self) -> str:
         return self.text

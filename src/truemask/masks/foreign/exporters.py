@@ -80,8 +80,8 @@ def to_torch_mha(
     b, h, q, k = visible.shape
     if b == h == 1:
         return ~visible[0, 0]
-    for name, given, size in (("batch", batch, b), ("num_heads", num_heads, h)):
-        if given is None and size == 1:
+    for name, number, size in (("batch", batch, b), ("num_heads", num_heads, h)):
+        if number is None and size == 1:
             raise MaskError(
                 f"to_torch_mha: the mask varies (over {b} samples and {h} heads), so nn.MultiheadAttention wants "
                 f"(batch * num_heads, q, k), and {name} is not known: pass {name}="

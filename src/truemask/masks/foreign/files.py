@@ -81,36 +81,36 @@ def read_mask(path: Path, name: str | None = None, axes: str | None = None) -> R
     if path.stat().st_size > MAX_FILE_BYTES:
         raise MaskError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
     try:
-        found = reader(path)
+        contents = reader(path)
     except MaskError:
         raise
     except Exception as error:
         raise MaskError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Reading):
-        return _meaning(_chosen(found, name, path), path, axes)
+    if not isinstance(contents, Reading):
+        return _meaning(_chosen(contents, name, path), path, axes)
     for option, value in (("--tensor", name), ("--axes", axes)):
         if value is not None:
-            raise MaskError(f"{path.name} holds one mask, {found.source}: leave out `{option} {value}`")
-    return found
+            raise MaskError(f"{path.name} holds one mask, {contents.source}: leave out `{option} {value}`")
+    return contents
 
 
-def _chosen(found: Any, name: str | None, path: Path) -> Tensor:
+def _chosen(contents: Any, name: str | None, path: Path) -> Tensor:
     """The tensor, or the one of several that was named."""
-    if isinstance(found, Tensor):
+    if isinstance(contents, Tensor):
         if name is not None:
             raise MaskError(f"{path.name} holds one tensor, which has no name: leave out `--tensor {name}`")
-        return found
-    held = found.items() if isinstance(found, dict) else ()
-    tensors = {str(key): value for key, value in held if isinstance(value, Tensor) and value.ndim}
+        return contents
+    items = contents.items() if isinstance(contents, dict) else ()
+    tensors = {str(key): value for key, value in items if isinstance(value, Tensor) and value.ndim}
     if name is None and len(tensors) == 1:
         return next(iter(tensors.values()))
     if name in tensors:
         return tensors[name]
     if not tensors:
         raise MaskError(f"{path.name} holds no tensor, and a mask is one")
-    wanted = "" if name is None else f", and none is {name!r}{suggest(name, tensors)}"
-    known = f"{counted(len(tensors), 'tensor')} ({', '.join(tensors)})"
-    raise MaskError(f"{path.name} holds {known}{wanted}: name one with `--tensor NAME`")
+    unknown = "" if name is None else f", and none is {name!r}{suggest(name, tensors)}"
+    list_of = f"{counted(len(tensors), 'tensor')} ({', '.join(tensors)})"
+    raise MaskError(f"{path.name} holds {list_of}{unknown}: name one with `--tensor NAME`")
 
 
 def _meaning(tensor: Tensor, path: Path, axes: str | None = None, said: str = "") -> Reading:
@@ -165,12 +165,12 @@ def _torch(path: Path) -> Any:
 def _numpy(path: Path) -> Any:
     """The arrays of numbers: nothing in the file runs."""
     try:
-        found = np.load(path, allow_pickle=False)
+        arrays = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy's own words, too
         raise _refused(path, "numpy.save(path, array)") from error
-    if isinstance(found, np.ndarray):
-        return _of_numbers({path.stem: found}, path.stem)
-    return {name: tensor for name in found if (tensor := _of_numbers(found, name)) is not None}
+    if isinstance(arrays, np.ndarray):
+        return _of_numbers({path.stem: arrays}, path.stem)
+    return {name: tensor for name in arrays if (tensor := _of_numbers(arrays, name)) is not None}
 
 
 def _of_numbers(arrays: Mapping[str, Any], name: str) -> Tensor | None:
@@ -207,9 +207,11 @@ def _image(path: Path) -> Any:
     except ImportError as error:
         raise MaskError("reading an image needs pillow: pip install truemask[viz]") from error
     with Image.open(path) as image:
-        seen, how = _brightness(image)
-    bright = torch.from_numpy(seen >= BRIGHT * max(1, int(seen.max())))
-    return Reading(dense(bright), f"an image of {seen.shape[1]} x {seen.shape[0]} pixels, read as {how} = may attend")
+        brightness, how = _brightness(image)
+    bright = torch.from_numpy(brightness >= BRIGHT * max(1, int(brightness.max())))
+    return Reading(
+        dense(bright), f"an image of {brightness.shape[1]} x {brightness.shape[0]} pixels, read as {how} = may attend"
+    )
 
 
 def _brightness(image: Any) -> tuple[np.ndarray, str]:

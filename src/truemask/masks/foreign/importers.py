@@ -202,5 +202,5 @@ def from_keras(attention_mask: Tensor | None = None, use_causal_mask: bool = Fal
         return causal if use_causal_mask else everything
     require_tensor("from_keras", attention_mask)
     flags = zeros_and_ones("from_keras", "attention_mask", attention_mask, floats=True)
-    given = from_cells("from_keras", "attention_mask", flags, "bqk" if flags.ndim == 3 else None)
-    return causal & given if use_causal_mask else given
+    mask = from_cells("from_keras", "attention_mask", flags, "bqk" if flags.ndim == 3 else None)
+    return causal & mask if use_causal_mask else mask

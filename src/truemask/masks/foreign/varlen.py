@@ -83,12 +83,12 @@ def to_varlen(
     """
     mask = expression("to_varlen: mask", mask)
     kv_len = mask.kv_len_for(q_len) if kv_len is None else kv_len
-    known = mask.to_slabs(q_len, kv_len, batch=batch, heads=heads)
-    if not bool((known.variant == known.variant[:, :1]).all()):
+    exact = mask.to_slabs(q_len, kv_len, batch=batch, heads=heads)
+    if not bool((exact.variant == exact.variant[:, :1]).all()):
         raise MaskError(f"to_varlen: `{mask}` varies over heads, and documents do not: export `mask.select(heads=[i])`")
-    samples = max(len(known.variant), batch or 1)
-    parts = _variants(known)
-    each = known.variant[:, 0].expand(samples).tolist()
+    samples = max(len(exact.variant), batch or 1)
+    parts = _variants(exact)
+    each = exact.variant[:, 0].expand(samples).tolist()
     if not q_len * samples:
         nothing = torch.zeros(2, dtype=torch.int32)
         return Varlen(nothing, torch.tensor([0, samples * kv_len], dtype=torch.int32), 0, samples * kv_len, False, ANY)
@@ -96,11 +96,11 @@ def to_varlen(
     refuted: list[tuple[int, int]] = []
     for also in (np.zeros(0, np.int64), _diagonal(row)):
         cut = row.cut(np.append(np.arange(samples) * q_len, also))
-        found = _documents(cut, q_len)
-        band = _band(cut, found)
-        cell = first_cell(odd_of([row, _seen(found, band)]))
+        documents = _documents(cut, q_len)
+        band = _band(cut, documents)
+        cell = first_cell(odd_of([row, _seen(documents, band)]))
         if cell is None:
-            return _varlen(found, band, samples * kv_len)
+            return _varlen(documents, band, samples * kv_len)
         refuted.append(cell)
     raise _differs(mask, refuted[0], (q_len, kv_len), samples)
 
@@ -108,18 +108,20 @@ def to_varlen(
 ANY = (-1, -1)
 
 
-def _variants(known: SlabTensors) -> list[Slabs]:
+def _variants(exact: SlabTensors) -> list[Slabs]:
     """The slabs of each variant."""
     rows, starts, low, low_slope, high, high_slope = (
-        np.append(known.q_start.numpy(), known.q_stop[-1:].numpy()),
-        *(x.numpy() for x in known[4:]),
+        np.append(exact.q_start.numpy(), exact.q_stop[-1:].numpy()),
+        *(x.numpy() for x in exact[4:]),
     )
-    found = []
-    for a, b in zip(known.first.tolist(), known.first[1:].tolist(), strict=False):
+    variants = []
+    for a, b in zip(exact.first.tolist(), exact.first[1:].tolist(), strict=False):
         runs = slice(starts[a], starts[b])
         ends, slopes = np.stack([low[runs], high[runs]]), np.stack([low_slope[runs], high_slope[runs]])
-        found.append(Slabs.of(np.append(rows[a:b], known.q_stop[b - 1]), starts[a : b + 1] - starts[a], ends, slopes))
-    return found
+        variants.append(
+            Slabs.of(np.append(rows[a:b], exact.q_stop[b - 1]), starts[a : b + 1] - starts[a], ends, slopes)
+        )
+    return variants
 
 
 def _diagonal(x: Slabs) -> Ints:
@@ -152,11 +154,11 @@ def _documents(x: Slabs, q_len: int) -> _Documents:
     return _Documents(a, np.append(a[1:], x.rows[-1]), np.where(d < 0, reached, c), np.where(d < 0, reached, d), begins)
 
 
-def _band(x: Slabs, found: _Documents) -> tuple[int, int]:
+def _band(x: Slabs, documents: _Documents) -> tuple[int, int]:
     """(left, right) that most lines inside documents say; unlimited where there are none."""
-    document = np.searchsorted(found.begins, np.arange(len(x.sizes)), "right") - 1
+    document = np.searchsorted(documents.begins, np.arange(len(x.sizes)), "right") - 1
     document = document[x.sizes > 0]
-    c, d, shift = found.c[document], found.d[document], found.d[document] - found.b[document]
+    c, d, shift = documents.c[document], documents.d[document], documents.d[document] - documents.b[document]
     low_first, low_last, high_first, high_last = (side[x.sizes > 0] for side in _hull(x))
     left, right = [], []
     for row, low, high in (
@@ -173,9 +175,9 @@ def _most_frequent(numbers: Ints) -> int:
     return max(0, int(values[times.argmax()])) if len(values) else -1
 
 
-def _seen(found: _Documents, band: tuple[int, int]) -> Slabs:
+def _seen(documents: _Documents, band: tuple[int, int]) -> Slabs:
     """The slabs of documents with one band."""
-    a, b, c, d, _ = found
+    a, b, c, d, _ = documents
     rows, shift, some = np.append(a, b[-1]), d - b, c < d
     whole = Slabs(rows, np.append(0, np.cumsum(some)), 2 * np.stack([c, d])[:, some])
     (left, right), still = band, np.zeros_like(shift)
@@ -184,11 +186,11 @@ def _seen(found: _Documents, band: tuple[int, int]) -> Slabs:
     return all_of([whole, Slabs.of(rows, np.arange(len(rows)), ends, slopes)])
 
 
-def _varlen(found: _Documents, band: tuple[int, int], keys: int) -> Varlen:
+def _varlen(documents: _Documents, band: tuple[int, int], keys: int) -> Varlen:
     """Documents and the keys between them as running totals."""
-    between = found.c - np.append(0, found.d[:-1])
-    q = np.append(np.stack([np.zeros_like(between), found.b - found.a], 1), 0)
-    k = np.append(np.stack([between, found.d - found.c], 1), keys - found.d[-1])
+    between = documents.c - np.append(0, documents.d[:-1])
+    q = np.append(np.stack([np.zeros_like(between), documents.b - documents.a], 1), 0)
+    k = np.append(np.stack([between, documents.d - documents.c], 1), keys - documents.d[-1])
     some = (q > 0) | (k > 0)
     sides = [np.append(0, np.cumsum(side[some])) for side in (q, k)]
     if max(side[-1] for side in sides) >= 1 << 31:
@@ -284,20 +286,20 @@ def to_flashmask(mask: Mask | str, n: int, *, batch: int | None = None, heads: i
     ([3, 4, 5, 5, 5], True)
     """
     mask = expression("to_flashmask: mask", mask)
-    known = mask.T.to_slabs(n, n, batch=batch, heads=heads)
-    columns = np.zeros((len(known.first) - 1, n, 4), np.int64)
-    for v, slabs in enumerate(_variants(known)):
-        place = [f"{name} {i}" for name, i in zip(("sample", "head"), (known.variant == v).nonzero()[0], strict=True)]
-        where = "".join(f" of {x}" for x, size in zip(place, known.variant.shape, strict=True) if size > 1)
+    exact = mask.T.to_slabs(n, n, batch=batch, heads=heads)
+    columns = np.zeros((len(exact.first) - 1, n, 4), np.int64)
+    for v, slabs in enumerate(_variants(exact)):
+        place = [f"{name} {i}" for name, i in zip(("sample", "head"), (exact.variant == v).nonzero()[0], strict=True)]
+        where = "".join(f" of {x}" for x, size in zip(place, exact.variant.shape, strict=True) if size > 1)
         columns[v] = _columns(mask, slabs, n, where) if n else 0
     below, above = columns[..., :2], columns[..., 2:]
     causal = bool((above == np.stack([np.zeros(n), np.arange(n)], -1)).all())
     open_ended = bool((below[..., 1] == n).all())
     if causal:
-        chosen = below[..., :1] if open_ended else below
+        indices = below[..., :1] if open_ended else below
     else:
-        chosen = columns[..., [0, 3]] if open_ended and not above[..., 0].any() else columns
-    return FlashMask(torch.from_numpy(chosen.astype(np.int32))[known.variant], causal)
+        indices = columns[..., [0, 3]] if open_ended and not above[..., 0].any() else columns
+    return FlashMask(torch.from_numpy(indices.astype(np.int32))[exact.variant], causal)
 
 
 def _columns(mask: Mask, x: Slabs, n: int, where: str) -> Ints:

@@ -131,10 +131,10 @@ def _build(kind: str, parts: Json) -> Mask:
 
 def _runs(parts: Json, side: str) -> tuple[Data | None, Data | None]:
     """The runs of labels that a file holds, if they follow each other."""
-    given = [parts[f"{side}{name}"] for name in ("ends", "values")]
-    if given == [None, None]:
+    pair = [parts[f"{side}{name}"] for name in ("ends", "values")]
+    if pair == [None, None]:
         return None, None
-    ends, values = (integers(part, f"{side}{name}") for part, name in zip(given, ("ends", "values"), strict=True))
+    ends, values = (integers(part, f"{side}{name}") for part, name in zip(pair, ("ends", "values"), strict=True))
     rows = np.atleast_2d(ends.array)
     totals = rows[:, -1:].ravel()
     good = ends.tensor.shape == values.tensor.shape and (np.diff(rows, axis=1, prepend=0) >= 0).all()

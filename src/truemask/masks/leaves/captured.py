@@ -33,17 +33,17 @@ class State:
         self.key: tuple[Hashable, ...] = tuple(self._keys(fn))
 
     def _keys(self, fn: Any) -> Iterator[Hashable]:
-        seen: set[int] = set()
-        left = [fn]
-        while left and len(seen) < MAX_OBJECTS:
-            one = left.pop()
+        visited: set[int] = set()
+        stack = [fn]
+        while stack and len(visited) < MAX_OBJECTS:
+            one = stack.pop()
             if isinstance(one, PLAIN):
                 yield type(one), one
-            elif id(one) not in seen and not isinstance(one, OPAQUE):
-                seen.add(id(one))
+            elif id(one) not in visited and not isinstance(one, OPAQUE):
+                visited.add(id(one))
                 self.things += () if isinstance(one, Tensor) and not is_real(one) else (one,)
                 yield id(one), _version(one)
-                left.extend(_inside(one))
+                stack.extend(_inside(one))
 
 
 def _version(thing: Any) -> Hashable:

@@ -72,12 +72,12 @@ class Labels(HoldsArrays):
 def as_runs(labels: Tensor) -> tuple[Data, Data]:
     """Labels `[n]` or `[b, n]` as (ends, values) of their runs; shorter lists of runs repeat their last one."""
     rows = np.atleast_2d(labels.numpy())
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    runs: list[tuple[np.ndarray, np.ndarray]] = []
     for row in rows:
         last = np.flatnonzero(np.append(row[1:] != row[:-1], True)) if row.size else np.zeros(0, np.int64)
-        found.append((last + 1, row[last]))
-    most = max(len(ends) for ends, _ in found)
-    padded = [[np.pad(x, (0, most - len(x)), "edge") if len(x) else x for x in pair] for pair in found]
+        runs.append((last + 1, row[last]))
+    most = max(len(ends) for ends, _ in runs)
+    padded = [[np.pad(x, (0, most - len(x)), "edge") if len(x) else x for x in pair] for pair in runs]
     ends, values = (torch.from_numpy(np.stack(column)) for column in zip(*padded, strict=True))
     return (Data(ends), Data(values)) if labels.ndim == 2 else (Data(ends[0]), Data(values[0]))
 
@@ -120,8 +120,8 @@ class _Labelled(Mask):
         q, k = self._sides
         rows, _, row_label = q.segments(r.b, r.q0, r.q1)
         start, stop, label = k.segments(r.b, r.k0, r.k1)
-        kept = self._visible(label)
-        start, stop, label = start[kept], stop[kept], label[kept]
+        visible = self._visible(label)
+        start, stop, label = start[visible], stop[visible], label[visible]
         order = np.argsort(label, kind="stable")
         begin, end = (np.searchsorted(label[order], row_label, side) for side in ("left", "right"))
         affordable(int((end - begin).sum()))
@@ -222,8 +222,8 @@ def documents(lengths: object = None, ids: object = None, kv_lengths: object = N
     if (kv_lengths is not None and lengths is None) or (kv_ids is not None and ids is None):
         raise MaskError("documents: `kv_lengths` goes with `lengths`, and `kv_ids` with `ids`")
     if lengths is not None:
-        own, other = document_lengths(lengths, kv_lengths)
-        return Documents(*_numbered(own), *((None, None) if other is None else _numbered(other)))
+        q_data, k_data = document_lengths(lengths, kv_lengths)
+        return Documents(*_numbered(q_data), *((None, None) if k_data is None else _numbered(k_data)))
     q = integers(ids, "documents(ids=...)", late=True).tensor
     k = None if kv_ids is None else integers(kv_ids, "documents(kv_ids=...)", late=True).tensor
     if not is_known((q, k)):

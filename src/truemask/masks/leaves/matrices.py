@@ -63,8 +63,8 @@ class Dense(Mask):
     def _tile(self, r: Rectangles) -> States:
         if self.sample is not None and not self.sample.shows_tiles:
             return np.full(np.broadcast_shapes(*(side.shape for side in (r.b, r.h, r.q0, r.k0))), MIXED)
-        seen, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
-        return tri_state(seen == 0, seen == area)
+        set_cells, area = self._areas.covering(r.b, r.h, r.q0, r.q1, r.k0, r.k1)
+        return tri_state(set_cells == 0, set_cells == area)
 
     def _slabs(self, r: Region) -> Slabs:
         cells = self._plane(r)
@@ -114,8 +114,8 @@ def dense(tensor: object, axes: str | None = None) -> Mask:
     >>> dense([[True, False], [True, True]])[1, 0]
     True
     """
-    held = flags(tensor, "dense(tensor)", (2, 3, 4), "[q, k] or [b, h, q, k]")
-    data = held.tensor
+    cells = flags(tensor, "dense(tensor)", (2, 3, 4), "[q, k] or [b, h, q, k]")
+    data = cells.tensor
     if axes is not None and axes not in AXES:
         raise MaskError(f"dense(axes=...) is one of {', '.join(map(repr, AXES))}, got {describe(axes)}")
     if axes is not None and AXES[axes] != data.ndim:
@@ -129,7 +129,7 @@ def dense(tensor: object, axes: str | None = None) -> Mask:
     shape = {2: (1, 1), 3: (1, data.shape[0]) if axes == "hqk" else (data.shape[0], 1)}.get(data.ndim, data.shape[:2])
     if 0 in shape:
         raise MaskError(f"dense(tensor) needs at least one sample and one head, got {describe(data)}")
-    return Dense(held.reshaped(*shape, *data.shape[-2:]))
+    return Dense(cells.reshaped(*shape, *data.shape[-2:]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -160,8 +160,10 @@ class BlockPattern(Mask):
 
     def _tile(self, r: Rectangles) -> States:
         n = self.size
-        seen, area = self._areas.covering(r.b * 0, r.h, r.q0 // n, (r.q1 - 1) // n + 1, r.k0 // n, (r.k1 - 1) // n + 1)
-        return tri_state(seen == 0, seen == area)
+        set_cells, area = self._areas.covering(
+            r.b * 0, r.h, r.q0 // n, (r.q1 - 1) // n + 1, r.k0 // n, (r.k1 - 1) // n + 1
+        )
+        return tri_state(set_cells == 0, set_cells == area)
 
     def _slabs(self, r: Region) -> Slabs:
         n = self.size

@@ -91,8 +91,8 @@ class Strided(Mask):
         return k // self.step * self.last + np.maximum(k % self.step - (self.step - self.last), 0)
 
     def _tile(self, r: Rectangles) -> States:
-        seen = self._before(r.k1) - self._before(r.k0)
-        return tri_state(seen == 0, seen == r.k1 - r.k0)
+        true_cells = self._before(r.k1) - self._before(r.k0)
+        return tri_state(true_cells == 0, true_cells == r.k1 - r.k0)
 
     def _slabs(self, r: Region) -> Slabs:
         if self.last == self.step:
@@ -148,8 +148,8 @@ class Random(Mask):
         return hash32(self.seed, h, row, column) if self.per_head else hash32(self.seed, row, column)
 
     def _truth(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = self._draw(h, q // self.block, k // self.block) < vars(self)["limit"]
-        return seen & (q == q) & (k == k)  # pyright: ignore[reportReturnType]
+        drawn = self._draw(h, q // self.block, k // self.block) < vars(self)["limit"]
+        return drawn & (q == q) & (k == k)  # pyright: ignore[reportReturnType]
 
     def _tile(self, r: Rectangles, most: int = 8) -> States:
         """Blocks are hashed where a rectangle meets at most `most` of them a side; beyond that, MIXED."""
@@ -164,8 +164,8 @@ class Random(Mask):
         for i in range(tallest):
             for j in range(widest):
                 place = (r.h, np.minimum(top + i, bottom), np.minimum(left + j, right))
-                seen: Flags = np.asarray(self._draw(*place) < self.limit)
-                seen_all, seen_any = seen_all & seen, seen_any | seen
+                true_cells: Flags = np.asarray(self._draw(*place) < self.limit)
+                seen_all, seen_any = seen_all & true_cells, seen_any | true_cells
         return np.where(few, tri_state(~np.asarray(seen_any), np.asarray(seen_all)), MIXED).astype(np.int8)
 
     def _slabs(self, r: Region) -> Slabs:
@@ -174,8 +174,8 @@ class Random(Mask):
         sides = [range(first // n, (stop - 1) // n + 1) for first, stop in ((r.q0, r.q1), (r.k0, r.k1))]
         affordable(len(sides[0]) * len(sides[1]))
         row, column = (np.arange(side.start, side.stop) for side in sides)
-        seen = np.asarray(self._draw(np.asarray(r.h), row[:, None], column) < self.limit)
-        return from_cells(np.append(np.maximum(row * n, r.q0), r.q1), np.append(column, column[-1] + 1) * n, seen)
+        drawn = np.asarray(self._draw(np.asarray(r.h), row[:, None], column) < self.limit)
+        return from_cells(np.append(np.maximum(row * n, r.q0), r.q1), np.append(column, column[-1] + 1) * n, drawn)
 
     def _distinct_key(self, b: int, h: int) -> Hashable:
         return h if self.per_head else 0

@@ -166,8 +166,8 @@ class Padding(Mask):
     def _slabs(self, r: Region) -> Slabs:
         edge = number_for(self._edge, r.b)
         lo, hi = (edge, FAR) if self.lengths is None else (-FAR, edge)
-        seen = bands(r.q0, r.q1, *((-FAR, 0, FAR, 0) if self.on == "queries" else (lo, 0, hi, 0)))
-        return seen if self.on == "keys" else for_rows(seen, lo, hi)
+        slabs = bands(r.q0, r.q1, *((-FAR, 0, FAR, 0) if self.on == "queries" else (lo, 0, hi, 0)))
+        return slabs if self.on == "keys" else for_rows(slabs, lo, hi)
 
     def _distinct_key(self, b: int, h: int) -> Hashable:
         return number_for(self._edge, b)
@@ -216,8 +216,8 @@ class _Flagged(Mask):
         return Counts(np.atleast_2d(self.flags.array))
 
     def _states(self, b: Ints, lo: Ints, hi: Ints) -> States:
-        seen = self._counts.between(b, lo, hi)
-        return tri_state(seen == 0, seen == hi - lo)
+        count = self._counts.between(b, lo, hi)
+        return tri_state(count == 0, count == hi - lo)
 
     def _of(self, b: int) -> np.ndarray:
         """The flags of a sample."""
@@ -306,9 +306,9 @@ class GlobalTokens(Mask):
     @remembered
     def _flags(self) -> Tensor:
         """One flag per position up to the last global one, then one False for all that follow."""
-        chosen = self.positions_.tensor
-        table = torch.zeros(int(chosen.max()) + 2 if len(chosen) else 1, dtype=torch.bool)
-        table[chosen] = True
+        positions = self.positions_.tensor
+        table = torch.zeros(int(positions.max()) + 2 if len(positions) else 1, dtype=torch.bool)
+        table[positions] = True
         return table
 
     @remembered
@@ -340,10 +340,10 @@ class GlobalTokens(Mask):
 
     def _within(self, first: int, stop: int) -> tuple[Ints, Ints]:
         """Where runs of positions from `first` up to `stop` begin and end."""
-        chosen = self.positions_.array
-        chosen = chosen[(chosen >= first) & (chosen < stop)]
-        new = np.diff(chosen, prepend=-2) > 1
-        return chosen[new], chosen[np.append(new[1:], True)[: len(chosen)]] + 1
+        positions = self.positions_.array
+        positions = positions[(positions >= first) & (positions < stop)]
+        new = np.diff(positions, prepend=-2) > 1
+        return positions[new], positions[np.append(new[1:], True)[: len(positions)]] + 1
 
     def _periodic_from(self, k_stop: int) -> tuple[int, int]:
         return len(self._flags), 1

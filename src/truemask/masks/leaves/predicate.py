@@ -113,10 +113,10 @@ def current(mask: Mask) -> Mask:
     """
     if is_recorded() or not any(one.changed for one in mask.functions):
         return mask  # a graph that is being recorded asks the function itself, of tensors that stand in for others
-    known = vars(mask).get("_current")
-    if known is None or current(known) is not known:
-        known = vars(mask)["_current"] = _renewed(mask)
-    return known
+    renewed = vars(mask).get("_current")
+    if renewed is None or current(renewed) is not renewed:
+        renewed = vars(mask)["_current"] = _renewed(mask)
+    return renewed
 
 
 def check_unchanged(mask: Mask) -> None:
@@ -175,7 +175,7 @@ def _check_signature(fn: MaskModFn) -> None:
         return
     names = tuple(signature.parameters)
     name = getattr(fn, "__name__", type(fn).__name__)
-    wanted = "fn(b, h, q, k): index tensors of the sample, the query head, the query and the key, in this order"
+    convention = "fn(b, h, q, k): index tensors of the sample, the query head, the query and the key, in this order"
     try:
         signature.bind(*INDICES)
     except TypeError:
@@ -183,7 +183,7 @@ def _check_signature(fn: MaskModFn) -> None:
         if names[:1] == ("score",):
             way = "a score_mod changes scores, which is a bias: `attend(..., bias=...)`"
         raise MaskError(
-            f"predicate(fn) calls {wanted}; `{name}{signature}` takes {len(names)}{way and ': '}{way}"
+            f"predicate(fn) calls {convention}; `{name}{signature}` takes {len(names)}{way and ': '}{way}"
         ) from None
     if names != INDICES and sorted(names) == sorted(INDICES):
-        raise MaskError(f"predicate(fn) calls {wanted}; `{name}{signature}` names them in another")
+        raise MaskError(f"predicate(fn) calls {convention}; `{name}{signature}` names them in another")

@@ -53,12 +53,12 @@ def sample_of(cells: NDArray[np.bool_]) -> Sample:
         (hash32(number, axis) * count // (WORD + 1)).tolist()
         for axis, count in enumerate((*cells.shape[:2], *(-(-n // SIDE) for n in cells.shape[2:])))
     )
-    seen = np.zeros((TILES, *size), bool)
-    for place, tile in zip(zip(b, h, i, j, strict=True), seen, strict=True):
+    tiles = np.zeros((TILES, *size), bool)
+    for place, tile in zip(zip(b, h, i, j, strict=True), tiles, strict=True):
         top, left = (min(at * SIDE, n - len_) for at, n, len_ in zip(place[2:], cells.shape[2:], size, strict=True))
         tile[:] = cells[place[0], place[1], top : top + size[0], left : left + size[1]]
-    lit = np.count_nonzero(seen, axis=(1, 2))
-    return Sample(TILES, int(np.count_nonzero((lit == 0) | (lit == size[0] * size[1]))), runs_are_few(seen))
+    lit = np.count_nonzero(tiles, axis=(1, 2))
+    return Sample(TILES, int(np.count_nonzero((lit == 0) | (lit == size[0] * size[1]))), runs_are_few(tiles))
 
 
 def runs_are_few(cells: NDArray[np.bool_]) -> bool:

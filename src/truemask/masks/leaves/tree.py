@@ -43,7 +43,7 @@ class Tree(Mask):
         parents = np.atleast_2d(self.parents.array)
         lengths = np.ones_like(parents) if self.lengths is None else np.atleast_2d(self.lengths.array)
         pairs = zip(*np.broadcast_arrays(parents, lengths), strict=True)
-        return [(own, *node_spans(up, own)) for up, own in pairs]
+        return [(sizes, *node_spans(up, sizes)) for up, sizes in pairs]
 
     @remembered
     def _spans(self) -> tuple[Tensor, Tensor]:
@@ -76,12 +76,17 @@ class Tree(Mask):
     def _slabs(self, r: Region) -> Slabs:
         """Each node's rows see the runs of its ancestors, and its own tokens up to the row."""
         parents = np.atleast_2d(self.parents.array)
-        parents, own = parents[min(r.b, len(parents) - 1)], self._nodes[min(r.b, len(self._nodes) - 1)][0]
-        stop = np.cumsum(own)
-        node, lo, hi = ancestor_runs(parents, stop - own, stop)
+        parents, sizes = parents[min(r.b, len(parents) - 1)], self._nodes[min(r.b, len(self._nodes) - 1)][0]
+        stop = np.cumsum(sizes)
+        node, lo, hi = ancestor_runs(parents, stop - sizes, stop)
         q0, q1, start, end = (
             np.concatenate(x)
-            for x in ((stop - own, (stop - own)[node]), (stop, stop[node]), (stop - own, lo), (np.ones_like(stop), hi))
+            for x in (
+                (stop - sizes, (stop - sizes)[node]),
+                (stop, stop[node]),
+                (stop - sizes, lo),
+                (np.ones_like(stop), hi),
+            )
         )
         moves = (np.arange(len(end)) < len(stop)).astype(np.int64)
         return pieces(r.q0, r.q1, q0, q1, start, end, 0, moves)
@@ -96,20 +101,22 @@ class Tree(Mask):
 def ancestor_runs(parents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[Ints, Ints, Ints]:
     """The runs of tokens of every node's ancestors: node, start and stop of each; neighbours are one run."""
     up, first, last = parents.tolist(), starts.tolist(), stops.tolist()
-    found: dict[int, list[tuple[int, int]]] = {-1: []}  # of a node and its ancestors
+    runs_by_node: dict[int, list[tuple[int, int]]] = {-1: []}  # of a node and its ancestors
     total = 0
     for leaf in range(len(up)):
         path = [leaf]
-        while up[path[-1]] not in found:
+        while up[path[-1]] not in runs_by_node:
             path.append(up[path[-1]])
         for node in reversed(path):
-            runs = found[up[node]]
+            runs = runs_by_node[up[node]]
             joins = bool(runs) and runs[-1][1] == first[node]
-            found[node] = [*runs[:-1], (runs[-1][0], last[node])] if joins else [*runs, (first[node], last[node])]
+            runs_by_node[node] = (
+                [*runs[:-1], (runs[-1][0], last[node])] if joins else [*runs, (first[node], last[node])]
+            )
             total += len(runs)
             affordable(total)
-    sizes = [len(found[parent]) for parent in up]
-    runs = np.array([run for parent in up for run in found[parent]], np.int64).reshape(-1, 2)
+    sizes = [len(runs_by_node[parent]) for parent in up]
+    runs = np.array([run for parent in up for run in runs_by_node[parent]], np.int64).reshape(-1, 2)
     return np.repeat(np.arange(len(up)), sizes), runs[:, 0], runs[:, 1]
 
 
@@ -120,17 +127,17 @@ def node_spans(parents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     for node, parent in enumerate(parents.tolist()):
         children[parent if parent >= 0 else count].append(node)
     first, stop = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    clock, seen, stack = 0, 0, [(node, False) for node in reversed(children[count])]
+    clock, reached, stack = 0, 0, [(node, False) for node in reversed(children[count])]
     while stack:
         node, done = stack.pop()
         if done:
             stop[node] = clock
             continue
-        first[node], clock, seen = clock, clock + int(lengths[node]), seen + 1
+        first[node], clock, reached = clock, clock + int(lengths[node]), reached + 1
         stack.append((node, True))
         stack.extend((child, False) for child in reversed(children[node]))
-    if seen < count:
-        raise MaskError(f"tree(parents): {count - seen} nodes are their own ancestors, so they hang on no root (-1)")
+    if reached < count:
+        raise MaskError(f"tree(parents): {count - reached} nodes are their own ancestors, so they hang on no root (-1)")
     return first, stop
 
 
