@@ -24,7 +24,7 @@ class Bias(ABC):
     """A number for each (sample, head, query, key), differentiable in its `parameters`.
 
     `value` is all that a bias of your own must define; `parameters` names the tensors that it reads, so that their
-    gradients are kept, and `head_count` (1: the same for all heads) lets the door check it.
+    gradients are kept, and `head_count` (1: the same for all heads) lets `attend` check it.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""`attend` at the door and on the way out: what it returns, and what it says to each mistake."""
+"""`attend` where it is called: what it returns, and what it says to each mistake."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_every_mask_is_explained(case: Case) -> None:
 
 
 def test_every_kind_has_its_words() -> None:
-    """A new leaf needs a sentence of its own in words.py; the last case is for `everything` and `nothing` alone."""
+    """A new leaf needs a sentence of its own in `leaf_reasons.py`; the last case is for `everything` and `nothing`."""
     spoken = set()
     for case in CASES:
         for b, h, q, k in cells(case):

@@ -124,7 +124,7 @@ def _kind_and_shape(bias: Tensor | Bias, sizes: tuple[int, int, int, int]) -> tu
 def cast(q: Tensor, k: Tensor, v: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in its dtype, as `F.scaled_dot_product_attention` takes them; doubles stay.
 
-    What is no tensor, or not of floats, is left for the door to refuse.
+    What is no tensor, or not of floats, is left for the validation to refuse.
     """
     tensors = (q, k, v)
     if not isinstance(q, Tensor):

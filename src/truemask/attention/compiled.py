@@ -130,7 +130,7 @@ def attend_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @attend_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes; it passes the door, so that mistakes are told when the function is compiled."""
+    """Shapes and dtypes; the arguments are checked, so that mistakes are told when the function is compiled."""
     refuse_transforms()
     op = OperatorArgs.of(args)
     r = _read(op, None).request

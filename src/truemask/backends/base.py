@@ -6,7 +6,7 @@ call.
 
 What `run` owes (the numbers are those of the laws in `docs/conventions.md`):
 
-* 3: sizes were checked at the door. `q_len`, `kv_len` and `batch` may be zero; heads and head size may not.
+* 3: sizes were checked before. `q_len`, `kv_len` and `batch` may be zero; heads and head size may not.
 * 5: a query that may attend to nothing, or whose visible scores are all -inf, gets zeros, lse -inf and zero gradients.
 * 6: row q's results depend on row q, its incoming gradient and the keys it may see; what reaches a key comes from the
   rows that see it. On the CPU that holds with NaN, infinity and 3e38 planted anywhere, forward and backward.
@@ -97,7 +97,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Inputs(NamedTuple):
-    """The tensors and numbers of one call; shapes `b h q d`, `b h k d`, as checked at the door."""
+    """The tensors and numbers of one call; shapes `b h q d`, `b h k d`, as they were checked."""
 
     q: Tensor
     k: Tensor

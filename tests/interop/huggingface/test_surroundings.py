@@ -288,7 +288,7 @@ def test_tensors_with_four_axes_are_read_as_transformers_reads_them(model: Any) 
 
 
 def other(name: str, **arguments: Any) -> Any:
-    """A model that is not among those of `models.py`."""
+    """A model that is not among those of `huggingface_models.py`."""
     return getattr(transformers, name)(getattr(transformers, arguments.pop("config"))(**arguments))
 
 

@@ -2,7 +2,7 @@
 
 Almost every mask in use lets each query see a few half-open intervals of keys whose ends stand still or move by one
 as the query moves. A *slab* is a range of rows `[first, stop)` with runs of keys `[lo + s * q, hi + t * q)`, s and t
-in {0, 1}. Lists of slabs are closed under and, or, not, shifts, crops and transposition (`overlay.py`), and their size
+in {0, 1}. Lists of slabs are closed under and, or, not, shifts, crops and transposition (`algebra.py`), and their size
 follows the number of documents and blocks, not the length.
 
 Keys are all integers here, from `-FAR` to `FAR`: a mask is cut to `[0, kv_len)` once, when it is asked about

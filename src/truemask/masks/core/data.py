@@ -1,4 +1,4 @@
-"""Data: the immutable, hashable tensor that a mask holds, and the checks that every argument passes at the door."""
+"""Data: the immutable, hashable tensor that a mask holds, and the checks that every argument passes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a caller gives where a mask is taken: an expression, its text, or something that an error explains.
 
-The language itself combines masks with masks only; the doors behind which masks are used (`attend`, `plan`, modules,
-`diagnose`, ...) read text too, all of them here.
+The language itself combines masks with masks only; what uses a mask (`attend`, `plan`, modules, `diagnose`, ...)
+reads text too, all of them here.
 """
 
 from __future__ import annotations

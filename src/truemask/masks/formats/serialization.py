@@ -117,7 +117,7 @@ def _build(kind: str, parts: Json) -> Mask:
         case "documents" | "same":
             runs = (*_runs(parts, ""), *_runs(parts, "kv_"))
             none = {"none": parts["none"]} if kind == "same" else {}
-            _ = same([0], **none)  # the door of `none`
+            _ = same([0], **none)  # checks `none`
             return KINDS[kind].make(*runs, **none)
         case "keys" | "queries":
             return {"keys": keys, "queries": queries}[kind](parts["flags"])
