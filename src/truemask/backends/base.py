@@ -21,14 +21,16 @@ A new backend is one file and one entry in `registry.py`; `tests/backends/test_a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from truemask.biases import Bias
-from truemask.common.memory import HoldsArrays
+from truemask.common.memory import HoldsArrays, arrays_in
 from truemask.common.real_tensors import remembered
 from truemask.errors import PlanError
 from truemask.geometry.slabs.slabs import Slabs
@@ -138,6 +140,12 @@ class Job(HoldsArrays):
 
     mask: Mask
     request: Request
+
+    def arrays(self) -> Iterator[Tensor | np.ndarray]:
+        """Those that were worked out; the mask counts its own."""
+        held = dict(vars(self))  # in one step: another thread may be remembering something
+        del held["mask"], held["request"]
+        return arrays_in(held.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """What was worked out stays behind: it holds functions, which do not pickle."""
