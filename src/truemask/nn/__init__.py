@@ -28,6 +28,9 @@ Names, keywords, defaults and initial weights are x-transformers' (2.31), and th
 | `generate` always returns [b, seq_len], padded behind an eos| shorter if all rows end; an eos in the prompt counts  |
 | `generate` refuses to pass an absolute max_seq_len          | slides without a cache, fails with one                |
 | the loss skips padding and the first token of a document    | only `ignore_index`                                   |
+
+Nouns: a *block* (one layer of a stack), the *mask of a forward* (all that a caller passed, as one expression), a
+*register*. Nothing that generates or trains comes in. The words: docs/internals/glossary.md.
 """
 
 from truemask.nn.multihead import MultiheadAttention as MultiheadAttention

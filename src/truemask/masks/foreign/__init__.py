@@ -16,7 +16,7 @@ Here `True` means "may attend" (law 1 of `docs/conventions.md`). What the others
 | FlashMask `startend_row_indices` | int32 | (b, h, k, 1, 2 or 4) | the queries from which a key is hidden |
 
 A mask keeps no gradient and a bias is not a mask: numbers that are neither 0 nor hidden belong in `attend(...,
-bias=)`.
+bias=)`. The words: docs/internals/glossary.md.
 """
 
 from __future__ import annotations
