@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from statistics import median
@@ -89,16 +90,24 @@ def package_files() -> list[str]:
     return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 
 
+@cache
 def room_of(file: str) -> str | None:
     """The line of STAIRS that a file belongs to: the longest that its path begins with."""
     rooms = [room for room in STAIRS if file == room or file.startswith(f"{room}/")]
     return max(rooms, key=len, default=None)
 
 
+@cache
 def text_of(file: str) -> str:
     return (SOURCE / file).read_text(encoding="utf-8")
 
 
+@cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse(text_of(file))
+
+
+@cache
 def module_file(module: str) -> str | None:
     """The file of the package that the dotted name stands for, or None if it is a name within a file.
 
@@ -147,14 +156,14 @@ def test_imports_run_down_the_stairs(file: str) -> None:
     floor = {room: i for i, room in enumerate(STAIRS)}
     up = [
         f"line {line}: {target}"
-        for line, target in imported(ast.parse(text_of(file)))
+        for line, target in imported(tree_of(file))
         if floor[room_of(target) or ""] > floor[room_of(file) or ""]
     ]
     assert not up, f"{file} imports from rooms that do not stand above its own in STAIRS: {up}"
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    graph = {file: {target for _, target in imported(ast.parse(text_of(file)))} for file in FILES}
+    graph = {file: {target for _, target in imported(tree_of(file))} for file in FILES}
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -166,7 +175,7 @@ def test_files_and_functions_stay_small(file: str) -> None:
     text = text_of(file)
     length = len(text.splitlines())
     assert (length > LONGEST_FILE) == (file in LONG_FILES), f"{file} has {length} lines; LONG_FILES says otherwise"
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= LONGEST_FUNCTION, f"{file}: {node.name} has {lines} lines, over {LONGEST_FUNCTION}"
@@ -179,7 +188,7 @@ def test_the_usual_file_is_small() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_says_what_it_is(file: str) -> None:
-    said = ast.get_docstring(ast.parse(text_of(file)))
+    said = ast.get_docstring(tree_of(file))
     assert said, f"{file} has no docstring; its first sentence is what docs/internals/map.md shows"
 
 
@@ -223,7 +232,7 @@ def test_only_masks_asks_what_kind_a_mask_is(file: str) -> None:
     """A new kind must not fall through a table of kinds: who has to know asks an open function (masks/structure)."""
     lines = text_of(file).splitlines()
     # a parameter of a function has a kind, too
-    asking = [line for line in questions_of_kind(ast.parse(text_of(file))) if "VAR_KEYWORD" not in lines[line - 1]]
+    asking = [line for line in questions_of_kind(tree_of(file)) if "VAR_KEYWORD" not in lines[line - 1]]
     assert not asking, (
         f"{file} asks for the class of a mask in the lines {asking}: ask an open function of masks/structure"
     )
