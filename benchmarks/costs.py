@@ -3,7 +3,7 @@
     python benchmarks/costs.py [--quick] [--json FILE]
 
 `truemask bench --calibrate` measures the same and keeps it for this machine. Who changes a backend's speed runs this on
-a quiet machine and writes the numbers into `src/truemask/backends/costs/model.py`.
+a quiet machine and writes the numbers into `src/truemask/backends/costs/rates.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bias objects: their numbers, their doors, and what a bias of one's own needs."""
+"""Bias objects: their numbers, their checks, and what a bias of one's own needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models whose every size is a different prime, and what "equal" means (the end of section 1 of the laws)."""
+"""Small models whose every size is a different prime."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def attention(
     kept: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Answer:
-    """The attention of design section 3; `allowed`, `bias` and `kept` broadcast to `[b, h, q, k]`."""
+    """The attention of `attend`'s docstring; `allowed`, `bias` and `kept` broadcast to `[b, h, q, k]`."""
     (b, hq, nq, d), nk, shared = q.shape, k.shape[2], q.shape[1] // k.shape[1]
     cells = (b, hq, nq, nk)
     allowed = allowed.expand(cells)

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     mask: Mask
     request: Request
     inputs: Inputs
-    backend: str | None  # that was named, by the call or around it
+    backend: str | None  # that was named by the call or around it, or that a module prefers
 
 
 def read_call(

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from truemask.attention.call import Call
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.base import Request, Result
-from truemask.errors import ConventionWarning
+from truemask.common.warning import warn
 
 
 def run(call: Call, seed: Tensor | None = None) -> Result:
     """The results of the call; `seed`, whole and below 2**32, chooses the cells that dropout drops."""
     entry = CACHE.entry(call.mask, call.request, call.backend)
     if entry.plan.warning:
-        warnings.warn(entry.plan.warning, ConventionWarning, stacklevel=4)
+        warn(entry.plan.warning)
     inputs = call.inputs
     if inputs.q.is_meta:
         return result_like(inputs.q, call.request)

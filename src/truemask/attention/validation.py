@@ -1,4 +1,4 @@
-"""The door of `attend` and `plan`: what was given, what was expected and the likely cause, before anything runs."""
+"""The checks of `attend` and `plan`: what was given, what was expected and the likely cause, before anything runs."""
 
 from __future__ import annotations
 

@@ -59,11 +59,15 @@ def runs_on(capability: str) -> tuple[str, ...]:
     return next((ISAS[i:] for i, one in enumerate(SETS) if one.torch == word), ISAS[-1:])
 
 
-def in_use(capability: str) -> str:
-    """The name of the one that runs here; empty if none does. `capability` is torch's word for the processor."""
-    wanted = os.environ.get(VARIABLE, "")
+def wanted() -> str:
+    """What the environment names; empty for the best."""
+    return os.environ.get(VARIABLE, "")
+
+
+def in_use(capability: str, named: str) -> str:
+    """The file that would be loaded here, by its set's name; empty if none. `capability` is torch's word for the CPU."""
     able = runs_on(capability)
-    return next((name for name in built() if name in able and wanted in ("", name)), "")
+    return next((name for name in built() if name in able and named in ("", name)), "")
 
 
 @cache

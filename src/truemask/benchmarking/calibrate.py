@@ -1,4 +1,4 @@
-"""Measures the constants of `truemask.backends.costs.model` on this machine: all backends in turns, in under a minute.
+"""Measures the constants of `truemask.backends.costs.rates` on this machine: all backends in turns, in under a minute.
 
 Each backend runs a small job and a large one. The constants say which part of either is calls and which is arithmetic;
 so the two measurements give two factors, one for a backend's `call...` constants and one for its rates.
@@ -27,9 +27,8 @@ from truemask.masks.leaves.bands import window
 from truemask.masks.leaves.per_token import prefix
 
 SECONDS = 0.8  # for each backend and job
-LEAST_SHARE = (
-    0.05  # of a shipped constant, and 1 / LEAST times as much at most: beyond that a measurement is not believed
-)
+# Of a shipped constant, and that many times as much at most (1 / 0.05): beyond that a measurement is not believed.
+LEAST_SHARE = 0.05
 FITTING_STEPS, NUDGE = 6, 1e-4
 Announce = Callable[[str], object]
 

@@ -12,7 +12,7 @@ Memory = dict[tuple[int, int], int]  # bytes of the memory at an address, by tha
 
 
 class HoldsArrays:
-    """Whose fields are arrays, or hold some: the tables that masks look things up in."""
+    """Whose fields are arrays, or hold some."""
 
     __slots__ = ()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from truemask.common.formatting import describe
+from truemask.common.warning import warn
 from truemask.errors import MaskError
 from truemask.generation.kv_cache import KVCache
 from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
@@ -24,7 +25,6 @@ from truemask.masks.leaves.bands import causal
 from truemask.masks.structure.padding import marks_queries
 from truemask.nn.config import check_type, reject_keywords
 from truemask.nn.forward_mask import Layout, pairs_ahead, read_masks, token_positions
-from truemask.nn.validation import warn
 from truemask.nn.wrappers import TransformerWrapper
 from truemask.nn.x_transformers_names import AUTOREGRESSIVE, GENERATE, LOSS
 

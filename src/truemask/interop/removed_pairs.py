@@ -6,6 +6,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import NamedTuple
 
+from truemask.common.warning import warn
 from truemask.errors import MaskError
 from truemask.geometry.slabs.slabs import NoExactFormError, Region
 from truemask.masks.compose.boolean import everything, nothing
@@ -13,7 +14,6 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.structure.data import asks_for_keys
 from truemask.masks.structure.order import looks_back
-from truemask.nn.validation import warn
 
 MIN_LENGTH, MAX_LENGTH_WITHOUT_FORM = 64, 2048  # positions that are looked at, at least; and at most, cell by cell
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from truemask.attention.compiled import positions_traced
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import for_now, is_recorded, ordinary_tensors, trusted
+from truemask.common.warning import warn
 from truemask.errors import MaskError
 from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.deferred import BUILDERS, deferrable
@@ -30,7 +31,7 @@ from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.structure.order import looks_back
 from truemask.masks.structure.registers import with_registers
-from truemask.nn.validation import read_matrix, read_padding, warn
+from truemask.nn.validation import read_matrix, read_padding
 
 ONE_FOR_ALL = "; the layers of a stack share one mask, and layers of your own take theirs in `attend`"
 

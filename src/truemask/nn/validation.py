@@ -5,29 +5,17 @@ True = may attend everywhere. Shapes: b batch, h heads, n positions (cached ones
 
 from __future__ import annotations
 
-import sys
-import warnings
-
 import torch
 from torch import Tensor
 
 from truemask.common.formatting import describe
 from truemask.common.real_tensors import is_late
-from truemask.errors import ConventionWarning, MaskError
+from truemask.common.warning import warn
+from truemask.errors import MaskError
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import dense
 from truemask.masks.leaves.per_token import keys, queries
-
-PACKAGES_BETWEEN = ("truemask", "torch", "transformers", "x_transformers", "peft", "accelerate")  # us and the caller
-
-
-def warn(message: str) -> None:
-    """A ConventionWarning that points at the caller's line: the first frame outside this library and those around."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES_BETWEEN:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, ConventionWarning, stacklevel=level)
 
 
 def require_bool(name: str, value: Tensor, like: Tensor) -> None:

@@ -227,12 +227,12 @@ def test_where_torch_has_amx_sparse_bf16_is_not() -> None:
 
 @pytest.mark.usefixtures("amx")
 def test_a_plan_says_when_no_shipped_costs_are_of_this_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "in_use", lambda capability: "avx512")
+    monkeypatch.setattr(costs, "in_use", lambda *_: "avx512")
     _forget()
     said = "the shipped costs, none of which was measured with avx512; `truemask bench --calibrate` measures this"
     assert said in costs.source()
     assert said in str(tm.plan(tm.causal, 67))
-    monkeypatch.setattr(costs, "in_use", lambda capability: "avx512_bf16")
+    monkeypatch.setattr(costs, "in_use", lambda *_: "avx512_bf16")
     _forget()
     assert costs.source().startswith("the shipped costs; ")
 

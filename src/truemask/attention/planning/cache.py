@@ -174,6 +174,8 @@ class PlanCache:
                 with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
                     lowered = entry.proposal.lower()
                     entry.proposal.forget()
+                    if entry.plan.request.bias_object:
+                        _ = entry.plan.job.positions  # now, so that they are weighed with the job
                 with self._lock:  # kept and counted in one step: nobody gives up what was not counted
                     entry.lowered = lowered
                     self._numbers["lowered"] += 1

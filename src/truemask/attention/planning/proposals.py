@@ -43,12 +43,15 @@ class Proposals:
     def best(self, wanted: str | None = None) -> Backend | None:
         """The cheapest willing backend, a last resort only if nobody else is; `wanted` names the only one in question.
 
-        Nobody is asked for a cost where there is nothing to compare. What the others worked out is forgotten.
+        Nobody is asked for a cost where there is nothing to compare.
         """
         able = [backend for backend in self.answers if backend.name in self.willing and wanted in (None, backend.name)]
         if len(able) > 1:
             able.sort(key=lambda backend: (backend.last_resort, self.costs[backend.name]))
-        for name, proposal in self.willing.items():
-            if not able or name != able[0].name:
-                proposal.forget()
         return able[0] if able else None
+
+    def forget(self, but: Backend | None = None) -> None:
+        """Give up what was worked out to answer; `but` may need it to run the job."""
+        for name, proposal in self.willing.items():
+            if but is None or name != but.name:
+                proposal.forget()

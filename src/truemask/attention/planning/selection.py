@@ -97,11 +97,15 @@ class Plan:
 
     def __str__(self) -> str:
         notes = [self.choice.text, f"warning: {self.warning}" if self.warning else ""]
-        return explain_plan(self.job, self.backend, self.proposals, notes)
+        text = explain_plan(self.job, self.backend, self.proposals, notes)
+        self.proposals.forget(but=self.choice.backend)
+        return text
 
     def explain(self) -> str:
         """In sentences: why this backend, what each refusing one objects to, and what would make the call faster."""
-        return advice(self.job, self.backend, self.proposals)
+        text = advice(self.job, self.backend, self.proposals)
+        self.proposals.forget(but=self.choice.backend)
+        return text
 
     def __repr__(self) -> str:
         return f"<Plan of `{self.mask}`: {self.backend}>"
@@ -126,6 +130,7 @@ def select(job: Job, wanted: str | None) -> Selection:
     check_backend(wanted)
     answers = Proposals.of(job)
     backend = answers.best(wanted)
+    answers.forget(but=backend)
     if backend is None:
         raise PlanError(refusal(job, answers.objections, wanted))
     kv_len = job.request.kv_len

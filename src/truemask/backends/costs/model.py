@@ -32,7 +32,7 @@ from truemask.backends.costs.calibration_file import (
     this_machine,
 )
 from truemask.backends.costs.rates import BACKENDS, MEASURED_WITH, SHIPPED, TABLES, Rates, Table
-from truemask.backends.isa import in_use
+from truemask.backends.isa import in_use, wanted
 
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 
@@ -96,7 +96,7 @@ def shipped() -> tuple[Table, str]:
     if named in TABLES:
         return TABLES[named], f"the shipped costs; {AGAIN}"
     name = "amx" if has_amx() else "avx2"
-    runs = in_use(torch.backends.cpu.get_cpu_capability()) or MEASURED_WITH[name]
+    runs = in_use(torch.backends.cpu.get_cpu_capability(), wanted()) or MEASURED_WITH[name]
     fits = "" if runs == MEASURED_WITH[name] else f", none of which was measured with {runs}"
     return TABLES[name], f"the shipped costs{fits}; {AGAIN}"
 

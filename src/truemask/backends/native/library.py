@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from ctypes import c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from truemask.backends import isa as isa_files
-from truemask.backends.isa import ISAS, OFF, VARIABLE, built, file_of, in_use, runs_on
+from truemask.backends.isa import ISAS, OFF, VARIABLE, built, file_of, in_use, runs_on, wanted
 from truemask.backends.native.abi import CallStruct, abi
 from truemask.common.formatting import suggest
 from truemask.errors import PlanError
@@ -19,7 +18,7 @@ from truemask.errors import PlanError
 
 def library() -> ctypes.CDLL:
     """The library; PlanError if there is none."""
-    kernel, why = _loaded(os.environ.get(VARIABLE, ""))
+    kernel, why = _loaded(wanted())
     if kernel is None:
         raise PlanError(f"the native kernel is missing: {why}")
     return kernel
@@ -34,26 +33,26 @@ def run(name: str, call: CallStruct) -> None:
 
 def missing() -> str:
     """Why there is no library; empty if there is one."""
-    return _loaded(os.environ.get(VARIABLE, ""))[1]
+    return _loaded(wanted())[1]
 
 
 def isa() -> str:
     """The instruction set of the library that is loaded; empty without one."""
-    kernel = _loaded(os.environ.get(VARIABLE, ""))[0]
+    kernel = _loaded(wanted())[0]
     return "" if kernel is None else Path(kernel._name).stem.removeprefix("truemask_")
 
 
 @cache
-def _loaded(wanted: str) -> tuple[ctypes.CDLL | None, str]:
-    if wanted == OFF:
+def _loaded(named: str) -> tuple[ctypes.CDLL | None, str]:
+    if named == OFF:
         return None, f"{VARIABLE}={OFF} says so"
-    if wanted and wanted not in ISAS:
-        return None, f"{VARIABLE}={wanted!r} is none of {', '.join((*ISAS, OFF))}{suggest(wanted, ISAS)}"
+    if named and named not in ISAS:
+        return None, f"{VARIABLE}={named!r} is none of {', '.join((*ISAS, OFF))}{suggest(named, ISAS)}"
     names = built()
     if not names:
         return None, _why_not_built()
     capability = torch.backends.cpu.get_cpu_capability()
-    name = in_use(capability)
+    name = in_use(capability, named)
     if not name:
         return None, f"built are {', '.join(names)}; this processor runs {', '.join(runs_on(capability))}"
     try:

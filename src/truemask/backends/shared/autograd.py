@@ -86,7 +86,7 @@ class _Attention(Function):
 def differentiable_once(
     who: str, links: Sequence[Tensor | None], gradients: Callable[[], Gradients], first: str = ""
 ) -> Gradients:
-    """The gradients that `found` works out; to differentiate them by what they are made of, `links`, is refused.
+    """What `gradients` works out; to differentiate them by what they are made of, `links`, is refused.
 
     `first`: what to do before the way out that all have, naming `reference`.
     """

@@ -51,7 +51,7 @@ def eager_attention(
     chunk_bytes: int = CHUNK_BYTES,
     recompute: bool = True,
 ) -> Result:
-    """The attention of design section 3, in `compute` (default: fp64 for doubles, otherwise fp32).
+    """The attention of `attend`'s docstring, in `compute` (default: fp64 for doubles, otherwise fp32).
 
     `dense` is the mask as bool `[b, h, q, k]` (1 where it does not vary) if it exists; otherwise chunks ask the mask.
     `recompute=False` keeps every chunk's scores for the backward, which forward mode and `vmap` need.
@@ -193,7 +193,7 @@ def bias_values(
 ) -> Tensor:
     """A bias object at the positions of some rows and all keys: `[b, h, n, k]`, or 1 for an axis it does not know."""
     assert positions is not None
-    q, k = (side.to(device) for side in positions)
+    q, k = (side.to(device, copy=True) for side in positions)  # a bias may write to what it is asked about
     q = q[..., rows]
     b, h, *_ = indices(sizes[0], sizes[1], 1, 1, device)
     samples = [len(side) if side.ndim == 2 else 1 for side in (q, k)]

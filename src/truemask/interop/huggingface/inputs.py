@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truemask.common.warning import warn
 from truemask.interop.huggingface.forward_context import begin_forward, end_forward
 from truemask.interop.positions import CallerPositions, first_position
 from truemask.interop.scopes import Kept, install, uninstall
-from truemask.nn.validation import warn
 
 WATCH_ATTRIBUTE = "_truemask_watch"  # the attribute of a model that is watched
 GRAPH_BREAK_REASON = "`tm.use` plans each call, so a graph ends at masks and attention"

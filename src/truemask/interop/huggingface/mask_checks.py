@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from truemask.common.warning import warn
 from truemask.errors import MaskError
 from truemask.interop.padding import alike
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.leaves.documents import documents
 from truemask.masks.structure.documents import may_separate_documents
-from truemask.nn.validation import warn
 
 
 def check_samples(user_mask: Mask | None, batch: int) -> None:

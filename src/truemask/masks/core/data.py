@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from truemask.common.formatting import describe
 from truemask.common.memory import HoldsArrays
 from truemask.common.real_tensors import is_late, is_real, is_recorded, ordinary_tensors, remembered
+from truemask.common.torch_internals import is_batched
 from truemask.errors import MaskError, PlanError
 
 MAX_TOKENS = 1 << 24  # that a mask may hold a table for: of packed documents and trees, global ones
@@ -161,7 +161,7 @@ def _refuse_without_numbers(tensor: Tensor) -> None:
     """Raise for tensors that no copy can be made of."""
     if tensor.is_meta:
         raise MaskError(f"the data of a mask must have numbers, and a meta tensor has none: got {describe(tensor)}")
-    if is_batchedtensor(tensor) or is_legacy_batchedtensor(tensor):
+    if is_batched(tensor):
         raise PlanError(
             "vmap maps over the data of a mask, which must be known before anything runs, whatever the backend: give "
             "all of it as the samples of one call (`keys` `[b, n]`, `dense` `[b, h, q, k]`) outside of vmap, or loop"

@@ -96,7 +96,7 @@ def _read(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
 
 
 def _build(kind: str, parts: Json) -> Mask:
-    """Through the same doors as a user's own call, so that a file cannot say what a program could not."""
+    """Through the same functions as a user's own call, so that a file cannot say what a program could not."""
     if kind == "predicate":
         raise MaskError("a predicate is a function, which no file holds: build it in Python")
     if kind in ("and", "or", "xor") and len(parts.get("terms") or ()) < 2:

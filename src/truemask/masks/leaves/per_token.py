@@ -1,7 +1,6 @@
 """Masks that hold data along one axis: prefixes, padding, flags, global tokens.
 
-Data is copied once; a mask with data of length n answers for positions below n, and asking beyond is an error at the
-door.
+Data is copied once; a mask with data of length n answers for positions below n, and asking beyond is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from truemask.common.arguments import whole
-from truemask.common.formatting import describe
+from truemask.common.formatting import describe, shortened
 from truemask.common.real_tensors import remembered, surely
 from truemask.errors import MaskError
 from truemask.geometry.logic import States, kleene_and, tri_state
@@ -35,10 +34,10 @@ SHOWN_CHARACTERS = 160  # characters of a mask in an error about its data
 
 
 def beyond(mask: Mask, data: Data | int, stop: int, what: str) -> None:
-    """The door of data of a certain length."""
+    """Raise if data of a certain length is asked beyond it."""
     size = data.tensor.shape[-1] if isinstance(data, Data) else data
     if surely(stop > size):
-        text = mask.text if len(mask.text) <= SHOWN_CHARACTERS else f"{mask.text[: SHOWN_CHARACTERS - 3]}..."
+        text = shortened(mask.text, SHOWN_CHARACTERS)
         raise MaskError(f"`{text}` holds data for {size} {what}, but was asked about {stop}")
 
 
