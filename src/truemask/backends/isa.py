@@ -65,7 +65,7 @@ def wanted() -> str:
 
 
 def in_use(capability: str, named: str) -> str:
-    """The file that would be loaded here, by its set's name; empty if none. `capability` is torch's word for the CPU."""
+    """The set whose file would be loaded here; empty if none. `capability` is torch's word for the processor."""
     able = runs_on(capability)
     return next((name for name in built() if name in able and named in ("", name)), "")
 

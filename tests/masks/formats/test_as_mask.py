@@ -1,4 +1,4 @@
-"""Text where a mask is taken: everything that takes one reads it as the mask that it says, and points at a mistake in it."""
+"""Text where a mask is taken: whatever takes one reads it as the mask that it says, and points at a mistake in it."""
 
 from __future__ import annotations
 
