@@ -204,3 +204,21 @@ def test_values_that_are_none_are_named(backend: str, value: object, words: str)
     with pytest.raises((TypeError, ValueError)) as caught:
         tm.attend(q, k, k, tm.local(3), bias=Wrong(torch.ones(())), backend=backend)
     assert words in str(caught.value)
+
+
+class WritesPositions(tm.Bias):
+    """Which works in place on what it is asked about."""
+
+    parameters, head_count = (), 1  # type: ignore[assignment]
+
+    def value(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return 0.1 * (k.clamp_(max=3) - q.clamp_(max=3)).float()
+
+
+@pytest.mark.parametrize("backend", [name for name in tm.backends() if name not in ("native", "flex")])
+def test_a_bias_may_write_to_what_it_is_asked_about(backend: str) -> None:
+    q = torch.randn(1, 2, 16, 8)
+    expected = tm.attend(q, q, q, tm.causal, bias=tm.alibi(2), backend=backend)
+    first = tm.attend(q, q, q, tm.causal, bias=WritesPositions(), backend=backend)
+    assert torch.equal(first, tm.attend(q, q, q, tm.causal, bias=WritesPositions(), backend=backend))
+    assert torch.equal(expected, tm.attend(q, q, q, tm.causal, bias=tm.alibi(2), backend=backend))

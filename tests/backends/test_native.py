@@ -309,6 +309,13 @@ def test_a_library_with_another_structure_or_other_constants_is_not_used(monkeyp
     assert not missing()
 
 
+def test_the_set_that_is_named_is_loaded() -> None:
+    for name in ISAS[ISAS.index(isa()) :]:
+        kernel, why = native_library._loaded(name)
+        assert kernel is not None, why
+        assert Path(kernel._name) == file_of(name)
+
+
 def test_a_library_that_was_never_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(isa_files, "FOLDER", tmp_path)

@@ -20,6 +20,7 @@ from truemask.backends import sdpa
 from truemask.backends.backend import Proposal
 from truemask.backends.base import Job, Lowered, Request
 from truemask.backends.registry import BACKENDS, backends
+from truemask.common.memory import arrays_in, memory_of
 from truemask.masks.core.exact_form import exact_slabs
 
 ODD: Any = (5, 7)
@@ -337,6 +338,28 @@ def test_a_random_mask_keeps_no_runs() -> None:
     for named in (tm.causal & tm.window(50), tm.dilated(2), tm.causal.packed([100, 300, 201])):
         assert tm.dense(named.to_dense(n)).equivalent(named, n)
         assert exact_slabs(tm.dense(named.to_dense(n)), 0, 0, n, n) is not None
+
+
+@pytest.mark.parametrize("backend", [name for name in backends() if name != "flex"])
+def test_the_positions_that_a_bias_is_asked_about_are_counted(backend: str) -> None:
+    q, k = torch.zeros(4, 1, 1, 8), torch.zeros(4, 1, 1000, 8)
+    CACHE.clear()
+    with torch.inference_mode():
+        tm.attend(q, k, k, tm.causal.padded([0, 1, 2, 3]).at(q_start=999), bias=tm.alibi(1), backend=backend)
+    (entry,) = entries_of(CACHE)
+    assert CACHE.info().nbytes > sum(side.nbytes for side in entry.plan.job.positions)
+    assert not any(side.is_inference() for side in entry.plan.job.positions)  # calls outside of it share them
+    before = CACHE.info().nbytes
+    tm.attend(q, k, k, tm.causal.padded([0, 1, 2, 3]).at(q_start=999), bias=tm.alibi(1), backend=backend)
+    assert CACHE.info().nbytes == before
+
+
+def test_a_printed_plan_keeps_nothing_that_was_worked_out_for_it() -> None:
+    printed = plan(tm.causal & tm.dense(random_cells(512, 0)[:1]), 512, backend="reference")
+    assert str(printed)
+    assert printed.explain()
+    for proposal in printed.proposals.willing.values():
+        assert not memory_of(arrays_in(part for name, part in vars(proposal).items() if name != "job"))
 
 
 def test_an_entry_given_up_while_in_use_still_works() -> None:
