@@ -21,7 +21,7 @@ from truemask.masks.core.value import ANY
 from truemask.masks.core.verdict import Cell
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.structure.documents import labels_at
-from truemask.masks.structure.kinds import CONSTANTS, LEAVES, PER_AXIS
+from truemask.masks.structure.groups import CONSTANTS, LEAVES, PER_AXIS
 from truemask.masks.structure.open_functions import open_function, register
 from truemask.masks.structure.placement import Step, step_into
 

@@ -18,7 +18,7 @@ from truemask.masks.leaves.predicate import Predicate
 from truemask.masks.leaves.tree import Tree
 from truemask.masks.structure.data import cells_held
 from truemask.masks.structure.documents import labels_at
-from truemask.masks.structure.kinds import BOOLEAN, CONSTANTS, PER_AXIS, REINDEXED
+from truemask.masks.structure.groups import BOOLEAN, CONSTANTS, PER_AXIS, REINDEXED
 from truemask.masks.structure.open_functions import open_function, register
 
 

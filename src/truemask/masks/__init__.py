@@ -5,7 +5,7 @@ Pickles of masks name `restore` and `restore_data` here, and nothing else of the
 docs/internals/glossary.md.
 """
 
-# What the operators and methods of every mask make (core/registry.py), whichever of its files is imported first.
+# What the operators and methods of every mask make (core/construction.py), whichever of its files is imported first.
 import truemask.masks.compose.boolean
 import truemask.masks.compose.packed
 import truemask.masks.compose.per_axis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truemask.attention.planning.memory import Holder, Shelf
+from truemask.attention.planning.shelf import Holder, Shelf
 from truemask.common.memory import Memory
 
 

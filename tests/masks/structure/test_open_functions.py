@@ -15,8 +15,8 @@ import truemask
 from tests.support.cases import CASES
 from truemask.geometry.logic import States
 from truemask.geometry.tiles.tile_map import Rectangles
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import KINDS
 from truemask.masks.core.value import Written
 from truemask.masks.core.verdict import Cell
 from truemask.masks.leaves.bands import causal

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-from truemask.attention.planning.memory import Holder, Shelf
 from truemask.attention.planning.selection import (
     SHORT_QUERIES,
     Choice,
@@ -27,6 +26,7 @@ from truemask.attention.planning.selection import (
     select,
     select_again,
 )
+from truemask.attention.planning.shelf import Holder, Shelf
 from truemask.backends.backend import Backend
 from truemask.backends.base import Job, Lowered, Request
 from truemask.common.memory import Memory, arrays_in, memory_of

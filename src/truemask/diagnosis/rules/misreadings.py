@@ -16,7 +16,7 @@ from truemask.masks.leaves.patterns import Random
 from truemask.masks.leaves.per_token import Padding
 from truemask.masks.leaves.tree import Tree
 from truemask.masks.structure.documents import depths
-from truemask.masks.structure.kinds import BACKWARD, CELLS, COMPOSED, CONSTANTS, DISTANCES, FLAGS, PLACES
+from truemask.masks.structure.groups import BACKWARD, CELLS, COMPOSED, CONSTANTS, DISTANCES, FLAGS, PLACES
 from truemask.masks.structure.open_functions import answer, open_function, register
 from truemask.masks.structure.order import counts_distance, counts_from_start
 from truemask.masks.structure.parts import all_parts

@@ -17,8 +17,8 @@ from truemask.geometry.slabs import normal_form
 from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import FAR, Flags, Region, Slabs, bands, blank
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
+from truemask.masks.core.construction import operand
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import operand
 from truemask.masks.core.unparse import AND, ATOM, MINUS, NOT, OR, XOR, within
 from truemask.masks.core.value import Written
 

@@ -18,10 +18,10 @@ from truemask.geometry.slabs.algebra import all_of, any_of, cropped
 from truemask.geometry.slabs.lines import after
 from truemask.geometry.slabs.slabs import FAR, Region, Slabs, affordable, bands, blank, stacked
 from truemask.geometry.tiles.tile_map import Rectangles
+from truemask.masks.core.construction import operand
 from truemask.masks.core.data import Data, integers
 from truemask.masks.core.lookup import look_up, low_high, row_by_row, rows_of
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import operand
 from truemask.masks.core.segments import Segments, document_lengths
 from truemask.masks.core.unparse import call, method
 from truemask.masks.core.value import Written, joined

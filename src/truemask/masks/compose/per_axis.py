@@ -18,11 +18,11 @@ from truemask.geometry.logic import MIXED, States
 from truemask.geometry.slabs.normal_form import NormalForm
 from truemask.geometry.slabs.slabs import Flags, Region
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
+from truemask.masks.core.construction import operand
 from truemask.masks.core.data import Data, integers
 from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import look_up, low_high, within
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import operand
 from truemask.masks.core.unparse import ATOM, call, method
 from truemask.masks.core.value import ANY, Written
 

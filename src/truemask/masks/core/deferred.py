@@ -14,10 +14,10 @@ from truemask.common.real_tensors import is_diverted, is_recorded
 from truemask.errors import MaskError
 from truemask.geometry.logic import States
 from truemask.geometry.tiles.tile_map import Rectangles
+from truemask.masks.core.construction import made_apart, register_deferred
 from truemask.masks.core.handles import mask_of
 from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import made_apart, register_deferred
 from truemask.masks.core.value import Written
 
 # What Dynamo, which reads a function's bytecode to make a graph of tensors of it, cannot do with masks:
@@ -34,7 +34,7 @@ from truemask.masks.core.value import Written
 #
 # * A mask from outside enters the graph as its handle, a tensor of one number (handles.py).
 # * What is built inside is not built. `mask.at(q_start=start) & window(64)` becomes a `DeferredMask`, which remembers
-#   names and arguments: `build` (registry.py) makes it in place of what an operator makes, `deferrable` in place of
+#   names and arguments: `build` (construction.py) makes it in place of what an operator makes, `deferrable` in place of
 #   what a public function makes. Only `attend` and the modules can use it, and any question refuses.
 # * `DeferredText` writes it as text with places for what may change from call to call, which are inputs of the graph:
 #

@@ -18,11 +18,11 @@ from truemask.geometry.logic import States
 from truemask.geometry.tiles.tile_map import Rectangles, TileMap
 from truemask.masks.core import pictures, queries
 from truemask.masks.core.block_mask import block_mask_of
+from truemask.masks.core.construction import build, operand
 from truemask.masks.core.handles import handle_fields
 from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.memory import mask_memory
 from truemask.masks.core.queries import sizes_of
-from truemask.masks.core.registry import build, operand
 from truemask.masks.core.slab_tensors import SlabTensors
 from truemask.masks.core.value import Value
 from truemask.masks.core.verdict import Verdict

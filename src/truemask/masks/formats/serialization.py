@@ -13,10 +13,10 @@ from torch import Tensor
 
 from truemask.common.formatting import describe, suggest
 from truemask.errors import MaskError
+from truemask.masks.core.construction import operand
 from truemask.masks.core.data import MAX_TOKENS, Data, integers
 from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import operand
 from truemask.masks.core.value import MAX_DEPTH
 from truemask.masks.formats.as_mask import expression
 from truemask.masks.formats.parse import FUNCTIONS

@@ -17,11 +17,11 @@ from truemask.geometry.logic import States, tri_state
 from truemask.geometry.ranges import RunTable, spans
 from truemask.geometry.slabs.slabs import Region, Slabs, affordable, tidy
 from truemask.geometry.tiles.tile_map import Ints, Rectangles
+from truemask.masks.core.construction import is_known
 from truemask.masks.core.data import Data, integers
 from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.lookup import look_up, rows_of
 from truemask.masks.core.mask import Mask
-from truemask.masks.core.registry import is_known
 from truemask.masks.core.segments import document_lengths
 from truemask.masks.core.unparse import call
 from truemask.masks.core.value import Written, joined

@@ -17,7 +17,7 @@ from truemask.masks.leaves.patterns import Dilated, Grid, Random, Strided
 from truemask.masks.leaves.per_token import GlobalTokens, Padding, Prefix
 from truemask.masks.leaves.predicate import Predicate
 from truemask.masks.leaves.tree import Tree
-from truemask.masks.structure.kinds import (
+from truemask.masks.structure.groups import (
     BACKWARD,
     BOOLEAN,
     CELLS,

@@ -13,7 +13,7 @@ from truemask.masks.leaves.bands import Causal, Local, Window
 from truemask.masks.leaves.patterns import Dilated, Random
 from truemask.masks.leaves.per_token import Padding
 from truemask.masks.leaves.tree import Tree
-from truemask.masks.structure.kinds import (
+from truemask.masks.structure.groups import (
     BACKWARD,
     CELLS,
     COMPOSED,

@@ -13,7 +13,7 @@ from truemask.masks.leaves.documents import Documents, Same
 from truemask.masks.leaves.patterns import Random
 from truemask.masks.leaves.per_token import Keys, Padding, Queries
 from truemask.masks.leaves.tree import Tree
-from truemask.masks.structure.kinds import (
+from truemask.masks.structure.groups import (
     BACKWARD,
     BOOLEAN,
     CELLS,

@@ -17,7 +17,7 @@ from truemask.masks.leaves.per_token import Padding, number_for
 from truemask.masks.leaves.predicate import Predicate
 from truemask.masks.leaves.tree import Tree
 from truemask.masks.structure.documents import entry, labels_at
-from truemask.masks.structure.kinds import (
+from truemask.masks.structure.groups import (
     BACKWARD,
     BOOLEAN,
     CONSTANTS,
