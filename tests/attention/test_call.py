@@ -8,7 +8,7 @@ import truemask as tm
 from truemask.attention.attend import Options
 from truemask.attention.call import AttendArgs
 from truemask.attention.operator_args import FIELDS, SCHEMA, TENSOR_OPTIONS, OperatorArgs
-from truemask.attention.planning.plan import OPTIONS
+from truemask.attention.planning.plan import PLANNED_KEYWORDS
 
 PUBLIC = tuple(name for name in AttendArgs._fields if name != "preferred")
 
@@ -23,7 +23,7 @@ def test_the_signature_lists_them_with_the_same_defaults() -> None:
 
 
 def test_plan_takes_them_too() -> None:
-    assert set(PUBLIC) - {"backend"} == OPTIONS
+    assert set(PUBLIC) - {"backend"} == PLANNED_KEYWORDS
 
 
 def test_the_operators_schema_follows_from_them() -> None:

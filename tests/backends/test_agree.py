@@ -15,7 +15,7 @@ from tests.support.cases import CASES, Case
 from tests.support.oracle import Three, three
 from truemask.attention.planning.plan import plan
 from truemask.backends import registry
-from truemask.backends.backend import ANY
+from truemask.backends.backend import ANY_DEVICE
 from truemask.backends.base import Request
 from truemask.backends.shared.dropout import kept
 from truemask.masks.core.mask import Mask
@@ -26,7 +26,7 @@ BACKENDS = {backend.name: backend.tolerance for backend in registry.BACKENDS}  #
 FORWARD_ONLY = {  # on the CPU; what they compute is compared without gradients
     backend.name
     for backend in registry.BACKENDS
-    if (backend.devices.get("cpu") or backend.devices[ANY]).lacks(TRAINING)
+    if (backend.devices.get("cpu") or backend.devices[ANY_DEVICE]).lacks(TRAINING)
 }
 DTYPES = list(BACKENDS["sdpa"])
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from truemask.backends.backend import ANY, BIASES, Backend, Capabilities
+from truemask.backends.backend import ANY_DEVICE, BIASES, Backend, Capabilities
 from truemask.backends.base import OPTIONS, Request
 from truemask.backends.registry import BACKENDS
 from truemask.backends.sdpa import Sdpa
@@ -21,7 +21,7 @@ def request(device: str = "cpu", dtype: torch.dtype = torch.float32, **options: 
 
 
 def able(backend: Backend, device: str) -> Capabilities | None:
-    return backend.devices.get(device) or backend.devices.get(ANY)
+    return backend.devices.get(device) or backend.devices.get(ANY_DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)

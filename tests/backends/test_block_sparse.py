@@ -196,7 +196,7 @@ def test_small_chunks_and_groups_change_nothing(name: str, monkeypatch: pytest.M
     tensors = leaves(2, 4, 2, 331, 331)
     want = both(MASKS[name], tensors, "block_sparse")
     for module, constant, value in (
-        (strip_kernel, "CHUNK_BYTES", 1),
+        (strip_kernel, "COPIED_BYTES", 1),
         (groups, "MAX_FLOAT_BYTES", 0),
         (groups, "CALL_CELLS", 1 << 30),
         (groups, "CALL_BYTES", 0),
@@ -239,7 +239,7 @@ def test_patterns_that_are_not_kept_are_asked_for(
 @pytest.mark.parametrize("name", ["sinks", "big bird", "packed", "padding", "heads", "dead rows"])
 @pytest.mark.parametrize("option", ["softcap", "dropout", "bias", "learned bias", "row bias", "learned alibi", "sinks"])
 def test_options_at_sizes_of_many_strips(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strip_math, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(strip_math, "SCORE_BYTES", 1 << 18)
     torch.manual_seed(11)
     slopes = torch.rand(4, dtype=torch.float64, requires_grad=True)
     options: dict[str, dict[str, Any]] = {

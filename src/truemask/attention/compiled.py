@@ -210,7 +210,7 @@ class SavedForBackward(bytearray):
 SAVED: WeakValueDictionary[int, SavedForBackward] = WeakValueDictionary()
 
 
-class OutputGrads(NamedTuple):
+class BackwardArgs(NamedTuple):
     """What the operator of the backward is given: `BACKWARD_SCHEMA` in Python's words."""
 
     state: Tensor
@@ -232,7 +232,7 @@ BACKWARD_SCHEMA = (
 @torch.library.custom_op("truemask::attend_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def backward_op(*args: Any) -> list[Tensor]:
     """The gradients that are wanted."""
-    incoming = OutputGrads(*args)
+    incoming = BackwardArgs(*args)
     record = SAVED.get(incoming.state.data_ptr())
     if not incoming.state.numel():
         raise PlanError(
@@ -254,7 +254,7 @@ def backward_op(*args: Any) -> list[Tensor]:
 
 @backward_op.register_fake
 def _(*args: Any) -> list[Tensor]:
-    incoming = OutputGrads(*args)
+    incoming = BackwardArgs(*args)
     sizes = iter(incoming.sizes)
     shapes = [list(islice(sizes, axes)) for axes in incoming.axes]
     dtypes = [getattr(torch, name) for name in incoming.dtypes.split()]

@@ -28,7 +28,7 @@ from truemask.common.real_tensors import beside_real, trusted
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.queries import indices
 
-PLAIN = {"grad", "transform"}  # the options that torch's own attention has
+FUSED_OPTIONS = {"grad", "transform"}  # the options that torch's own attention has
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs, seed: Tensor | None = None) -> Result:
@@ -47,7 +47,7 @@ def _attended(call: Call, seed: Tensor | None) -> Result:
     if mask != everything:
         cells = indices(1 if mask.batch_size == 1 else b, 1 if mask.head_count == 1 else h, n, m, q.device)
         allowed = mask.bound(q.device)._truth(*cells)
-    if r.options <= PLAIN:
+    if r.options <= FUSED_OPTIONS:
         return Result(_fused(inputs, allowed))
     return _spelled_out(call, inputs, allowed, seed)
 

@@ -58,13 +58,13 @@ def _schema_type(annotation: Any) -> str:
     return f"{name}?" if type(None) in kinds else name
 
 
-OPTIONS = {name: _schema_type(annotation) for name, annotation in get_type_hints(AttendArgs).items()}
-TENSOR_OPTIONS = tuple(name for name, kind in OPTIONS.items() if kind == "Tensor?")
+OPTION_TYPES = {name: _schema_type(annotation) for name, annotation in get_type_hints(AttendArgs).items()}
+TENSOR_OPTIONS = tuple(name for name, kind in OPTION_TYPES.items() if kind == "Tensor?")
 DIFFERENTIABLE = ("q", "k", "v", *TENSOR_OPTIONS)
 BEFORE_OPTIONS = len(OperatorArgs._fields) - 1
-FIELDS = (*OperatorArgs._fields[:BEFORE_OPTIONS], *OPTIONS)
+FIELDS = (*OperatorArgs._fields[:BEFORE_OPTIONS], *OPTION_TYPES)
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, str mask, Tensor[] tensors, SymInt[] ints, float[] floats, str bias_form, "
-    f"Tensor? seed, str grads, {', '.join(f'{kind} {name}' for name, kind in OPTIONS.items())}) "
+    f"Tensor? seed, str grads, {', '.join(f'{kind} {name}' for name, kind in OPTION_TYPES.items())}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )

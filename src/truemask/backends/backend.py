@@ -18,7 +18,7 @@ import torch
 
 from truemask.backends.base import OPTIONS, Inputs, Job, Lowered, Request, Result
 
-ANY = "any"  # the key for every device that is not named
+ANY_DEVICE = "any"  # the key for every device that is not named
 BIASES = frozenset(("tensor", "alibi", "relative", "object"))
 
 
@@ -73,7 +73,7 @@ class Backend(ABC):
     """One way to compute attention; `base` says what it owes."""
 
     name: ClassVar[str]  # what `backend=` calls it
-    devices: ClassVar[Mapping[str, Capabilities]]  # by `torch.device.type`, or `ANY`
+    devices: ClassVar[Mapping[str, Capabilities]]  # by `torch.device.type`, or `ANY_DEVICE`
     tolerance: ClassVar[Mapping[torch.dtype, float]]  # of results against fp64, relative to the largest (at least 1)
     words: ClassVar[Mapping[str, str]] = {}  # what to say of "device", "dtype" and options that it lacks, in order
 
@@ -100,7 +100,7 @@ class Backend(ABC):
 
     def lacking(self, r: Request) -> list[str]:
         """The reasons that follow from what it declares."""
-        able = self.devices.get(r.device.type) or self.devices.get(ANY)
+        able = self.devices.get(r.device.type) or self.devices.get(ANY_DEVICE)
         reasons = [] if able else [self._words("device", r)]
         if why := self.unavailable():
             reasons.append(why)

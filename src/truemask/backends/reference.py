@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import torch
 
-from truemask.backends.backend import ANY, OPTIONS, Backend, Capabilities, Proposal
+from truemask.backends.backend import ANY_DEVICE, OPTIONS, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Result
 from truemask.backends.costs.model import seconds, table
 from truemask.backends.shared.eager import eager_attention
 
-MAX_DENSE_BYTES = 1 << 26  # bytes of a mask that is worth keeping
+MAX_KEPT_BYTES = 1 << 26  # bytes of a mask that is worth keeping
 
 
 class ReferenceProposal(Proposal):
@@ -28,7 +28,7 @@ class ReferenceProposal(Proposal):
     def lower(self) -> Lowered:
         """The dense mask, a byte a cell, if it is small: the layers of a model then evaluate it once."""
         job, r, mask = self.job, self.job.request, self.job.mask
-        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > MAX_DENSE_BYTES:
+        if job.mask_batch * job.mask_heads * r.q_len * r.kv_len > MAX_KEPT_BYTES:
             return Lowered()
         if job.small is not None:
             dense = job.small.to(r.device)
@@ -41,7 +41,7 @@ class Reference(Backend):
     """Plain torch in chunks of rows, bounded memory, every derivative; see `eager`."""
 
     name = "reference"
-    devices: ClassVar = {ANY: Capabilities(frozenset(OPTIONS))}
+    devices: ClassVar = {ANY_DEVICE: Capabilities(frozenset(OPTIONS))}
     tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
     @property

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from truemask.backends.backend import ANY, Backend, Capabilities, Proposal
+from truemask.backends.backend import ANY_DEVICE, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs.model import SPEED_BACKWARD, rows_at_once, seconds, slowed, table
 from truemask.backends.shared.containment import flash_attention
@@ -88,7 +88,7 @@ class Sdpa(Backend):
     name = "sdpa"
     devices: ClassVar = {
         "cpu": Capabilities(frozenset(("grad", "bias", "sinks", "return_lse"))),
-        ANY: Capabilities(frozenset(("grad", "bias"))),
+        ANY_DEVICE: Capabilities(frozenset(("grad", "bias"))),
     }
     tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
     words: ClassVar = {

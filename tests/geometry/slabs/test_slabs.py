@@ -16,7 +16,7 @@ from truemask.geometry.slabs import algebra as overlay
 from truemask.geometry.slabs import measure
 from truemask.geometry.slabs import normal_form as forms
 from truemask.geometry.slabs.algebra import all_of, any_of, cropped, odd_of, pieces, transposed, unmerged_odd
-from truemask.geometry.slabs.normal_form import NormalForm, conjunction, parity
+from truemask.geometry.slabs.normal_form import NormalForm, intersection, parity
 from truemask.geometry.slabs.slabs import (
     FAR,
     MAX_ENDS,
@@ -122,8 +122,8 @@ def test_chunks_and_single_steps_give_the_same(x: list[Pair]) -> None:
         patch.setattr(overlay, "CHUNK", 2)
         patch.setattr(forms, "RUNS_AT_ONCE", 3)
         check(all_of([a, b], but=[c]), p & q & ~r)
-        check(conjunction([NormalForm(a), NormalForm(b), NormalForm(c, True)], {}).canonical, p & q & ~r)
-        check(conjunction([NormalForm(a, True), NormalForm(b, True), NormalForm(c, True)], {}).canonical, ~(p | q | r))
+        check(intersection([NormalForm(a), NormalForm(b), NormalForm(c, True)], {}).canonical, p & q & ~r)
+        check(intersection([NormalForm(a, True), NormalForm(b, True), NormalForm(c, True)], {}).canonical, ~(p | q | r))
         check(parity([NormalForm(a), NormalForm(b), NormalForm(c)], {}).canonical, p ^ q ^ r)
 
 
@@ -132,12 +132,12 @@ def test_forms_are_one_for_all_spellings(x: list[Pair], negated: list[bool]) -> 
     a, b = (NormalForm(pair.slabs, no) for pair, no in zip(x, negated, strict=True))
     p, q = (pair.cells ^ no for pair, no in zip(x, negated, strict=True))
     known: dict[object, NormalForm] = {}
-    check(conjunction([a, b], known).canonical, p & q)
-    check((~conjunction([~a, ~b], known)).canonical, p | q)
+    check(intersection([a, b], known).canonical, p & q)
+    check((~intersection([~a, ~b], known)).canonical, p | q)
     check(parity([a, b], known).canonical, p ^ q)
-    check(conjunction([a, b, ~a], known).canonical, p & False)
+    check(intersection([a, b, ~a], known).canonical, p & False)
     check(parity([a, b, a], known).canonical, q)
-    assert conjunction([b, a], known) == conjunction([a, b, a], known)
+    assert intersection([b, a], known) == intersection([a, b, a], known)
     assert parity([~b, a], known) == parity([~a, b], known) == ~parity([a, b], known)
 
 

@@ -171,5 +171,5 @@ def _names(*functions: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names) - {"keywords"}
 
 
-OPTIONS = frozenset(AttendArgs._fields) - {"backend", "preferred"}
-SIZES_FORM, TENSORS_FORM = _names(_from_sizes) | OPTIONS, _names(_from_tensors) | OPTIONS
+PLANNED_KEYWORDS = frozenset(AttendArgs._fields) - {"backend", "preferred"}
+SIZES_FORM, TENSORS_FORM = _names(_from_sizes) | PLANNED_KEYWORDS, _names(_from_tensors) | PLANNED_KEYWORDS

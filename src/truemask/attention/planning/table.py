@@ -10,7 +10,7 @@ from truemask.backends.costs.model import source
 from truemask.common.formatting import duration
 from truemask.masks.structure.data import sampling_note
 
-MAX_EVALUATED_CELLS = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
+MAX_PRINTED_CELLS = 1 << 24  # cells that a printed plan may evaluate to know a density exactly
 
 
 def explain_plan(job: Job, backend: str, proposals: Proposals, notes: Iterable[str] = ()) -> str:
@@ -53,7 +53,7 @@ def tiles_text(job: Job) -> str:
     empty, mixed, full = tiles.counts
     total = max(1, empty + mixed + full)
     area = tiles.block[0] * tiles.block[1]
-    if mixed * area <= MAX_EVALUATED_CELLS:
+    if mixed * area <= MAX_PRINTED_CELLS:
         share = f"{job.mask.density(r.q_len, r.kv_len, batch=r.batch, heads=r.heads):.2%} of the pairs"
     else:
         share = f"{full / total:.1%} to {(full + mixed) / total:.1%} of the pairs"

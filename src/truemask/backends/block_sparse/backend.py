@@ -43,7 +43,7 @@ HEIGHTS = (64, 96, 128, 192, 256)  # rows of a strip that are tried
 FLAG_COLUMNS = 512  # columns beyond the diagonal that the causal flag runs
 MATH_SLOWDOWN = 3.0  # how many times longer plain torch takes
 MAX_ROWS_CUT = 1 << 17  # rows, in all samples and heads, beyond which strips are made for one height only
-MAX_RUNS = 1 << 14  # of runs that are cut into strips; others are tiled
+MAX_CUT_RUNS = 1 << 14  # of runs that are cut into strips; others are tiled
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _direct_cells(job: Job) -> Tensor:
 def slabs_of(job: Job) -> list[tuple[int, int, Slabs]] | None:
     """The exact form of every sample and head, those that are the same as one object; None if there is none."""
     exact = job.exact
-    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MAX_RUNS:
+    if exact is None or sum(slabs.runs for slabs in exact.slabs) > MAX_CUT_RUNS:
         return None
     return [(b, h, exact.slabs[exact.which[b, h]]) for b, h in np.ndindex(*exact.which.shape)]
 

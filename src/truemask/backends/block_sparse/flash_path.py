@@ -15,7 +15,7 @@ from truemask.biases import Bias
 from truemask.common.torch_internals import cpu_flash, cpu_flash_backward
 from truemask.masks.core.mask import Mask
 
-CHUNK_BYTES = 1 << 24  # of what one call copies or makes
+COPIED_BYTES = 1 << 24  # of what one call copies or makes
 
 
 class StripKernel:
@@ -96,7 +96,7 @@ class StripKernel:
         for piece in pieces(self.sparse, keys.shape[1], keys, apart=True):
             bad, hit = piece.of(keys), piece.of(reached)
             for group in piece.groups:
-                for part in group.parts(max(1, CHUNK_BYTES // (8 * group.height * group.width))):
+                for part in group.parts(max(1, COPIED_BYTES // (8 * group.height * group.width))):
                     bad_keys = bad[:, group.key_index(part)].transpose(0, 1)  # strips, heads, keys
                     if bool(bad_keys.any()):
                         rows_reached = self._reached(Cells(piece, group, part), bad_keys)
@@ -131,7 +131,7 @@ class StripKernel:
                 area = group.height * group.width * 8
                 masks = heads * area if self.bias is not None else area if group.from_mask else 0
                 nbytes = 2 * (group.height * heads + group.width * shared) * vector + 2 * masks
-                for part in group.parts(max(1, CHUNK_BYTES // nbytes)):
+                for part in group.parts(max(1, COPIED_BYTES // nbytes)):
                     yield Cells(piece, group, part)
 
     def _additive(self, cells: Cells, dtype: torch.dtype) -> Tensor | None:

@@ -20,7 +20,7 @@ from truemask.backends.shared.masked_matmul import no_autocast
 from truemask.masks.core.mask import Mask
 
 BIAS = 4  # the leaf that is a tensor with as many cells as scores
-CHUNK_BYTES = 1 << 22  # of the scores of one chunk; about eight tensors of this size live at once
+SCORE_BYTES = 1 << 22  # of the scores of one chunk; about eight tensors of this size live at once
 
 
 class StripMath(NamedTuple):
@@ -164,5 +164,5 @@ def _cells(call: StripMath, leaves: Leaves) -> Iterator[Cells]:
         heads = piece.heads.stop - piece.heads.start
         for group in piece.groups:
             nbytes = heads * group.height * group.width * leaves.q.element_size()
-            for part in group.parts(max(1, CHUNK_BYTES // nbytes)):
+            for part in group.parts(max(1, SCORE_BYTES // nbytes)):
                 yield Cells(piece, group, part)

@@ -22,7 +22,7 @@ from truemask.geometry.slabs.slabs import FAR, NoExactFormError, Slabs, affordab
 
 Seen = Callable[[Ints], Flags]
 CHUNK = 1 << 14  # runs that are looked at together
-FEW_RUNS = 3  # runs of a slab that are not worth choosing among
+UNCHOSEN_RUNS = 3  # runs of a slab that are not worth choosing among
 
 
 def all_of(parts: Sequence[Slabs], but: Sequence[Slabs] = ()) -> Slabs:
@@ -169,7 +169,7 @@ def _bounded(part_runs: PartRuns, rows: Ints, bounding: int) -> PartRuns:
     meeting: PartRuns = []
     for part, begin, end in part_runs:
         end = np.where(some, end, begin)
-        if part.most > FEW_RUNS:
+        if part.most > UNCHOSEN_RUNS:
             begin, end = _meeting(part, begin, end, first, last, low, high)
         meeting.append((part, begin, end))
     return meeting

@@ -1,6 +1,6 @@
 """Boolean expressions of slabs in a normal form, so that one meaning is worked out once, however it is spelled.
 
-Everything is a conjunction or a parity of slabs that may be negated: `a | b` is what `~a & ~b` leaves out. Nothing is
+Everything is an intersection or a parity of slabs that may be negated: `a | b` is what `~a & ~b` leaves out. Nothing is
 done for a negation until it meets something that it can be taken from, and the same terms are never joined twice.
 """
 
@@ -14,7 +14,7 @@ from truemask.geometry.slabs.algebra import all_of, unmerged_all, unmerged_any, 
 from truemask.geometry.slabs.slabs import Slabs, bands, blank
 
 RUNS_AT_ONCE = 1 << 11  # runs that are joined in one sweep; with more of them it grows with the square of the parts
-FEW_RUNS = 2  # runs of a slab; parts with more, like global tokens, are joined when the others are done
+EARLY_RUNS = 2  # runs of a slab; parts with more, like global tokens, are joined when the others are done
 
 
 class NormalForm(NamedTuple):
@@ -42,7 +42,7 @@ class NormalForm(NamedTuple):
         return unmerged_all([bands(self.slabs.rows[0], self.slabs.rows[-1], 0, 0, kv_len, 0)], but=[self.slabs])
 
 
-def conjunction(forms: Iterable[NormalForm], remembered: dict[Any, NormalForm]) -> NormalForm:
+def intersection(forms: Iterable[NormalForm], remembered: dict[Any, NormalForm]) -> NormalForm:
     """The cells that all forms have."""
     terms = dict.fromkeys(forms)
     key = "all", frozenset(terms)
@@ -92,7 +92,7 @@ def _joined(parts: list[Slabs], join: Callable[[list[Slabs]], Slabs]) -> Slabs:
 
 
 def _order(part: Slabs) -> tuple[bool, int]:
-    return part.most > FEW_RUNS, part.runs
+    return part.most > EARLY_RUNS, part.runs
 
 
 def _runs(parts: list[Slabs]) -> int:

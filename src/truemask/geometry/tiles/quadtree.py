@@ -20,7 +20,7 @@ Classify = Callable[[Rectangles], States]
 PARTS = 8  # of a square, along each side
 BAND = PARTS**2  # rows of tiles looked at together, in squares as high: what is kept is runs, not tiles
 AT_ONCE = 1 << 18  # squares classified in one call
-MAX_RUNS = 1 << 24  # runs, and squares in a band, that are worth keeping
+MAX_KEPT_PIECES = 1 << 24  # runs, and squares in a band, that are worth keeping
 
 
 class TooManyTilesError(Exception):
@@ -57,7 +57,7 @@ def classify_tiles(
         counts.append(np.diff(starts))
         runs.append(joined)
         total += len(joined)
-        _affordable(total, "runs of tiles", MAX_RUNS)
+        _affordable(total, "runs of tiles", MAX_KEPT_PIECES)
         if most_mixed is not None:
             mixed += int((joined[:, 1] - joined[:, 0])[joined[:, 2] == MIXED].sum())
             _affordable(mixed, "tiles to evaluate", most_mixed)
@@ -73,7 +73,7 @@ def _band(
     classify: Classify, squares: _Squares, rows: int, columns: int, lengths: tuple[int, int], block: tuple[int, int]
 ) -> Ints:
     """The runs of a band of rows, in any order: `[n, 4]` of row, start, stop, state."""
-    _affordable(len(squares.b), "squares", MAX_RUNS)
+    _affordable(len(squares.b), "squares", MAX_KEPT_PIECES)
     side = BAND
     parts = [np.zeros((0, 4), np.int64)]
     while len(squares.b):
@@ -110,7 +110,7 @@ def _batches(squares: _Squares) -> Iterator[_Squares]:
 def _parts(squares: _Squares, side: int, rows: int, columns: int) -> _Squares:
     """The smaller squares, `side` tiles wide, of larger ones."""
     count = len(squares.b)
-    _affordable(count * PARTS**2, "tiles in a band", MAX_RUNS)
+    _affordable(count * PARTS**2, "tiles in a band", MAX_KEPT_PIECES)
     step = np.arange(PARTS) * side
     i = np.broadcast_to(squares.i[:, None, None] + step[:, None], (count, PARTS, PARTS)).ravel()
     j = np.broadcast_to(squares.j[:, None, None] + step, (count, PARTS, PARTS)).ravel()
@@ -123,7 +123,7 @@ def _runs(squares: _Squares, side: int, rows: int, columns: int, state: int) -> 
     """The rows of tiles of squares: `[n, 4]` of row, start, stop, state."""
     stop = np.minimum(squares.i + side, rows)
     total = int((stop - squares.i).sum())
-    if total > MAX_RUNS:
+    if total > MAX_KEPT_PIECES:
         raise TooManyTilesError(f"{total} runs")
     square, row = spans(squares.i, stop)
     start = squares.j[square]

@@ -225,7 +225,7 @@ class Not(Mask):
 
 def all_forms(mask: Mask, r: Region) -> NormalForm:
     """The exact form of a mask as the conjunction of its factors."""
-    return normal_form.conjunction(
+    return normal_form.intersection(
         [_literal(*factor, r) for factor in _factors(mask)], {} if r.known is None else r.known
     )
 

@@ -20,7 +20,7 @@ from truemask.geometry.tiles.tile_map import Evaluate, Ints, Plane, Rectangles, 
 from truemask.masks.core.value import Value
 
 MAX_TILE_ROWS = 1 << 24  # of tiles, that a map may have
-MAX_EVALUATED_CELLS = 1 << 30  # that a question may evaluate: a minute or a few
+MAX_QUESTION_CELLS = 1 << 30  # that a question may evaluate: a minute or a few
 MAX_MIXED_TILES = 1 << 23  # that a question may look at
 KEPT_FORMS, KEPT_RUNS = 4, 1 << 16  # exact forms that a mask remembers, and how many runs one may have
 
@@ -100,7 +100,7 @@ def searched_tiles(mask: Value, b: int, h: int, q_len: int, kv_len: int) -> Tile
     """The tiles of a mask without exact form, if looking at their cells is affordable."""
     tiles = tile_map(mask, b, h, q_len, kv_len, (128, 128), MAX_MIXED_TILES)
     cells = tiles.cells_to_evaluate
-    if cells > MAX_EVALUATED_CELLS:
+    if cells > MAX_QUESTION_CELLS:
         raise _too_large(mask, f"{cells} cells to evaluate are too many", q_len, kv_len)
     return tiles
 

@@ -91,7 +91,9 @@ def to_varlen(
     each = exact.variant[:, 0].expand(samples).tolist()
     if not q_len * samples:
         nothing = torch.zeros(2, dtype=torch.int32)
-        return Varlen(nothing, torch.tensor([0, samples * kv_len], dtype=torch.int32), 0, samples * kv_len, False, ANY)
+        return Varlen(
+            nothing, torch.tensor([0, samples * kv_len], dtype=torch.int32), 0, samples * kv_len, False, UNBOUNDED
+        )
     row = stacked([parts[v].moved(b * q_len, b * kv_len) for b, v in enumerate(each)])
     refuted: list[tuple[int, int]] = []
     for also in (np.zeros(0, np.int64), _diagonal(row)):
@@ -105,7 +107,7 @@ def to_varlen(
     raise _differs(mask, refuted[0], (q_len, kv_len), samples)
 
 
-ANY = (-1, -1)
+UNBOUNDED = (-1, -1)
 
 
 def _variants(exact: SlabTensors) -> list[Slabs]:

@@ -20,7 +20,7 @@ from truemask.masks.core.mask import Mask
 
 MAX_OBJECTS = 10_000  # that are looked through
 MAX_COMPARED_BYTES = 1 << 20  # of an array without versions, whose numbers are compared
-PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+UNCHANGING = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 OPAQUE = (ModuleType, type, BuiltinFunctionType)
 LIBRARIES = ("torch", "numpy", "truemask")  # whose functions read nothing of the caller's but what they close over
 
@@ -37,7 +37,7 @@ class State:
         stack = [fn]
         while stack and len(visited) < MAX_OBJECTS:
             one = stack.pop()
-            if isinstance(one, PLAIN):
+            if isinstance(one, UNCHANGING):
                 yield type(one), one
             elif id(one) not in visited and not isinstance(one, OPAQUE):
                 visited.add(id(one))

@@ -26,7 +26,7 @@ from truemask.masks.leaves.per_token import beyond
 from truemask.masks.leaves.tile_sample import SAMPLED_FROM, Sample, runs_are_few, sample_of
 
 MAX_READ_CELLS = 1 << 28  # cells of a dense tensor that are looked through for its runs
-SMALL_CELLS = 1 << 16  # up to which every exact form is worth having
+UNSAMPLED_CELLS = 1 << 16  # up to which every exact form is worth having
 GRAINS = 16  # cells of a larger tensor for each of its sums, which are eight bytes
 
 
@@ -47,7 +47,7 @@ class Dense(Mask):
 
     @remembered
     def _areas(self) -> Areas:
-        return Areas(self.tensor.array, max(SMALL_CELLS, self.tensor.array.size // GRAINS))
+        return Areas(self.tensor.array, max(UNSAMPLED_CELLS, self.tensor.array.size // GRAINS))
 
     @remembered
     def sample(self) -> Sample | None:
@@ -70,7 +70,7 @@ class Dense(Mask):
         cells = self._plane(r)
         if cells.size > MAX_READ_CELLS:
             raise NoExactFormError(f"{cells.size} cells are more than are read for this")
-        if cells.size > SMALL_CELLS and not self._has_runs(cells):
+        if cells.size > UNSAMPLED_CELLS and not self._has_runs(cells):
             raise NoExactFormError(f"{cells.size} cells without a pattern take less room than their runs")
         return from_cells(np.arange(r.q0, r.q1 + 1), np.arange(r.k0, r.k1 + 1), cells)
 
