@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import truemask as tm
-from tests.support.strategies import FREE, LEAVES, Drawn, Reach, build, expressions, reaches
+from tests.support.strategies import FREE, LEAVES, OPERATORS, Drawn, Reach, build, expressions, reaches
+from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.mask import Mask
 
 COMBINE: dict[str, Callable[[Mask, Mask], Mask]] = {
@@ -243,7 +244,10 @@ def test_a_mask_gives_no_way_in() -> None:
     assert found.count(3).item() == 3
 
 
-def test_every_leaf_can_be_drawn() -> None:
+def test_every_kind_can_be_drawn() -> None:
+    """A new kind gets its draw in tests/support/strategies.py, or no property test ever meets it."""
+    drawn = {{"T": "transposed", "document_ids": "documents"}.get(name, name) for name in (*LEAVES, *OPERATORS)}
+    assert set(KINDS) == drawn
     assert set(FREE) <= set(LEAVES)
 
 

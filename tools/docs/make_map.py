@@ -24,7 +24,7 @@ OTHERS = {
     "constraints.txt": "one tested version of every dependency",
     "tools/install_torch.sh": "torch first, with a word before a CUDA build is fetched for nothing",
     "tools/native_build.py": "compiles csrc/ when truemask is installed, where there is a C++ compiler",
-    ".ci/run": "what a change must pass: `make test`",
+    ".ci/run": "what a change must pass: `make run` in bare copies, and `make test`",
     ".pre-commit-config.yaml": "the same checks before a commit",
     "src/truemask_pytest.py": "the pytest fixture of `assert_no_leak`",
     "README.md": "what it is, in English",
