@@ -39,14 +39,14 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) 
     exporting = torch.compiler.is_exporting()
     at_once(let_dynamo_pass if exporting else refuse_transforms)
     q, k, v = cast(q, k, v)
-    note = DeferredText(by_number=exporting)
-    text = note.write(mask)
+    deferred = DeferredText(by_number=exporting)
+    text = deferred.write(mask)
     bias, form = _as_tensor(args.bias)
     options = args._replace(bias=bias)
     seed = new_seed() if args.dropout else None
     differentiable = zip(DIFFERENTIABLE, (q, k, v, *[getattr(options, name) for name in TENSOR_OPTIONS]), strict=True)
     wanted = [name for name, x in differentiable if x is not None and x.requires_grad and torch.is_grad_enabled()]
-    flat = (q, k, v, text, note.tensors, note.ints, note.floats, form, seed, " ".join(wanted), *options)
+    flat = (q, k, v, text, deferred.tensors, deferred.ints, deferred.floats, form, seed, " ".join(wanted), *options)
     if exporting:
         out, *more = attend_exported(*flat)
         return Result(out, more[0] if args.return_lse else None, more[-1] if args.return_weights else None)
@@ -55,7 +55,7 @@ def attend_traced(q: Tensor, k: Tensor, v: Tensor, mask: Any, args: AttendArgs) 
 
 
 def _as_tensor(bias: Any) -> tuple[Tensor | None, str]:
-    """A bias as the tensor that may want gradients, and a note (deferred.py) of the bias that holds it."""
+    """A bias as the tensor that may want gradients, and the text (deferred.py) of the bias that holds it."""
     if isinstance(bias, Alibi):
         return bias.slopes, "alibi(T0, {})"
     if isinstance(bias, Relative):
@@ -72,19 +72,19 @@ BUILDERS.update(alibi=alibi, relative=relative)
 
 def positions_traced(builder: str, mask: Any, numbers: list[int]) -> Tensor:
     """What `builder` says of a mask and a layout, int64 `[b, n]`: a tensor of positions, while dynamo traces."""
-    note = DeferredText(by_number=torch.compiler.is_exporting())
-    text = note.write(DeferredMask(builder, (mask, numbers, {})))
+    deferred = DeferredText(by_number=torch.compiler.is_exporting())
+    text = deferred.write(DeferredMask(builder, (mask, numbers, {})))
     if torch.compiler.is_exporting():
         at_once(let_dynamo_pass)
-        return read_deferred(text, note.tensors, note.ints, note.floats)
-    return torch.ops.truemask.positions(text, note.tensors, note.ints, note.floats, numbers[0], numbers[2])
+        return read_deferred(text, deferred.tensors, deferred.ints, deferred.floats)
+    return torch.ops.truemask.positions(text, deferred.tensors, deferred.ints, deferred.floats, numbers[0], numbers[2])
 
 
 @torch.library.custom_op("truemask::positions", mutates_args=())
 def positions_op(
     text: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], batch: int, rows: int
 ) -> Tensor:
-    """A note of positions, read."""
+    """The text of positions, read."""
     return read_deferred(text, tensors, ints, floats).clone(memory_format=torch.contiguous_format)
 
 

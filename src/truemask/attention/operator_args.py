@@ -20,7 +20,7 @@ class OperatorArgs(NamedTuple):
     tensors: Sequence[Tensor]
     ints: Sequence[int]
     floats: Sequence[float]
-    bias_form: str  # as a note, with the tensor `options.bias` in its place
+    bias_form: str  # as text, with the tensor `options.bias` in its place
     seed: Tensor | None
     grads: str  # the names of the tensors that want gradients
     options: AttendArgs

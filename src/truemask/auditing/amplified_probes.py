@@ -20,7 +20,7 @@ from truemask.auditing.subject import SEED, AuditedModel
 REPETITIONS = 8  # that a change is repeated, with everything else moved a little
 NEARBY_SHARE = 0.01  # how much
 DIRECTION_SEEDS = (1, 2)  # directions that must all say so
-MOST_COLUMNS = 16  # that are asked again
+MAX_COLUMNS = 16  # that are asked again
 
 
 class Amplification(NamedTuple):
@@ -59,7 +59,7 @@ def look_by_larger_changes(
         movement[:, :, k] = torch.where(hidden[:, :, k], difference, 0.0)
         progress("larger changes", turn + 1, len(columns))
     by_column = movement.amax(dim=(0, 1))
-    for k in by_column.argsort(descending=True)[:MOST_COLUMNS].tolist():
+    for k in by_column.argsort(descending=True)[:MAX_COLUMNS].tolist():
         if float(by_column[k]) > 0:
             _ask_again(subject, distances, dependencies, movement[:, :, k] > 0, k)
 

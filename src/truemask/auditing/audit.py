@@ -25,7 +25,7 @@ from truemask.auditing.subject import AuditedModel, AuditError, undisturbed
 from truemask.auditing.torch_modules import without_queries
 from truemask.common.formatting import describe
 
-MOST_POSITIONS = 128
+MAX_POSITIONS = 128
 
 
 def audit(
@@ -35,7 +35,7 @@ def audit(
     *,
     layers: int | None = None,
     seeds: int = 2,
-    positions: int = MOST_POSITIONS,
+    positions: int = MAX_POSITIONS,
     train: bool = False,
     cache: bool = True,
     progress: ProgressCallback | None = None,

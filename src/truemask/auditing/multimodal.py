@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing.subject import INPUT_KEYWORDS, LEAST_POSITIONS, AuditError, first_outputs
+from truemask.auditing.subject import INPUT_KEYWORDS, MIN_POSITIONS, AuditError, first_outputs
 from truemask.common.formatting import describe
 
 SIGNAL_KEYWORDS = ("pixel_values", "input_values", "input_features")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_MASK = "attention_mask"
-MOST_NAMES = 3
+MAX_NAMES = 3
 
 
 class VectorSite(NamedTuple):
@@ -73,7 +73,7 @@ def _first_vectors(model: nn.Module, batch: Mapping[str, Any], name: str) -> tup
     with torch.no_grad():
         result = model(**batch)
     outputs = first_outputs(result)
-    if outputs is not None and outputs.shape[1] >= LEAST_POSITIONS:
+    if outputs is not None and outputs.shape[1] >= MIN_POSITIONS:
         passes: list[tuple[VectorSite, Tensor]] = []
         earlier: list[nn.Module] = []
 
@@ -106,7 +106,7 @@ def _first_vectors(model: nn.Module, batch: Mapping[str, Any], name: str) -> tup
     advice = f"the part that attends ({attending})" if attending else "a part that takes a vector for each position"
     raise AuditError(
         f"{type(model).__name__} takes {name} and gives {shapes or describe(result)}: no part of it makes a vector for "
-        f"each output position of `logits` or `last_hidden_state` [b, n, d], with n {LEAST_POSITIONS} or more. Audit "
+        f"each output position of `logits` or `last_hidden_state` [b, n, d], with n {MIN_POSITIONS} or more. Audit "
         f"{advice}, with the vectors [b, n, d] that it is given"
     )
 
@@ -167,8 +167,8 @@ def _outside(model: nn.Module, name: str, site: VectorSite, earlier: list[nn.Mod
     mixing = [module for module in dict.fromkeys(earlier) if isinstance(module, CONVOLUTIONS) and _overlaps(module)]
     if not mixing:
         return f"{text}; what makes them of it lies outside this audit"
-    first = ", ".join(f"`{names[module]}`" for module in mixing[:MOST_NAMES])
-    more = f" and {len(mixing) - MOST_NAMES} more" if len(mixing) > MOST_NAMES else ""
+    first = ", ".join(f"`{names[module]}`" for module in mixing[:MAX_NAMES])
+    more = f" and {len(mixing) - MAX_NAMES} more" if len(mixing) > MAX_NAMES else ""
     many = len(mixing) != 1
     return (
         f"{text}; the convolution{'s' * many} before {'them' if many else 'it'} ({first}{more}) mix{'es' * (not many)} "
@@ -189,7 +189,7 @@ def _attending(model: nn.Module) -> str:
         for path, module in model.named_modules()
         if path and any(isinstance(part, nn.ModuleList) and _attends(part) for part in module.children())
     ]
-    return ", ".join(f"model.{path}" for path in paths[:MOST_NAMES])
+    return ", ".join(f"model.{path}" for path in paths[:MAX_NAMES])
 
 
 def _attends(layers: nn.ModuleList) -> bool:

@@ -15,7 +15,7 @@ from truemask.common.finding import Findings as Findings
 from truemask.viz.picture import html_picture, text_picture
 
 SHORT_POSITIONS = 40  # positions up to which the differences are drawn with a sign of their own
-MOST_SAMPLES = 4
+MAX_SAMPLES = 4
 CLEAN = (
     "nothing was found: every difference that was seen is allowed (of what was not seen this is evidence, not proof)"
 )
@@ -94,7 +94,7 @@ class Report:
 
     def _pictures(self, ascii: bool) -> list[str]:
         lines = []
-        for s, label in self._distinct()[:MOST_SAMPLES]:
+        for s, label in self._distinct()[:MAX_SAMPLES]:
             reach, visible = self.reach[s].numpy(), self.visible[s].numpy()
             # of a long text with few probes most of the picture would be what nobody looked at
             if self.looked.any(dim=0).all() or len(reach) <= SHORT_POSITIONS:
@@ -138,7 +138,7 @@ class Report:
         notes = "".join(f"<p><small>{escape(note)}</small></p>" for note in self.notes)
         labels = ["may depend", "depends", "and must not", "never seen to"]
         pictures = []
-        for s, label in self._distinct()[:MOST_SAMPLES]:
+        for s, label in self._distinct()[:MAX_SAMPLES]:
             cells = np.stack([x[s].numpy() for x in (self.reach, self.visible, self.leaks, self.blind)])
             pictures.append(f"<div>{html_picture(cells, title=label, labels=labels)}</div>")
         return f"<div><p>{escape(self.title)}</p>{body}{''.join(pictures)}{notes}</div>"

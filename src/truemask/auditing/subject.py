@@ -36,7 +36,7 @@ INPUT_KEYWORDS = (
     "src",
 )
 OUTPUT_FIELDS = ("logits", "last_hidden_state", "prediction_logits")
-LEAST_POSITIONS = 2
+MIN_POSITIONS = 2
 SEED = 20_260_714  # every call of the model begins here, so that dropout drops the same in all of them
 
 
@@ -239,10 +239,10 @@ def read_batch(batch: Tensor | Mapping[str, Any]) -> tuple[str | None, Tensor, d
     if inputs.ndim != (3 if inputs.is_floating_point() else 2) or 0 in inputs.shape or inputs.dtype == torch.bool:
         hint = "; for one sample pass batch[None]" if inputs.ndim == (2 if inputs.is_floating_point() else 1) else ""
         raise AuditError(f"the input is {describe(inputs)}; expected whole ids [b, n] or embeddings [b, n, d]{hint}")
-    if inputs.shape[1] < LEAST_POSITIONS:
+    if inputs.shape[1] < MIN_POSITIONS:
         raise AuditError(
             f"the input is {describe(inputs)}, a single position: nothing can be seen of who depends on whom. Expected "
-            f"{LEAST_POSITIONS} positions or more, [b, n] or [b, n, d]; of sound [b, 1, samples] audit the part that "
+            f"{MIN_POSITIONS} positions or more, [b, n] or [b, n, d]; of sound [b, 1, samples] audit the part that "
             "attends, with the vectors [b, n, d] that it is given"
         )
     return name, inputs, keywords

@@ -28,7 +28,7 @@ from truemask.masks.leaves.per_token import prefix
 
 SECONDS = 0.8  # for each backend and job
 # Of a shipped constant, and that many times as much at most (1 / 0.05): beyond that a measurement is not believed.
-LEAST_SHARE = 0.05
+MIN_SHARE = 0.05
 FITTING_STEPS, NUDGE = 6, 1e-4
 Announce = Callable[[str], object]
 
@@ -81,9 +81,9 @@ def measured_costs(
             small_job, large_job = (Measured(probe, grad, took[name]) for probe, took in runs)
             rates = fitted(backend, rates, small_job, large_job)
         single = Measured(large, False, forward[1][1][name])
-        work = max(_cost_split(backend, rates, single).work, LEAST_SHARE * single.seconds)
+        work = max(_cost_split(backend, rates, single).work, MIN_SHARE * single.seconds)
         of_dtypes = {key: times[name] for key, times in others.items() if name in times}
-        factors = {key: max(LEAST_SHARE, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
+        factors = {key: max(MIN_SHARE, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
         costs[name] = asdict(replace(rates, **factors))
     say("a bias that meets a mask")
     faster = join_rate(seconds) / SHIPPED.sdpa.join
@@ -111,7 +111,7 @@ def fitted(backend: Backend, rates: Rates, small: Measured, large: Measured) -> 
     for _ in range(FITTING_STEPS):
         scaled = _scaled(rates, small.grad, calls, work)
         of_calls, of_work = _factors(*(_cost_split(backend, scaled, measured) for measured in (small, large)))
-        calls, work = (min(max(LEAST_SHARE, factor), 1 / LEAST_SHARE) for factor in (calls * of_calls, work * of_work))
+        calls, work = (min(max(MIN_SHARE, factor), 1 / MIN_SHARE) for factor in (calls * of_calls, work * of_work))
     return _scaled(rates, small.grad, calls, work)
 
 
@@ -136,7 +136,7 @@ def _factors(small: CostSplit, large: CostSplit) -> tuple[float, float]:
     of_calls = (small.seconds * large.work - large.seconds * small.work) / (
         small.calls * large.work - large.calls * small.work
     )
-    return of_calls, (large.seconds - max(LEAST_SHARE, of_calls) * large.calls) / large.work
+    return of_calls, (large.seconds - max(MIN_SHARE, of_calls) * large.calls) / large.work
 
 
 def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> Rates:

@@ -20,7 +20,7 @@ from truemask.train.corpus import Corpus, read_corpus
 from truemask.train.model import batch_loss, bits_per_byte, build_model
 from truemask.train.rows import Rows, held_out_rows
 
-LEAST_RATE_SHARE = 0.05  # of the learning rate, reached when the run is done
+MIN_RATE_SHARE = 0.05  # of the learning rate, reached when the run is done
 RISE_SHARE = 0.1  # share of the run after which the learning rate has risen in any case
 LOG_NAME = "log.jsonl"
 
@@ -155,7 +155,7 @@ def schedule(step: int, warmup: int, share: float) -> float:
     >>> [round(schedule(step, 2, step / 4), 2) for step in range(4)]
     [0.5, 0.86, 0.53, 0.19]
     """
-    cosine = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
+    cosine = MIN_RATE_SHARE + (1 - MIN_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
     return min(1.0, max((step + 1) / warmup, share / RISE_SHARE)) * cosine
 
 

@@ -14,8 +14,8 @@ from truemask.geometry.logic import FULL, MIXED
 from truemask.geometry.tiles.tile_map import TileMap
 from truemask.viz.picture import PIXELS_WIDE, Shares, shades_picture, svg_picture, text_grid, text_picture
 
-MOST_PANELS = 8
-MOST_CELLS = 1 << 28  # evaluated for a picture: a few seconds
+MAX_PANELS = 8
+MAX_CELLS = 1 << 28  # evaluated for a picture: a few seconds
 
 
 class Drawable(Protocol):
@@ -135,7 +135,7 @@ def _densities(tiles: TileMap) -> tuple[np.ndarray, bool]:
     """The share of pairs in each tile, `[b, h, rows, columns]`, and whether the MIXED ones were counted."""
     state = tiles.state
     density = np.where(state == FULL, 1.0, np.where(state == MIXED, 0.5, 0.0))
-    affordable = tiles.counts.mixed * tiles.block[0] * tiles.block[1] <= MOST_CELLS
+    affordable = tiles.counts.mixed * tiles.block[0] * tiles.block[1] <= MAX_CELLS
     if affordable:
         for part in tiles.evaluated():
             density[part.b, part.h, part.i, part.j] = part.cells.sum((1, 2)) / part.area
@@ -153,9 +153,9 @@ def _places(shape: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[str], i
     """The first samples and heads, their names where there are several, and how many are left out."""
     places = list(np.ndindex(shape[0], shape[1]))
     labels = [
-        ", ".join([f"sample {b}"] * (shape[0] > 1) + [f"head {h}"] * (shape[1] > 1)) for b, h in places[:MOST_PANELS]
+        ", ".join([f"sample {b}"] * (shape[0] > 1) + [f"head {h}"] * (shape[1] > 1)) for b, h in places[:MAX_PANELS]
     ]
-    return places[:MOST_PANELS], labels, max(0, len(places) - MOST_PANELS)
+    return places[:MAX_PANELS], labels, max(0, len(places) - MAX_PANELS)
 
 
 def _rest(more: int) -> list[str]:

@@ -161,7 +161,7 @@ class PlanCache:
             self._kept.weigh(entry)
         elif isinstance(holder := self._kept.get(family), Family):
             entry.structure = holder.mask
-            self._kept.get(entry.key)
+            self._kept.touch(entry)  # newer than its family
         self._shrink()
         return entry
 

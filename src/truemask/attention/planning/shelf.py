@@ -42,6 +42,10 @@ class Shelf(Generic[H]):
             self._holders.move_to_end(holder.key)  # the same object, which need not be hashed again to be the last
         return holder
 
+    def touch(self, holder: H) -> None:
+        """It has been used just now."""
+        self._holders.move_to_end(holder.key)
+
     def put(self, holder: H) -> None:
         """Keep it; it is weighed when somebody says so."""
         self._holders[holder.key] = holder

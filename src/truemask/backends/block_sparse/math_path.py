@@ -68,8 +68,8 @@ def _forward(call: StripMath, leaves: Leaves) -> tuple[Tensor, Tensor]:
     out = leaves.q.new_zeros(b, h, n, dv)
     lse = leaves.q.new_full((b, h, n), -torch.inf)
     for cells in _cells(call, leaves):
-        numbers = leaves.bias if leaves.bias is not None else call.numbers.bias
-        bias = None if numbers is None else cells.bias(numbers, call.positions)
+        source = leaves.bias if leaves.bias is not None else call.numbers.bias
+        bias = None if source is None else cells.bias(source, call.positions)
         sinks = None if leaves.sinks is None else leaves.sinks[cells.piece.heads]
         strip_out, strip_lse = _chunk(
             call, cells, (cells.take_rows(leaves.q), cells.take_keys(leaves.k), cells.take_keys(leaves.v)), sinks, bias
@@ -111,8 +111,8 @@ def _add_gradients(
             value = cells.bias(leaves.bias.detach(), None).requires_grad_()
         elif call.numbers.bias is not None:
             value = cells.bias(call.numbers.bias, call.positions)
-        results_of_strips = _chunk(call, cells, qkv, None if sinks is None else sinks[cells.piece.heads], value)
-        results = [results_of_strips[0], results_of_strips[1][..., None]]
+        out, lse = _chunk(call, cells, qkv, None if sinks is None else sinks[cells.piece.heads], value)
+        results = [out, lse[..., None]]
     pairs = [(x, g) for x, g in zip(results, output_grads, strict=True) if g is not None]
     sources = [*qkv, sinks, value if leaves.bias is not None else None, *leaves.parameters]
     wanted = [(i, x) for i, x in enumerate(sources) if x is not None and totals[i] is not None]

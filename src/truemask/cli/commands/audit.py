@@ -19,7 +19,7 @@ import typer
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from truemask.auditing.audit import MOST_POSITIONS
+from truemask.auditing.audit import MAX_POSITIONS
 from truemask.auditing.audit import audit as run_audit
 from truemask.auditing.placeholders import special_tokens
 from truemask.auditing.probes import ProgressCallback
@@ -47,7 +47,7 @@ def audit(
     vocab: Annotated[int | None, typer.Option(min=2, help="Vocabulary of a batch made here.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="How many layers run the mask.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often everything is tried.")] = 2,
-    positions: Annotated[int, typer.Option(min=2, help="How many positions are probed.")] = MOST_POSITIONS,
+    positions: Annotated[int, typer.Option(min=2, help="How many positions are probed.")] = MAX_POSITIONS,
     train: Annotated[bool, typer.Option("--train", help="Audit in training mode.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report into this HTML file too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print findings and notes as JSON.")] = False,

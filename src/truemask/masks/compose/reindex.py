@@ -147,7 +147,7 @@ class Take(Mask):
         columns = _consecutive(self.k, r.b, r.k0, r.k1)
         if len(rows) * len(columns) > FEW_SHIFTS and (r.q1 - r.q0) * (r.k1 - r.k0) <= FEW_CELLS:
             return self._looked_at_whole(r)
-        if len(columns) > MOST_MOVES or len(rows) * len(columns) > MOST_SHIFTS:
+        if len(columns) > MAX_MOVES or len(rows) * len(columns) > MAX_SHIFTS:
             raise NoExactFormError(f"`{self}` takes positions in {len(rows)} x {len(columns)} runs")
         parts = [
             any_of([self._shifted(r, row, column) for column in columns])
@@ -246,7 +246,7 @@ class Transposed(Mask):
         return method(self.base, "T")
 
 
-MOST_MOVES, MOST_SHIFTS = 64, 1024  # runs of keys, and of rows times keys, that are worth shifting one by one
+MAX_MOVES, MAX_SHIFTS = 64, 1024  # runs of keys, and of rows times keys, that are worth shifting one by one
 FEW_SHIFTS, FEW_CELLS = 4, 1 << 14  # above so many, so few cells are looked at instead
 
 

@@ -1,4 +1,4 @@
-"""How masks come to be: by kind, or, while `torch.compile` traces, as a note of what was asked for (deferred.py)."""
+"""How masks come to be: by kind, or, while `torch.compile` traces, as a text of what was asked for (deferred.py)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from truemask.errors import MaskError
 from truemask.masks.core.kinds import KINDS
 from truemask.masks.core.value import Value
 
-_deferred: Callable[[str, Any], Any] | None = None  # what makes a note, for which `deferred.py` needs `Mask`
+_deferred: Callable[[str, Any], Any] | None = None  # what makes a deferred mask, for which `deferred.py` needs `Mask`
 
 
 def register_deferred(deferred: Callable[[str, Any], Any]) -> None:
-    """Say what makes a note of a mask, given the name of a builder and its arguments."""
+    """Say what makes a deferred mask, given the name of a builder and its arguments."""
     global _deferred
     _deferred = deferred
 

@@ -1,4 +1,4 @@
-"""What is built while `torch.compile` traces: a note of it, which the compiled graph reads again in every call."""
+"""What is built while `torch.compile` traces: a text of it, which the compiled graph reads again in every call."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class DeferredText:
 
 
 class Values(NamedTuple):
-    """What stands in the places of a note."""
+    """What stands in the places of a text."""
 
     masks: tuple[Mask | None, ...]
     tensors: tuple[Tensor | None, ...]
@@ -190,4 +190,4 @@ def _value(node: ast.expr, values: Values) -> Any:
         case ast.Constant():
             return node.value
         case _:
-            raise AssertionError(f"no note says {ast.dump(node)}")
+            raise AssertionError(f"no deferred text says {ast.dump(node)}")

@@ -109,8 +109,8 @@ def _chosen(contents: Any, name: str | None, path: Path) -> Tensor:
     if not tensors:
         raise MaskError(f"{path.name} holds no tensor, and a mask is one")
     unknown = "" if name is None else f", and none is {name!r}{suggest(name, tensors)}"
-    list_of = f"{counted(len(tensors), 'tensor')} ({', '.join(tensors)})"
-    raise MaskError(f"{path.name} holds {list_of}{unknown}: name one with `--tensor NAME`")
+    listing = f"{counted(len(tensors), 'tensor')} ({', '.join(tensors)})"
+    raise MaskError(f"{path.name} holds {listing}{unknown}: name one with `--tensor NAME`")
 
 
 def _meaning(tensor: Tensor, path: Path, axes: str | None = None, said: str = "") -> Reading:
