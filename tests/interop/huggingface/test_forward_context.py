@@ -143,6 +143,53 @@ def test_tasks_and_threads_have_their_own() -> None:
                 assert_same(logits(model), want)
 
 
+def test_an_interrupted_forward_is_not_around_a_deeper_call() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    model = model_of("llama")
+    restarting, straight = torch.arange(12)[None] % 6, torch.arange(12)[None]
+
+    def part(depth: int) -> Tensor:
+        """The model's part, called by so many functions."""
+        if depth:
+            return part(depth - 1)
+        return model.model(tokens(2, 12), position_ids=straight, use_cache=False).last_hidden_state
+
+    with torch.no_grad(), use(model, MASK):
+        want = part(0)
+        for depth in (0, 1, 2, 12):
+            with inside(model, interrupt), pytest.raises(KeyboardInterrupt):
+                model(tokens(2, 12), position_ids=restarting, use_cache=False)
+            assert_same(part(depth), want)
+            assert running() is None
+
+
+def test_positions_of_a_forward_are_gone_with_the_next() -> None:
+    """Without the cyclic collector, which may come late: nothing that a forward made refers to itself."""
+    model = model_of("llama")
+    with torch.no_grad(), use(model, MASK), without_collector():
+        model(tokens(2, 12), use_cache=False)
+        positions: list[weakref.ref[Tensor]] = []
+        for _ in range(3):
+            position_ids = torch.arange(12)[None]
+            positions.append(weakref.ref(position_ids))
+            model(tokens(2, 12), position_ids=position_ids, use_cache=False)
+            del position_ids
+            assert [position() is not None for position in positions].count(True) <= 1
+        model(tokens(2, 12), use_cache=False)
+        assert all(position() is None for position in positions)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def test_a_model_is_not_kept_by_its_last_forward() -> None:
     model = model_of("llama")
     with torch.no_grad(), use(model, MASK):

@@ -11,6 +11,7 @@ import sys
 import weakref
 from contextvars import ContextVar
 from types import FrameType
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,9 +24,9 @@ from truemask.interop.positions import CallerPositions
 class ForwardContext:
     """What the layers of one forward share; of no forward, where a layer is called by itself.
 
-    `outer`: the forward in which this one runs. `whole`: the outermost one that it is a part of. `rows`: the
-    self-attention that ran last, and its mask, by which the cross-attention behind it knows where the rows stand.
-    `tensor`: a 4-D mask, its version, and what it was read as, which the layers share.
+    `outer`: the forward in which this one runs. `rows`: the self-attention that ran last, and its mask, by which the
+    cross-attention behind it knows where the rows stand. `tensor`: a 4-D mask, its version, and what it was read as,
+    which the layers share.
     """
 
     def __init__(
@@ -33,18 +34,33 @@ class ForwardContext:
         model: nn.Module | None = None,
         caller_positions: CallerPositions | None = None,
         outer: ForwardContext | None = None,
-        depth: int = 0,
+        call: Call | None = None,
     ) -> None:
         self._model = None if model is None else weakref.ref(model)
-        self._caller_positions, self.outer, self.depth = caller_positions or CallerPositions(), outer, depth
-        self.running, self.whole = model is not None, self
+        self._caller_positions, self.outer, self._call = caller_positions or CallerPositions(), outer, call
+        self.running = model is not None
+        self._whole: ForwardContext | None = None  # None for itself: a circle would outlive the forward
         self.rows: tuple[AttentionLayer, ModelMask] | None = None
         self.tensor: tuple[weakref.ref[Tensor], int, ModelMask] | None = None
+
+    @property
+    def whole(self) -> ForwardContext:
+        """The outermost forward that this one is a part of, or itself."""
+        return self._whole or self
 
     @property
     def caller_positions(self) -> CallerPositions:
         """What the caller said; behind the forward only `backward` hears it, and no layer that is called by itself."""
         return self._caller_positions if self.running or in_backward() else CallerPositions()
+
+    def runs_around(self, stack: list[FrameType]) -> bool:
+        """Whether this forward has not ended, and the last call of a stack runs inside of it.
+
+        Of an interrupt torch tells no hook: then its own call is on the stack no more.
+        """
+        if not self.running or self._call is None or self._call.depth >= len(stack):
+            return False
+        return self._call == call_at(stack, self._call.depth)
 
     def runs(self, model: nn.Module) -> bool:
         """Whether this is a forward of that model, and has not ended."""
@@ -58,7 +74,7 @@ class ForwardContext:
         around = None if whole._model is None else whole._model()
         if around is None or around is model or all(model is not part for part in around.modules()):
             return
-        self.whole = whole
+        self._whole = whole
         if self._caller_positions.positions is not None:
             self._caller_positions = self._caller_positions._replace(positions=whole._caller_positions.positions)
 
@@ -72,10 +88,10 @@ CONTEXT: ContextVar[ForwardContext | None] = ContextVar("truemask_forward", defa
 
 def begin_forward(model: nn.Module, caller_positions: CallerPositions) -> ForwardContext:
     """The context of a forward that begins here."""
-    outer, depth = CONTEXT.get(), _depth()
-    while outer is not None and not (outer.running and outer.depth < depth):
-        outer = outer.outer  # it has ended, or was interrupted: what runs around this call is not as deep
-    context = ForwardContext(model, caller_positions, outer, depth)
+    outer, stack = CONTEXT.get(), stack_of_forward()
+    while outer is not None and not outer.runs_around(stack):
+        outer = outer.outer  # it has ended, was interrupted, or runs in another thread
+    context = ForwardContext(model, caller_positions, outer, call_at(stack, len(stack)))
     if outer is not None:
         context.belongs_to(outer.whole, model)
     CONTEXT.set(context)
@@ -102,10 +118,36 @@ def forward_context() -> ForwardContext:
     return context
 
 
-def _depth() -> int:
-    """How many calls are on Python's stack."""
-    frame: FrameType | None = sys._getframe()
-    depth = 0
+# -- calls on Python's stack -------------------------------------------------------------------------------------------
+
+HOOK_CALLERS = ("truemask.interop.huggingface", "torch._dynamo")  # whose calls end before the forward does
+
+
+class Call(NamedTuple):
+    """By what a call is known again while it runs. A frame that is gone may leave its `id`, not all else, to another.
+
+    `owner`: the `id` of what the frame calls `self`. A frame itself would keep alive what its variables hold.
+    """
+
+    depth: int
+    frame: int
+    code: int
+    owner: int
+
+
+def call_at(stack: list[FrameType], depth: int) -> Call:
+    """The call at that place of a stack, counted from 1."""
+    frame = stack[depth - 1]
+    return Call(depth, id(frame), id(frame.f_code), id(frame.f_locals.get("self")))
+
+
+def stack_of_forward() -> list[FrameType]:
+    """The calls on Python's stack, the outermost first; the last one is torch's, which runs the hook and the forward."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(HOOK_CALLERS):
+        frame = frame.f_back
+    stack: list[FrameType] = []
     while frame is not None:
-        frame, depth = frame.f_back, depth + 1
-    return depth
+        stack.append(frame)
+        frame = frame.f_back
+    return stack[::-1]
