@@ -48,8 +48,7 @@ class ActiveUse:
             USES.set((*_lasting(), self.number))
 
     def __del__(self) -> None:
-        WAITING.extend(reversed(self._ends))
-        _settle()
+        self._give_back()
 
     def change(self, do: Callable[[], Callable[[], object]]) -> None:
         """Change something that uses share; what `do` returns takes it back."""
@@ -68,6 +67,16 @@ class ActiveUse:
                 self._values.pop().leave(self.number)
         LASTING.pop(self.number, None)
         USES.set(_lasting())
+
+    def abandon(self) -> None:
+        """The end of a use that could not begin: nothing ran in it, so what it changed is given back now."""
+        self.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        WAITING.extend(reversed(self._ends))
+        self._ends.clear()
+        _settle()
 
 
 def _lasting() -> tuple[int, ...]:

@@ -39,8 +39,8 @@ class Switch(ABC):
         try:
             self._change({module: mark(layer) for module, layer in layer_masks.items()}, active_use)
         except BaseException:
-            del active_use, mark  # the error remembers what stands here
-            self.undo()
+            active_use.abandon()  # the error remembers the use, and with it all that it changed
+            self._active_use = None
             raise
 
     def undo(self) -> None:

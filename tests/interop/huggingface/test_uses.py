@@ -99,10 +99,12 @@ def fail_with(_: object) -> None:
 
 def test_a_use_that_cannot_begin_leaves_nothing_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.layers[1].self_attn.config = type(model.config)(attn_implementation="eager")
-    with pytest.raises(MaskError, match=r"`model.layers.1.self_attn` keeps its attention 'eager'"):
+    with pytest.raises(MaskError, match=r"`model.layers.1.self_attn` keeps its attention 'eager'") as raised:
         enable(model, MASK)
     assert model.config._attn_implementation == "sdpa"
     assert "_truemask" not in vars(model.model.layers[0].self_attn)
+    assert id(model.config) not in ACCOUNTS
+    assert raised.tb is not None  # the error lived till here, with all that its traceback remembers
 
 
 def test_layers_that_come_before_the_block_begins_are_in_it(model: Any) -> None:

@@ -30,6 +30,7 @@ from tests.support.x_transformers_models import (
 )
 from truemask.errors import MaskError
 from truemask.interop.use import use
+from truemask.interop.x_transformers import switch
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal, window
 from truemask.masks.leaves.matrices import dense
@@ -86,6 +87,20 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     assert [set(vars(m)) for m in net.modules()] == [set(names) for names in before]
     assert torch.equal(net(tokens()), plain)
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in net.modules())
+
+
+def test_a_use_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MaskError("no wrapper")
+
+    monkeypatch.setattr(switch, "_watch", fail)
+    net = model()
+    plain, names = net(tokens()), [set(vars(m)) for m in net.modules()]
+    with pytest.raises(MaskError, match="no wrapper") as raised:
+        use(net, window(2)).__enter__()
+    assert [set(vars(m)) for m in net.modules()] == names
+    assert torch.equal(net(tokens()), plain)
+    assert raised.tb is not None  # the error lived till here, with all that its traceback remembers
 
 
 def test_copies_and_state_dicts() -> None:

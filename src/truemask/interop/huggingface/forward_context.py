@@ -142,7 +142,7 @@ def call_at(stack: list[FrameType], depth: int) -> Call:
 
 
 def stack_of_forward() -> list[FrameType]:
-    """The calls on Python's stack, the outermost first; the last one is torch's, which runs the hook and the forward."""
+    """The calls on Python's stack, the outermost first; the last is torch's, which runs the hook and the forward."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and str(frame.f_globals.get("__name__")).startswith(HOOK_CALLERS):
         frame = frame.f_back
