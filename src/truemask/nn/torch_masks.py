@@ -7,6 +7,7 @@ from torch import Tensor
 
 from truemask.common.real_tensors import cannot_look
 from truemask.errors import MaskError
+from truemask.masks.foreign.tensors import highest_hidden
 
 
 def hidden_and_bias(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -17,7 +18,7 @@ def hidden_and_bias(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]
     """
     if value is None or not value.is_floating_point():
         return value, None
-    hidden = value.detach() <= torch.finfo(value.dtype).min / 2
+    hidden = value.detach() <= highest_hidden(value.dtype)
     if cannot_look():  # -inf hides too
         return None, value.masked_fill(hidden, -torch.inf)
     rest = value.masked_fill(hidden, 0.0)

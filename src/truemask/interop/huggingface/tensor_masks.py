@@ -14,6 +14,7 @@ from truemask.interop.huggingface.mask_functions import Lifted
 from truemask.interop.huggingface.masks import ModelMask
 from truemask.masks.compose.boolean import everything
 from truemask.masks.foreign.importers import from_torch_sdpa
+from truemask.masks.foreign.tensors import highest_hidden
 
 
 def of_tensor(context: ForwardContext, mask: Tensor, sizes: tuple[int, int, int], reader: nn.Module) -> ModelMask:
@@ -49,7 +50,7 @@ def _read(mask: Tensor, sizes: tuple[int, int, int]) -> ModelMask:
     if not mask.is_floating_point():
         rule = from_torch_sdpa(mask)
         return ModelMask(Lifted(rule), sizes, placed=placed, visible=_seen(mask), device=mask.device)
-    visible = mask.detach() > torch.finfo(mask.dtype).min / 2
+    visible = mask.detach() > highest_hidden(mask.dtype)
     rule = everything if bool(visible.all()) else from_torch_sdpa(visible)
     added = torch.where(visible, mask, 0)
     bias = added if mask.requires_grad or bool((added != 0).any()) else None

@@ -35,6 +35,15 @@ def boolean_hint(value: Tensor) -> str:
     )
 
 
+def highest_hidden(dtype: torch.dtype) -> float:
+    """The number added to scores at or below which a pair is hidden (law 1): half of the dtype's lowest.
+
+    >>> highest_hidden(torch.float16)
+    -32752.0
+    """
+    return torch.finfo(dtype).min / 2
+
+
 def additive_visible(where: str, name: str, value: Tensor) -> Tensor:
     """Law 1 for floats: 0 is visible, at or below half of the lowest is hidden, and everything else is a bias."""
     require_tensor(where, value)
@@ -44,13 +53,13 @@ def additive_visible(where: str, name: str, value: Tensor) -> Tensor:
         raise MaskError(f"{where}: {name} is {describe(value)}, and an additive mask is float; use {way}")
     value = value.detach()
     visible = value == 0
-    lowest = torch.finfo(value.dtype).min / 2
-    strange = ~(visible | (value <= lowest))
+    highest = highest_hidden(value.dtype)
+    strange = ~(visible | (value <= highest))
     if not is_late(value) and bool(strange.any()):
         first = value[strange].flatten()[0].item()
         raise MaskError(
             f"{where}: {name} is {describe(value)} and holds {first:g}, which is a bias and not a mask: a mask holds 0 "
-            f"(attend) and values at or below half of the dtype's lowest, {lowest:g} (hidden). "
+            f"(attend) and values at or below half of the dtype's lowest, {highest:g} (hidden). "
             f"Pass it to attend as bias=, or say what it hides: from_torch_sdpa(m > -1e4){boolean_hint(value)}"
         )
     return visible
