@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truemask.auditing import checks as judging
+from truemask.auditing import checks
 from truemask.auditing.amplified_probes import look_by_larger_changes
 from truemask.auditing.batch_invariance import padding_findings
 from truemask.auditing.cached_decoding import decoding_findings
@@ -106,7 +106,7 @@ def assert_no_leak(model: nn.Module, batch: Tensor | Mapping[str, Any], mask: ob
     AssertionError: audit of Encoder, 1 sample of 4 positions: held to `causal` ...
     """
     report = audit(model, batch, mask, **{"cache": False, **options})
-    if set(report.findings.codes) & {*judging.LEAKS, *judging.UNSEEN}:
+    if set(report.findings.codes) & {*checks.LEAKS, *checks.UNSEEN}:
         raise AssertionError(str(report))
     return report
 
@@ -210,20 +210,16 @@ class _Measurements:
         sound = not any(isinstance(result, Finding) and result.severity == "error" for result in by_context)
         return [
             *self._not_finite(),
-            *judging.nothing_seen(visible, self.reach & judged & self.looked),
-            *judging.leaks(self.subject, self.expected, self.dependencies, visible & hidden, self.reach),
-            *judging.unbounded(self.expected, visible & judged, self.reach, self.shown),
-            *judging.neighbours(self.dependencies),
-            *judging.small_positions(self.subject, self.expected),
+            *checks.nothing_seen(visible, self.reach & judged & self.looked),
+            *checks.leaks(self.subject, self.expected, self.dependencies, visible & hidden, self.reach),
+            *checks.unbounded(self.expected, visible & judged, self.reach, self.shown),
+            *checks.neighbours(self.dependencies),
+            *checks.small_positions(self.subject, self.expected),
             *by_context,
             *(padding_findings(self.subject, self.expected, self.distances, sound) if steady else ()),
-            *judging.blind_spots(self.expected, blind, self.reach & judged, self.dependencies, self.seeds),
+            *checks.blind_spots(self.expected, blind, self.reach & judged, self.dependencies, self.seeds),
             *(decoding_findings(self.subject, self.expected, self.judged, self.distances) if cache else ()),
-            *(
-                ()
-                if self.dependencies.neighbours
-                else judging.poisoned(self.subject, self.distances, hidden & ~visible)
-            ),
+            *(() if self.dependencies.neighbours else checks.poisoned(self.subject, self.distances, hidden & ~visible)),
         ]
 
     def _not_finite(self) -> list[Finding]:

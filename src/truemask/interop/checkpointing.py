@@ -16,12 +16,12 @@ from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch
-import torch.utils.checkpoint as torchs
+import torch.utils.checkpoint as torch_checkpoint
 
 from truemask.errors import MaskError
 
 T = TypeVar("T")
-RECORDS = "_truemask_notes"  # the attribute of a checkpoint with what its forward ran under
+RECORDS = "_truemask_records"  # the attribute of a checkpoint with what its forward ran under
 
 
 @dataclass
@@ -57,25 +57,25 @@ class Checkpoints:
 
     def as_in_forward(self, key: Hashable, now: Callable[[], T]) -> T:
         """What counts now, which is written down; in a recomputation what counted in its forward, None if unknown."""
-        value: Any = now() if self.recomputed is None else self._noted(key)
+        value: Any = now() if self.recomputed is None else self._recorded(key)
         for checkpoint in self.forwards:
             vars(checkpoint).setdefault(RECORDS, {}).setdefault(key, RecordedCalls()).values.append(value)
         return value
 
-    def _noted(self, key: Hashable) -> Any:
-        notes = vars(self.recomputed).get(RECORDS, {}).get(key)
-        return None if notes is None else notes.next(self.turn)
+    def _recorded(self, key: Hashable) -> Any:
+        calls: RecordedCalls | None = vars(self.recomputed).get(RECORDS, {}).get(key)
+        return None if calls is None else calls.next(self.turn)
 
 
 def checkpoints() -> Checkpoints:
     """Those around the call that runs now, in this thread."""
     forwards = [] if (innermost := _hooked()) is None else [innermost]
     for frame in _frames():
-        kind = KINDS.get(id(frame.f_code))
-        if kind is None:
+        checkpoint_in = READERS_BY_CODE_ID.get(id(frame.f_code))
+        if checkpoint_in is None:
             continue
         names = frame.f_locals
-        checkpoint, recomputed = kind(names)
+        checkpoint, recomputed = checkpoint_in(names)
         if recomputed:
             turn = names.get("gid", torch._C._current_graph_task_id())
             return Checkpoints(tuple(forwards), checkpoint, turn)
@@ -115,13 +115,13 @@ def _generated(names: dict[str, Any]) -> tuple[Any, bool]:
     return None if waiting is None else waiting.f_locals.get("new_frame"), False
 
 
-SAVES = _inside(torchs._checkpoint_hook.__init__.__code__, "pack_hook")
+SAVES = _inside(torch_checkpoint._checkpoint_hook.__init__.__code__, "pack_hook")
 
 # what a function of torch.utils.checkpoint says of the checkpoint by its variables, and whether it is recomputed there
 CHECKPOINT_FRAMES: dict[CodeType, Callable[[dict[str, Any]], tuple[Any, bool]]] = {
-    torchs.CheckpointFunction.forward.__code__: lambda names: (names["ctx"], False),
-    torchs.CheckpointFunction.backward.__code__: lambda names: (names["ctx"], True),
-    inspect.unwrap(torchs.checkpoint).__code__: _generated,
-    _inside(torchs._checkpoint_hook.__init__.__code__, "unpack_hook"): lambda names: (names["frame"], True),
+    torch_checkpoint.CheckpointFunction.forward.__code__: lambda names: (names["ctx"], False),
+    torch_checkpoint.CheckpointFunction.backward.__code__: lambda names: (names["ctx"], True),
+    inspect.unwrap(torch_checkpoint.checkpoint).__code__: _generated,
+    _inside(torch_checkpoint._checkpoint_hook.__init__.__code__, "unpack_hook"): lambda names: (names["frame"], True),
 }
-KINDS = {id(code): kind for code, kind in CHECKPOINT_FRAMES.items()}  # dynamo's code has no hash
+READERS_BY_CODE_ID = {id(code): reader for code, reader in CHECKPOINT_FRAMES.items()}  # dynamo's code has no hash

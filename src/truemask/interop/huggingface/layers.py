@@ -19,7 +19,7 @@ CROSS = re.compile(
     r"encoder_attn|encoder_decoder_att|cross_?att|EncDecAttention|\bx_attn|token_to_image|image_to_token|image_pooling",
     re.IGNORECASE,
 )
-KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")  # as transformers calls them
 
 
 def attention_layers(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
@@ -80,7 +80,7 @@ def _mixers_renamed(layers: Mapping[nn.Module, AttentionLayer]) -> dict[nn.Modul
     attending = {(layer.part, layer.index) for layer in layers.values() if not layer.own_way}
     renamed = dict(layers)
     for module, layer in layers.items():
-        if layer.own_way == MIXES and ((layer.part, layer.index) in attending or layer.names[1] in KINDS):
+        if layer.own_way == MIXES and ((layer.part, layer.index) in attending or layer.names[1] in LAYER_TYPES):
             renamed[module] = changed(layer, names=_names(layer.part, "mixer"))
     return renamed
 

@@ -10,7 +10,7 @@ from torch import nn
 from truemask.errors import MaskError
 from truemask.interop.layer_masks import AttentionLayer
 
-KINDS = {"a": "self", "c": "cross"}  # x-transformers' letters
+ATTENTION_LETTERS = {"a": "self", "c": "cross"}  # of x-transformers' `layer_types`
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def attention_in(stack: Any) -> list[tuple[str, nn.Module, int]]:
     if not is_a(stack, "AttentionLayers"):
         return modules
     for letter, layer in zip(stack.layer_types, stack.layers, strict=True):
-        inside = [part for part in layer[1].modules() if is_a(part, "Attention")] if letter in KINDS else []
+        inside = [part for part in layer[1].modules() if is_a(part, "Attention")] if letter in ATTENTION_LETTERS else []
         for module in inside:
             if all(module is not other for _, other, _ in modules):  # tied layers are one
                 modules.append((letter, module, sum(letter == other for other, _, _ in modules)))
@@ -62,5 +62,5 @@ def named(path: str, letter: str, index: int) -> AttentionLayer:
     """What `layers=` calls a layer: "cross_attention", or the part of the model that its stack is, and its place."""
     steps = [step for step in path.split(".") if step not in ("attn_layers", "net", "")]
     part = steps[-1] if steps else "model"
-    cross = KINDS[letter] == "cross"
+    cross = ATTENTION_LETTERS[letter] == "cross"
     return AttentionLayer(path, index, part, ("cross_attention",) if cross else (part,), cross)

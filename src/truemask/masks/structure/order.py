@@ -48,12 +48,12 @@ answer(looks_back, False, Xor, Not, *PER_AXIS, Select, *REINDEXED, Prepended)
 
 
 @register(looks_back, And)
-def _all_terms(mask: And) -> bool:
+def _any_term(mask: And) -> bool:
     return any(map(looks_back, mask.terms))
 
 
 @register(looks_back, Or)
-def _any_term(mask: Or) -> bool:
+def _all_terms(mask: Or) -> bool:
     return all(map(looks_back, mask.terms))
 
 
