@@ -20,9 +20,10 @@ from truemask.auditing.expected_masks import ExpectedMask, check_fit, expected_m
 from truemask.auditing.multimodal import VectorModel, without_signals
 from truemask.auditing.placeholders import placeholders
 from truemask.auditing.probes import Dependencies, ProgressCallback, confirm, look, probed_positions
-from truemask.auditing.report import Finding, Findings, Report
+from truemask.auditing.report import Report
 from truemask.auditing.subject import AuditedModel, AuditError, undisturbed
 from truemask.auditing.torch_modules import without_queries
+from truemask.common.finding import Finding, Findings
 from truemask.common.formatting import describe
 
 MAX_POSITIONS = 128

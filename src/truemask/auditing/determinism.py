@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from truemask.auditing.distances import Distances
-from truemask.auditing.report import Finding
 from truemask.auditing.subject import SEED, AuditedModel, undisturbed
+from truemask.common.finding import Finding
 
 
 def unsteady_calls(subject: AuditedModel, distances: Distances, train: bool) -> list[Finding]:

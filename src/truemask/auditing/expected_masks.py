@@ -24,7 +24,7 @@ from truemask.auditing.declared_masks import (
 )
 from truemask.auditing.subject import AuditedModel, AuditError
 from truemask.auditing.torch_modules import torch_mask_of
-from truemask.common.formatting import describe
+from truemask.common.formatting import describe, shortened
 from truemask.errors import MaskError
 from truemask.interop.removed_pairs import removed_pairs
 from truemask.masks.compose.boolean import conjunction
@@ -65,7 +65,7 @@ class ExpectedMask:
     def text(self) -> str:
         """The masks, each different one once; long data are cut."""
         texts = dict.fromkeys(mask.text for mask in self.masks)
-        return " then ".join(f"`{text if len(text) <= 100 else text[:97] + '...'}`" for text in texts)
+        return " then ".join(f"`{shortened(text, 100)}`" for text in texts)
 
 
 def expected_mask_of(subject: AuditedModel, mask: object = None, layers: int | None = None) -> ExpectedMask:

@@ -116,7 +116,7 @@ VectorCallback = Callable[..., Tensor | None]
 
 @contextmanager
 def _watched(sites: list[VectorSite], shape: torch.Size, callback: VectorCallback) -> Iterator[None]:
-    """Call `told(module, vectors, before=)` when vectors of this shape pass; what it returns takes their place."""
+    """Call `callback(module, vectors, before=)` when vectors of this shape pass; what it returns takes their place."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == shape and value.is_floating_point()

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from truemask.common.finding import Finding as Finding
-from truemask.common.finding import Findings as Findings
+from truemask.common.finding import Findings
 from truemask.viz.picture import html_picture, text_picture
 
 SHORT_POSITIONS = 40  # positions up to which the differences are drawn with a sign of their own

@@ -29,7 +29,7 @@ class TransformerWrapper(nn.Module):
     max_seq_len        how many positions the absolute embedding learns; with rotary or no positions it limits nothing
     attn_layers        the Decoder or Encoder
     num_memory_tokens  registers: learned rows before the tokens, which every row reads and no mask or position counts
-                       (what they read themselves: `truemask.nn.forward_mask`); they are not in the output
+                       (what they read themselves: `truemask.masks.structure.registers`); they are not in the output
     tie_embedding      the logits use the token embedding, scaled by tie_embedding_scale (default dim ** -0.5)
     use_abs_pos_emb    a learned vector per position, unless the layers are rotary or max_seq_len is 0 (the default is
                        True and rotary turns it off, as in x-transformers)

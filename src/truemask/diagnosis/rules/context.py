@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from truemask.common.finding import Finding
 from truemask.diagnosis.recognise import recognise
 from truemask.errors import MaskError
 from truemask.masks.core.exact_form import exact_slabs
@@ -124,6 +125,9 @@ class RuleContext:
             yield self.documents if self.any_part(chooses_samples) else self.here(self.documents), True
             return
         yield from ((self.here(part), False) for part in self.mask.walk() if is_documents_only(part))
+
+
+Rule = Callable[[RuleContext], Iterator[Finding]]
 
 
 def at_cell(cell: Cell, mask: Mask) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from truemask.common.finding import Finding
 from truemask.common.formatting import counted, ranges
-from truemask.diagnosis.rules.context import RuleContext
+from truemask.diagnosis.rules.context import Rule, RuleContext
 from truemask.masks.structure.parts import of_head
 
 MAX_HEADS = 64  # different ones that are looked at one by one
-
-Rule = Callable[[RuleContext], Iterator[Finding]]
 
 
 def of_heads(context: RuleContext, rules: Sequence[Rule]) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import reduce
 
 import numpy as np
@@ -12,12 +12,10 @@ from torch import Tensor
 from truemask.common.finding import Finding
 from truemask.common.formatting import counted, ranges
 from truemask.diagnosis.leaf_reasons import quoted
-from truemask.diagnosis.rules.context import RuleContext, at_cell
+from truemask.diagnosis.rules.context import Rule, RuleContext, at_cell
 from truemask.masks.structure.data import cells_held, is_opaque
 from truemask.masks.structure.order import names_order, turns_around
 from truemask.masks.structure.padding import paddings
-
-Rule = Callable[[RuleContext], Iterator[Finding]]
 
 MIN_QUERIES = 4  # queries below which a mask may be upside down by chance
 HIDDEN_SHARE = 0.99  # share of the future that a tensor hides if it is meant to be causal

@@ -136,12 +136,8 @@ def attention(
         rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
         mask = model_mask.combined_across(layer.mask, rows, layer.replace)
     else:
-        user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
-        model_mask.warn_of_documents(user_mask)
-        mask, context.rows = model_mask.combined_with(user_mask, layer.replace, positions), (layer, model_mask)
-        if user_mask is not None and not layer.replace:
-            rule, length = model_mask.rule_beside(user_mask, positions)
-            warn_of_removed_pairs(layer.used, layer.path, user_mask, rule, length, model_mask.batch, query.shape[1])
+        mask = _self_attention_mask(layer, model_mask, options, heads=query.shape[1])
+        context.rows = layer, model_mask
     keys = model_mask.keys_written
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
@@ -161,6 +157,17 @@ def attention(
     )
     out, shares = result if isinstance(result, tuple) else (result, None)
     return out.transpose(1, 2).contiguous(), shares
+
+
+def _self_attention_mask(layer: AttentionLayer, model_mask: ModelMask, options: dict[str, Any], heads: int) -> Mask:
+    """The model's own mask with the user's; says what of the user's the model's rule removes."""
+    user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
+    model_mask.warn_of_documents(user_mask)
+    mask = model_mask.combined_with(user_mask, layer.replace, positions)
+    if user_mask is not None and not layer.replace:
+        rule, length = model_mask.rule_beside(user_mask, positions)
+        warn_of_removed_pairs(layer.used, layer.path, user_mask, rule, length, model_mask.batch, heads)
+    return mask
 
 
 def _with_batch(user_mask: Mask | None, batch_mask: object) -> Mask | None:

@@ -106,7 +106,8 @@ class ScopedLayer(ScopedValue[AttentionLayer]):
 
     def __init__(self, layer: AttentionLayer, before: str | None = None, always: AttentionLayer | None = None) -> None:
         super().__init__(always)
-        self.plain, self.before, self.users = changed(layer, mask=None, replace=False), before, 1
+        self.plain, self.before = changed(layer, mask=None, replace=False), before
+        self.users = 1  # the copied module, which keeps it when its uses end; where a use makes it, `install` sets 0
 
     def __deepcopy__(self, _: object) -> ScopedLayer:
         return self.for_good()
@@ -116,7 +117,7 @@ class ScopedLayer(ScopedValue[AttentionLayer]):
         return ScopedLayer, (copied.plain, None, copied.always)
 
     def for_good(self) -> ScopedLayer:
-        """A seat of its own, in which what counts here counts everywhere."""
+        """A `ScopedLayer` of its own, in which what counts here counts everywhere."""
         entry = self.now()
         return ScopedLayer(self.plain, always=self.plain if entry is None else entry.value)
 

@@ -5,7 +5,7 @@
 
 "Registers" are all that a wrapper puts before the tokens: memory tokens, class tokens, prepended embeddings. They,
 additional keys and `attn_num_mem_kv` are seen by all and not counted (law 2). What a register itself sees follows the
-rule of `truemask.nn.forward_mask`: it reads a token only if every query that reads registers may read it.
+rule of `truemask.masks.structure.registers`: it reads a token only if every query that reads registers may read it.
 """
 
 from __future__ import annotations

@@ -23,18 +23,19 @@ class XTransformersSwitch(Switch):
     """An x-transformers model on our attention, between `apply` and `undo`."""
 
     def _assigned(self, mask: object, layers: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
-        self._found = attention_layers(self.model)
-        named = {attention.module: attention.layer for attention in self._found if not attention.pools}
+        attentions = attention_layers(self.model)
+        named = {attention.module: attention.layer for attention in attentions if not attention.pools}
         masked = assigned(self.model, named, mask, layers, replace) if named or mask is not None else {}
-        for attention in self._found:
+        for attention in attentions:
             if attention.module in masked and masked[attention.module].mask is not None:
                 check_maskable(attention.module, attention.stack, replace)
-        return {attention.module: masked.get(attention.module, attention.layer) for attention in self._found}
+        return {attention.module: masked.get(attention.module, attention.layer) for attention in attentions}
 
     def _change(self, layers: Mapping[nn.Module, AttentionLayer], active_use: ActiveUse) -> None:
-        for attention in self._found:
+        attentions = attention_layers(self.model)
+        for attention in attentions:
             active_use.change(partial(_begin, attention, layers[attention.module], active_use))
-        for stack in {attention.stack: None for attention in self._found if attention.stack is not None}:
+        for stack in {attention.stack: None for attention in attentions if attention.stack is not None}:
             active_use.change(partial(_watch, self.model, stack))
 
 
