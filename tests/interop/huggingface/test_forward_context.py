@@ -165,6 +165,26 @@ def test_an_interrupted_forward_is_not_around_a_deeper_call() -> None:
             assert running() is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_part_runs_inside_its_model(compiled: bool) -> None:
+    model, wholes = model_of("llama"), []
+
+    @torch.compiler.disable
+    def note() -> None:
+        context = CONTEXT.get()
+        assert context is not None
+        assert context.runs(model.model)
+        wholes.append(context.whole.runs(model))
+
+    with torch.no_grad(), use(model, MASK):
+        run = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(3):
+            with inside(model, note):
+                run(tokens(2, 12), use_cache=False)
+        assert wholes == [True] * 3
+        assert running() is None
+
+
 def test_positions_of_a_forward_are_gone_with_the_next() -> None:
     """Without the cyclic collector, which may come late: nothing that a forward made refers to itself."""
     model = model_of("llama")
