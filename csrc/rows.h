@@ -11,7 +11,7 @@ namespace {
 constexpr float LN2 = 0.693147180559945309f, LOG2E = 1.44269504088896341f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-// The hash of `truemask/common/hashing.py`, on 32-bit words or vectors of them.
+// The hash of `truemask/masks/hashing.py`, on 32-bit words or vectors of them.
 template <class T>
 TM_INLINE T mix(T x) {
   x = ((x >> 16) ^ x) * 0x45D9F3Bu;

@@ -43,6 +43,7 @@ STAIRS = """
     masks/structure
     masks/formats
     masks/foreign
+    viz/plot.py
     biases.py
     backends/base.py
     backends/backend.py

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from truemask import Mask, MaskError, blocks, causal, dilated, everything, prefix, random, window
-from truemask.masks.formats.figures import PictureError, can_plot, plot, save_picture
 from truemask.viz.panels import panels_of, svg_of, text_of
 from truemask.viz.picture import shares
+from truemask.viz.plot import PictureError, can_plot, plot, save_picture
 
 MASKS = [causal & (window(11) | prefix(3)), blocks(7, back=1), random(0.3, block=2, seed=1), dilated(3), ~causal]
 PNG = b"\x89PNG\r\n\x1a\n"

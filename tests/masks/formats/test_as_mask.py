@@ -13,8 +13,8 @@ from torch import Tensor
 import truemask as tm
 from tests.support.equality import assert_same
 from truemask.masks.formats.as_mask import from_text
-from truemask.masks.formats.figures import save_picture
 from truemask.nn.multihead import MultiheadAttention
+from truemask.viz.plot import save_picture
 
 N = 7
 TEXT, MASK = "causal & (window(3) | prefix(1))", tm.causal & (tm.window(3) | tm.prefix(1))

@@ -27,9 +27,9 @@ from truemask.backends.native.abi import (
 from truemask.backends.native.library import run
 from truemask.backends.shared.autograd import Gradients
 from truemask.biases import Alibi, Bias, Relative
-from truemask.common.hashing import threshold
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles.tile_map import TileMap
+from truemask.masks.hashing import threshold
 
 THREAD_WORK = 1 << 23  # additions and multiplications that are worth a thread
 

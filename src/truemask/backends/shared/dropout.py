@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from truemask.common.hashing import hash32, threshold
+from truemask.masks.hashing import hash32, threshold
 
 
 def kept(seed: int, rate: float, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

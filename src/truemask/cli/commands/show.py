@@ -10,8 +10,8 @@ import typer
 from truemask.cli.console import make_console, needs_ascii, plain
 from truemask.cli.options import Batch, Expression, Heads, KvLength, Length
 from truemask.masks.foreign.files import read_expression
-from truemask.masks.formats.figures import save_picture
 from truemask.viz.panels import text_of
+from truemask.viz.plot import save_picture
 
 LABELS = 12  # characters kept free for the numbers of the rows
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from truemask.cli.console import make_console, plain
-from truemask.masks.formats.figures import can_plot, save_picture
 from truemask.train.config import DEFAULT_MASK, TrainConfig, TrainError
 from truemask.train.trainer import Step, Trainer
+from truemask.viz.plot import can_plot, save_picture
 
 LINE_SECONDS = 5.0  # seconds between lines where there is no terminal
 CHANGEABLE = ("steps", "minutes", "evaluate_every", "save_every", "keep")  # of a run that goes on

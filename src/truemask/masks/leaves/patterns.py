@@ -11,7 +11,6 @@ from torch import Tensor
 
 from truemask.common.arguments import whole
 from truemask.common.formatting import describe
-from truemask.common.hashing import WORD, hash32, threshold
 from truemask.common.real_tensors import remembered
 from truemask.errors import MaskError
 from truemask.geometry.logic import EMPTY, FULL, MIXED, Flags, States, kleene_and, tri_state
@@ -22,6 +21,7 @@ from truemask.masks.core.deferred import deferrable
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.unparse import call
 from truemask.masks.core.value import Written
+from truemask.masks.hashing import WORD, hash32, threshold
 from truemask.masks.leaves.bands import band
 
 

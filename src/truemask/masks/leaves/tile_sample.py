@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from truemask.common.hashing import WORD, hash32
 from truemask.geometry.edges import Edges
+from truemask.masks.hashing import WORD, hash32
 
 TILES, SIDE = 64, 64  # how many are drawn, and their rows and columns
 SAMPLED_FROM = 2 * TILES * SIDE**2  # cells from which on a tensor is not looked at whole at once

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import truemask as tm
 from tests.support import descriptions
-from truemask.common.hashing import hash32, mix, threshold
 from truemask.masks.core.queries import indices
+from truemask.masks.hashing import hash32, mix, threshold
 
 words = st.integers(0, 2**40)
 
