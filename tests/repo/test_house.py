@@ -152,15 +152,15 @@ def test_every_file_is_in_a_room() -> None:
     assert not gone, f"these rooms of STAIRS are not there any more: {gone}"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_imports_run_down_the_stairs(file: str) -> None:
+def test_imports_run_down_the_stairs() -> None:
     floor = {room: i for i, room in enumerate(STAIRS)}
     up = [
-        f"line {line}: {target}"
+        f"{file}, line {line}: {target}"
+        for file in FILES
         for line, target in imported(tree_of(file))
         if floor[room_of(target) or ""] > floor[room_of(file) or ""]
     ]
-    assert not up, f"{file} imports from rooms that do not stand above its own in STAIRS: {up}"
+    assert not up, f"imports from rooms that do not stand above the file's own in STAIRS: {up}"
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
@@ -171,15 +171,14 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         pytest.fail(f"these files import each other in a circle: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_files_and_functions_stay_small(file: str) -> None:
-    text = text_of(file)
-    length = len(text.splitlines())
-    assert (length > LONGEST_FILE) == (file in LONG_FILES), f"{file} has {length} lines; LONG_FILES says otherwise"
-    for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert lines <= LONGEST_FUNCTION, f"{file}: {node.name} has {lines} lines, over {LONGEST_FUNCTION}"
+def test_files_and_functions_stay_small() -> None:
+    for file in FILES:
+        length = len(text_of(file).splitlines())
+        assert (length > LONGEST_FILE) == (file in LONG_FILES), f"{file} has {length} lines; LONG_FILES says otherwise"
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= LONGEST_FUNCTION, f"{file}: {node.name} has {lines} lines, over {LONGEST_FUNCTION}"
 
 
 def test_the_usual_file_is_small() -> None:
@@ -187,10 +186,9 @@ def test_the_usual_file_is_small() -> None:
     assert median(lengths) <= USUAL_FILE
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_file_says_what_it_is(file: str) -> None:
-    said = ast.get_docstring(tree_of(file))
-    assert said, f"{file} has no docstring; its first sentence is what docs/internals/map.md shows"
+def test_every_file_says_what_it_is() -> None:
+    silent = [file for file in FILES if not ast.get_docstring(tree_of(file))]
+    assert not silent, f"these have no docstring, whose first sentence docs/internals/map.md shows: {silent}"
 
 
 def classes_of_masks(tree: ast.AST) -> set[str]:
@@ -228,15 +226,16 @@ def questions_of_kind(tree: ast.AST) -> Iterator[int]:
                 pass
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("masks/")])
-def test_only_masks_asks_what_kind_a_mask_is(file: str) -> None:
+def test_only_masks_asks_what_kind_a_mask_is() -> None:
     """A new kind must not fall through a table of kinds: who has to know asks an open function (masks/structure)."""
-    lines = text_of(file).splitlines()
-    # a parameter of a function has a kind, too
-    asking = [line for line in questions_of_kind(tree_of(file)) if "VAR_KEYWORD" not in lines[line - 1]]
-    assert not asking, (
-        f"{file} asks for the class of a mask in the lines {asking}: ask an open function of masks/structure"
-    )
+    asking = [
+        f"{file}, line {line}"
+        for file in FILES
+        if not file.startswith("masks/")
+        for line in questions_of_kind(tree_of(file))
+        if "VAR_KEYWORD" not in text_of(file).splitlines()[line - 1]  # a parameter of a function has a kind, too
+    ]
+    assert not asking, f"these ask for the class of a mask: {asking}; ask an open function of masks/structure"
 
 
 @pytest.mark.parametrize(
