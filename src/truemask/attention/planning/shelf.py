@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
@@ -9,16 +10,16 @@ from typing import Generic, TypeVar
 from truemask.common.memory import Memory
 
 
-class Holder:
+class Holder(ABC):
     """Something that is kept under a key and holds memory."""
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.counted: Memory = {}  # what it held when it was last weighed
 
+    @abstractmethod
     def memory(self) -> Memory:
         """What it holds now."""
-        raise NotImplementedError
 
 
 H = TypeVar("H", bound=Holder)
