@@ -1,7 +1,8 @@
 // The forward: for each strip of queries, tile by tile of keys, scores become weights where they lie and are summed with values.
 //
-// Softmax looks for no row's highest score but in the first tile that it sees: weights are 2^(score - base) with a base that
-// stays, 2^20 above what was found. Where a sum grows to 2 all of the query shrinks by a whole power of two, which rounds nothing.
+// Weights are 2^(score - base), and bases are whole numbers: where one grows, what was summed shrinks without rounding. Floats take
+// the highest score so far for it, or weights would lose digits. Pairs look in the first tile that a query sees, and leave room
+// above what they find: the base stays until a sum grows to 2, and then the tile is done again.
 #pragma once
 #include "masked_products.h"
 #include "queries.h"
@@ -9,7 +10,7 @@
 
 namespace {
 
-constexpr float ROOM = 20;        // binary digits between the first tile's highest score and 1
+constexpr float UNSET = std::numeric_limits<float>::lowest();  // a base, until some score above -inf was seen
 constexpr int64_t SPLIT = 16;     // key tiles of a part at least, where few queries see many keys
 constexpr int64_t MOST_PARTS = 32;
 
@@ -33,14 +34,13 @@ struct Cut {
 struct Partial {
   Buffer<float> sums;                        // of weighted values: [width, queries], in pieces of Kind::UNIT queries
   float total[TILE], rounded[TILE], base[TILE];  // of weights, and as products have them; weights are 2^(score - base)
-  uint64_t unset;                            // queries that have no base: no score was above -inf
   explicit Partial(int64_t width) : sums(TILE * width) {}
 
   void clear(int64_t width, int64_t queries) {  // beyond which weights are 0
     std::fill(sums + 0, sums + TILE * width, 0.0f);
-    for (float* x : {total, rounded, base}) std::fill(x, x + TILE, 0.0f);
+    for (float* x : {total, rounded}) std::fill(x, x + TILE, 0.0f);
+    std::fill(base, base + queries, UNSET);
     std::fill(base + queries, base + TILE, 1e3f);
-    unset = below(queries);
   }
 };
 
@@ -79,7 +79,7 @@ class Forward {
       transpose<float>(from.sums + q * width_, Kind::UNIT, width_, std::min(Kind::UNIT, lanes_ - q), out_ + q * row, row);
     for (int64_t r = 0; r < strip_.m; ++r) {
       const float total = from.total[r];
-      const float lse = total == 0 ? -INF : (from.base[r] - ROOM + std::log2(total * std::exp2(ROOM))) * LN2;
+      const float lse = total == 0 ? -INF : (from.base[r] - Kind::ROOM + std::log2(total * (1 << Kind::ROOM))) * LN2;
       float by = total == 0 ? 0 : 1 / (total == total ? from.rounded[r] : total);
       if (c_.sinks && total != 0) by /= 1 + std::exp(c_.sinks[strip_.head_of(r)] - lse);
       write(out_ + r * row, by, c_.dv, c_.dtype, strip_.row(c_.out, r));
@@ -96,9 +96,9 @@ class Forward {
                     k_.next_rows(b, h, j));
       kind_.flush();
       strip_.score(j, of, scores_, Kind::UNIT);
-      if (again || c_.bias_kind != NO_BIAS || into.unset & below(of.end) & ~below(of.first)) set_bases(of, keys, seen, again, into);
+      if (again || Kind::ROOM == 0 || c_.bias_kind != NO_BIAS || any_unset(of, into)) set_bases(of, keys, seen, again, into);
       const bool grown = seen ? weigh<true>(j, of, seen, into) : weigh<false>(j, of, seen, into);
-      if (!grown || again) break;
+      if (!grown || again || Kind::ROOM == 0) break;
     }
     std::copy(total_ + of.first, total_ + of.end, into.total + of.first);
     std::copy(rounded_ + of.first, rounded_ + of.end, into.rounded + of.first);
@@ -128,7 +128,7 @@ class Forward {
       float* s = scores_ + (q - of.first);
       const Range keys = keys_of(q, seen);
       const vf factor = splat(strip_.factor()), base = load(from.base + q);
-      vf total = load(from.total + q), rounded = load(from.rounded + q);
+      vf total{}, rounded{};  // summed from 0 and then added: long sums lose less
       for (int64_t k = keys.first; k < keys.end; k += 2) {
         vf x[2];
 #pragma GCC unroll 2
@@ -142,7 +142,8 @@ class Forward {
           for (int64_t i = 0; i < 2; ++i) x[i] = strip_.kept(j, k + i, q) ? x[i] * c_.keep_scale : vf{};
         put(s, k, x);
       }
-      grown |= any_above(total);
+      total += load(from.total + q), rounded += load(from.rounded + q);
+      grown |= any((vi)total & 0x40000000);  // 2 or more, infinite or NaN
       store(total_ + q, total), store(rounded_ + q, PAIRED ? rounded : total);
     }
     return grown;
@@ -152,37 +153,42 @@ class Forward {
     else store(s + k * Kind::UNIT, x[0]), store(s + (k + 1) * Kind::UNIT, x[1]);
   }
 
-  // Bases of queries that have none, and of those whose scores go beyond theirs: by whole numbers.
+  bool any_unset(Range of, const Partial& from) const {
+    vi all{};
+    for (int64_t q = of.first; q < of.end; q += W) all |= load(from.base + q) == UNSET;
+    return any(all);
+  }
+
+  // Bases of queries that have none, and of those whose scores go too far beyond theirs.
   __attribute__((noinline)) void set_bases(Range of, int64_t count, const Seen* seen, bool again, Partial& into) {
+    const vf factor = splat(strip_.factor());
     for (int64_t q = of.first; q < of.end; q += W) {
       const Range keys = keys_of(q, seen);
       vf top = splat(-INF);
       for (int64_t k = keys.first; k < std::min(keys.end, count); ++k) {
-        const vf x = load(scores_ + k * Kind::UNIT + q - of.first) * strip_.factor();
+        const vf x = load(scores_ + k * Kind::UNIT + q - of.first) * factor;
         top = larger(seen ? (seen->lanes(k, q) ? x : splat(-INF)) : x, top);
       }
-      vf by = splat(1.0f);
-      bool changed = false;
-      for (int64_t i = 0; i < W && q + i < strip_.m; ++i) {
-        const bool unset = into.unset >> (q + i) & 1;
-        const float wanted = std::ceil(top[i]) + ROOM;
-        float more = wanted - into.base[q + i];
-        if (!(wanted < INF && wanted > -INF)) continue;
-        if (unset) {
-          into.base[q + i] = wanted, into.unset &= ~(1ull << (q + i));
-          continue;
-        }
-        if (again ? total_[q + i] < 2 : more <= ROOM) continue;
-        more = std::max(more, ROOM);
-        into.base[q + i] += more, by[i] = std::exp2(-more), changed = true;
+      if (again || any(top > load(into.base + q))) raise(of, q, top, again, into);
+    }
+  }
+  __attribute__((noinline)) void raise(Range of, int64_t q, vf top, bool again, Partial& into) {
+    vf by = splat(1.0f);
+    for (int64_t i = 0; i < W; ++i) {
+      float& base = into.base[q + i];
+      float wanted = std::ceil(top[i]) + Kind::ROOM;
+      if (!(wanted < INF && wanted > -INF) || (again ? total_[q + i] < 2 : wanted <= base)) continue;
+      if (base != UNSET) {
+        wanted = std::max(wanted, base + Kind::ROOM);
+        by[i] = std::exp2(base - wanted);
       }
-      if (!changed) continue;
-      kind_.flush();
-      for (float* x : {into.total + q, into.rounded + q}) store(x, load(x) * by);
-      for (int64_t p = 0; p < width_; ++p) {
-        float* x = into.sums + of.first * width_ + p * Kind::UNIT + q - of.first;
-        store(x, load(x) * by);
-      }
+      base = wanted;
+    }
+    kind_.flush();
+    for (float* x : {into.total + q, into.rounded + q}) store(x, load(x) * by);
+    for (int64_t p = 0; p < width_; ++p) {
+      float* x = into.sums + of.first * width_ + p * Kind::UNIT + q - of.first;
+      store(x, load(x) * by);
     }
   }
 

@@ -185,15 +185,15 @@ TM_INLINE vf tanh_slope(vf x) {
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
-// Whether some lane is 2 or more, infinite or NaN: of numbers that are not below 0, those have this bit of the exponent.
-TM_INLINE bool any_above(vf x) {
+// Whether a lane has some bit.
+TM_INLINE bool any(vi x) {
 #if TM_WIDTH == 16 && defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)x, _mm512_set1_epi32(0x40000000));
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
 #else
   uint64_t parts[W / 2], all = 0;
   std::memcpy(parts, &x, sizeof x);
   for (int i = 0; i < W / 2; ++i) all |= parts[i];
-  return all & 0x4000000040000000u;
+  return all;
 #endif
 }
 

@@ -31,7 +31,8 @@ struct Floats {
   static constexpr int64_t UNIT = TILE;          // queries whose scores are worked out at a time
   static constexpr int64_t GROUP = 12;           // keys that skip together what they do not see
   static constexpr int64_t SPAN = INT64_MAX;     // numbers of keys that the backward goes through before the next span
-  static constexpr int EXP2 = 6;                 // degree
+  static constexpr int EXP2 = 6;                 // degree of its polynomial
+  static constexpr int ROOM = 0;                 // binary digits between a query's highest weight so far and 1; with none, none may pass 1
 
   void operator()(int64_t m, int64_t n, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
                   Ahead ahead = {}) const {
@@ -43,7 +44,7 @@ struct Floats {
 struct Pairs {
   using E = Pair;
   static constexpr int64_t PER_STEP = 2, STEPS = 1, ROWS = 1, LANES = W, UNIT = TILE, GROUP = 12, SPAN = INT64_MAX;
-  static constexpr int EXP2 = 4;
+  static constexpr int EXP2 = 4, ROOM = 20;
 
   void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
                   Ahead ahead = {}) const {
@@ -58,7 +59,7 @@ struct Pairs {
 struct Tiles {
   using E = Pair;
   static constexpr int64_t PER_STEP = 2, STEPS = 16, ROWS = 16, LANES = 32, UNIT = 32, GROUP = 32, SPAN = 1 << 16;
-  static constexpr int EXP2 = 4;
+  static constexpr int EXP2 = 4, ROOM = 20;
 
   void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
                   Ahead = {}) {
