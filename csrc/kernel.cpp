@@ -1,8 +1,8 @@
 // Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; its only state is who starts threads.
-#include <chrono>
-
 #include "backward.h"
 #include "forward.h"
+#include "isa/usable.h"
+#include "peak.h"
 
 namespace {
 
@@ -106,24 +106,6 @@ void with_kind(const Call& c, F run) {
   run(static_cast<Floats*>(nullptr));
 }
 
-// Additions and multiplications a second that one thread reaches, in floats or pairs of bf16: nothing is faster.
-template <class E>
-double peak(double seconds) {
-  constexpr int N = W == 16 ? 24 : 12, ROUNDS = 10000;
-  const auto one = splat(E(1));
-  vf x[N] = {};
-  int64_t done = 0;
-  const auto start = std::chrono::steady_clock::now();
-  double took = 0;
-  for (; took < seconds; ++done, took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count())
-    for (int i = 0; i < ROUNDS; ++i)
-#pragma GCC unroll 32
-      for (int n = 0; n < N; ++n) x[n] = plus_product(x[n], one, one);
-  volatile float seen = 0;
-  for (int n = 0; n < N; ++n) seen = seen + sum(x[n]);
-  return double(done) * ROUNDS * N * W * (std::is_same<E, Pair>::value ? 4 : 2) / took;
-}
-
 // 0, or 1 if there was not enough memory: no exception crosses into Python.
 template <class F>
 int guarded(F run) {
@@ -139,7 +121,8 @@ int guarded(F run) {
 
 extern "C" {
 void tm_start_threads_with(Parallel start) { starter() = {start, getpid()}; }  // or with null: by ourselves
-double tm_peak(double seconds, int pairs) { return PAIRS && pairs ? peak<Pair>(seconds) : peak<float>(seconds); }
+double tm_peak(double seconds, int halves, int64_t threads) { return peak(seconds, halves, threads); }
+int tm_usable() { return usable(); }  // asked before all else: 1, or why this process may not use this library
 uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and constants are these
 int tm_forward(const Call* c) {
   return guarded([&] { with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
