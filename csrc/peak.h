@@ -46,15 +46,15 @@ double vector_peak(double seconds) {
 // By tiles: four sums, as products have them.
 inline double tile_peak(double seconds) {
   constexpr int STEPS = 100;
-  Tiles::configure();
-  Tiles::zero<4>(), Tiles::zero<5>(), Tiles::zero<6>(), Tiles::zero<7>();  // no number is slower than another
+  TileRegisters::configure();
+  TileRegisters::zero<4>(), TileRegisters::zero<5>(), TileRegisters::zero<6>(), TileRegisters::zero<7>();  // no number is slower than another
   const double found = pace(seconds, double(STEPS) * 4 * 16 * 16 * 32 * 2, [] {
     for (int i = 0; i < STEPS; ++i) {
-      Tiles::add_product<0, 4, 6>(), Tiles::add_product<1, 4, 7>();
-      Tiles::add_product<2, 5, 6>(), Tiles::add_product<3, 5, 7>();
+      TileRegisters::add_product<0, 4, 6>(), TileRegisters::add_product<1, 4, 7>();
+      TileRegisters::add_product<2, 5, 6>(), TileRegisters::add_product<3, 5, 7>();
     }
   });
-  Tiles::release();
+  TileRegisters::release();
   return found;
 }
 #endif

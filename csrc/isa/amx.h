@@ -1,6 +1,6 @@
 // The tile instructions of AMX, as functions whose registers are numbers: eight of 16 rows, each of 64 bytes.
 //
-// `Tiles` is what kernels use: the processor's own, or under TM_TILES_EMULATED the same in plain C++. Each thread
+// `TileRegisters` is what kernels use: the processor's own, or under TM_TILES_EMULATED the same in plain C++. Each thread
 // configures its registers before it uses them and releases them at the end; whether a process may at all:
 // isa/usable.h.
 #pragma once
@@ -51,10 +51,10 @@ struct Amx {
 
 #if defined(TM_TILES_EMULATED)
 #define TM_TILES
-using Tiles = EmulatedAmx;
+using TileRegisters = EmulatedAmx;
 #elif defined(__AMX_BF16__)
 #define TM_TILES
-using Tiles = Amx;
+using TileRegisters = Amx;
 #endif
 
 }  // namespace

@@ -5,10 +5,7 @@
 #pragma once
 #include "abi.h"
 #include "products/matmul.h"
-#if defined(__AMX_BF16__) || defined(TM_TILES_EMULATED)
-#define TM_TILES
 #include "products/tiles.h"
-#endif
 
 namespace {
 

@@ -16,8 +16,8 @@ class TileProducts {
  public:
   static constexpr int64_t SIDE = 16;  // rows of a tile, and words of a row
 
-  TileProducts() { Tiles::configure(); }
-  ~TileProducts() { Tiles::release(); }
+  TileProducts() { TileRegisters::configure(); }
+  ~TileProducts() { TileRegisters::release(); }
   TileProducts(const TileProducts&) = delete;
   TileProducts& operator=(const TileProducts&) = delete;
 
@@ -96,36 +96,36 @@ class TileProducts {
   template <int M, int N, bool FIRST>
   TM_INLINE void step(const Pair* a, const Pair* b, float* c, const Operands& all, Sums from) {
     if constexpr (FIRST) begin<0, M, N>(c, all.ldc, from);
-    Tiles::load<4>(a, all.row * 4);
-    Tiles::load<6>(b, all.ldb * 4);
-    Tiles::add_product<0, 4, 6>();
+    TileRegisters::load<4>(a, all.row * 4);
+    TileRegisters::load<6>(b, all.ldb * 4);
+    TileRegisters::add_product<0, 4, 6>();
     if constexpr (FIRST) begin<1, M, N>(c, all.ldc, from);
     if constexpr (N == 2) {
-      Tiles::load<7>(b + SIDE, all.ldb * 4);
-      Tiles::add_product<1, 4, 7>();
+      TileRegisters::load<7>(b + SIDE, all.ldb * 4);
+      TileRegisters::add_product<1, 4, 7>();
     }
     if constexpr (FIRST) begin<2, M, N>(c, all.ldc, from);
     if constexpr (M == 2) {
-      Tiles::load<5>(a + SIDE * all.row, all.row * 4);
-      Tiles::add_product<2, 5, 6>();
+      TileRegisters::load<5>(a + SIDE * all.row, all.row * 4);
+      TileRegisters::add_product<2, 5, 6>();
     }
     if constexpr (FIRST) begin<3, M, N>(c, all.ldc, from);
-    if constexpr (M == 2 && N == 2) Tiles::add_product<3, 5, 7>();
+    if constexpr (M == 2 && N == 2) TileRegisters::add_product<3, 5, 7>();
   }
   template <int T, int M, int N>
   TM_INLINE void begin(const float* c, int64_t ldc, Sums from) {
     if (from == KEPT) return;
     store<T>();
     if constexpr (T / 2 < M && T % 2 < N) {
-      if (from == LOADED) Tiles::load<T>(c + T / 2 * SIDE * ldc + T % 2 * SIDE, ldc * 4);
-      else Tiles::zero<T>();
+      if (from == LOADED) TileRegisters::load<T>(c + T / 2 * SIDE * ldc + T % 2 * SIDE, ldc * 4);
+      else TileRegisters::zero<T>();
     }
   }
   // Register T of what is pending.
   template <int T>
   TM_INLINE void store() {
     if (T / 2 * SIDE < pending_.m && T % 2 * SIDE < pending_.n)
-      Tiles::store<T>(pending_.c + T / 2 * SIDE * pending_.ldc + T % 2 * SIDE, pending_.ldc * 4);
+      TileRegisters::store<T>(pending_.c + T / 2 * SIDE * pending_.ldc + T % 2 * SIDE, pending_.ldc * 4);
   }
 
   Pending pending_;

@@ -31,7 +31,7 @@ struct Product {
 
 int is_usable() { return usable(); }
 void emulated_instruction(const Pair* a, const Pair* b, float* c) { add_product<EmulatedAmx>(a, b, c); }
-void instruction(const Pair* a, const Pair* b, float* c) { add_product<Tiles>(a, b, c); }
+void instruction(const Pair* a, const Pair* b, float* c) { add_product<TileRegisters>(a, b, c); }
 void products(const Product* first, int64_t count) {
   TileProducts run;
   for (const Product* p = first; p < first + count; ++p)
