@@ -54,7 +54,8 @@ SMALL = {
     "dense": dense_table,
 }
 CAPABILITY, MKL, ONEDNN = "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"
-HELD = {  # what holds torch and its libraries to a variant of the kernel; the widest needs nothing
+HELD = {  # what holds torch and its libraries to a variant of the kernel; the best needs nothing
+    "avx512_bf16": {ONEDNN: "AVX512_CORE_BF16"},
     "avx512": {ONEDNN: "AVX512_CORE"},
     "avx2": {CAPABILITY: "avx2", MKL: "AVX2", ONEDNN: "AVX2"},
     "base": {CAPABILITY: "default", MKL: "SSE4_2", ONEDNN: "SSE41"},
@@ -80,7 +81,7 @@ def masks_table(size: Size, grad: bool, top: Peak, given: argparse.Namespace) ->
     table = Table(what, _header(grad, given))
     table.note = f"kernel: {isa() or 'none'}; predicted from {source()}"
     if not grad:
-        table.note += f"; of peak: {top.flops / 1e9:.0f} GF/s in fp32, {top.source}"
+        table.note += f"; of peak: {top.flops / 1e9:.0f} GF/s in {size.dtype}, {top.source}"
     wanted = given.rows or [""]
     for name, mask in attend_masks(size.n).items():
         if any(text in name for text in wanted):
@@ -159,9 +160,9 @@ def tables(given: argparse.Namespace) -> Iterator[Table]:
     """Those that are asked for."""
     parts = given.parts or ("masks", *SMALL)
     if "masks" in parts:
-        top = Peak()
-        for size in sizes(given):
-            top = max(top, peak(given.quick))  # again, for the machine may have been busy
+        tops: dict[str, Peak] = {}
+        for size in sizes(given):  # again for each, for the machine may have been busy
+            top = tops[size.dtype] = max(tops.get(size.dtype, Peak()), peak(size.dtype, given.quick))
             yield from (masks_table(size, grad, top, given) for grad in DIRECTIONS)
     yield from (made(given) for name, made in SMALL.items() if name in parts)
 

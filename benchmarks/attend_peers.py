@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import truemask as tm
 from truemask.attention.planning.cache import CACHE
-from truemask.backends.native.library import isa, library, missing
+from truemask.backends.native import library
+from truemask.backends.native.library import isa, missing
 from truemask.benchmarking.workloads import Attention, Workload, by_truemask, masked_sdpa
 
 BARE, MASKED, FLEX, X_TRANSFORMERS = "SDPA, bare", "SDPA, mask", "flex", "x-transformers"
@@ -33,6 +33,7 @@ class Bars(NamedTuple):
     flex: float | None = None  # times faster than compiled FlexAttention, forward
 
 
+TILES = Bars({"fp32": (1.5, 1.5), "bf16": (1.6, 2.9)}, (1.2, 1.1))  # AMX; of heads of 64 and of 128 the lower ones
 WIDE = Bars({"fp32": (2.2, 1.9), "bf16": (3.5, 2.2)}, (1.7, 1.4), 2.5)  # AVX-512
 NARROW = Bars(dict.fromkeys(DTYPES, (1.0, 1.0)), (0.77, 0.74))  # AVX2: as fast as SDPA; sparse rows in proportion
 PORTABLE_BARS = Bars(dict.fromkeys(DTYPES, (0.95, 0.95)), (0.6, 0.5))  # torch's own operators
@@ -40,7 +41,7 @@ PORTABLE_BARS = Bars(dict.fromkeys(DTYPES, (0.95, 0.95)), (0.6, 0.5))  # torch's
 
 def bars() -> Bars:
     """Those of the kernel that is loaded."""
-    return WIDE if isa().startswith("avx512") else NARROW if isa() == "avx2" else PORTABLE_BARS
+    return {"amx": TILES, "avx512_bf16": WIDE, "avx512": WIDE, "avx2": NARROW}.get(isa(), PORTABLE_BARS)
 
 
 # -- contestants -------------------------------------------------------------------------------------------------------
@@ -179,23 +180,24 @@ def measured(mask: tm.Mask, workload: Workload, grad: bool, given: argparse.Name
 
 
 class Peak(NamedTuple):
-    """Additions and multiplications a second in fp32, with all threads, and how that was found."""
+    """Additions and multiplications a second in a dtype, with all threads at once, and how that was found."""
 
     flops: float = 0.0
     source: str = ""
 
 
-def peak(quick: bool) -> Peak:
-    """The kernel's own measure of fused multiply-adds, else the best of torch's matrix product."""
-    threads = torch.get_num_threads()
-    if not missing() and hasattr(library(), "tm_peak"):
-        measure = library().tm_peak
-        measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_double]
-        return Peak(measure(0.01 if quick else 0.5) * threads, "of fused multiply-adds in registers")
+def peak(dtype: str, quick: bool) -> Peak:
+    """The kernel's own measure of what it computes this dtype with, else the best of torch's matrix product."""
+    if not missing():
+        halves = dtype == "bf16"
+        what = {"amx": "tiles", "avx512_bf16": "pairs of bf16 in registers"}.get(isa(), "") if halves else ""
+        found = library.peak(0.01 if quick else 0.5, halves)
+        return Peak(found, f"of products of {what}" if what else "of fused multiply-adds in registers")
     sizes = (64,) if quick else (512, 1024, 2048)
-    return Peak(max(_mm_pace(n, quick) for n in sizes), "of torch.mm's pace, the best of some sizes: below the peak")
+    paces = [_mm_pace(n, DTYPES[dtype], quick) for n in sizes]
+    return Peak(max(paces), "of torch.mm's pace, the best of some sizes: below the peak")
 
 
-def _mm_pace(n: int, quick: bool) -> float:
-    a, b = torch.randn(n, n), torch.randn(n, n)
+def _mm_pace(n: int, dtype: torch.dtype, quick: bool) -> float:
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     return 2 * n**3 / race({"mm": lambda: torch.mm(a, b)}, 0.0 if quick else 0.5)["mm"].least

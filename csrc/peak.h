@@ -8,15 +8,14 @@
 
 namespace {
 
-// How many of them are done in so many seconds and more, by rounds of `work`, each of `flops`: per second.
+// Of rounds of `work`, of so many additions and multiplications each, repeated for so many seconds: how many a second.
 template <class Work>
 double pace(double seconds, double flops, Work work) {
-  const auto start = std::chrono::steady_clock::now();
-  int64_t rounds = 0;
-  double took = 0;
-  for (; took < seconds; ++rounds, took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count())
-    work();
-  return double(rounds) * flops / took;
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  double rounds = 0, took = 0;
+  while (took < seconds) work(), ++rounds, took = std::chrono::duration<double>(Clock::now() - start).count();
+  return rounds * flops / took;
 }
 
 // What compilers cannot see through: they would do once what no step changes.
