@@ -73,6 +73,7 @@ def drawn(stairs: Sequence[str]) -> str:
         ("csrc/, compiled by tools/native_build.py", in_folder(ROOT / "csrc", noted)),
         ("tests/", in_folder(ROOT / "tests", said)),
         ("benchmarks/", in_folder(ROOT / "benchmarks", said)),
+        ("examples/", in_folder(ROOT / "examples", said)),
         ("tools/docs/", in_folder(ROOT / "tools" / "docs", said)),
         ("the rest", list(OTHERS.items())),
     ]
