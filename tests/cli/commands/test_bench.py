@@ -76,6 +76,15 @@ def test_five_masks_race_by_themselves_in_training(monkeypatch: pytest.MonkeyPat
     assert "float64, forward and backward" in out
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_masks_race_in_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    code, out = run("causal & window(7)", "-n", "67", "--heads", "2", "--head-dim", "8", "--dtype", dtype, "--grad")
+    assert code == 0, out
+    assert f"67 tokens, 2 heads of 8, {dtype}, forward and backward;" in out
+    assert len(re.findall(r"\d x +\w+ +\d", out)) == 1
+
+
 def test_a_mistake_is_a_message() -> None:
     code, out = run("windw(3)")
     assert code == 2

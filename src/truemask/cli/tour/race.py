@@ -1,4 +1,4 @@
-"""Act 5: five masks, forward and backward: SDPA with the mask against `attend`, on this machine, while you watch."""
+"""Act 5: five masks, forward and backward, fp32 and bf16: SDPA with the mask against `attend`, here, while you watch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from html import escape
 
+import torch
 from rich.live import Live
 from rich.text import Text
 from torch import Tensor
@@ -23,6 +24,8 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 
 HEADS, HEAD_DIM = 4, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEATS = {"fp32": 1, "bf16": 2}  # by what the length is divided: without AMX, SDPA's training in bf16 takes minutes
 SDPA, OURS = "SDPA", "truemask"
 CLEAR_RATIO = 1.05  # a ratio below that is no difference
 COLUMNS = 60  # of the longest bar
@@ -90,14 +93,21 @@ class Bars:
 
 
 def play(stage: Stage) -> None:
-    length = stage.race_length
     stage.say(
-        f"{length} tokens, {HEADS} heads of {HEAD_DIM}, fp32, forward and backward, one run each. SDPA gets the mask "
+        f"Forward and backward, {HEADS} heads of {HEAD_DIM}, one run each. SDPA gets the mask "
         "as a dense tensor, made before its clock starts, and computes every pair; ",
         ("attend", "code"),
         " gets the expression, and planning is on its clock. The shorter bar is better.",
     )
-    workload, lanes, rows = Workload.of(length, HEADS, HEAD_DIM), [], []
+    for dtype, share in HEATS.items():
+        _heat(stage, dtype, stage.race_length // share)
+    stage.say("The differences are those of outputs and gradients, absolute.")
+
+
+def _heat(stage: Stage, dtype: str, length: int) -> None:
+    """All masks in one dtype: the bars, the table, what came of it."""
+    stage.say((f"{length} tokens in {dtype}", "bold"))
+    workload, lanes, rows = Workload.of(length, HEADS, HEAD_DIM, dtype=DTYPES[dtype]), [], []
     bars = Bars(lanes, needs_ascii(stage.console))
     for warm in (masked_sdpa(causal, workload.shortened()), by_truemask(causal)):
         workload.shortened().result(warm)  # threads and libraries start outside the race
@@ -109,9 +119,9 @@ def play(stage: Stage) -> None:
             rows.append(_raced(lanes[-1], mask, workload))
             if not live:
                 stage.console.print(bars.lane(lanes[-1], max(lanes[-1].seconds.values())))
-    stage.figure(svg_bars(lanes), f"seconds of forward and backward at {length} tokens")
+    stage.figure(svg_bars(lanes), f"seconds of forward and backward at {length} tokens in {dtype}")
     stage.table(["mask", "pairs", "SDPA", "truemask", "", "backend", "largest difference"], rows)
-    stage.say(verdict(lanes), " The difference is that of outputs and gradients, absolute.")
+    stage.say(verdict(lanes, dtype))
 
 
 def _raced(lane: Lane, mask: Mask, workload: Workload) -> list[Part]:
@@ -120,8 +130,8 @@ def _raced(lane: Lane, mask: Mask, workload: Workload) -> list[Part]:
     sdpa_results = lane.run(SDPA, lambda: workload.result(dense))
     own_results = lane.run(OURS, lambda: workload.result(by_truemask(mask)))
     differences = (float((a - b).abs().max()) for a, b in zip(sdpa_results, own_results, strict=True))
-    n = workload.q.shape[2]
-    backend = plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, grad=True).backend
+    n, dtype = workload.q.shape[2], workload.q.dtype
+    backend = plan(mask, n, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, grad=True).backend
     return [
         lane.name,
         percent(int(mask.count(n)), n * n),
@@ -133,13 +143,16 @@ def _raced(lane: Lane, mask: Mask, workload: Workload) -> list[Part]:
     ]
 
 
-def verdict(lanes: list[Lane]) -> str:
+def verdict(lanes: list[Lane], dtype: str) -> str:
     """What came of it, in one sentence."""
     won = [lane for lane in lanes if lane.ratio >= CLEAR_RATIO]
     best = max(lanes, key=lambda lane: lane.ratio)
     if not won:
-        return "Here truemask was nowhere faster than SDPA."
-    return f"truemask was faster under {len(won)} of {len(lanes)} masks, {best.ratio:.1f} times under `{best.name}`."
+        return f"Here truemask was nowhere faster than SDPA in {dtype}."
+    return (
+        f"In {dtype} truemask was faster under {len(won)} of {len(lanes)} masks, "
+        f"{best.ratio:.1f} times under `{best.name}`."
+    )
 
 
 def svg_bars(lanes: list[Lane]) -> str:
