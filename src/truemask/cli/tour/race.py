@@ -1,4 +1,4 @@
-"""Act 5: five masks, forward and backward, fp32 and bf16: SDPA with the mask against `attend`, here, while you watch."""
+"""Act 5: five masks, trained on, in fp32 and bf16: SDPA with the mask against `attend`, here, while you watch."""
 
 from __future__ import annotations
 
