@@ -2,7 +2,7 @@
 
     python benchmarks/attend.py [--quick] [--json FILE] [--rows TEXT ...] [--flex] [--x-transformers] [--isa NAME]
                                 [--lengths 4096 8192] [--head-dims 64 128] [--dtypes fp32 bf16] [--sweep]
-                                [--parts masks short decode overhead memory dense]
+                                [--parts masks plain short decode overhead memory dense]
 
 b 1, h 8. Contestants take turns; medians. *Ideal* is SDPA's time with the same dense mask times the share of pairs that
 the mask lets through; where SDPA needs no mask, `attend` is held to the bare call. `attend` stands for the backend that
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from attend_dense import dense_table
 from attend_peers import BARE, DTYPES, FLEX, MASKED, PLANNED, X_TRANSFORMERS, Peak, Row, bars, measured, peak
+from attend_plain import plain_table
 from attend_small import DIRECTIONS, decode_table, memory_of, memory_table, overhead_table, short_table
 from bench_masks import attend_masks
 from harness import Table, finish, ms, options
@@ -47,6 +48,7 @@ DEFAULT = (Size(1024), Size(4096), Size(4096, 128), Size(4096, 64, "bf16"))  # a
 SWEEP = {"lengths": (1024, 2048, 4096, 8192, 16384), "head_dims": (64, 128), "dtypes": tuple(DTYPES)}
 USUAL = {"lengths": (8192,), "head_dims": (64,), "dtypes": ("fp32",)}  # of what is not given where something is
 SMALL = {
+    "plain": plain_table,
     "short": short_table,
     "decode": decode_table,
     "overhead": overhead_table,
