@@ -46,10 +46,16 @@ KINDS = (
 
 
 class Cell(NamedTuple):
-    """One call, measured."""
+    """One call, measured: median seconds of both, and who ran it for `attend`."""
 
-    share: float
+    attend: float
+    sdpa: float
     backend: str
+
+    @property
+    def share(self) -> float:
+        """Of SDPA's time."""
+        return self.attend / self.sdpa
 
     def __str__(self) -> str:
         return f"{self.share:.2f} {self.backend}"
@@ -88,4 +94,4 @@ def measured(kind: Kind, dtype: str, batch: int, n: int, given: argparse.Namespa
     calls = {PLANNED: by_truemask(mask), BARE: bare_sdpa(kind.causal)}
     runs = {who: workload.run(call, kind.grad) for who, call in calls.items()}
     found = race(runs, 0.0 if given.quick else SECONDS, outsiders=[BARE])
-    return Cell(found[PLANNED].median / found[BARE].median, plan.backend)
+    return Cell(found[PLANNED].median, found[BARE].median, plan.backend)
