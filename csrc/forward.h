@@ -35,13 +35,6 @@ struct Partial {
   Buffer<float> sums;                        // of weighted values: [width, queries], in pieces of Kind::UNIT queries
   float total[TILE], rounded[TILE], base[TILE];  // of weights, and as products have them; weights are 2^(score - base)
   explicit Partial(int64_t width) : sums(TILE * width) {}
-
-  void clear(int64_t width, int64_t queries) {  // beyond which weights are 0
-    std::fill(sums + 0, sums + TILE * width, 0.0f);
-    for (float* x : {total, rounded}) std::fill(x, x + TILE, 0.0f);
-    std::fill(base, base + queries, UNSET);
-    std::fill(base + queries, base + TILE, 1e3f);
-  }
 };
 
 template <class Kind>
@@ -65,7 +58,7 @@ class Forward {
   }
 
   void attend(int64_t first, int64_t end, Partial& into) {
-    into.clear(width_, strip_.m);
+    clear(into);
     tiles_in(c_, strip_.range, first, end, [&](int64_t j, int32_t kind) {
       const bool masked = strip_.see(j, kind, seen_);
       for (int64_t q = 0; q < lanes_; q += Kind::UNIT) unit(j, {q, std::min(q + Kind::UNIT, lanes_)}, masked ? &seen_ : nullptr, into);
@@ -88,6 +81,14 @@ class Forward {
   }
 
  private:
+  void clear(Partial& all) const {
+    for (int64_t q = 0; q < lanes_; q += Kind::UNIT)
+      for (int64_t p = 0; p < width_; ++p) std::memset(all.sums + q * width_ + p * Kind::UNIT, 0, std::min(Kind::UNIT, lanes_ - q) * sizeof(float));
+    for (float* x : {all.total, all.rounded}) std::fill(x, x + TILE, 0.0f);
+    std::fill(all.base, all.base + strip_.m, UNSET);
+    std::fill(all.base + strip_.m, all.base + TILE, 1e3f);  // weights of queries that are not there are 0
+  }
+
   // Of a tile of keys and some queries.
   void unit(int64_t j, Range of, const Seen* seen, Partial& into) {
     const int64_t b = strip_.b, h = strip_.hk, keys = c_.keys(j);

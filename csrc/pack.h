@@ -34,13 +34,13 @@ class Packed {
     const auto key = [&](int64_t n) { return n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr; };
     bool all = true;
     if constexpr (PAIRED) {
-      for (int64_t n = 0; n < TILE && copied_; ++n) {
+      for (int64_t n = 0; n < multiple(keys, Kind::ROWS) && copied_; ++n) {
         E* to = rows_ + (i * TILE + n) * row_;
         if (n < keys) pairs(key(n), d_, row_, to);
         else std::fill(to, to + row_, 0);
       }
       for (int64_t n = 0; n < keys; ++n) all &= finite_bfloats(reinterpret_cast<const uint16_t*>(key(n)), d_);
-      if (turns_) turn(key, spare, turned_ + i * turned_tile());
+      if (turns_) turn(key, steps<Kind>(keys), spare, turned_ + i * turned_tile());
     } else {
       for (int64_t n = 0; n < keys; ++n) {
         const E* row = reinterpret_cast<const E*>(key(n));
@@ -81,9 +81,9 @@ class Packed {
   int64_t turned_tile() const { return multiple(d_, Kind::ROWS) * TILE / 2; }
 
   template <class Key>
-  void turn(Key key, Pair* woven, Pair* to) const {  // pairs of keys that follow each other
-    for (int64_t n = 0; n < TILE / 2; ++n) weave(key(2 * n), key(2 * n + 1), d_, padded(d_), woven + n * padded(d_));
-    transpose<Pair>(woven, padded(d_), TILE / 2, d_, to, TILE / 2);
+  void turn(Key key, int64_t pairs, Pair* woven, Pair* to) const {  // of keys that follow each other
+    for (int64_t n = 0; n < pairs; ++n) weave(key(2 * n), key(2 * n + 1), d_, padded(d_), woven + n * padded(d_));
+    transpose<Pair>(woven, padded(d_), pairs, d_, to, TILE / 2);
     std::fill(to + d_ * TILE / 2, to + turned_tile(), 0);
   }
 
