@@ -1,7 +1,7 @@
 """The native kernel's own tests once more, on builds that stop at the first wrong access or undefined operation.
 
-One is for this processor; the other is the source as AVX-512 with bf16 products compiles it, with vectors of 16 floats
-in pieces and its one instruction worked out, so that every processor tests it.
+One is for this processor; the others are the source as AVX-512 with bf16 products and as AMX compile it, with vectors of
+16 floats in pieces and their instructions worked out, so that every processor tests it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 """
 FLAGS = "-O1 -g -std=c++17 -fPIC -shared -pthread -fno-math-errno -fsanitize=address,undefined".split()
 VARIANTS = runpy.run_path(str(ROOT / "tools" / "native_build.py"))["variants"]()
-BUILDS = {"as installed": [], "wide": ["-DTM_WIDTH=16", "-DTM_PAIRS"]}
+BUILDS = {"as installed": [], "wide": ["-DTM_WIDTH=16", "-DTM_PAIRS"], "tiles": VARIANTS["amx_emulated"]}
 
 
 def sanitizers() -> list[str]:

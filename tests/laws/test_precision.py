@@ -19,7 +19,7 @@ from truemask.backends.native.library import missing
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-DRAWS, MORE = 6, 1.5
+DRAWS, MORE = 8, 1.5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 SCALES = pytest.mark.parametrize("scale", [1, 3, 10])
 
