@@ -24,8 +24,8 @@ class TileProducts {
   // k counts pairs; m, n and k are multiples of SIDE above 0. Rows of A are `row` words apart, those of B (a word:
   // two rows of numbers) `ldb` words, of C `ldc` floats; all begin where a cache line does, for a tile whose rows do
   // not takes six times longer to load. C does not overlap A and B.
-  void operator()(int64_t m, int64_t n, int64_t k, const Pair* a, int64_t row, const Pair* b, int64_t ldb, float* c,
-                  int64_t ldc, bool add) {
+  __attribute__((noinline)) void operator()(int64_t m, int64_t n, int64_t k, const Pair* a, int64_t row, const Pair* b,
+                                            int64_t ldb, float* c, int64_t ldc, bool add) {
     const Operands all = {k, row, ldb, ldc, add};
     if (pending_.within(a, m, row, k) || pending_.within(b, k, ldb, n)) flush();
     if (add && pending_.shares(c, ldc, first(m), first(n))) flush();

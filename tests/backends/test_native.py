@@ -406,10 +406,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A processor with AMX whose system does not let this process use it; the set that is taken instead."""
     monkeypatch.delenv(VARIABLE, raising=False)
     native_library._loaded.cache_clear()
-    own, source = isa(), tmp_path / "refuses.cpp"
-    if own == "amx":
-        own = "avx512_bf16"
-    shutil.copy(file_of(own), tmp_path)
+    own, source = "avx512_bf16" if isa() == "amx" else isa(), tmp_path / "refuses.cpp"
+    shutil.copy(file_of(isa()), tmp_path / file_of(own).name)
     source.write_text('extern "C" int tm_usable() { return -3; }')
     compiler = runpy.run_path(str(ROOT / "tools" / "native_build.py"))["compiler"]()
     if compiler is None:

@@ -1,7 +1,7 @@
 """The native kernel's own tests once more, on builds that stop at the first wrong access or undefined operation.
 
-One is for this processor; the others are the source as AVX-512 with bf16 products and as AMX compile it, with vectors of
-16 floats in pieces and their instructions worked out, so that every processor tests it.
+One is for this processor; the others are the source as AVX-512 with bf16 products and as AMX compile it, with vectors
+of 16 floats in pieces and their instructions worked out, so that every processor tests it.
 """
 
 from __future__ import annotations
