@@ -187,7 +187,7 @@ class Backward {
   void hide_dead(bool masked) {
     uint64_t* word = seen_.words();
     for (int64_t r = 0; r < TILE; ++r) word[r] = (masked ? word[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
-    seen_.set(TILE);
+    seen_.set();
   }
 
   // Scores become weights, and with what comes back to them their gradients. PLAIN: no soft cap, dropout or lse of its own.

@@ -22,7 +22,7 @@ struct Cut {
   int64_t size;     // key tiles of a part
 
   explicit Cut(const Call& c) {
-    stacked = c.mask_h == 1 && c.group() * c.nq <= TILE ? c.group() : 1;
+    stacked = stacked_heads(c);
     strips = c.tiles_q() * c.b * c.hq / stacked;
     const bool few = strips < 64 && c.nq <= TILE;
     size = few ? std::max(SPLIT, (c.tiles_k() + MOST_PARTS - 1) / MOST_PARTS) : std::max<int64_t>(c.tiles_k(), 1);

@@ -3,6 +3,7 @@
 #include "forward.h"
 #include "isa/usable.h"
 #include "peak.h"
+#include "reading.h"
 
 namespace {
 
@@ -99,11 +100,14 @@ void backward(const Call& c) {
 // Calls `run` with the kind in which this call's products are worked out.
 template <class F>
 void with_kind(const Call& c, F run) {
+  if (c.dtype != BFLOAT) return run(static_cast<Floats*>(nullptr));
 #if defined(TM_TILES)
-  if (c.dtype == BFLOAT) return run(static_cast<Tiles*>(nullptr));
-#endif
-  if (PAIRS && c.dtype == BFLOAT) return run(static_cast<Pairs*>(nullptr));
+  run(static_cast<Tiles*>(nullptr));
+#else
+  if constexpr (PAIRS)
+    if (are_pairs_quick()) return run(static_cast<Pairs*>(nullptr));
   run(static_cast<Floats*>(nullptr));
+#endif
 }
 
 // 0, or 1 if there was not enough memory: no exception crosses into Python.
@@ -125,7 +129,10 @@ double tm_peak(double seconds, int halves, int64_t threads) { return peak(second
 int tm_usable() { return usable(); }  // asked before all else: 1, or why this process may not use this library
 uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and constants are these
 int tm_forward(const Call* c) {
-  return guarded([&] { with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
+  return guarded([&] {
+    if (reads_as_it_lies(*c)) return read_forward(*c);
+    with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); });
+  });
 }
 int tm_backward(const Call* c) {
   return guarded([&] { with_kind(*c, [&](auto* kind) { backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });

@@ -1,4 +1,4 @@
-// What queries see of a tile of keys, and which tiles a row of tiles has.
+// What queries see of a tile of keys: bit k of a query's word is key k; and which tiles a row of tiles has.
 #pragma once
 #include "abi.h"
 #include "isa/simd.h"
@@ -16,15 +16,22 @@ struct Range {
   Range widened(int64_t to) const { return {first / to * to, (end + to - 1) / to * to}; }
 };
 
-// A tile of the mask: bit k of a query's word says whether it sees key k.
+// The keys that some words have, from the first to the last.
+inline Range keys_seen(const uint64_t* word, int64_t begin, int64_t end) {
+  uint64_t all = 0;
+  for (int64_t q = begin; q < end; ++q) all |= word[q];
+  return all ? Range{__builtin_ctzll(all), TILE - __builtin_clzll(all)} : Range{0, 0};
+}
+
+// The words of a tile, as vectors of queries ask them.
 class Seen {
  public:
   uint64_t* words() { return word_; }
   const uint64_t* words() const { return word_; }
 
-  // After the words of `lanes` queries have been set.
-  void set(int64_t lanes) {
-    for (int64_t q = 0; q < lanes; ++q) half_[0][q] = uint32_t(word_[q]), half_[1][q] = uint32_t(word_[q] >> 32);
+  // After the words have been set.
+  void set() {
+    for (int64_t q = 0; q < TILE; ++q) half_[0][q] = uint32_t(word_[q]), half_[1][q] = uint32_t(word_[q] >> 32);
   }
   // Which of the queries from q on see key k: all ones or zeros.
   TM_INLINE vi lanes(int64_t k, int64_t q) const {
@@ -35,11 +42,7 @@ class Seen {
   bool cell(int64_t k, int64_t q) const { return word_[q] >> k & 1; }
 
   // The keys that some of the queries see.
-  Range keys(Range queries) const {
-    uint64_t all = 0;
-    for (int64_t q = queries.first; q < queries.end; ++q) all |= word_[q];
-    return all ? Range{__builtin_ctzll(all), TILE - __builtin_clzll(all)} : Range{0, 0};
-  }
+  Range keys(Range queries) const { return keys_seen(word_, queries.first, queries.end); }
   // The queries of those that see some of the keys.
   Range queries(Range keys, Range of) const {
     const uint64_t bits = below(keys.end) & ~below(keys.first);

@@ -67,7 +67,7 @@ inline double peak(double seconds, bool halves, int64_t threads) {
 #if defined(TM_TILES)
     const double found = halves ? tile_peak(seconds) : vector_peak<float>(seconds);
 #else
-    const double found = PAIRS && halves ? vector_peak<Pair>(seconds) : vector_peak<float>(seconds);
+    const double found = are_pairs_quick() && halves ? vector_peak<Pair>(seconds) : vector_peak<float>(seconds);
 #endif
     const std::lock_guard<std::mutex> lock(adding);
     total += found;

@@ -25,6 +25,9 @@ inline uint32_t hash_of(const uint32_t* words, int n) {
   return state;
 }
 
+// Query heads whose rows lie side by side, since they share keys and a mask.
+inline int64_t stacked_heads(const Call& c) { return c.mask_h == 1 && c.group() * c.nq <= TILE ? c.group() : 1; }
+
 // The queries of one tile; of several query heads, one after the other, where few queries share their keys. In what belongs
 // to a strip queries lie along the vectors: scores are [keys, queries].
 struct Strip {
@@ -52,17 +55,19 @@ struct Strip {
   void* row(const Array& x, int64_t r) const { return row_of(c, x, b, head_of(r), query(r)); }
 
   // Which keys of tile j each query sees; false if all do.
-  bool see(int64_t j, int32_t kind, Seen& seen) const {
+  bool see(int64_t j, int32_t kind, uint64_t* word) const {
     const int64_t keys = c.keys(j);
     if (kind == ALL && keys == TILE) return false;
-    uint64_t* word = seen.words();
-    const uint64_t edge = below(keys);
     if (kind == SLABS) cut_slabs(j, word);
     else for (int64_t r = 0; r < each; ++r) word[r] = kind == ALL ? ~0ull : c.words[kind * TILE + r];
-    for (int64_t r = 0; r < each; ++r) word[r] &= edge;
+    for (int64_t r = 0; r < each; ++r) word[r] &= below(keys);
     for (int64_t r = each; r < m; ++r) word[r] = word[r % each];
-    std::fill(word + m, word + TILE, 0);
-    seen.set(TILE);
+    return true;
+  }
+  bool see(int64_t j, int32_t kind, Seen& seen) const {
+    if (!see(j, kind, seen.words())) return false;
+    std::fill(seen.words() + m, seen.words() + TILE, 0);
+    seen.set();
     return true;
   }
 
@@ -87,13 +92,34 @@ struct Strip {
     for (int64_t r = queries.first; r < std::min(queries.end, m); ++r) add_bias(r, j, s + r - queries.first, ld);
   }
 
-  // Whether dropout keeps the cells of key k of tile j and some queries: all ones or zeros.
+  // Whether dropout keeps cells: all ones or zeros. Of key k of tile j and queries from q on; of a row's hash and some keys.
   TM_INLINE vi kept(int64_t j, int64_t k, int64_t q) const {
-    const vu below = vu{} + uint32_t(std::min<uint64_t>(c.drop_below, 0xffffffffu));
     vu row;
     std::memcpy(&row, row_hash + q, sizeof row);
-    const vu x = mix((vu{} + 0x9E3779B9u) ^ row);
-    return mix(mix(x ^ uint32_t(j * TILE + k)) ^ row) >= below;
+    return kept(row, vu{} + uint32_t(j * TILE + k));
+  }
+  TM_INLINE vi kept(vu row, vu keys) const {
+    const vu below = vu{} + uint32_t(std::min<uint64_t>(c.drop_below, 0xffffffffu));
+    return mix(mix(mix((vu{} + 0x9E3779B9u) ^ row) ^ keys) ^ row) >= below;
+  }
+
+  // Adds the bias of query r and the keys of tile j to numbers that are `step` apart.
+  void add_bias(int64_t r, int64_t j, float* x, int64_t step) const {
+    const int64_t h = head_of(r), keys = c.keys(j), q = query(r);
+    if (c.bias_kind == TENSOR) {
+      const int64_t* by = c.bias_strides;
+      const float* from = c.bias + b * by[0] + h * by[1] + q * by[2] + j * TILE * by[3];
+      for (int64_t n = 0; n < keys; ++n) x[n * step] += from[n * by[3]];
+      return;
+    }
+    const int64_t at = c.q_positions[b * c.q_stride + q];
+    const int64_t* k = c.k_positions + b * c.k_stride + j * TILE;
+    const float* numbers = c.bias + h * c.bias_strides[1];
+    for (int64_t n = 0; n < keys; ++n) {
+      const int64_t apart = k[n] - at;
+      if (c.bias_kind == ALIBI) x[n * step] -= numbers[0] * float(apart < 0 ? -apart : apart);
+      else x[n * step] += numbers[std::min(std::max(apart, -c.reach), c.reach) + c.reach];
+    }
   }
 
  private:
@@ -114,24 +140,6 @@ struct Strip {
           if (b > a && a < TILE) word[row - first] |= below(b) & ~below(a);
         }
       if (end == stop) break;  // of another sample's or head's slabs, rows begin again
-    }
-  }
-
-  void add_bias(int64_t r, int64_t j, float* x, int64_t ld) const {
-    const int64_t h = head_of(r), keys = c.keys(j), q = query(r);
-    if (c.bias_kind == TENSOR) {
-      const int64_t* by = c.bias_strides;
-      const float* from = c.bias + b * by[0] + h * by[1] + q * by[2] + j * TILE * by[3];
-      for (int64_t n = 0; n < keys; ++n) x[n * ld] += from[n * by[3]];
-      return;
-    }
-    const int64_t at = c.q_positions[b * c.q_stride + q];
-    const int64_t* k = c.k_positions + b * c.k_stride + j * TILE;
-    const float* numbers = c.bias + h * c.bias_strides[1];
-    for (int64_t n = 0; n < keys; ++n) {
-      const int64_t apart = k[n] - at;
-      if (c.bias_kind == ALIBI) x[n * ld] -= numbers[0] * float(apart < 0 ? -apart : apart);
-      else x[n * ld] += numbers[std::min(std::max(apart, -c.reach), c.reach) + c.reach];
     }
   }
 };

@@ -58,6 +58,17 @@ TM_INLINE vf plus_product(vf x, vu a, vu b) {
 #endif
 }
 
+// Whether products of pairs pay: to Intel's processors one is two products of vectors of floats, to AMD's it is one.
+inline bool are_pairs_quick() {
+#if defined(TM_PAIRS)
+  return true;
+#elif defined(__AVX512BF16__)
+  static const bool found = __builtin_cpu_is("amd");
+  return found;
+#else
+  return false;
+#endif
+}
 // To bf16, to even where two are as near.
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 #if TM_WIDTH == 16 && defined(__AVX512BF16__)
@@ -183,6 +194,13 @@ TM_INLINE vf tanhv(vf x) {
 TM_INLINE vf tanh_slope(vf x) {
   const vf e = exp2v((x < 0 ? -x : x) * -2.8853900817779268f);  // exp(-2 |x|)
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
+}
+
+// Which lanes are on in a word, from bit `at`: all ones or zeros.
+TM_INLINE vi bits_at(uint64_t word, int64_t at) {
+  vi one = {};
+  for (int i = 0; i < W; ++i) one[i] = int32_t(1u << i);
+  return ((vi{} + int32_t(uint32_t(word >> at))) & one) != 0;
 }
 
 // Whether a lane has some bit.

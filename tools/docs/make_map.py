@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,11 +70,11 @@ def drawn(stairs: Sequence[str]) -> str:
     package = [path for room in stairs for path in files_of(source, room, stairs)]
     parts = [
         ("src/truemask/", [(path.relative_to(source).as_posix(), said(path)) for path in package]),
-        ("csrc/, compiled by tools/native_build.py", in_folder(ROOT / "csrc", noted)),
-        ("tests/", in_folder(ROOT / "tests", said)),
-        ("benchmarks/", in_folder(ROOT / "benchmarks", said)),
-        ("examples/", in_folder(ROOT / "examples", said)),
-        ("tools/docs/", in_folder(ROOT / "tools" / "docs", said)),
+        ("csrc/, compiled by tools/native_build.py", in_folder(ROOT / "csrc")),
+        ("tests/", in_folder(ROOT / "tests")),
+        ("benchmarks/", in_folder(ROOT / "benchmarks")),
+        ("examples/", in_folder(ROOT / "examples")),
+        ("tools/docs/", in_folder(ROOT / "tools" / "docs")),
         ("the rest", list(OTHERS.items())),
     ]
     return HEAD + "\n".join(section(title, entries) for title, entries in parts)
@@ -87,10 +87,12 @@ def files_of(source: Path, room: str, stairs: Sequence[str]) -> list[Path]:
     return [path for path in sorted((source / room).glob("*.py")) if f"{room}/{path.name}" not in stairs]
 
 
-def in_folder(folder: Path, first: Callable[[Path], str]) -> list[tuple[str, str]]:
+def in_folder(folder: Path) -> list[tuple[str, str]]:
     """The files of a folder that say what they are."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".h", ".cpp")]
-    return [(path.relative_to(folder).as_posix(), first(path)) for path in paths if first(path)]
+    what = {".py": said, ".h": noted, ".cpp": noted}
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in what]
+    found = [(path.relative_to(folder).as_posix(), what[path.suffix](path)) for path in paths]
+    return [(name, text) for name, text in found if text]
 
 
 def section(title: str, entries: Sequence[tuple[str, str]]) -> str:
