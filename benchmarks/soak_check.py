@@ -8,8 +8,8 @@ to nothing, and no further from the reference than rounding explains:
   longest rows), |.| the largest number;
 * a score is off by 2 u S (its sum; the scale and base 2, which are folded in), so a weight by u (2 S + ROOM) of itself,
   and by h where it is rounded for the second product;
-* out by as much of |v|; lse by u (2 S + ROOM + |lse|), in bf16 by what its powers of two are off, too; dq by as much of scale |k| G, where G is the usual size of
-  dout . v, because it sums differences of such numbers;
+* out by as much of |v|; lse by u (2 S + ROOM + |lse|), in bf16 by what its powers of two are off, too; dq by as much of
+  scale |k| G, where G is the usual size of dout . v, because it sums differences of such numbers;
 * any number by the smallest that the dtype can hold, or fp32's if that is larger: there it is rounded, or flushed;
 * what rows add to a key is off at random: N, the root of the sum of squares of the weights that a key has, is what
   they come to; dv by as much of N |dout| or |dv|, dk of N scale |q| G.

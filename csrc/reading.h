@@ -1,66 +1,11 @@
 // Few queries: keys and values are read once, as they lie in memory; packing them would take longer than the products.
 #pragma once
-#include <cmath>
-
 #include "products/matvec.h"
+#include "reading_cut.h"
 #include "strip.h"
 #include "threads.h"
 
 namespace {
-
-constexpr int64_t FEW = 8;  // rows up to which that is so
-
-inline bool reads_as_it_lies(const Call& c) { return stacked_heads(c) * c.nq <= FEW; }
-
-// How such a call is cut into items; by its sizes and its mask alone, so that results do not depend on threads.
-struct ReadingCut {
-  static constexpr int64_t LEAST = 16, MOST = 32, ENOUGH = 64;  // tiles of a part; parts; strips that need none
-  int64_t stacked, strips;
-  int64_t parts, size;  // of the key tiles that a strip sees, and the tiles of each
-
-  explicit ReadingCut(const Call& c) : stacked(stacked_heads(c)), strips(c.b * c.hq / stacked) {
-    int64_t longest = 1;
-    for (int64_t i = 0; i < c.mask_b * c.mask_h; ++i) {
-      int64_t seen = 0;
-      for (int64_t r = c.starts[i]; r < c.starts[i + 1]; ++r) seen += c.runs[3 * r + 1] - c.runs[3 * r];
-      longest = std::max(longest, seen);
-    }
-    size = strips < ENOUGH ? std::max(LEAST, (longest + MOST - 1) / MOST) : longest;
-    parts = (longest + size - 1) / size;
-  }
-};
-
-// What a part of a strip's keys comes to, for each row: sums of weighted values and of weights, the highest score.
-struct Part {
-  float *sums, *total, *top;
-};
-
-// The parts of all strips.
-class Parts {
- public:
-  Parts(const Call& c, const ReadingCut& cut)
-      : rows_(cut.stacked * c.nq), width_(padded(c.dv)), numbers_(cut.strips * cut.parts * room()) {}
-  Part operator[](int64_t i) const {
-    float* at = numbers_ + i * room();
-    return {at, at + rows_ * width_, at + rows_ * width_ + rows_};
-  }
-  // Another part of the same strip added to one.
-  void join(Part into, Part from) const {
-    for (int64_t r = 0; r < rows_; ++r) {
-      if (from.total[r] == 0) continue;
-      const float top = from.top[r] > into.top[r] ? from.top[r] : into.top[r];
-      const float a = into.total[r] == 0 ? 0 : std::exp2(into.top[r] - top), b = std::exp2(from.top[r] - top);
-      float *to = into.sums + r * width_, *x = from.sums + r * width_;
-      for (int64_t p = 0; p < width_; p += W) store(to + p, load(to + p) * a + load(x + p) * b);
-      into.total[r] = into.total[r] * a + from.total[r] * b, into.top[r] = top;
-    }
-  }
-
- private:
-  int64_t room() const { return padded(rows_ * (width_ + 2)); }
-  int64_t rows_, width_;
-  Buffer<float> numbers_;
-};
 
 // Keys or values: how they are read.
 struct Source {
@@ -79,14 +24,14 @@ struct Source {
   }
 };
 
-// The runs of bits that are on: `run(first, count)`.
+// The runs of bits that are on: `run(first, end)`.
 template <class F>
 TM_INLINE void runs_of(uint64_t word, F run) {
   while (word) {
     const int first = __builtin_ctzll(word);
     const uint64_t off = ~(word >> first);
     const int count = off ? __builtin_ctzll(off) : TILE;
-    run(first, count);
+    run(first, first + count);
     word &= ~(below(count) << first);
   }
 }
@@ -191,18 +136,22 @@ class Reading {
     });
   }
 
-  // What a row does not see is not read with it: it may not be finite.
+  // What a row does not see is left out if it may not be finite.
   void add_values(const Tile& tile, const uint64_t* word, const float* p, float* to) {
     const int64_t width = values_.width, each = strip_.each;
     with_rows(values_, tile.number, [&](auto kind, auto rows) {
       using Kind = decltype(kind);
-      if (!tile.masked) return sums<Kind>(strip_.m, width, TILE, p, LD, rows, to, width);
+      const auto add = [&](int64_t query, int64_t apart, int64_t m, int64_t first, int64_t end) {
+        sums<Kind>(m, width, end - first, p + query * LD + first, apart * LD, {rows.at + first * rows.step, rows.step},
+                   to + query * width, apart * width);
+      };
+      if (!tile.masked) return add(0, 1, strip_.m, 0, TILE);
+      if (each > 1 && are_finite<Kind>(c_.keys(tile.number), width, rows)) {
+        const Range seen = keys_seen(word, 0, each);
+        return add(0, 1, strip_.m, seen.first, seen.end);
+      }
       for (int64_t n = 0; n < each; ++n)
-        runs_of(word[n], [&](int64_t first, int64_t count) {
-          auto some = rows;
-          some.at += first * rows.step;
-          sums<Kind>(cut_.stacked, width, count, p + n * LD + first, each * LD, some, to + n * width, each * width);
-        });
+        runs_of(word[n], [&](int64_t first, int64_t end) { add(n, each, cut_.stacked, first, end); });
     });
   }
 
@@ -212,8 +161,10 @@ class Reading {
     const auto row = [&](int64_t n) { return row_of(c_, from.x, strip_.b, strip_.hk, j * TILE + n); };
     const void* at = row(0);
     if (from.is_split) return use(SplitRows(), Rows<uint16_t>{static_cast<const uint16_t*>(at), from.x.row});
-    if (from.as_it_lies && c_.dtype == HALF) return use(Halves(), Rows<uint16_t>{static_cast<const uint16_t*>(at), from.x.row});
-    if (from.as_it_lies) return use(FloatRows(), Rows<float>{static_cast<const float*>(at), from.x.row});
+    if (from.as_it_lies) {
+      if (c_.dtype == HALF) return use(HalfRows(), Rows<uint16_t>{static_cast<const uint16_t*>(at), from.x.row});
+      return use(FloatRows(), Rows<float>{static_cast<const float*>(at), from.x.row});
+    }
     for (int64_t n = 0; n < c_.keys(j); ++n) floats(row(n), c_.dtype, from.d, from.width, spare_ + n * from.width);
     use(FloatRows(), Rows<float>{spare_, from.width});
   }

@@ -5,10 +5,6 @@
 
 #include "isa/simd.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 // How rows are read: STEP numbers at a time, as VECTORS of what numbers of type LEFT are multiplied with.
@@ -24,7 +20,7 @@ struct BfloatRows {
   static constexpr int VECTORS = 1, STEP = W;
   static TM_INLINE void read(const uint16_t* at, vf* to) { to[0] = load(at); }
 };
-struct Halves {
+struct HalfRows {
   using Number = uint16_t;
   using Left = float;
   static constexpr int VECTORS = 1, STEP = W;
@@ -200,6 +196,24 @@ __attribute__((noinline)) void dots(int64_t m, int64_t n, int64_t d, const typen
   if (m - i == 3) rows(i, Count<3>());
   if (m - i == 2) rows(i, Count<2>());
   if (m - i == 1) rows(i, Count<1>());
+}
+
+// Whether n rows have neither infinities nor NaN.
+template <class K>
+__attribute__((noinline)) bool are_finite(int64_t n, int64_t width, RowsOf<K> b) {
+  vf wrong = {};  // 0 times what is finite is 0
+  const auto look = [&](const auto* at, auto kind) __attribute__((always_inline)) {
+    using Kind = decltype(kind);
+    vf y[Kind::VECTORS];
+    Kind::read(at, y);
+    for (const vf& x : y) wrong += x * 0.0f;
+  };
+  for (int64_t p = 0; p < n; ++p) {
+    int64_t j = 0;
+    for (; j + K::STEP <= width; j += K::STEP) look(b.at + p * b.step + j, K());
+    if (j < width) look(b.at + p * b.step + j, Narrow<K>());
+  }
+  return sum(wrong) == 0;
 }
 
 // Two rows of C at a time, so that rows of B are read whole, and again while they are in the first cache.

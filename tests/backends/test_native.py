@@ -137,6 +137,41 @@ def test_lengths(q: int, k: int, y: int) -> None:
     agree(tensors(2, 4, y, q, k, 16, 16), tm.causal.at(q_start=max(0, k - q)) & (tm.window(1000) | tm.prefix(2)))
 
 
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("q", "y"), [(1, 4), (1, 1), (3, 2), (7, 1), (32, 4)])
+def test_few_queries(name: str, dtype: torch.dtype, q: int, y: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are read as they lie, by parts of what is seen; what nobody sees of them is NaN."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    n = 2300
+    masks = (tm.window(1500) | tm.prefix(3), tm.local(1 << 20) & tm.random(0.9), tm.strided(5))
+    for d, dv, mask in zip((64, 80, 9), (48, 128, 16), masks, strict=True):
+        mask = (tm.causal & mask).at(q_start=n - 1 - q)
+        made = [x.detach() for x in tensors(2, 4, y, q, n, d, dv, dtype)]
+        with torch.no_grad():
+            hidden = ~mask.to_dense(q, n)[0, 0].any(0)
+            assert hidden.any()
+            expected = tm.attend(*(x.double() for x in made[:3]), mask, backend="reference", return_lse=True)
+            for x in made[1:3]:
+                x[:, :, hidden] = torch.nan
+            found = tm.attend(*made[:3], mask, backend="native", return_lse=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, atol=Native.tolerance[dtype], rtol=Native.tolerance[dtype])
+
+
+def test_values_that_some_rows_see_are_not_finite() -> None:
+    """A tile of few rows that differ: the rows that do not see the value are as if it were not there."""
+    q, k, v = (x.detach() for x in tensors(1, 4, 2, 6, 300, 32, 32)[:3])
+    mask = tm.causal.at(q_start=290)
+    clean = tm.attend(q, k, v, mask, backend="native")
+    v[:, :, 293] = torch.inf
+    found = tm.attend(q, k, v, mask, backend="native")
+    assert torch.equal(found[:, :, :3], clean[:, :, :3])
+    assert not found[:, :, 3:].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     made = tensors(1, 4, 2, 130, 130, 40, 24, dtype)

@@ -24,7 +24,7 @@ from truemask.common.real_tensors import remembered
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.structure.data import cells_held
 
-UNPACKED_ROWS = 8  # rows up to which keys are read as they lie; for more they are packed before
+UNPACKED_ROWS = 32  # rows up to which keys are read as they lie; for more they are packed before
 MAX_WORD_BYTES = 1 << 28  # bytes of the cells of MIXED tiles
 
 

@@ -32,6 +32,7 @@ from truemask.geometry.tiles.tile_map import TileMap
 from truemask.masks.hashing import threshold
 
 THREAD_WORK = 1 << 23  # additions and multiplications that are worth a thread
+THREAD_BYTES = 1 << 19  # bytes of keys and values: few queries wait for those
 
 
 class Ends(NamedTuple):
@@ -187,9 +188,10 @@ class NativeCall:
     def _described(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[CallStruct, list[Any]]:
         """The structure, and what must outlive it."""
         (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
-        planes = b * hq // (self.tiles.shape[0] * self.tiles.shape[1])
-        work = 2 * self.tiles.total * planes * min(nq, TILE) * TILE * (d + dv)
-        threads = max(1, min(torch.get_num_threads(), work // THREAD_WORK))
+        tiles = self.tiles.total * (b * hq // (self.tiles.shape[0] * self.tiles.shape[1]))
+        work = 2 * tiles * min(nq, TILE) * TILE * (d + dv)
+        reading = tiles * hk // hq * TILE * (d + dv) * q.element_size()
+        threads = max(1, min(torch.get_num_threads(), max(work // THREAD_WORK, reading // THREAD_BYTES)))
         call = CallStruct.from_buffer_copy(self.tiles.template)
         call.b, call.hq, call.hk, call.nq, call.nk, call.d, call.dv = b, hq, hk, nq, nk, d, dv
         call.dtype, call.threads, call.scale, call.softcap = DTYPES[q.dtype], threads, self.scale, self.softcap
