@@ -7,9 +7,18 @@
 
 namespace {
 
-constexpr int64_t FEW = 32;  // rows up to which packing keys would take longer than all products
+constexpr int64_t FEW = 32;  // rows, at most
 
-inline bool reads_as_it_lies(const Call& c) { return stacked_heads(c) * c.nq <= FEW; }
+// So few rows that packing keys would take longer than all products. Floats of one tile are not packed but in gaps, and tiles
+// are done with sixteen rows as soon as with one.
+inline bool reads_as_it_lies(const Call& c) {
+  int64_t few = FEW;
+  if (c.dtype == FLOAT && c.nk <= TILE) few = FEW / 4;
+#if defined(TM_TILES)
+  if (c.dtype == BFLOAT) few = FEW / 2;
+#endif
+  return stacked_heads(c) * c.nq <= few;
+}
 
 // How such a call is cut into items; by its sizes and its mask alone, so that results do not depend on threads.
 struct ReadingCut {
