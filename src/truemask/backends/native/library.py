@@ -42,6 +42,11 @@ def isa() -> str:
     return "" if kernel is None else Path(kernel._name).stem.removeprefix("truemask_")
 
 
+def peak(seconds: float = 0.05) -> float:
+    """Arithmetic a second in fp32 of one thread: fused multiply-adds in registers."""
+    return float(library().tm_peak(seconds, 0, 1))
+
+
 @cache
 def _loaded(named: str) -> tuple[ctypes.CDLL | None, str]:
     if named == OFF:
