@@ -1,7 +1,10 @@
-// The backward: scores once more, tile by tile; dq of a row of tiles stays, dk and dv of a key head are added to.
+// The backward: scores once more, tile by tile of keys; what comes back to a strip's queries stays, that to keys is added to.
+//
+// As in the forward queries lie along the vectors, so that log-sum-exps stay in registers; weights and gradients of scores leave
+// them as the products need them: [keys, queries] is the left operand of what keys get, and the right one of what queries get.
 #pragma once
 #include "masked_products.h"
-#include "rows.h"
+#include "queries.h"
 #include "threads.h"
 
 namespace {
@@ -9,231 +12,260 @@ namespace {
 // An item is one key head of one sample, with the query heads that share it, and a part of its keys. Parts write dk and
 // dv of their own keys, and a dq of their own, which are added up in order.
 struct BackwardCut {
-  int64_t parts, size;  // of the keys, in tiles
+  int64_t parts, size, span;  // of the keys, in tiles; a span is gone through by all queries before the next
 
-  explicit BackwardCut(const Call& c) {
+  BackwardCut(const Call& c, int64_t span_numbers) {
     const int64_t wanted = (8 + c.b * c.hk - 1) / (c.b * c.hk);
     size = std::max<int64_t>((c.tiles_k() + wanted - 1) / wanted, 1);
     parts = std::max<int64_t>((c.tiles_k() + size - 1) / size, 1);
+    span = std::min(size, std::max<int64_t>(span_numbers / std::max(c.d, c.dv) / TILE, 1));
   }
 };
 
-// Where a gradient [b, h, n, d] is summed: in the tensor itself if its rows are floats that vectors fit and that lie
-// one after the other, or else beside it.
-class Total {
+// What comes back to keys or values [b, h, n, d]: summed in the tensor itself if its rows are floats that vectors fit and that
+// lie one after the other, or else beside it.
+class KeyGradient {
  public:
-  Total(const Call& c, const Array& x, int64_t heads, int64_t n, int64_t d, int64_t parts = 1)
-      : c_(c), x_(x), heads_(heads), n_(n), d_(d), width_(padded(d)), parts_(parts), direct_(c.dtype == FLOAT && d == width_ && x.row == d),
-        beside_((parts - direct_) * c.b * heads * n * width_) {}
+  KeyGradient(const Call& c, const Array& x, int64_t d)
+      : c_(c), x_(x), d_(d), width_(padded(d)), direct_(c.dtype == FLOAT && d == width_ && x.row == d),
+        beside_(direct_ ? 0 : c.b * c.hk * c.tiles_k() * TILE * width_) {}
 
-  float* row(int64_t part, int64_t b, int64_t h, int64_t n) {
-    if (direct_ && part == 0) return reinterpret_cast<float*>(row_of(c_, x_, b, h, n));
-    return beside_ + ((((part - direct_) * c_.b + b) * heads_ + h) * n_ + n) * width_;
+  float* tile(int64_t b, int64_t h, int64_t j) {
+    if (direct_) return reinterpret_cast<float*>(row_of(c_, x_, b, h, j * TILE));
+    return beside_ + ((b * c_.hk + h) * c_.tiles_k() + j) * TILE * width_;
   }
-  Ahead next_tile(int64_t b, int64_t h, int64_t j) {  // of the first part
-    const int64_t first = (j + 1) * TILE;
-    return first < n_ ? Ahead(row(0, b, h, first), std::min(TILE, n_ - first) * width_) : Ahead();
+  Ahead next_tile(int64_t b, int64_t h, int64_t j) {
+    return j + 1 < c_.tiles_k() ? Ahead(tile(b, h, j + 1), c_.keys(j + 1) * width_) : Ahead();
   }
-  int64_t step(int64_t part) const { return direct_ && part == 0 ? x_.row : width_; }
+  int64_t width() const { return width_; }
 
-  void clear(int64_t part, int64_t b, int64_t h, int64_t first, int64_t end) {
-    for (int64_t n = first; n < std::min(end, n_); ++n) std::memset(row(part, b, h, n), 0, width_ * sizeof(float));
+  void clear(int64_t b, int64_t h, int64_t first, int64_t end) {
+    for (int64_t j = first; j < end; ++j) std::memset(tile(b, h, j), 0, (direct_ ? c_.keys(j) : TILE) * width_ * sizeof(float));
   }
-
-  // The parts added up in order, times a factor, in the tensor.
-  void finish(int64_t b, int64_t h, int64_t first, float by) {
-    for (int64_t n = first; n < std::min(first + TILE, n_); ++n) {
-      float* to = row(0, b, h, n);
-      for (int64_t p = 1; p < parts_; ++p) {
-        const float* more = row(p, b, h, n);
-        for (int64_t i = 0; i < d_; ++i) to[i] += more[i];
-      }
-      write(to, by, d_, c_.dtype, row_of(c_, x_, b, h, n));
-    }
+  void finish(int64_t b, int64_t h, int64_t j, float by) {
+    for (int64_t n = 0; n < c_.keys(j); ++n)
+      write(tile(b, h, j) + n * width_, by, d_, c_.dtype, row_of(c_, x_, b, h, j * TILE + n));
   }
 
  private:
   const Call& c_;
   const Array& x_;
-  int64_t heads_, n_, d_, width_, parts_;
+  int64_t d_, width_;
   bool direct_;
   Buffer<float> beside_;
 };
 
-// The rows of a strip, of queries or of what comes back to `out`, as both products take them.
-template <class E>
-class Side {
-  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
-
+// What comes back to the queries, turned: [d, 64] for each tile of theirs. Of each part where there are several.
+template <class Kind>
+class QueryGradient {
  public:
-  explicit Side(int64_t d) : d_(d), rows_(TILE * room<E>(d)), woven_(WOVEN ? HALF_TILE * padded(d) : 0) {}
+  QueryGradient(const Call& c, int64_t parts)
+      : c_(c), parts_(parts), rows_(multiple(c.d, Kind::ROWS)), of_parts_(parts > 1 ? parts * c.b * c.hq * c.tiles_q() * size() : 0) {}
 
-  void read(const Strip& strip, const Array& x, bool queries) {
-    if (queries) strip.read_queries(rows_);
-    else strip.read(x, d_, rows_ + 0);
-    if constexpr (WOVEN) strip.read_woven(x, d_, woven_);
-    is_finite_ = finite(rows_, strip.m * row());
+  int64_t size() const { return rows_ * TILE; }  // of a tile
+  float* tile(int64_t part, int64_t b, int64_t h, int64_t i) const {
+    return of_parts_ + (((part * c_.b + b) * c_.hq + h) * c_.tiles_q() + i) * size();
   }
-  const E* left() const { return rows_; }  // [rows, row()]
-  int64_t row() const { return room<E>(d_); }
-  const E* right() const {  // [rows, padded], or woven [32, padded]
-    if constexpr (WOVEN) return woven_;
-    else return rows_;
+  // A tile [d, 64], which is turned in `spare`, into the tensor.
+  void write_tile(int64_t b, int64_t h, int64_t i, const float* from, float* spare) const {
+    const int64_t count = std::min(TILE, c_.nq - i * TILE), row = padded(c_.d);
+    transpose<float>(from, TILE, c_.d, count, spare, row);
+    for (int64_t r = 0; r < count; ++r) write(spare + r * row, c_.scale, c_.d, c_.dtype, row_of(c_, c_.dq, b, h, i * TILE + r));
   }
-  bool is_finite() const { return is_finite_; }
+  // Of all parts, added up in order.
+  void finish(int64_t b, int64_t h, int64_t i, float* spare) const {
+    float* all = tile(0, b, h, i);
+    for (int64_t part = 1; part < parts_; ++part) {
+      const float* more = tile(part, b, h, i);
+      for (int64_t x = 0; x < size(); ++x) all[x] += more[x];
+    }
+    write_tile(b, h, i, all, spare);
+  }
 
  private:
-  int64_t d_;
-  bool is_finite_ = true;
-  Buffer<E> rows_;
-  Buffer<Pair> woven_;
+  const Call& c_;
+  int64_t parts_, rows_;
+  Buffer<float> of_parts_;
 };
 
-template <class E>
+template <class Kind>
 class Backward {
-  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+  using E = typename Kind::E;
+  static constexpr bool PAIRED = Kind::PER_STEP == 2;
+  static constexpr int64_t LEFT = TILE / Kind::PER_STEP;  // from one row of a left operand to the next
 
  public:
-  Backward(const Call& c, const BackwardCut& cut, const Packed<E>& k, const Packed<E>& v, Total& dq, Total& dk, Total& dv)
-      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), dq_(dq), dk_(dk), dv_(dv), width_(padded(c.d)), vwidth_(padded(c.dv)),
-        q_(c.d), dout_(c.dv), p_(TILE * TILE), dp_(TILE * TILE), words_(WOVEN ? TILE * HALF_TILE : 0),
-        spare_(TILE * std::max(width_, vwidth_)) {}
+  Backward(const Call& c, const BackwardCut& cut, const Packed<Kind>& k, const Packed<Kind>& v, const QueryGradient<Kind>& dq,
+           KeyGradient& dk, KeyGradient& dv)
+      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), dq_(dq), dk_(dk), dv_(dv), q_(c.d, true), dout_(c.dv, true),
+        scores_(TILE * Kind::UNIT), dp_(TILE * Kind::UNIT), slopes_(c.softcap != 0 ? TILE * Kind::UNIT : 0),
+        weights_(PAIRED ? TILE * LEFT : 0), ds_(PAIRED ? TILE * LEFT : 0), ds_right_(PAIRED ? LEFT * TILE : 0),
+        sums_(cut.parts > 1 ? 0 : dq.size() * (cut.span < cut.size ? c.tiles_q() : 1)), spare_(TILE * padded(std::max(c.d, c.dv))) {}
 
   void operator()(int64_t item) {
-    const int64_t part = item / (c_.b * c_.hk), bh = item % (c_.b * c_.hk), b = bh / c_.hk, hk = bh % c_.hk;
+    const int64_t part = item / (c_.b * c_.hk), b = item % (c_.b * c_.hk) / c_.hk, hk = item % c_.hk;
     const int64_t first = part * cut_.size, end = std::min(first + cut_.size, c_.tiles_k());
-    dk_.clear(0, b, hk, first * TILE, end * TILE);
-    dv_.clear(0, b, hk, first * TILE, end * TILE);
+    dk_.clear(b, hk, first, end);
+    dv_.clear(b, hk, first, end);
     for (int64_t head = hk * c_.group(); head < (hk + 1) * c_.group(); ++head)
-      for (int64_t i = 0; i < c_.tiles_q(); ++i) {
-        strip_.set(b, head, 1, i);
-        begin();
-        dq_.clear(part, b, head, i * TILE, (i + 1) * TILE);
-        float* dq = dq_.row(part, b, head, i * TILE);
-        tiles_in(c_, strip_.range, first, end, [&](int64_t j, int32_t kind) { tile(j, kind, dq, dq_.step(part)); });
-      }
+      for (int64_t from = first; from < end; from += cut_.span)
+        for (int64_t i = 0; i < c_.tiles_q(); ++i) strip(part, b, head, i, from == first, {from, std::min(from + cut_.span, end)}, end);
   }
 
  private:
+  // The queries of a tile and a span of keys.
+  void strip(int64_t part, int64_t b, int64_t head, int64_t i, bool begins, Range span, int64_t end) {
+    strip_.set(b, head, 1, i);
+    to_queries_ = cut_.parts > 1 ? dq_.tile(part, b, head, i) : sums_ + (cut_.span < cut_.size ? i * dq_.size() : 0);
+    if (begins) std::memset(to_queries_, 0, dq_.size() * sizeof(float));
+    begun_ = false;
+    tiles_in(c_, strip_.range, span.first, span.end, [&](int64_t j, int32_t kind) {
+      if (!begun_) begin();
+      tile(j, kind);
+    });
+    kind_.flush();
+    if (cut_.parts == 1 && span.end == end) dq_.write_tile(b, head, i, to_queries_, spare_);
+  }
+
   void begin() {
-    q_.read(strip_, c_.q, true);
-    dout_.read(strip_, c_.dout, false);
-    alive_ = 0;
+    begun_ = true;
+    lanes_ = multiple(strip_.m, Kind::LANES);
+    q_.read(strip_, c_.q, lanes_);
+    dout_.read(strip_, c_.dout, lanes_);
+    alive_ = below(strip_.m);
+    std::fill(top_, top_ + TILE, 1e30f);  // weights of queries that are not there are 0
+    for (float* x : {less_, keys_top_, dlse_}) std::fill(x, x + TILE, 0.0f);
     for (int64_t r = 0; r < strip_.m; ++r) {
       const int64_t n = strip_.number(r);
+      less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_lse ? c_.dlse[n] : 0);
+      if (c_.lse[n] == -INF) {  // nor of those that see nothing
+        alive_ &= ~(1ull << r);
+        continue;
+      }
       top_[r] = c_.lse[n] * LOG2E;
       if (c_.keys_lse) keys_top_[r] = c_.keys_lse[n] * LOG2E, dlse_[r] = c_.dlse[n];
-      alive_ |= uint64_t(c_.lse[n] != -INF) << r;
-      less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_lse ? c_.dlse[n] : 0);
     }
-    whole_ = alive_ == below(strip_.m);
   }
 
-  void tile(int64_t j, int32_t kind, float* dq, int64_t dq_step) {
-    const int64_t m = strip_.m, b = strip_.b, hk = strip_.hk;
-    masked_ = strip_.see(j, kind, word_);
-    if (!whole_) {
-      for (int64_t r = 0; r < m; ++r) word_[r] = (masked_ ? word_[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
-      masked_ = true;
+  void tile(int64_t j, int32_t kind) {
+    const int64_t b = strip_.b, hk = strip_.hk, keys = c_.keys(j);
+    bool masked = strip_.see(j, kind, seen_);
+    if (alive_ != below(strip_.m)) hide_dead(masked), masked = true;
+    const Seen* seen = masked ? &seen_ : nullptr;
+    for (int64_t q = 0; q < lanes_; q += Kind::UNIT) {
+      const Range of{q, std::min(q + Kind::UNIT, lanes_)};
+      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, hk, j), q_.turned(q), Kind::UNIT, of, seen, scores_ + 0, Kind::UNIT,
+                    k_.next_rows(b, hk, j));
+      multiply_keys(kind_, keys, steps<Kind>(c_.dv), v_.rows(b, hk, j), dout_.turned(q), Kind::UNIT, of, seen, dp_ + 0, Kind::UNIT,
+                    v_.next_rows(b, hk, j));
+      kind_.flush();
+      strip_.score(j, of, scores_, Kind::UNIT, c_.softcap != 0 ? slopes_ + 0 : nullptr);
+      const bool plain = c_.softcap == 0 && !c_.keys_lse && !c_.drop_below;
+      if (masked) plain ? weigh<true, true>(j, of) : weigh<true, false>(j, of);
+      else plain ? weigh<false, true>(j, of) : weigh<false, false>(j, of);
     }
-    multiply(q_, steps<E>(c_.d), k_, j, p_);
-    strip_.score(j, p_, TILE, slopes_);
-    const float factor = strip_.factor();
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t n = 0; n < TILE; n += W) {
-        if (c_.keys_lse) store(shares_ + r * TILE + n, exp2v(load(p_ + r * TILE + n) * factor - keys_top_[r]));
-        const vf p = exp2v(load(p_ + r * TILE + n) * factor - top_[r]);
-        store(p_ + r * TILE + n, masked_ ? (bits_at(word_[r], n) ? p : vf{}) : p);
-      }
-    multiply(dout_, steps<E>(c_.dv), v_, j, dp_);
-    float* kept = p_;
-    if (c_.drop_below) {
-      strip_.drop(j, dp_, TILE);
-      std::memcpy(kept = dropped_, p_, m * TILE * 4);
-      strip_.drop(j, kept, TILE);
-    }
-    const bool careful = masked_ && !(q_.is_finite() && dout_.is_finite() && k_.is_finite(b, hk, j));
-    add_to_keys(careful, j, kept, dout_, c_.dout, c_.dv, dv_);
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t n = 0; n < TILE; n += W) {
-        vf ds = load(p_ + r * TILE + n) * (load(dp_ + r * TILE + n) - less_[r]);
-        if (c_.keys_lse) ds += load(shares_ + r * TILE + n) * dlse_[r];
-        if (c_.softcap != 0) ds *= load(slopes_ + r * TILE + n);
-        if (masked_) ds = bits_at(word_[r], n) ? ds : vf{};
-        store(dp_ + r * TILE + n, ds);
-      }
-    add_to_keys(careful, j, dp_, q_, c_.q, c_.d, dk_);
-    add_to_queries(careful, j, dq, dq_step);
+    if (masked && !(q_.is_finite() && dout_.is_finite() && k_.is_finite(b, hk, j))) return add_chosen(j);
+    const int64_t queries = multiple(strip_.m, Kind::PER_STEP * Kind::STEPS);
+    add_to_keys(kind_, keys, dv_.width(), queries, left(weights_, scores_), dout_.rows(), seen, dv_.tile(b, hk, j), dv_.width(),
+                dv_.next_tile(b, hk, j));
+    add_to_keys(kind_, keys, dk_.width(), queries, left(ds_, dp_), q_.rows(), seen, dk_.tile(b, hk, j), dk_.width(),
+                dk_.next_tile(b, hk, j));
+    add_to_queries(kind_, c_.d, keys, k_.turned(b, hk, j), right(), TILE, {0, lanes_}, seen, to_queries_, TILE,
+                   k_.next_turned(b, hk, j));
   }
 
-  // Products of a side's rows with keys or values, [m, 64].
-  void multiply(const Side<E>& side, int64_t steps, const Packed<E>& by, int64_t j, float* to) {
-    const int64_t b = strip_.b, hk = strip_.hk;
-    times_turned<E>(strip_.m, steps, side.left(), side.row(), by.turned(b, hk, j), seen(), to, TILE,
-                    by.next_turned(b, hk, j));
+  // Pairs have weights of their own; floats stay where scores were.
+  Left<E> left(const Buffer<E>& paired, const Buffer<float>& floats) const {
+    if constexpr (PAIRED) return {paired, LEFT, 1};
+    else return {floats, LEFT, 1};
   }
-  const uint64_t* seen() const { return masked_ ? word_ : nullptr; }
+  const E* right() const {
+    if constexpr (PAIRED) return ds_right_;
+    else return dp_;
+  }
 
-  // Adds x turned [64, rows] times the rows of a side to the gradient of keys or values.
-  void add_to_keys(bool careful, int64_t j, const float* x, const Side<E>& side, const Array& from, int64_t d, Total& total) {
-    const int64_t m = strip_.m, keys = c_.keys(j), width = padded(d), to_step = total.step(0);
-    float* to = total.row(0, strip_.b, strip_.hk, j * TILE);
-    if (careful)
-      return chosen_product(keys, width, m, x, 1, TILE, as_floats(side, from, d), width, to, to_step, word_, true);
-    const E* left;
-    if constexpr (WOVEN) {
-      for (int64_t r = 0; r < HALF_TILE; ++r) {
-        if (r < m) weave(x + r * TILE, r + HALF_TILE < m ? x + (r + HALF_TILE) * TILE : nullptr, TILE, words_ + r * TILE);
-        else std::fill(words_ + r * TILE, words_ + (r + 1) * TILE, 0);
+  void hide_dead(bool masked) {
+    uint64_t* word = seen_.words();
+    for (int64_t r = 0; r < TILE; ++r) word[r] = (masked ? word[r] : ~0ull) & (alive_ >> r & 1 ? ~0ull : 0);
+    seen_.set(TILE);
+  }
+
+  // Scores become weights, and with what comes back to them their gradients. PLAIN: no soft cap, dropout or lse of its own.
+  template <bool MASKED, bool PLAIN>
+  void weigh(int64_t j, Range of) {
+    const vf factor = splat(strip_.factor());
+    for (int64_t q = of.first; q < of.end; q += W) {
+      float *s = scores_ + (q - of.first), *g = dp_ + (q - of.first);
+      const vf top = load(top_ + q), less = load(less_ + q);
+      for (int64_t k = 0; k < TILE; k += 2) {
+        vf p[2], ds[2];
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t at = (k + i) * Kind::UNIT;
+          const vf x = load(s + at) * factor;
+          vf dp = load(g + at);
+          p[i] = exp2v<Kind::EXP2>(x - top);
+          const vf weight = p[i];
+          if (!PLAIN && c_.drop_below) {
+            const vi kept = strip_.kept(j, k + i, q);
+            p[i] = kept ? p[i] * c_.keep_scale : vf{}, dp = kept ? dp * c_.keep_scale : vf{};
+          }
+          ds[i] = weight * (dp - less);
+          if (!PLAIN && c_.keys_lse) ds[i] += exp2v(x - load(keys_top_ + q)) * load(dlse_ + q);
+          if (!PLAIN && c_.softcap != 0) ds[i] *= load(slopes_ + (q - of.first) + at);
+          if (MASKED) {
+            const vi on = seen_.lanes(k + i, q);
+            p[i] = on ? p[i] : vf{}, ds[i] = on ? ds[i] : vf{};
+          }
+        }
+        put(s, g, k, q, p, ds);
       }
-      left = words_;
+    }
+  }
+  TM_INLINE void put(float* s, float* g, int64_t k, int64_t q, const vf* p, const vf* ds) {
+    if constexpr (PAIRED) {
+      const vh low = halved(ds[0]), high = halved(ds[1]);
+      for (int64_t i = 0; i < 2; ++i) {
+        store(reinterpret_cast<uint16_t*>(weights_ + (k + i) * LEFT) + q, halved(p[i]));
+        store(reinterpret_cast<uint16_t*>(ds_ + (k + i) * LEFT) + q, i ? high : low);
+      }
+      store(ds_right_ + k / 2 * TILE + q, paired(low, high));
     } else {
-      left = x;
+      for (int64_t i = 0; i < 2; ++i) store(s + (k + i) * Kind::UNIT, p[i]), store(g + (k + i) * Kind::UNIT, ds[i]);
     }
-    const auto add = [&](int64_t first, int64_t end, Range rows) {
-      const Range k = steps_of<E>(rows);
-      product(end - first, width, k.end - k.first, left + k.first * TILE + first, 1, TILE, side.right() + k.first * width, width,
-              to + first * to_step, to_step, true, masked_ ? Ahead() : total.next_tile(strip_.b, strip_.hk, j));
+  }
+
+  // The three products where numbers that a cell may not see are not finite.
+  __attribute__((noinline)) void add_chosen(int64_t j) {
+    const int64_t b = strip_.b, hk = strip_.hk, m = strip_.m, keys = c_.keys(j);
+    const auto of_keys = [&](const Array& x, int64_t d, Left<E> weights, KeyGradient& to) {
+      for (int64_t r = 0; r < m; ++r) floats(strip_.row(x, r), c_.dtype, d, padded(d), spare_ + r * padded(d));
+      add_chosen_to_keys(keys, to.width(), m, weights.at, LEFT, spare_, padded(d), seen_, to.tile(b, hk, j), to.width());
     };
-    if (!masked_) return add(0, keys, {0, m});
-    in_groups(keys, [&](int64_t first, int64_t end) {
-      const Range rows = rows_seeing(word_, m, first, end);
-      if (!rows.empty()) add(first, end, rows);
-    });
-  }
-
-  // Adds the scores' gradients times the keys to the queries' gradient.
-  void add_to_queries(bool careful, int64_t j, float* to, int64_t to_step) {
-    const int64_t m = strip_.m, b = strip_.b, hk = strip_.hk, keys = c_.keys(j);
-    if (careful)
-      return with_rows(c_, c_.k, c_.d, b, hk, j, spare_, [&](auto rows) {
-        chosen_product(m, width_, keys, dp_, TILE, 1, rows.at, rows.step, to, to_step, word_, false);
-      });
-    add_times_rows<E>(m, keys, width_, dp_, TILE, k_.rows(b, hk, j), seen(), words_, to, to_step,
-                      k_.next_rows(b, hk, j));
-  }
-
-  const float* as_floats(const Side<E>& side, const Array& from, int64_t d) {
-    if constexpr (!WOVEN) return side.right();
-    strip_.read(from, d, spare_ + 0);
-    return spare_;
+    kind_.flush();
+    of_keys(c_.dout, c_.dv, left(weights_, scores_), dv_);
+    of_keys(c_.q, c_.d, left(ds_, dp_), dk_);
+    add_chosen_to_queries(c_.d, keys, [&](int64_t k, int64_t p) { return k_.number(b, hk, j * TILE + k, p); }, right(), TILE,
+                          {0, lanes_}, seen_, to_queries_, TILE);
   }
 
   const Call& c_;
   const BackwardCut& cut_;
-  const Packed<E>&k_, &v_;
+  const Packed<Kind>&k_, &v_;
+  Kind kind_;
   Strip strip_;
-  Total &dq_, &dk_, &dv_;
-  int64_t width_, vwidth_;
-  Side<E> q_, dout_;
-  Buffer<float> p_, dp_;
-  Buffer<Pair> words_;
-  Buffer<float> spare_;
-  Buffer<float> dropped_{TILE * TILE}, slopes_{TILE * TILE};
-  Buffer<float> shares_{TILE * TILE};  // of each key among the keys, where sinks have shares too
+  const QueryGradient<Kind>& dq_;
+  KeyGradient &dk_, &dv_;
+  Queries<Kind> q_, dout_;
+  Buffer<float> scores_, dp_, slopes_;  // [keys, queries]; floats become weights and gradients of scores in their place
+  Buffer<E> weights_, ds_, ds_right_;   // those of pairs
+  Buffer<float> sums_, spare_;
+  float* to_queries_ = nullptr;  // [d, 64]
   float top_[TILE], less_[TILE], keys_top_[TILE], dlse_[TILE];
-  uint64_t alive_ = 0, word_[TILE];  // what each row sees of the tile at hand, if it is masked
-  bool whole_ = true, masked_ = false;
+  uint64_t alive_ = 0;
+  int64_t lanes_ = 0;
+  bool begun_ = false;
+  Seen seen_;
 };
 
 }  // namespace

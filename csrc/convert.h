@@ -75,35 +75,32 @@ inline bool finite(const float* x, int64_t n) {
   for (; i < n; ++i) rest += x[i] * 0.0f;
   return rest == 0;
 }
-inline bool finite(const Pair* x, int64_t n) {
+inline bool finite_bfloats(const uint16_t* x, int64_t n) {
   bool all = true;
-  for (int64_t i = 0; i < n; ++i) all &= (x[i] & 0x7f80u) != 0x7f80u && (x[i] & 0x7f800000u) != 0x7f800000u;
+  for (int64_t i = 0; i < n; ++i) all &= (x[i] & 0x7f80u) != 0x7f80u;
   return all;
 }
 
-// A row of bf16 as pairs of neighbours, zero beyond its end.
-inline void pairs(const void* from, int64_t n, Pair* to) {
-  if (n % 2) to[n / 2] = 0;
+// A row of bf16 as pairs of neighbours, zeros up to `steps`.
+inline void pairs(const void* from, int64_t n, int64_t steps, Pair* to) {
+  std::fill(to + n / 2, to + steps, 0);
   std::memcpy(to, from, n * 2);
 }
-// Two rows of bf16 as pairs, one of each; a row that is null is zeros.
+// Two rows of bf16 as pairs, one of each, zeros up to `width`; a row that is null is zeros.
 inline void weave(const void* low, const void* high, int64_t n, int64_t width, Pair* to) {
   const uint16_t *a = static_cast<const uint16_t*>(low), *b = static_cast<const uint16_t*>(high);
   if (a && b) for (int64_t i = 0; i < n; ++i) to[i] = a[i] | Pair(b[i]) << 16;
   else for (int64_t i = 0; i < n; ++i) to[i] = a ? a[i] : 0;
-  for (int64_t i = n; i < width; ++i) to[i] = 0;
-}
-// The same of floats, rounded; n is a multiple of W.
-TM_INLINE void weave(const float* low, const float* high, int64_t n, Pair* to) {
-  for (int64_t i = 0; i < n; i += W) store(to + i, paired(load(low + i), high ? load(high + i) : vf{}));
+  std::fill(to + n, to + width, 0);
 }
 
-// x [64, d] transposed: [d, 64].
+// x [n, d], rows `row` apart, transposed: [d, n], rows `ld` apart.
 template <class E>
-void transpose(const E* x, int64_t row, int64_t d, E* to) {
-  int64_t p = 0;
-  for (; p + 4 <= d; p += 4)
-    for (int64_t j = 0; j < TILE; j += 4) {
+void transpose(const E* x, int64_t row, int64_t n, int64_t d, E* to, int64_t ld) {
+  static_assert(sizeof(E) == 4, "");
+  const int64_t n4 = n / 4 * 4, d4 = d / 4 * 4;
+  for (int64_t p = 0; p < d4; p += 4)
+    for (int64_t j = 0; j < n4; j += 4) {
       v4 a, b, e, f;
       std::memcpy(&a, x + j * row + p, 16);
       std::memcpy(&b, x + (j + 1) * row + p, 16);
@@ -113,10 +110,10 @@ void transpose(const E* x, int64_t row, int64_t d, E* to) {
       const v4 AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), EF = __builtin_shufflevector(e, f, 2, 6, 3, 7);
       const v4 r[4] = {__builtin_shufflevector(ab, ef, 0, 1, 4, 5), __builtin_shufflevector(ab, ef, 2, 3, 6, 7),
                        __builtin_shufflevector(AB, EF, 0, 1, 4, 5), __builtin_shufflevector(AB, EF, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) std::memcpy(to + (p + i) * TILE + j, r + i, 16);
+      for (int i = 0; i < 4; ++i) std::memcpy(to + (p + i) * ld + j, r + i, 16);
     }
-  for (; p < d; ++p)
-    for (int64_t j = 0; j < TILE; ++j) to[p * TILE + j] = x[j * row + p];
+  for (int64_t p = 0; p < d; ++p)
+    for (int64_t j = p < d4 ? n4 : 0; j < n; ++j) to[p * ld + j] = x[j * row + p];
 }
 
 }  // namespace

@@ -1,173 +1,225 @@
-// The forward: rows of tiles by online softmax, some key tiles at a time, whose scores stay in the first cache.
+// The forward: for each strip of queries, tile by tile of keys, scores become weights where they lie and are summed with values.
+//
+// Weights are 2^(score - base), and bases are whole numbers: where one grows, what was summed shrinks without rounding. Floats take
+// the highest score so far for it, or weights would lose digits. Pairs look in the first tile that a query sees, and leave room
+// above what they find: the base stays until a sum grows to 2, and then the tile is done again.
 #pragma once
 #include "masked_products.h"
-#include "rows.h"
+#include "queries.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 4;         // key tiles at a time
-constexpr int64_t LD = CHUNK * TILE;  // from one row of scores to the next
-constexpr int64_t SPLIT = 16;        // key tiles of a part at least, where few queries see many keys
+constexpr float UNSET = std::numeric_limits<float>::lowest();  // a base, until some score above -inf was seen
+constexpr int64_t SPLIT = 16;     // key tiles of a part at least, where few queries see many keys
 constexpr int64_t MOST_PARTS = 32;
-constexpr int64_t FEW = 8;           // rows up to which keys are read as they lie: transposing them would take longer
 
 // How a call is cut into items; by its sizes alone, so that results do not depend on threads.
 struct Cut {
-  int64_t stacked;  // query heads whose rows lie one below the other
+  int64_t stacked;  // query heads whose queries lie side by side
   int64_t strips;   // of all samples and heads
-  bool direct;      // whether keys and values are read as they lie
   int64_t parts;    // of the keys of each
   int64_t size;     // key tiles of a part
 
   explicit Cut(const Call& c) {
     stacked = c.mask_h == 1 && c.group() * c.nq <= TILE ? c.group() : 1;
     strips = c.tiles_q() * c.b * c.hq / stacked;
-    direct = stacked * c.nq <= FEW;
     const bool few = strips < 64 && c.nq <= TILE;
     size = few ? std::max(SPLIT, (c.tiles_k() + MOST_PARTS - 1) / MOST_PARTS) : std::max<int64_t>(c.tiles_k(), 1);
     parts = std::max<int64_t>((c.tiles_k() + size - 1) / size, 1);
   }
 };
 
-// What a part of a strip's keys comes to: sums of weighted values, their weights, the highest score in base 2.
+// What a part of a strip's keys comes to.
 struct Partial {
-  Buffer<float> sums;  // [64, width]
-  float total[TILE], top[TILE];
+  Buffer<float> sums;                        // of weighted values: [width, queries], in pieces of Kind::UNIT queries
+  float total[TILE], rounded[TILE], base[TILE];  // of weights, and as products have them; weights are 2^(score - base)
   explicit Partial(int64_t width) : sums(TILE * width) {}
+
+  void clear(int64_t width, int64_t queries) {  // beyond which weights are 0
+    std::fill(sums + 0, sums + TILE * width, 0.0f);
+    for (float* x : {total, rounded}) std::fill(x, x + TILE, 0.0f);
+    std::fill(base, base + queries, UNSET);
+    std::fill(base + queries, base + TILE, 1e3f);
+  }
 };
 
-template <class E>
+template <class Kind>
 class Forward {
-  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+  using E = typename Kind::E;
+  static constexpr bool PAIRED = Kind::PER_STEP == 2;
 
  public:
-  Forward(const Call& c, const Cut& cut, const Packed<E>& k, const Packed<E>& v)
-      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), depth_(room<E>(c.d)), width_(padded(c.dv)), q_(TILE * depth_),
-        scores_(TILE * LD), weights_(WOVEN ? TILE * HALF_TILE : 0), keys_(cut.direct ? TILE * depth_ : 0),
-        values_(TILE * width_) {}
+  Forward(const Call& c, const Cut& cut, const Packed<Kind>& k, const Packed<Kind>& v)
+      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), q_(c.d, false), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT),
+        out_(TILE * padded(width_)) {}
+
+  int64_t width() const { return width_; }
 
   Strip& at(int64_t i) {  // the strip, and its queries
     const int64_t heads = c_.hq / cut_.stacked, bh = i / c_.tiles_q();  // head by head: its keys stay in the cache
     strip_.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
-    strip_.read_queries(q_);
+    lanes_ = multiple(strip_.m, Kind::LANES);
+    q_.read(strip_, c_.q, lanes_);
     return strip_;
   }
 
   void attend(int64_t first, int64_t end, Partial& into) {
-    for (int64_t r = 0; r < strip_.m; ++r) into.top[r] = -INF, into.total[r] = 0;
-    std::fill(into.sums + 0, into.sums + strip_.m * width_, 0.0f);
-    held_ = 0;
+    into.clear(width_, strip_.m);
     tiles_in(c_, strip_.range, first, end, [&](int64_t j, int32_t kind) {
-      tiles_[held_] = j, kinds_[held_] = kind;
-      if (++held_ == CHUNK) chunk(into);
+      const bool masked = strip_.see(j, kind, seen_);
+      for (int64_t q = 0; q < lanes_; q += Kind::UNIT) unit(j, {q, std::min(q + Kind::UNIT, lanes_)}, masked ? &seen_ : nullptr, into);
     });
-    if (held_) chunk(into);
+    kind_.flush();
   }
 
-  void finish(const Partial& from) const {
+  void finish(const Partial& from) {
+    const int64_t row = padded(width_);
+    for (int64_t q = 0; q < lanes_; q += Kind::UNIT)
+      transpose<float>(from.sums + q * width_, Kind::UNIT, width_, std::min(Kind::UNIT, lanes_ - q), out_ + q * row, row);
     for (int64_t r = 0; r < strip_.m; ++r) {
-      const float lse = from.total[r] == 0 ? -INF : (from.top[r] + std::log2(from.total[r])) * LN2;
-      float by = from.total[r] == 0 ? 0 : 1 / from.total[r];
-      if (c_.sinks && from.total[r] != 0) by /= 1 + std::exp(c_.sinks[strip_.head_of(r)] - lse);
-      write(from.sums + r * width_, by, c_.dv, c_.dtype, row_of(c_, c_.out, strip_.b, strip_.head_of(r), strip_.query(r)));
+      const float total = from.total[r];
+      const float lse = total == 0 ? -INF : (from.base[r] - Kind::ROOM + std::log2(total * (1 << Kind::ROOM))) * LN2;
+      float by = total == 0 ? 0 : 1 / (total == total ? from.rounded[r] : total);
+      if (c_.sinks && total != 0) by /= 1 + std::exp(c_.sinks[strip_.head_of(r)] - lse);
+      write(out_ + r * row, by, c_.dv, c_.dtype, strip_.row(c_.out, r));
       c_.lse[strip_.number(r)] = lse;
     }
   }
 
  private:
-  void chunk(Partial& into) {
-    for (int64_t t = 0; t < held_; ++t) {
-      float* s = scores_ + t * TILE;
-      masked_[t] = strip_.see(tiles_[t], kinds_[t], words_[t]);
-      multiply_keys(t, s);
-      strip_.score(tiles_[t], s, LD);
-      if (masked_[t]) strip_.hide(words_[t], s, LD);
+  // Of a tile of keys and some queries.
+  void unit(int64_t j, Range of, const Seen* seen, Partial& into) {
+    const int64_t b = strip_.b, h = strip_.hk, keys = c_.keys(j);
+    for (bool again = false;; again = true) {
+      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, h, j), q_.turned(of.first), Kind::UNIT, of, seen, scores_ + 0, Kind::UNIT,
+                    k_.next_rows(b, h, j));
+      kind_.flush();
+      strip_.score(j, of, scores_, Kind::UNIT);
+      if (again || Kind::ROOM == 0 || c_.bias_kind != NO_BIAS || any_unset(of, into)) set_bases(of, keys, seen, again, into);
+      const bool grown = seen ? weigh<true>(j, of, seen, into) : weigh<false>(j, of, seen, into);
+      if (!grown || again || Kind::ROOM == 0) break;
     }
-    for (int64_t r = 0; r < strip_.m; ++r) weigh(r, held_ * TILE, into);
-    for (int64_t t = 0; t < held_; ++t) {
-      float* p = scores_ + t * TILE;
-      if (c_.drop_below) strip_.drop(tiles_[t], p, LD);
-      if (masked_[t] && !v_.is_finite(strip_.b, strip_.hk, tiles_[t])) add_chosen_values(t, p, into);
-      else add_values(t, p, into);
-    }
-    held_ = 0;
+    std::copy(total_ + of.first, total_ + of.end, into.total + of.first);
+    std::copy(rounded_ + of.first, rounded_ + of.end, into.rounded + of.first);
+    float* sums = into.sums + of.first * width_;
+    const E* weights = reinterpret_cast<const E*>(scores_ + 0);
+    if (seen && !v_.is_finite(b, h, j))
+      return add_chosen_to_queries(c_.dv, keys, [&](int64_t k, int64_t p) { return v_.number(b, h, j * TILE + k, p); }, weights,
+                                   Kind::UNIT, of, *seen, sums, Kind::UNIT);
+    add_to_queries(kind_, c_.dv, keys, v_.turned(b, h, j), weights, Kind::UNIT, of, seen, sums, Kind::UNIT, v_.next_turned(b, h, j));
   }
 
-  const uint64_t* seen(int64_t t) const { return masked_[t] ? words_[t] : nullptr; }
-
-  // Scores of a tile of the chunk; what no row of a group sees is left as it was, and hidden after.
-  void multiply_keys(int64_t t, float* s) {
-    const int64_t b = strip_.b, h = strip_.hk, j = tiles_[t];
-    if (cut_.direct) {
-      if constexpr (!WOVEN)
-        with_rows(c_, c_.k, c_.d, b, h, j, keys_, [&](auto rows) {
-          dots(strip_.m, c_.keys(j), depth_, q_, depth_, rows, s, LD);
-        });
-      return;
-    }
-    times_turned<E>(strip_.m, steps<E>(c_.d), q_, depth_, k_.turned(b, h, j), seen(t), s, LD,
-                    k_.next_turned(b, h, j));
+  // The keys of a tile that some of a vector of queries see, as weights are made of them: two at a time.
+  Range keys_of(int64_t q, const Seen* seen) const {
+    constexpr int64_t TOGETHER = std::max<int64_t>(2, Kind::STEPS * Kind::PER_STEP);
+    if (!seen) return {0, TILE};
+    constexpr int64_t QUERIES = std::max<int64_t>(W, Kind::LANES);
+    const Range found = seen->keys({q / QUERIES * QUERIES, q / QUERIES * QUERIES + QUERIES});
+    return found.empty() ? found : found.widened(TOGETHER);
   }
 
-  // Adds weights times the values of a tile of the chunk.
-  void add_values(int64_t t, float* p, Partial& into) {
-    const int64_t b = strip_.b, h = strip_.hk, j = tiles_[t];
-    if (cut_.direct) {
-      if constexpr (!WOVEN)
-        with_rows(c_, c_.v, c_.dv, b, h, j, values_, [&](auto rows) {
-          sums(strip_.m, width_, c_.keys(j), p, LD, rows, into.sums, width_);
-        });
-      return;
+  // Scores become weights in their place; whether some query's sum has grown too large.
+  template <bool MASKED>
+  bool weigh(int64_t j, Range of, const Seen* seen, const Partial& from) {
+    const bool drops = c_.drop_below;
+    bool grown = false;
+    for (int64_t q = of.first; q < of.end; q += W) {
+      float* s = scores_ + (q - of.first);
+      const Range keys = keys_of(q, seen);
+      const vf factor = splat(strip_.factor()), base = load(from.base + q);
+      vf total{}, rounded{};  // summed from 0 and then added: long sums lose less
+      for (int64_t k = keys.first; k < keys.end; k += 2) {
+        vf x[2];
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < 2; ++i) {
+          x[i] = exp2v<Kind::EXP2>(load(s + (k + i) * Kind::UNIT) * factor - base);
+          if (MASKED) x[i] = seen->lanes(k + i, q) ? x[i] : vf{};
+        }
+        total += x[0] + x[1];
+        if (PAIRED) rounded += (vf)rounded_weight(x[0]) + (vf)rounded_weight(x[1]);
+        if (drops)
+          for (int64_t i = 0; i < 2; ++i) x[i] = strip_.kept(j, k + i, q) ? x[i] * c_.keep_scale : vf{};
+        put(s, k, x);
+      }
+      total += load(from.total + q), rounded += load(from.rounded + q);
+      grown |= any((vi)total & 0x40000000);  // 2 or more, infinite or NaN
+      store(total_ + q, total), store(rounded_ + q, PAIRED ? rounded : total);
     }
-    add_times_rows<E>(strip_.m, TILE, width_, p, LD, v_.rows(b, h, j), seen(t), weights_, into.sums, width_,
-                      v_.next_rows(b, h, j));
+    return grown;
+  }
+  TM_INLINE static void put(float* s, int64_t k, const vf* x) {
+    if constexpr (PAIRED) store(reinterpret_cast<Pair*>(s) + k / 2 * Kind::UNIT, rounded_weight(x[0]) >> 16 | rounded_weight(x[1]));
+    else store(s + k * Kind::UNIT, x[0]), store(s + (k + 1) * Kind::UNIT, x[1]);
   }
 
-  // The same where values that a row may not see are not finite.
-  void add_chosen_values(int64_t t, const float* p, Partial& into) {
-    const int64_t j = tiles_[t];
-    with_rows(c_, c_.v, c_.dv, strip_.b, strip_.hk, j, values_, [&](auto rows) {
-      chosen_product(strip_.m, width_, c_.keys(j), p, LD, 1, rows.at, rows.step, into.sums, width_, words_[t], false);
-    });
+  bool any_unset(Range of, const Partial& from) const {
+    vi all{};
+    for (int64_t q = of.first; q < of.end; q += W) all |= load(from.base + q) == UNSET;
+    return any(all);
   }
 
-  // Scores of one row become weights; what was summed before shrinks if there is a new highest score.
-  void weigh(int64_t r, int64_t n, Partial& into) {
-    float* s = scores_ + r * LD;
-    const float factor = strip_.factor();
-    vf high = load(s);
-    for (int64_t j = W; j < n; j += W) high = larger(load(s + j), high);
-    float now = largest(high) * factor;
-    now = now > into.top[r] ? now : into.top[r];
-    const float base = now == -INF ? 0 : now;
-    if (now != into.top[r]) {
-      const float shrink = into.total[r] == 0 ? 0 : exp2f_(into.top[r] - base);
-      for (int64_t p = 0; p < width_; p += W) store(into.sums + r * width_ + p, load(into.sums + r * width_ + p) * shrink);
-      into.total[r] *= shrink, into.top[r] = now;
+  // Bases of queries that have none, and of those whose scores go too far beyond theirs.
+  __attribute__((noinline)) void set_bases(Range of, int64_t count, const Seen* seen, bool again, Partial& into) {
+    const vf factor = splat(strip_.factor());
+    for (int64_t q = of.first; q < of.end; q += W) {
+      const Range keys = keys_of(q, seen);
+      vf top = splat(-INF);
+      for (int64_t k = keys.first; k < std::min(keys.end, count); ++k) {
+        const vf x = load(scores_ + k * Kind::UNIT + q - of.first) * factor;
+        top = larger(seen ? (seen->lanes(k, q) ? x : splat(-INF)) : x, top);
+      }
+      if (again || any(top > load(into.base + q))) raise(of, q, top, again, into);
     }
-    vf all = vf{};
-    for (int64_t j = 0; j < n; j += W) {
-      const vf p = exp2v(load(s + j) * factor - base);
-      store(s + j, p);
-      all += p;
+  }
+  __attribute__((noinline)) void raise(Range of, int64_t q, vf top, bool again, Partial& into) {
+    vf by = splat(1.0f);
+    for (int64_t i = 0; i < W; ++i) {
+      float& base = into.base[q + i];
+      float wanted = std::ceil(top[i]) + Kind::ROOM;
+      if (!(wanted < INF && wanted > -INF) || (again ? total_[q + i] < 2 : wanted <= base)) continue;
+      if (base != UNSET) {
+        wanted = std::max(wanted, base + Kind::ROOM);
+        by[i] = std::exp2(base - wanted);
+      }
+      base = wanted;
     }
-    into.total[r] += sum(all);
+    kind_.flush();
+    for (float* x : {into.total + q, into.rounded + q}) store(x, load(x) * by);
+    for (int64_t p = 0; p < width_; ++p) {
+      float* x = into.sums + of.first * width_ + p * Kind::UNIT + q - of.first;
+      store(x, load(x) * by);
+    }
   }
 
   const Call& c_;
   const Cut& cut_;
-  const Packed<E>&k_, &v_;
+  const Packed<Kind>&k_, &v_;
+  Kind kind_;
   Strip strip_;
-  int64_t depth_, width_, held_ = 0;  // head sizes as products have them
-  Buffer<E> q_;
-  Buffer<float> scores_;
-  Buffer<Pair> weights_;
-  Buffer<float> keys_, values_;
-  int64_t tiles_[CHUNK];
-  int32_t kinds_[CHUNK];
-  bool masked_[CHUNK];
-  uint64_t words_[CHUNK][TILE];  // what each row sees of the tiles that are masked
+  Queries<Kind> q_;
+  int64_t width_, lanes_ = 0;  // of values, of queries, as products have them
+  Buffer<float> scores_;       // [keys, queries]; then weights as a right operand
+  Buffer<float> out_;
+  float total_[TILE], rounded_[TILE];
+  Seen seen_;
 };
+
+// Parts of a strip's keys as one, always in the same order.
+template <class Kind>
+void join(Partial& into, const Partial& part, int64_t m, int64_t width) {
+  for (int64_t r = 0; r < m; ++r) {
+    if (part.total[r] == 0) continue;
+    const float base = into.total[r] == 0 || part.base[r] > into.base[r] ? part.base[r] : into.base[r];
+    const float a = into.total[r] == 0 ? 0 : std::exp2(into.base[r] - base), b = std::exp2(part.base[r] - base);
+    const int64_t first = r / Kind::UNIT * Kind::UNIT * width + r % Kind::UNIT;
+    for (int64_t p = 0; p < width; ++p) {
+      float* x = into.sums + first + p * Kind::UNIT;
+      *x = *x * a + part.sums[first + p * Kind::UNIT] * b;
+    }
+    into.total[r] = into.total[r] * a + part.total[r] * b;
+    into.rounded[r] = into.rounded[r] * a + part.rounded[r] * b, into.base[r] = base;
+  }
+}
 
 }  // namespace

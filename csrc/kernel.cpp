@@ -1,63 +1,54 @@
 // Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; its only state is who starts threads.
-#include <chrono>
-
 #include "backward.h"
 #include "forward.h"
+#include "isa/usable.h"
+#include "peak.h"
 
 namespace {
 
-template <class E>
-void pack(const Call& c, Packed<E>& k, Packed<E>& v) {
+template <class Kind>
+void pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
   const std::vector<int64_t> used = used_tiles(c);
   const int64_t tiles = used.size(), heads = c.b * c.hk;
   each(tiles * heads, c.threads, [&] {
-    return [&, spare = std::make_shared<Buffer<E>>(TILE * padded(std::max(c.d, c.dv)))](int64_t i) {
+    return [&, spare = std::make_shared<Buffer<typename Kind::E>>(std::max(k.spare(), v.spare()))](int64_t i) {
       const int64_t tile = i / tiles * c.tiles_k() + used[i % tiles];
       k.make(tile, *spare), v.make(tile, *spare);
     };
   });
 }
 
-// Parts of a strip's keys as one, always in the same order.
-void join(Partial& into, const Partial& part, int64_t m, int64_t width) {
-  for (int64_t r = 0; r < m; ++r) {
-    if (part.total[r] == 0) continue;
-    const float top = part.top[r] > into.top[r] ? part.top[r] : into.top[r];
-    const float a = into.total[r] == 0 ? 0 : std::exp2(into.top[r] - top), b = std::exp2(part.top[r] - top);
-    for (int64_t p = 0; p < width; ++p) into.sums[r * width + p] = into.sums[r * width + p] * a + part.sums[r * width + p] * b;
-    into.total[r] = into.total[r] * a + part.total[r] * b, into.top[r] = top;
-  }
-}
-
-template <class E>
-void forward(const Call& c, const Cut& cut) {
-  Packed<E> k(c, c.k, c.d, false, !cut.direct), v(c, c.v, c.dv, !cut.direct, false);
-  if (cut.direct) v.may_not_be_finite();
-  else pack(c, k, v);
+template <class Kind>
+void forward(const Call& c) {
+  const Cut cut(c);
+  Packed<Kind> k(c, c.k, c.d, true, false), v(c, c.v, c.dv, false, true);
+  pack(c, k, v);
+  const auto run = [&] { return std::make_shared<Forward<Kind>>(c, cut, k, v); };
   if (cut.parts == 1) {
     each(cut.strips, c.threads, [&] {
-      return [&, run = std::make_shared<Forward<E>>(c, cut, k, v), own = std::make_shared<Partial>(v.width())](int64_t i) {
-        run->at(i);
-        run->attend(0, c.tiles_k(), *own);
-        run->finish(*own);
+      const auto strips = run();
+      return [&, strips, own = std::make_shared<Partial>(strips->width())](int64_t i) {
+        strips->at(i);
+        strips->attend(0, c.tiles_k(), *own);
+        strips->finish(*own);
       };
     });
     return;
   }
   std::vector<std::unique_ptr<Partial>> found(cut.strips * cut.parts);
   each(cut.strips * cut.parts, c.threads, [&] {
-    return [&, run = std::make_shared<Forward<E>>(c, cut, k, v)](int64_t i) {
-      found[i] = std::make_unique<Partial>(v.width());
-      run->at(i / cut.parts);
-      run->attend(i % cut.parts * cut.size, (i % cut.parts + 1) * cut.size, *found[i]);
+    return [&, strips = run()](int64_t i) {
+      found[i] = std::make_unique<Partial>(strips->width());
+      strips->at(i / cut.parts);
+      strips->attend(i % cut.parts * cut.size, (i % cut.parts + 1) * cut.size, *found[i]);
     };
   });
   each(cut.strips, c.threads, [&] {
-    return [&, run = std::make_shared<Forward<E>>(c, cut, k, v)](int64_t i) {
+    return [&, strips = run()](int64_t i) {
       Partial& all = *found[i * cut.parts];
-      const int64_t m = run->at(i).m;
-      for (int64_t p = 1; p < cut.parts; ++p) join(all, *found[i * cut.parts + p], m, v.width());
-      run->finish(all);
+      const int64_t m = strips->at(i).m;
+      for (int64_t p = 1; p < cut.parts; ++p) join<Kind>(all, *found[i * cut.parts + p], m, strips->width());
+      strips->finish(all);
     };
   });
 }
@@ -78,50 +69,41 @@ void dot_outputs(const Call& c) {
   });
 }
 
-template <class E>
+template <class Kind>
 void backward(const Call& c) {
-  Packed<E> k(c, c.k, c.d, true, true), v(c, c.v, c.dv, false, true);
+  Packed<Kind> k(c, c.k, c.d, true, true), v(c, c.v, c.dv, true, false);
   pack(c, k, v);
   dot_outputs(c);
-  const BackwardCut cut(c);
-  Total dq(c, c.dq, c.hq, c.nq, c.d, cut.parts), dk(c, c.dk, c.hk, c.nk, c.d), dv(c, c.dv_out, c.hk, c.nk, c.dv);
+  const BackwardCut cut(c, Kind::SPAN);
+  const QueryGradient<Kind> dq(c, cut.parts);
+  KeyGradient dk(c, c.dk, c.d), dv(c, c.dv_out, c.dv);
   each(cut.parts * c.b * c.hk, c.threads, [&] {
-    return [run = std::make_shared<Backward<E>>(c, cut, k, v, dq, dk, dv)](int64_t i) { (*run)(i); };
+    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, dk, dv)](int64_t i) { (*run)(i); };
   });
-  each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
-    return [&](int64_t i) {
-      const int64_t h = i / c.tiles_q();
-      dq.finish(h / c.hq, h % c.hq, i % c.tiles_q() * TILE, c.scale);
-    };
-  });
+  if (cut.parts > 1)
+    each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
+      return [&, spare = std::make_shared<Buffer<float>>(TILE * padded(c.d))](int64_t i) {
+        const int64_t h = i / c.tiles_q();
+        dq.finish(h / c.hq, h % c.hq, i % c.tiles_q(), *spare);
+      };
+    });
   each(c.b * c.hk * c.tiles_k(), c.threads, [&] {
     return [&](int64_t i) {
-      const int64_t h = i / c.tiles_k(), first = i % c.tiles_k() * TILE;
-      dk.finish(h / c.hk, h % c.hk, first, c.scale > 0 ? c.scale : 1);
-      dv.finish(h / c.hk, h % c.hk, first, 1);
+      const int64_t h = i / c.tiles_k(), j = i % c.tiles_k();
+      dk.finish(h / c.hk, h % c.hk, j, c.scale);
+      dv.finish(h / c.hk, h % c.hk, j, 1);
     };
   });
 }
 
-// Whether products take pairs of bf16.
-bool in_pairs(const Call& c) { return PAIRS && c.dtype == BFLOAT && c.scale > 0; }
-
-// Additions and multiplications a second that one thread reaches, in floats or pairs of bf16: nothing is faster.
-template <class E>
-double peak(double seconds) {
-  constexpr int N = W == 16 ? 24 : 12, ROUNDS = 10000;
-  const auto one = splat(E(1));
-  vf x[N] = {};
-  int64_t done = 0;
-  const auto start = std::chrono::steady_clock::now();
-  double took = 0;
-  for (; took < seconds; ++done, took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count())
-    for (int i = 0; i < ROUNDS; ++i)
-#pragma GCC unroll 32
-      for (int n = 0; n < N; ++n) x[n] = plus_product(x[n], one, one);
-  volatile float seen = 0;
-  for (int n = 0; n < N; ++n) seen = seen + sum(x[n]);
-  return double(done) * ROUNDS * N * W * (std::is_same<E, Pair>::value ? 4 : 2) / took;
+// Calls `run` with the kind in which this call's products are worked out.
+template <class F>
+void with_kind(const Call& c, F run) {
+#if defined(TM_TILES)
+  if (c.dtype == BFLOAT) return run(static_cast<Tiles*>(nullptr));
+#endif
+  if (PAIRS && c.dtype == BFLOAT) return run(static_cast<Pairs*>(nullptr));
+  run(static_cast<Floats*>(nullptr));
 }
 
 // 0, or 1 if there was not enough memory: no exception crosses into Python.
@@ -139,16 +121,13 @@ int guarded(F run) {
 
 extern "C" {
 void tm_start_threads_with(Parallel start) { starter() = {start, getpid()}; }  // or with null: by ourselves
-double tm_peak(double seconds, int pairs) { return PAIRS && pairs ? peak<Pair>(seconds) : peak<float>(seconds); }
+double tm_peak(double seconds, int halves, int64_t threads) { return peak(seconds, halves, threads); }
+int tm_usable() { return usable(); }  // asked before all else: 1, or why this process may not use this library
 uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and constants are these
 int tm_forward(const Call* c) {
-  return guarded([&] {
-    const Cut cut(*c);
-    if (in_pairs(*c) && !cut.direct) forward<Pair>(*c, cut);
-    else forward<float>(*c, cut);
-  });
+  return guarded([&] { with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
 }
 int tm_backward(const Call* c) {
-  return guarded([&] { in_pairs(*c) ? backward<Pair>(*c) : backward<float>(*c); });
+  return guarded([&] { with_kind(*c, [&](auto* kind) { backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
 }
 }

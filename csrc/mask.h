@@ -1,4 +1,4 @@
-// What the words of a masked tile say: bit j of word i is cell (i, j); and which tiles a row of tiles has.
+// What queries see of a tile of keys, and which tiles a row of tiles has.
 #pragma once
 #include "abi.h"
 #include "isa/simd.h"
@@ -7,35 +7,52 @@ namespace {
 
 inline uint64_t below(int64_t n) { return n >= TILE ? ~0ull : (1ull << n) - 1; }  // the first n bits
 
-// From the first to the last of some keys or rows.
+// From the first to the last of some keys or queries.
 struct Range {
   int64_t first, end;
+  int64_t size() const { return end - first; }
   bool empty() const { return first >= end; }
+  bool operator==(const Range& other) const { return first == other.first && end == other.end; }
   Range widened(int64_t to) const { return {first / to * to, (end + to - 1) / to * to}; }
 };
 
-// The keys that some of the rows [begin, end) see.
-inline Range keys_seen(const uint64_t* word, int64_t begin, int64_t end) {
-  uint64_t all = 0;
-  for (int64_t r = begin; r < end; ++r) all |= word[r];
-  return all ? Range{__builtin_ctzll(all), TILE - __builtin_clzll(all)} : Range{0, 0};
-}
+// A tile of the mask: bit k of a query's word says whether it sees key k.
+class Seen {
+ public:
+  uint64_t* words() { return word_; }
+  const uint64_t* words() const { return word_; }
 
-// The rows of m that see some of the keys [begin, end).
-inline Range rows_seeing(const uint64_t* word, int64_t m, int64_t begin, int64_t end) {
-  const uint64_t keys = below(end) & ~below(begin);
-  Range found{m, 0};
-  for (int64_t r = 0; r < m; ++r)
-    if (word[r] & keys) found = {std::min(found.first, r), r + 1};
-  return found;
-}
+  // After the words of `lanes` queries have been set.
+  void set(int64_t lanes) {
+    for (int64_t q = 0; q < lanes; ++q) half_[0][q] = uint32_t(word_[q]), half_[1][q] = uint32_t(word_[q] >> 32);
+  }
+  // Which of the queries from q on see key k: all ones or zeros.
+  TM_INLINE vi lanes(int64_t k, int64_t q) const {
+    vu x;
+    std::memcpy(&x, half_[k / 32] + q, sizeof x);
+    return (x & (vu{} + (1u << k % 32))) != 0u;
+  }
+  bool cell(int64_t k, int64_t q) const { return word_[q] >> k & 1; }
 
-// Some rows of a masked tile at a time, so that products skip what none of them sees: `run(first, end)`.
-template <class F>
-TM_INLINE void in_groups(int64_t m, F run) {
-  constexpr int64_t GROUP = 12;
-  for (int64_t r = 0; r < m; r += GROUP) run(r, std::min(r + GROUP, m));
-}
+  // The keys that some of the queries see.
+  Range keys(Range queries) const {
+    uint64_t all = 0;
+    for (int64_t q = queries.first; q < queries.end; ++q) all |= word_[q];
+    return all ? Range{__builtin_ctzll(all), TILE - __builtin_clzll(all)} : Range{0, 0};
+  }
+  // The queries of those that see some of the keys.
+  Range queries(Range keys, Range of) const {
+    const uint64_t bits = below(keys.end) & ~below(keys.first);
+    Range found{of.end, of.first};
+    for (int64_t q = of.first; q < of.end; ++q)
+      if (word_[q] & bits) found = {std::min(found.first, q), q + 1};
+    return found;
+  }
+
+ private:
+  uint64_t word_[TILE];
+  uint32_t half_[2][TILE];
+};
 
 // The key tiles of a strip's runs in [first, end): `take(j, kind)`.
 template <class F>

@@ -1,54 +1,95 @@
-// Products of a masked tile: what no row of a group sees is skipped.
+// The products of a tile under what queries see of it: what none of some keys or queries sees is skipped.
 #pragma once
 #include "mask.h"
 #include "pack.h"
-#include "products/matmul.h"
 
 namespace {
 
-// The steps of a product over some keys or rows of a tile: themselves, or the pairs of them and those 32 further.
-template <class E>
-inline Range steps_of(Range x) {
-  if (!std::is_same<E, Pair>::value) return x;
-  if (x.end <= HALF_TILE) return x;
-  return x.first >= HALF_TILE ? Range{x.first - HALF_TILE, x.end - HALF_TILE} : Range{0, HALF_TILE};
-}
-
-// The product of m rows (`row` apart) and the keys or values of a tile, turned: [m, 64], rows `ld` apart. What no row of
-// a group sees is left as it was; `word` is null where all is seen, and only then is `ahead` fetched.
-template <class E>
-void times_turned(int64_t m, int64_t steps, const E* rows, int64_t row, const E* turned, const uint64_t* word, float* to,
-                  int64_t ld, Ahead ahead) {
-  if (!word) return product(m, TILE, steps, rows, row, 1, turned, TILE, to, ld, false, ahead);
-  in_groups(m, [&](int64_t first, int64_t end) {
-    const Range keys = keys_seen(word, first, end).widened(W);
-    product(end - first, keys.end - keys.first, steps, rows + first * row, row, 1, turned + keys.first, TILE,
-            to + first * ld + keys.first, ld, false);
-  });
-}
-
-// Adds weights [m, keys], rows `ld` apart, times the keys or values of a tile as they lie: [m, width], rows `step` apart.
-// `woven` has room for weights in pairs.
-template <class E>
-void add_times_rows(int64_t m, int64_t keys, int64_t width, const float* weights, int64_t ld, Rows<E> rows,
-                    const uint64_t* word, Pair* woven, float* to, int64_t step, Ahead ahead) {
-  const E* left;
-  if constexpr (std::is_same<E, Pair>::value) {
-    for (int64_t r = 0; r < m; ++r) weave(weights + r * ld, weights + r * ld + HALF_TILE, HALF_TILE, woven + r * HALF_TILE);
-    left = woven, ld = HALF_TILE;
-  } else {
-    left = weights;
+// Scores [keys, queries], rows `ld` apart: keys as a left operand times queries turned, rows `ldb` apart. Where nothing is
+// seen they stay as they were. `seen` is null where all is; only then is `ahead` fetched.
+template <class Kind, class E>
+void multiply_keys(Kind& kind, int64_t keys, int64_t steps, Left<E> rows, const E* queries, int64_t ldb, Range of, const Seen* seen,
+                   float* to, int64_t ld, Ahead ahead) {
+  if (!seen) return kind(keys, of.size(), steps, rows, queries, ldb, to, ld, false, ahead);
+  for (int64_t k = 0; k < keys; k += Kind::GROUP) {
+    const Range some{k, std::min(k + Kind::GROUP, keys)}, q = seen->queries(some, of);
+    if (q.empty()) continue;
+    const Range wide = Range{q.first - of.first, q.end - of.first}.widened(Kind::LANES);
+    kind(some.size(), wide.size(), steps, rows.down(k), queries + wide.first, ldb, to + k * ld + wide.first, ld, false);
   }
-  const auto add = [&](int64_t first, int64_t end, Range seen) {
-    const Range k = steps_of<E>(seen);
-    product(end - first, width, k.end - k.first, left + first * ld + k.first, ld, 1, rows.at + k.first * rows.step, rows.step,
-            to + first * step, step, true, word ? Ahead() : ahead);
+}
+
+// Adds to what queries get, [m, queries], rows `ld` apart: keys or values turned, times weights [steps of keys, queries].
+template <class Kind, class E>
+void add_to_queries(Kind& kind, int64_t m, int64_t keys, Left<E> turned, const E* weights, int64_t ldb, Range of, const Seen* seen,
+                    float* to, int64_t ld, Ahead ahead) {
+  const auto add = [&](Range queries, Range k, Ahead soon) {
+    const int64_t q = queries.first - of.first, first = k.first / Kind::PER_STEP;
+    const int64_t count = (k.end + Kind::PER_STEP - 1) / Kind::PER_STEP - first;
+    if (count > 0) kind(m, queries.size(), count, turned.along(first), weights + first * ldb + q, ldb, to + q, ld, true, soon);
   };
-  if (!word) return add(0, m, {0, keys});
-  in_groups(m, [&](int64_t first, int64_t end) {
-    const Range seen = keys_seen(word, first, end);
-    if (!seen.empty()) add(first, end, seen);
-  });
+  if (!seen) return add(of, {0, keys}, ahead);
+  Range same{of.first, of.first}, k{0, 0};  // queries that see the same keys go together
+  for (int64_t q = of.first; q < of.end; q += Kind::LANES) {
+    Range now = seen->keys({q, q + Kind::LANES});
+    if (!now.empty()) now = now.widened(Kind::STEPS * Kind::PER_STEP);
+    now.end = std::min(now.end, multiple(keys, Kind::STEPS * Kind::PER_STEP));
+    if (!(now == k)) add(same, k, {}), same.first = q, k = now;
+    same.end = q + Kind::LANES;
+  }
+  add(same, k, {});
+}
+
+// Adds to what keys get, [keys, width], rows `ld` apart: weights as a left operand [keys, steps of queries], times queries.
+template <class Kind, class E>
+void add_to_keys(Kind& kind, int64_t keys, int64_t width, int64_t queries, Left<E> weights, const E* rows, const Seen* seen, float* to,
+                 int64_t ld, Ahead ahead) {
+  const auto add = [&](Range k, Range q, Ahead soon) {
+    const int64_t first = q.first / Kind::PER_STEP, count = (q.end + Kind::PER_STEP - 1) / Kind::PER_STEP - first;
+    kind(k.size(), width, count, weights.down(k.first).along(first), rows + first * width, width, to + k.first * ld, ld, true, soon);
+  };
+  if (!seen) return add({0, keys}, {0, queries}, ahead);
+  for (int64_t k = 0; k < keys; k += Kind::GROUP) {
+    const Range some{k, std::min(k + Kind::GROUP, keys)}, q = seen->queries(some, {0, queries});
+    if (!q.empty()) add(some, q.widened(Kind::STEPS * Kind::PER_STEP), {});
+  }
+}
+
+// Weights as a right operand holds them, once more as floats: those of key k and of queries from `at` on.
+TM_INLINE vf weights_of(const float* at, int64_t ldb, int64_t k) { return load(at + k * ldb); }
+TM_INLINE vf weights_of(const Pair* at, int64_t ldb, int64_t k) {
+  const vu both = load(at + k / 2 * ldb);
+  return (vf)(k % 2 ? both & 0xffff0000u : both << 16);
+}
+// And those of key k and query q in a left operand.
+inline float weight_of(const float* at, int64_t row, int64_t k, int64_t q) { return at[k * row + q]; }
+inline float weight_of(const Pair* at, int64_t row, int64_t k, int64_t q) {
+  return from_bfloat(uint16_t(at[k * row + q / 2] >> q % 2 * 16));
+}
+
+// The same two over the cells that are seen alone, so that what is behind others may be NaN: `number(k, p)` is of a key,
+// and `rows` are of queries, `step` apart.
+template <class E, class Number>
+void add_chosen_to_queries(int64_t m, int64_t keys, Number number, const E* weights, int64_t ldb, Range of, const Seen& seen,
+                           float* to, int64_t ld) {
+  for (int64_t k = 0; k < keys; ++k)
+    for (int64_t p = 0; p < m; ++p) {
+      const float x = number(k, p);
+      for (int64_t q = 0; q < of.size(); q += W) {
+        const vf before = load(to + p * ld + q);
+        store(to + p * ld + q, seen.lanes(k, of.first + q) ? before + weights_of(weights + q, ldb, k) * x : before);
+      }
+    }
+}
+template <class E>
+void add_chosen_to_keys(int64_t keys, int64_t width, int64_t queries, const E* weights, int64_t row, const float* rows, int64_t step,
+                        const Seen& seen, float* to, int64_t ld) {
+  for (int64_t k = 0; k < keys; ++k)
+    for (int64_t q = 0; q < queries; ++q) {
+      if (!seen.cell(k, q)) continue;
+      const vf x = splat(weight_of(weights, row, k, q));
+      for (int64_t p = 0; p < width; p += W) store(to + k * ld + p, load(to + k * ld + p) + x * load(rows + q * step + p));
+    }
 }
 
 }  // namespace

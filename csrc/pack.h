@@ -1,104 +1,100 @@
-// Keys and values as products take them, packed once a call: tiles transposed, and rows.
+// Keys and values as left operands, packed once a call, or as they lie.
 #pragma once
 #include <vector>
 
 #include "convert.h"
 #include "memory.h"
-#include "products/matmul.h"
-#include "products/matvec.h"
+#include "products/kinds.h"
 
 namespace {
-
-constexpr int64_t HALF_TILE = TILE / 2;  // pairs of rows: row r of a tile and row r + 32
 
 inline char* row_of(const Call& c, const Array& x, int64_t b, int64_t h, int64_t n) {
   return static_cast<char*>(x.data) + (b * x.sample + h * x.head + n * x.row) * c.bytes();
 }
 
-// A product over d numbers as steps of floats or of pairs, and where the next row of them is.
-template <class E>
-inline int64_t steps(int64_t d) { return std::is_same<E, Pair>::value ? (d + 1) / 2 : d; }
-template <class E>
-inline int64_t room(int64_t d) { return std::is_same<E, Pair>::value ? (d + 1) / 2 : padded(d); }
-
-inline void row_as(const Call& c, const void* from, int64_t d, float* to) { floats(from, c.dtype, d, padded(d), to); }
-inline void row_as(const Call&, const void* from, int64_t d, Pair* to) { pairs(from, d, to); }
-
-// The keys (or values) of every sample and key head. Rows of floats stay where they
-// are if vectors fit them and they lie one after the other: far apart they would push each other out of the cache.
-template <class E>
+// The keys (or values) of every sample and key head. Floats stay where they are if rows lie one after the other: far apart
+// they would push each other out of the cache. Their rows and the same turned are one memory; pairs and tiles need two.
+template <class Kind>
 class Packed {
-  static constexpr bool WOVEN = std::is_same<E, Pair>::value;
+  using E = typename Kind::E;
+  static constexpr bool PAIRED = Kind::PER_STEP == 2;
 
  public:
-  // `rows`: [keys, width] of floats, or woven [32, width] for each tile; `turned`: tiles transposed [steps, 64].
+  // `rows`: a left operand [64, d] for each tile; `turned`: [d, 64]. Steps are along the second of both.
   Packed(const Call& c, const Array& x, int64_t d, bool rows, bool turned)
-      : c_(c), x_(x), d_(d), width_(padded(d)), steps_(steps<E>(d)), tiles_(c.tiles_k()),
-        keeps_(rows && (WOVEN || c.dtype != FLOAT || d != width_ || x.row != d)), turns_(turned),
-        rows_(keeps_ ? c.b * c.hk * tiles_ * row_tile() : 0), turned_(turns_ ? c.b * c.hk * tiles_ * steps_ * TILE : 0),
-        finite_(c.b * c.hk * tiles_, 1) {}
+      : c_(c), x_(x), d_(d), tiles_(c.tiles_k()), copied_(PAIRED ? rows : c.dtype != FLOAT || x.row != d), turns_(PAIRED && turned),
+        row_(PAIRED ? steps<Kind>(d) : copied_ ? padded(d) : d), rows_(copied_ ? c.b * c.hk * tiles_ * TILE * row_ : 0),
+        turned_(turns_ ? c.b * c.hk * tiles_ * turned_tile() : 0), finite_(c.b * c.hk * tiles_, 1) {}
 
-  // Pack tile `i` of all; `spare` has room for a tile of rows.
+  int64_t spare() const { return turns_ ? TILE / 2 * padded(d_) : 0; }  // numbers that `make` needs besides
+
+  // Pack tile `i` of all.
   void make(int64_t i, E* spare) {
     const int64_t j = i % tiles_, h = i / tiles_ % c_.hk, b = i / tiles_ / c_.hk, keys = c_.keys(j);
     const auto key = [&](int64_t n) { return n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr; };
-    E* to = WOVEN || !keeps_ ? spare : rows_ + i * row_tile();
-    const E* from = to;
-    int64_t step = room<E>(d_);
-    if (!WOVEN && !keeps_ && c_.dtype == FLOAT && keys == TILE) {
-      from = reinterpret_cast<const E*>(key(0)), step = x_.row;
-    } else {
-      for (int64_t n = 0; n < keys; ++n) row_as(c_, key(n), d_, to + n * step);
-      std::fill(to + keys * step, to + TILE * step, E(0));
-    }
     bool all = true;
-    for (int64_t n = 0; n < keys; ++n) all &= finite(from + n * step, steps_);
+    if constexpr (PAIRED) {
+      for (int64_t n = 0; n < TILE && copied_; ++n) {
+        E* to = rows_ + (i * TILE + n) * row_;
+        if (n < keys) pairs(key(n), d_, row_, to);
+        else std::fill(to, to + row_, 0);
+      }
+      for (int64_t n = 0; n < keys; ++n) all &= finite_bfloats(reinterpret_cast<const uint16_t*>(key(n)), d_);
+      if (turns_) turn(key, spare, turned_ + i * turned_tile());
+    } else {
+      for (int64_t n = 0; n < keys; ++n) {
+        const E* row = reinterpret_cast<const E*>(key(n));
+        if (copied_) floats(key(n), c_.dtype, d_, d_, rows_ + (i * TILE + n) * row_), row = rows_ + (i * TILE + n) * row_;
+        all &= finite(row, d_);
+      }
+    }
     finite_[i] = all;
-    if (turns_) transpose(from, step, steps_, turned_ + i * steps_ * TILE);
-    if constexpr (WOVEN)
-      for (int64_t n = 0; keeps_ && n < HALF_TILE; ++n)
-        weave(key(n), key(n + HALF_TILE), d_, width_, rows_ + i * row_tile() + n * width_);
   }
 
-  // Of one tile, with its step.
-  Rows<E> rows(int64_t b, int64_t h, int64_t j) const {
-    if (keeps_) return {rows_ + at(b, h, j) * row_tile(), width_};
-    return {reinterpret_cast<const E*>(row_of(c_, x_, b, h, j * TILE)), x_.row};
+  // Of one tile.
+  Left<E> rows(int64_t b, int64_t h, int64_t j) const {
+    if (copied_) return {rows_ + at(b, h, j) * TILE * row_, row_, 1};
+    return {reinterpret_cast<const E*>(row_of(c_, x_, b, h, j * TILE)), row_, 1};
   }
-  const E* turned(int64_t b, int64_t h, int64_t j) const { return turned_ + at(b, h, j) * steps_ * TILE; }
+  Left<E> turned(int64_t b, int64_t h, int64_t j) const {
+    if constexpr (PAIRED) return {turned_ + at(b, h, j) * turned_tile(), TILE / 2, 1};
+    const Left<E> x = rows(b, h, j);
+    return {x.at, 1, x.row};
+  }
   // The tile after one.
   Ahead next_rows(int64_t b, int64_t h, int64_t j) const {
-    return j + 1 < tiles_ ? Ahead(rows(b, h, j + 1).at, WOVEN ? row_tile() : c_.keys(j + 1) * width_) : Ahead();
+    return j + 1 < tiles_ ? Ahead(rows(b, h, j + 1).at, c_.keys(j + 1) * row_) : Ahead();
   }
   Ahead next_turned(int64_t b, int64_t h, int64_t j) const {
-    return j + 1 < tiles_ ? Ahead(turned(b, h, j + 1), steps_ * TILE) : Ahead();
+    return j + 1 < tiles_ ? Ahead(turned(b, h, j + 1).at, PAIRED ? turned_tile() : c_.keys(j + 1) * row_) : Ahead();
   }
   bool is_finite(int64_t b, int64_t h, int64_t j) const { return finite_[at(b, h, j)]; }
-  void may_not_be_finite() { std::fill(finite_.begin(), finite_.end(), 0); }  // where nothing was packed
-  int64_t width() const { return width_; }
+  // A number of a key as it came, rounded to nothing.
+  float number(int64_t b, int64_t h, int64_t key, int64_t p) const {
+    float x;
+    floats(row_of(c_, x_, b, h, key) + p * c_.bytes(), c_.dtype, 1, 1, &x);
+    return x;
+  }
 
  private:
   int64_t at(int64_t b, int64_t h, int64_t j) const { return (b * c_.hk + h) * tiles_ + j; }
-  int64_t row_tile() const { return (WOVEN ? HALF_TILE : TILE) * width_; }
+  int64_t turned_tile() const { return multiple(d_, Kind::ROWS) * TILE / 2; }
+
+  template <class Key>
+  void turn(Key key, Pair* woven, Pair* to) const {  // pairs of keys that follow each other
+    for (int64_t n = 0; n < TILE / 2; ++n) weave(key(2 * n), key(2 * n + 1), d_, padded(d_), woven + n * padded(d_));
+    transpose<Pair>(woven, padded(d_), TILE / 2, d_, to, TILE / 2);
+    std::fill(to + d_ * TILE / 2, to + turned_tile(), 0);
+  }
 
   const Call& c_;
   const Array& x_;
-  int64_t d_, width_, steps_, tiles_;
-  bool keeps_, turns_;
+  int64_t d_, tiles_;
+  bool copied_, turns_;
+  int64_t row_;
   Buffer<E> rows_, turned_;
   std::vector<uint8_t> finite_;
 };
-
-// The rows of one tile of keys or values to `use`: as they lie if vectors fit them, or as floats in `spare`.
-template <class F>
-TM_INLINE void with_rows(const Call& c, const Array& x, int64_t d, int64_t b, int64_t h, int64_t j, float* spare, F use) {
-  const int64_t width = padded(d);
-  const char* first = row_of(c, x, b, h, j * TILE);
-  if (c.dtype == FLOAT && d == width) return use(Rows<float>{reinterpret_cast<const float*>(first), x.row});
-  if (c.dtype == BFLOAT && d == width) return use(Rows<uint16_t>{reinterpret_cast<const uint16_t*>(first), x.row});
-  for (int64_t n = 0; n < c.keys(j); ++n) floats(row_of(c, x, b, h, j * TILE + n), c.dtype, d, width, spare + n * width);
-  use(Rows<float>{spare, width});
-}
 
 // Which key tiles some row of tiles sees.
 inline std::vector<int64_t> used_tiles(const Call& c) {

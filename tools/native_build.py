@@ -2,7 +2,8 @@
 
 A build hook of hatchling, and a command: `python tools/native_build.py`. `CXX` names a compiler (default: g++, clang++
 or c++, the first that is there), `TRUEMASK_NATIVE=off` leaves the kernel out. Without a compiler, or if it fails, the
-install goes on without the kernel; `missing.txt` says why, and so do `truemask doctor` and plans.
+install goes on without the kernel; a set that the compiler does not know is left out by itself. `missing.txt` says why,
+and so do `truemask doctor` and plans.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ SOURCES, PLACE = ROOT / "csrc", ROOT / "src" / "truemask" / "_native"
 FLAGS = "-O3 -std=c++17 -fPIC -shared -pthread -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi".split()
 STATIC = ("-static-libstdc++", "-static-libgcc")
 SETS = runpy.run_path(str(ROOT / "src" / "truemask" / "backends" / "isa.py"))["SETS"]
-ELSEWHERE: dict[str, list[str]] = {"base": []}
+ELSEWHERE = ("base", "amx_emulated")  # of the sets, those that other processors than x86 have, too
+PROBE = """
+#if defined(__AMX_TILE__)
+void known() { asm volatile("tilerelease"); }
+#endif
+"""
 SWITCH, OFF = "TRUEMASK_NATIVE", "off"
 
 
 def variants() -> dict[str, list[str]]:
     """The compiler's flags for every instruction set of this machine's kind."""
-    x86 = {one.name: list(one.compiler) for one in SETS}
-    return x86 if platform.machine().lower() in ("x86_64", "amd64") else ELSEWHERE
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {one.name: list(one.compiler) for one in SETS if x86 or one.name in ELSEWHERE}
 
 
 def compiler() -> str | None:
@@ -48,19 +54,44 @@ def compiler() -> str | None:
 
 
 def build(place: Path = PLACE, more: tuple[str, ...] = STATIC) -> str:
-    """Compile what is not up to date; why there is no kernel, or nothing."""
+    """Compile what is not up to date; why there is no kernel, or nothing. What the compiler does not know is noted."""
     place.mkdir(parents=True, exist_ok=True)
     why = _reason()
-    if not why:
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            why = "\n".join(filter(None, pool.map(lambda one: _compiled(place, *one, more), variants().items())))
+    wrong, unknown = ([], []) if why else _all_compiled(place, more)
+    why = why or "\n".join(wrong)
     note = place / "missing.txt"
-    if why:
-        note.write_text(why + "\n", encoding="utf-8")
-        print(f"truemask: the native kernel is left out: {why}", file=sys.stderr)
+    if why or unknown:
+        text = "\n".join([why, *unknown]).strip()
+        note.write_text(text + "\n", encoding="utf-8")
+        print(
+            f"truemask: {'the native kernel is left out' if why else 'left out of the native kernel'}: {text}",
+            file=sys.stderr,
+        )
     else:
         note.unlink(missing_ok=True)
     return why
+
+
+def _all_compiled(place: Path, more: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Compile every variant; what went wrong, and for which of them the compiler is too old."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        texts = list(pool.map(lambda one: _compiled(place, *one, more), variants().items()))
+    failed = {name: text for name, text in zip(variants(), texts, strict=True) if text}
+    unknown = [name for name in failed if _knows([]) and not _knows(variants()[name])]
+    return [text for name, text in failed.items() if name not in unknown], [_left_out(place, name) for name in unknown]
+
+
+def _knows(flags: list[str]) -> bool:
+    """Whether the compiler, and its assembler, know the instructions of a variant."""
+    command = [str(compiler()), *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    return subprocess.run(command, input=PROBE, capture_output=True, text=True).returncode == 0
+
+
+def _left_out(place: Path, name: str) -> str:
+    """Take away what an earlier compiler made of a variant that this one does not know; what is to be said of it."""
+    for ending in ("so", "stamp"):
+        (place / f"truemask_{name}.{ending}").unlink(missing_ok=True)
+    return f"{name}: {compiler()} does not know these instructions; a newer compiler does (`CXX` names one)"
 
 
 def _reason() -> str:

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #if defined(TM_WIDTH)  // tests ask for wide vectors where the processor has none
@@ -58,22 +58,31 @@ TM_INLINE vf plus_product(vf x, vu a, vu b) {
 #endif
 }
 
-// Rounded to bf16, to even where two are as near: in the upper half of each word.
-TM_INLINE vu rounded(vf x) {
+// To bf16, to even where two are as near.
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+#if TM_WIDTH == 16 && defined(__AVX512BF16__)
+TM_INLINE vh halved(vf x) { return (vh)_mm512_cvtneps_pbh((__m512)x); }
+#else
+TM_INLINE vh halved(vf x) {
   const vu bits = (vu)x;
   const vu near = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return (x == x ? near : bits | 0x400000u) & 0xffff0000u;
+  return __builtin_convertvector((x == x ? near : bits | 0x400000u) >> 16, vh);
 }
-TM_INLINE vu paired(vf low, vf high) { return rounded(low) >> 16 | rounded(high); }
+#endif
+TM_INLINE vu paired(vh low, vh high) { return __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16; }
+TM_INLINE void store(uint16_t* p, vh x) { std::memcpy(p, &x, sizeof x); }
+
+// A weight, which is not below 0, rounded to bf16 in the upper half of each word: up where two are as near.
+TM_INLINE vu rounded_weight(vf x) { return ((vu)x + 0x8000u) & 0xffff0000u; }
 
 // Some bf16 as floats.
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
 TM_INLINE vf load(const uint16_t* p) {
   vh x;
   std::memcpy(&x, p, sizeof x);
   return (vf)(__builtin_convertvector(x, vu) << 16);
 }
 TM_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+TM_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 
 TM_INLINE vi lanes() {
   vi x = {};
@@ -102,21 +111,56 @@ TM_INLINE float largest(vf x) {
   return folded(x, [](v4 a, v4 b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// 2^x for x below 127, 0 where it is below 2^-126; NaN stays NaN. The polynomial's relative error on [-0.5, 0.5] is 2e-9.
+// 2^x: 0 below 2^-126, infinite beyond 2^128, NaN where x is. The relative error is 2e-9, or 3e-6 by a polynomial of degree 4.
+#if TM_WIDTH == 16 && defined(__AVX512F__)
+template <int DEGREE = 6>
+TM_INLINE vf exp2v(vf x) {
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 9);  // what is above the next lower whole number, by which scalef scales
+  vf p;
+  if constexpr (DEGREE == 4) {
+    p = splat(1.3534167916e-2f);
+    p = p * f + 5.2011460611e-2f;
+    p = p * f + 2.4144275689e-1f;
+    p = p * f + 6.9300383447e-1f;
+    p = p * f + 1.0000025934f;
+  } else {
+    p = splat(2.1702255457e-4f);
+    p = p * f + 1.2439687828e-3f;
+    p = p * f + 9.6788409962e-3f;
+    p = p * f + 5.5483341985e-2f;
+    p = p * f + 2.4022983627e-1f;
+    p = p * f + 6.9314698384e-1f;
+    p = p * f + 1.0f;
+  }
+  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ), (__m512)p, (__m512)x);
+}
+#else
+template <int DEGREE = 6>
 TM_INLINE vf exp2v(vf x) {
   const vf magic = splat(12582912.0f + 127);  // 1.5 * 2^23: what is added is rounded, and its exponent stands in the lowest bits
   x = larger(splat(-127.0f), x);              // in this order NaN stays
+  x = smaller(splat(128.0f), x);
   const vf shifted = x + magic;
   const vf f = x - (shifted - magic);
-  vf p = splat(1.534027366e-4f);
-  p = p * f + 1.339988406e-3f;
-  p = p * f + 9.618509525e-3f;
-  p = p * f + 5.550328924e-2f;
-  p = p * f + 2.402264670e-1f;
-  p = p * f + 6.931472056e-1f;
-  p = p * f + 1.0f;
+  vf p;
+  if constexpr (DEGREE == 4) {
+    p = splat(9.5701019112e-3f);
+    p = p * f + 5.5917860319e-2f;
+    p = p * f + 2.4024744828e-1f;
+    p = p * f + 6.9312181474e-1f;
+    p = p * f + 9.9999926145e-1f;
+  } else {
+    p = splat(1.534027366e-4f);
+    p = p * f + 1.339988406e-3f;
+    p = p * f + 9.618509525e-3f;
+    p = p * f + 5.550328924e-2f;
+    p = p * f + 2.402264670e-1f;
+    p = p * f + 6.931472056e-1f;
+    p = p * f + 1.0f;
+  }
   return p * (vf)((vi)shifted << 23);
 }
+#endif
 
 TM_INLINE float exp2f_(float x) { return exp2v(splat(x))[0]; }
 
@@ -141,11 +185,16 @@ TM_INLINE vf tanh_slope(vf x) {
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
-// Which lanes are on in a word, from bit `at`: all ones or zeros.
-TM_INLINE vi bits_at(uint64_t word, int64_t at) {
-  vi one = {};
-  for (int i = 0; i < W; ++i) one[i] = int32_t(1u << i);
-  return ((vi{} + int32_t(uint32_t(word >> at))) & one) != 0;
+// Whether a lane has some bit.
+TM_INLINE bool any(vi x) {
+#if TM_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
+  uint64_t parts[W / 2], all = 0;
+  std::memcpy(parts, &x, sizeof x);
+  for (int i = 0; i < W / 2; ++i) all |= parts[i];
+  return all;
+#endif
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ template <int M, int V, class E>
 TM_INLINE void block(const E* a, int64_t row, int64_t step, const E* b, int64_t ldb, int64_t k, float* c,
                      int64_t ldc, bool add) {
   vf x[M][V];  // summed from 0 and then added to C: long sums lose less
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) x[i][j] = vf{};
@@ -41,26 +41,32 @@ TM_INLINE void block(const E* a, int64_t row, int64_t step, const E* b, int64_t 
     decltype(load(b)) y[V];
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) y[j] = load(b + p * ldb + j * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const auto s = splat(a[i * row + p * step]);
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) x[i][j] = plus_product(x[i][j], s, y[j]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + x[i][j] : x[i][j]);
 }
 
+// Rows of a panel of V vectors: sums in registers, as many as hide that each waits for the one before.
+template <int V>
+constexpr int rows_of_panel() { return V == 1 && W > 4 ? 12 : ROWS; }
+
 template <int V, class E>
 TM_INLINE void panel(int64_t m, const E* a, int64_t row, int64_t step, const E* b, int64_t ldb, int64_t k, float* c,
                      int64_t ldc, bool add, Ahead& ahead) {
-  for (; m >= ROWS; m -= ROWS, a += ROWS * row, c += ROWS * ldc) {
+  constexpr int M = rows_of_panel<V>();
+  for (; m >= M; m -= M, a += M * row, c += M * ldc) {
     ahead.some();
-    block<ROWS, V>(a, row, step, b, ldb, k, c, ldc, add);
+    block<M, V>(a, row, step, b, ldb, k, c, ldc, add);
   }
+  if (M > ROWS && m >= ROWS) block<ROWS, V>(a, row, step, b, ldb, k, c, ldc, add), m -= ROWS, a += ROWS * row, c += ROWS * ldc;
   switch (m) {
     case 5: return block<5, V>(a, row, step, b, ldb, k, c, ldc, add);
     case 4: return block<4, V>(a, row, step, b, ldb, k, c, ldc, add);
@@ -79,20 +85,6 @@ __attribute__((noinline)) void product(int64_t m, int64_t n, int64_t k, const E*
   for (; j + ACROSS * W <= n; j += ACROSS * W) panel<ACROSS>(m, a, row, step, b + j, ldb, k, c + j, ldc, add, ahead);
   if (W == 16 && j + 2 * W <= n) panel<2>(m, a, row, step, b + j, ldb, k, c + j, ldc, add, ahead), j += 2 * W;
   for (; j < n; j += W) panel<1>(m, a, row, step, b + j, ldb, k, c + j, ldc, add, ahead);
-}
-
-// C += A B over the cells that are on: what is behind a masked cell is never read, so that it may be NaN. Bit p of
-// word i says whether A[i, p] counts, or bit i of word p if the words are `turned`. B is floats or bf16.
-template <class B>
-__attribute__((noinline)) void chosen_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t step,
-                                              const B* b, int64_t ldb, float* c, int64_t ldc, const uint64_t* words,
-                                              bool turned) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t p = 0; p < k; ++p) {
-      if (!((turned ? words[p] >> i : words[i] >> p) & 1)) continue;
-      const vf s = splat(a[i * row + p * step]);
-      for (int64_t j = 0; j < n; j += W) store(c + i * ldc + j, load(c + i * ldc + j) + s * load(b + p * ldb + j));
-    }
 }
 
 }  // namespace

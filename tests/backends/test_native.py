@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import runpy
+import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ from truemask.backends.native import abi as native_abi
 from truemask.backends.native import library as native_library
 from truemask.backends.native.backend import Native
 from truemask.backends.native.library import isa, library, missing
+from truemask.cli.doctor.doctor import findings
 from truemask.masks.core.mask import Mask
 
 BUILT = [name for name in ISAS if file_of(name).is_file()]
@@ -288,7 +292,7 @@ def test_cells_that_do_not_fit_are_refused_before_they_are_made() -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("off", "TRUEMASK_ISA=off says so"), ("avx3", "'avx3' is none of avx512_bf16, avx512, avx2, base, off")],
+    [("off", "TRUEMASK_ISA=off says so"), ("avx3", f"'avx3' is none of {', '.join(ISAS)}, off")],
 )
 def test_a_plan_says_why_there_is_no_kernel(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, value)
@@ -324,9 +328,122 @@ def test_a_library_that_was_never_built(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "missing.txt").write_text("the compiler was on holiday\n")
     native_library._loaded.cache_clear()
     assert missing() == "it was not built: the compiler was on holiday"
-    (tmp_path / f"truemask_{ISAS[-1]}.so").write_text("no library")
+    (tmp_path / "truemask_base.so").write_text("no library")
     native_library._loaded.cache_clear()
     assert "cannot be loaded" in missing()
     monkeypatch.undo()
     native_library._loaded.cache_clear()
     assert not missing()
+
+
+def test_what_the_compiler_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what an older build made of it; all else is built, and what is wrong with the sources is still an error."""
+    build = runpy.run_path(str(ROOT / "tools" / "native_build.py"))["build"]
+    sets: dict[str, list[str]] = {"base": [], "avx9": ["-mavx9"]}
+    changed = {"SOURCES": tmp_path, "variants": lambda: sets}
+    for name, value in changed.items():
+        monkeypatch.setitem(build.__globals__, name, value)
+    (tmp_path / "kernel.cpp").write_text('extern "C" int tm_usable() { return 1; }')
+    (tmp_path / "truemask_avx9.so").write_text("an older build")
+    assert build(tmp_path) == ""
+    assert {path.name for path in tmp_path.glob("*.so")} == {"truemask_base.so"}
+    said = (tmp_path / "missing.txt").read_text()
+    assert said.startswith("avx9: ")
+    assert said.endswith("does not know these instructions; a newer compiler does (`CXX` names one)\n")
+    (tmp_path / "kernel.cpp").write_text("no C++")
+    assert "failed for base" in build(tmp_path)
+    del sets["avx9"]
+    (tmp_path / "kernel.cpp").write_text('extern "C" int tm_usable() { return 0; }')
+    assert build(tmp_path) == ""
+    assert not (tmp_path / "missing.txt").exists()
+
+
+# -- which one is taken ------------------------------------------------------------------------------------------------
+
+ALL_FLAGS = frozenset().union(*(one.processor for one in isa_files.SETS))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (ALL_FLAGS, "amx"),
+        (ALL_FLAGS - {"amx_bf16"}, "avx512_bf16"),
+        (ALL_FLAGS - {"amx_tile", "avx512_bf16"}, "avx512"),
+        (ALL_FLAGS - {"avx512vl"}, "avx2"),
+        (ALL_FLAGS - {"avx512f", "fma"}, "base"),
+        (frozenset({"sse2"}), "base"),
+    ],
+)
+def test_the_best_that_the_processor_has(flags: frozenset[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Linux's flags. What is emulated runs anywhere and is never chosen."""
+    monkeypatch.setattr(isa_files, "processor_flags", lambda: flags)
+    monkeypatch.setattr(isa_files, "built", lambda: list(ISAS))
+    monkeypatch.setattr(isa_files, "refusal", lambda library: "")
+    assert isa_files.in_use("", "") == expected
+    assert isa_files.in_use("", "amx_emulated") == "amx_emulated"
+    assert isa_files.in_use("", "amx") == ("amx" if expected == "amx" else "")
+    monkeypatch.setattr(isa_files, "built", lambda: ["amx_emulated"])
+    assert isa_files.in_use("", "") == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("AVX512 ...", ("avx512", "avx2", "base", "amx_emulated")),
+        ("AVX2", ("avx2", "base", "amx_emulated")),
+        ("DEFAULT", ("base", "amx_emulated")),
+    ],
+)
+def test_torchs_word_where_linux_lists_no_flags(
+    word: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isa_files, "processor_flags", frozenset)
+    assert isa_files.runs_on(word) == names
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A processor with AMX whose system does not let this process use it; the set that is taken instead."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    native_library._loaded.cache_clear()
+    own, source = isa(), tmp_path / "refuses.cpp"
+    if own == "amx":
+        own = "avx512_bf16"
+    shutil.copy(file_of(own), tmp_path)
+    source.write_text('extern "C" int tm_usable() { return -3; }')
+    compiler = runpy.run_path(str(ROOT / "tools" / "native_build.py"))["compiler"]()
+    if compiler is None:
+        pytest.skip("the move is whoever installs a C++ compiler")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "truemask_amx.so", source], check=True)
+    flags = isa_files.processor_flags() | ALL_FLAGS
+    monkeypatch.setattr(isa_files, "processor_flags", lambda: flags)
+    monkeypatch.setattr(isa_files, "FOLDER", tmp_path)
+    native_library._loaded.cache_clear()
+    CACHE.clear()
+    yield own
+    monkeypatch.undo()
+    native_library._loaded.cache_clear()
+    CACHE.clear()
+
+
+def test_a_set_that_the_system_refuses_is_passed_over(refused: str) -> None:
+    """The next best one is loaded, and plans and the doctor say why."""
+    why = "amx: the system does not let this process use tiles"
+    assert isa() == refused
+    assert native_library.passed_over() == [why]
+    assert f"; not by {why}" in str(tm.plan(tm.causal & tm.window(8), 511))
+    assert findings()["facts"]["native kernel"] == f"compiled for {refused}; not for {why}"
+
+
+def test_a_set_that_is_named_and_refused_is_an_error(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "amx")
+    assert missing() == "amx: the system does not let this process use tiles"
+    monkeypatch.setenv(VARIABLE, refused)
+    assert not missing()
+    assert native_library.passed_over() == []
+
+
+def test_the_peak_is_of_all_threads(threads: None) -> None:
+    for halves in (False, True):
+        torch.set_num_threads(2)
+        assert native_library.peak(0.001, halves) > 0

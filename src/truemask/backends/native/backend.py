@@ -19,7 +19,7 @@ from truemask.backends.costs.model import is_doubtful, table
 from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, paces, spread
 from truemask.backends.native.abi import TILE
 from truemask.backends.native.call import THREAD_WORK, NativeCall, tiles_of
-from truemask.backends.native.library import missing
+from truemask.backends.native.library import missing, passed_over
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory
 from truemask.common.real_tensors import remembered
@@ -100,7 +100,8 @@ class TilesProposal(Proposal):
     @property
     def description(self) -> str:
         counts = self.size.counts
-        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}"
+        better = "".join(f"; not by {reason}" for reason in passed_over())
+        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}{better}"
 
     def too_many_words(self) -> list[str]:
         """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k.

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_uint64, c_void_p
+from ctypes import c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from truemask.backends import isa as isa_files
-from truemask.backends.isa import ISAS, OFF, VARIABLE, built, file_of, in_use, runs_on, wanted
+from truemask.backends.isa import (
+    ISAS,
+    OFF,
+    VARIABLE,
+    built,
+    candidates,
+    file_of,
+    in_use,
+    refusal,
+    runs_on,
+    wanted,
+)
 from truemask.backends.native.abi import CallStruct, abi
 from truemask.common.formatting import suggest
 from truemask.errors import PlanError
@@ -36,6 +47,11 @@ def missing() -> str:
     return _loaded(wanted())[1]
 
 
+def peak(seconds: float, halves: bool) -> float:
+    """Additions and multiplications a second that all threads reach together, in fp32 or in products of bf16."""
+    return library().tm_peak(seconds, halves, torch.get_num_threads())
+
+
 def isa() -> str:
     """The instruction set of the library that is loaded; empty without one."""
     kernel = _loaded(wanted())[0]
@@ -45,6 +61,16 @@ def isa() -> str:
 def peak(seconds: float = 0.05) -> float:
     """Arithmetic a second in fp32 of one thread: fused multiply-adds in registers."""
     return float(library().tm_peak(seconds, 0, 1))
+
+
+def passed_over() -> list[str]:
+    """Better instruction sets that the processor has, each with the reason why it is not the one that is loaded."""
+    if wanted() or not isa():
+        return []
+    capability = torch.backends.cpu.get_cpu_capability()
+    better = [name for name in runs_on(capability) if ISAS.index(name) < ISAS.index(isa())]
+    left_out = [line for line in _note().splitlines() if line.split(":")[0] in better]
+    return [*left_out, *_refused(better)]
 
 
 @cache
@@ -59,7 +85,8 @@ def _loaded(named: str) -> tuple[ctypes.CDLL | None, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     name = in_use(capability, named)
     if not name:
-        return None, f"built are {', '.join(names)}; this processor runs {', '.join(runs_on(capability))}"
+        built_and_run = f"built are {', '.join(names)}; this processor runs {', '.join(runs_on(capability))}"
+        return None, "; ".join(_refused(candidates(capability, named))) or built_and_run
     try:
         kernel = ctypes.CDLL(str(file_of(name)))
     except OSError as error:
@@ -69,7 +96,7 @@ def _loaded(named: str) -> tuple[ctypes.CDLL | None, str]:
     for name in ("tm_forward", "tm_backward"):
         getattr(kernel, name).restype = ctypes.c_int
         getattr(kernel, name).argtypes = [ctypes.c_void_p]
-    kernel.tm_peak.restype, kernel.tm_peak.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int]
+    kernel.tm_peak.restype, kernel.tm_peak.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int, c_int64]
     kernel.tm_start_threads_with.argtypes = [ctypes.c_void_p]
     kernel.tm_start_threads_with(_openmp())
     return kernel, ""
@@ -94,8 +121,19 @@ def _openmp() -> int | None:
         return None
 
 
+def _refused(names: list[str]) -> list[str]:
+    """Those that this process may not use, and why."""
+    reasons = {name: refusal(file_of(name)) for name in names}
+    return [f"{name}: {why}" for name, why in reasons.items() if why]
+
+
 def _why_not_built() -> str:
-    note = isa_files.FOLDER / "missing.txt"
-    if note.is_file():
-        return f"it was not built: {note.read_text(encoding='utf-8').strip()}"
+    if note := _note():
+        return f"it was not built: {note}"
     return "it was not built, which takes a C++ compiler when truemask is installed (`g++` or `clang++`)"
+
+
+def _note() -> str:
+    """What the build left: why there is no library, or which sets the compiler does not know, line by line."""
+    note = isa_files.FOLDER / "missing.txt"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else ""

@@ -12,7 +12,7 @@ from rich.console import Console
 from truemask.attention.planning.plan import plan
 from truemask.backends.costs import model as costs
 from truemask.backends.costs.calibration_file import AGAIN
-from truemask.backends.native.library import isa, missing, peak
+from truemask.backends.native.library import isa, missing, passed_over, peak
 from truemask.cli.console import make_console, plain
 from truemask.cli.doctor.backend_check import self_test
 from truemask.cli.doctor.gpu_report import CHECKS, LENGTH, SECONDS, gpu_facts, report
@@ -49,7 +49,7 @@ def doctor(
 
 def findings() -> dict[str, Any]:
     """Versions, machine, backends and the self-test, as plain values."""
-    kernel = f"compiled for {isa()}" if not missing() else f"none: {missing()}"
+    kernel = "; not for ".join([f"compiled for {isa()}", *passed_over()]) if not missing() else f"none: {missing()}"
     names_and_values = [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source()), *fit()]
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     return {

@@ -1,4 +1,4 @@
-// Some rows of queries: which they are, what they may see of a tile of keys, and what becomes of their scores.
+// A strip, the queries of a tile side by side: which they are, what they may see of a tile of keys, what becomes of scores.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -25,12 +25,13 @@ inline uint32_t hash_of(const uint32_t* words, int n) {
   return state;
 }
 
-// Rows of one tile; of several query heads, one below the other, where few queries share their keys.
+// The queries of one tile; of several query heads, one after the other, where few queries share their keys. In what belongs
+// to a strip queries lie along the vectors: scores are [keys, queries].
 struct Strip {
   const Call& c;
-  int64_t b = 0, hk = 0, head = 0, tile = 0, each = 0, m = 0, place = 0;  // `each` rows of each head from `head` on
+  int64_t b = 0, hk = 0, head = 0, tile = 0, each = 0, m = 0, place = 0;  // `each` queries of each head from `head` on
   const int64_t* range = nullptr;                              // of the runs that they see
-  uint32_t row_hash[TILE];
+  uint32_t row_hash[TILE] = {};
   explicit Strip(const Call& c_) : c(c_) {}
 
   void set(int64_t b_, int64_t head_, int64_t heads, int64_t tile_) {
@@ -48,79 +49,56 @@ struct Strip {
   int64_t query(int64_t r) const { return tile * TILE + r % each; }
   int64_t number(int64_t r) const { return (b * c.hq + head_of(r)) * c.nq + query(r); }  // in [b, hq, nq]
 
-  // The rows of a tensor without gaps, floats or pairs.
-  template <class E>
-  void read(const Array& x, int64_t d, E* to) const {
-    for (int64_t r = 0; r < m; ++r) row_as(c, row_of(c, x, b, head_of(r), query(r)), d, to + r * room<E>(d));
-  }
-  // Rows r and r + 32 woven, of one head.
-  void read_woven(const Array& x, int64_t d, Pair* to) const {
-    const auto row = [&](int64_t r) { return r < m ? row_of(c, x, b, head, query(r)) : nullptr; };
-    for (int64_t r = 0; r < HALF_TILE; ++r) weave(row(r), row(r + HALF_TILE), d, padded(d), to + r * padded(d));
-  }
+  void* row(const Array& x, int64_t r) const { return row_of(c, x, b, head_of(r), query(r)); }
 
-  // The queries. What scores are multiplied with must be above 0, or -inf would not stay hidden: queries take the rest.
-  // Pairs cannot without rounding: they are not used then.
-  void read_queries(Pair* to) const { read(c.q, c.d, to); }
-  void read_queries(float* to) const {
-    read(c.q, c.d, to);
-    if (c.scale > 0) return;
-    for (int64_t i = 0; i < m * padded(c.d); ++i) to[i] *= c.scale;
-  }
-  float scale() const { return c.scale > 0 ? c.scale : 1; }
-
-  // Which cells of key tile j are on, in the words of the rows; false if all are.
-  bool see(int64_t j, int32_t kind, uint64_t* word) const {
+  // Which keys of tile j each query sees; false if all do.
+  bool see(int64_t j, int32_t kind, Seen& seen) const {
     const int64_t keys = c.keys(j);
     if (kind == ALL && keys == TILE) return false;
+    uint64_t* word = seen.words();
     const uint64_t edge = below(keys);
     if (kind == SLABS) cut_slabs(j, word);
     else for (int64_t r = 0; r < each; ++r) word[r] = kind == ALL ? ~0ull : c.words[kind * TILE + r];
     for (int64_t r = 0; r < each; ++r) word[r] &= edge;
     for (int64_t r = each; r < m; ++r) word[r] = word[r % each];
+    std::fill(word + m, word + TILE, 0);
+    seen.set(TILE);
     return true;
   }
 
-  // Products [m, 64] (rows `ld` apart) become scores as softmax takes them, but for the factor `factor()`. `slopes`, if
-  // not null, gets the derivative of a soft cap.
-  void score(int64_t j, float* s, int64_t ld, float* slopes = nullptr) const {
-    if (c.softcap == 0 && c.bias_kind == NO_BIAS) return;
-    for (int64_t r = 0; r < m; ++r) {
-      float* x = s + r * ld;
-      for (int64_t n = 0; n < TILE; n += W) {
-        vf y = load(x + n) * scale();
+  // What products are multiplied with to be scores in base 2, once they have been through `score`.
+  float factor() const { return as_they_are() ? c.scale * LOG2E : LOG2E; }
+
+  // Products of the keys of tile j and of queries (rows `ld` apart) become scores as softmax takes them, but for the factor.
+  // `slopes`, if not null, gets the derivative of a soft cap.
+  void score(int64_t j, Range queries, float* s, int64_t ld, float* slopes = nullptr) const {
+    if (as_they_are()) return;
+    for (int64_t k = 0; k < c.keys(j); ++k)
+      for (int64_t q = 0; q < queries.size(); q += W) {
+        vf x = load(s + k * ld + q) * c.scale;
         if (c.softcap != 0) {
-          y = y / splat(c.softcap);
-          if (slopes) store(slopes + r * TILE + n, tanh_slope(y));
-          y = tanhv(y) * c.softcap;
+          x = x / splat(c.softcap);
+          if (slopes) store(slopes + k * ld + q, tanh_slope(x));
+          x = tanhv(x) * c.softcap;
         }
-        store(x + n, y);
+        store(s + k * ld + q, x);
       }
-      if (c.bias_kind != NO_BIAS) add_bias(r, j, x);
-    }
-  }
-  float factor() const { return c.softcap == 0 && c.bias_kind == NO_BIAS ? scale() * LOG2E : LOG2E; }
-
-  // -inf where cells are off.
-  void hide(const uint64_t* word, float* s, int64_t ld) const {
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t n = 0; n < TILE; n += W)
-        store(s + r * ld + n, bits_at(word[r], n) ? load(s + r * ld + n) : splat(-INF));
+    if (c.bias_kind == NO_BIAS) return;
+    for (int64_t r = queries.first; r < std::min(queries.end, m); ++r) add_bias(r, j, s + r - queries.first, ld);
   }
 
-  // Weights times 1 / (1 - rate) where dropout keeps them, 0 elsewhere.
-  void drop(int64_t j, float* p, int64_t ld) const {
+  // Whether dropout keeps the cells of key k of tile j and some queries: all ones or zeros.
+  TM_INLINE vi kept(int64_t j, int64_t k, int64_t q) const {
     const vu below = vu{} + uint32_t(std::min<uint64_t>(c.drop_below, 0xffffffffu));
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t n = 0; n < TILE; n += W) {
-        const vu k = (vu)(lanes() + int32_t(j * TILE + n)), row = vu{} + row_hash[r];
-        vu x = mix((vu{} + 0x9E3779B9u) ^ row);
-        x = mix(mix(x ^ k) ^ row);
-        store(p + r * ld + n, x >= below ? load(p + r * ld + n) * c.keep_scale : vf{});
-      }
+    vu row;
+    std::memcpy(&row, row_hash + q, sizeof row);
+    const vu x = mix((vu{} + 0x9E3779B9u) ^ row);
+    return mix(mix(x ^ uint32_t(j * TILE + k)) ^ row) >= below;
   }
 
  private:
+  bool as_they_are() const { return c.softcap == 0 && c.bias_kind == NO_BIAS; }
+
   // The words of tile j from the ends of the slabs' runs.
   void cut_slabs(int64_t j, uint64_t* word) const {
     const int64_t first = tile * TILE, stop = first + each, left = j * TILE;
@@ -139,12 +117,12 @@ struct Strip {
     }
   }
 
-  void add_bias(int64_t r, int64_t j, float* x) const {
+  void add_bias(int64_t r, int64_t j, float* x, int64_t ld) const {
     const int64_t h = head_of(r), keys = c.keys(j), q = query(r);
     if (c.bias_kind == TENSOR) {
       const int64_t* by = c.bias_strides;
       const float* from = c.bias + b * by[0] + h * by[1] + q * by[2] + j * TILE * by[3];
-      for (int64_t n = 0; n < keys; ++n) x[n] += from[n * by[3]];
+      for (int64_t n = 0; n < keys; ++n) x[n * ld] += from[n * by[3]];
       return;
     }
     const int64_t at = c.q_positions[b * c.q_stride + q];
@@ -152,8 +130,8 @@ struct Strip {
     const float* numbers = c.bias + h * c.bias_strides[1];
     for (int64_t n = 0; n < keys; ++n) {
       const int64_t apart = k[n] - at;
-      if (c.bias_kind == ALIBI) x[n] -= numbers[0] * float(apart < 0 ? -apart : apart);
-      else x[n] += numbers[std::min(std::max(apart, -c.reach), c.reach) + c.reach];
+      if (c.bias_kind == ALIBI) x[n * ld] -= numbers[0] * float(apart < 0 ? -apart : apart);
+      else x[n * ld] += numbers[std::min(std::max(apart, -c.reach), c.reach) + c.reach];
     }
   }
 };

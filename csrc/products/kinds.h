@@ -1,0 +1,76 @@
+// The two products of attention in numbers of one kind: floats, pairs of bf16, or tiles of pairs.
+//
+// Both are C = or += A B with queries along the vectors: scores are keys times queries, and what keys give to queries is values
+// (turned) times weights. So a left operand A is read number by number (or in tiles), a right one B and C along their rows.
+#pragma once
+#include "abi.h"
+#include "products/matmul.h"
+#include "products/tiles.h"
+
+namespace {
+
+// Of the inner dimension of a product, a step is a number, or a pair.
+template <class E>
+struct Left {
+  const E* at;
+  int64_t row, step;  // from one row to the next, from one step to the next
+  Left down(int64_t rows) const { return {at + rows * row, row, step}; }
+  Left along(int64_t steps) const { return {at + steps * step, row, step}; }
+};
+
+inline int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+
+struct Floats {
+  using E = float;
+  static constexpr int64_t PER_STEP = 1;         // numbers in a step
+  static constexpr int64_t STEPS = 1, ROWS = 1;  // left operands have multiples of these
+  static constexpr int64_t LANES = W;            // queries of a product are a multiple of it
+  static constexpr int64_t UNIT = TILE;          // queries whose scores are worked out at a time
+  static constexpr int64_t GROUP = 12;           // keys that skip together what they do not see
+  static constexpr int64_t SPAN = INT64_MAX;     // numbers of keys that the backward goes through before the next span
+  static constexpr int EXP2 = 6;                 // degree of its polynomial
+  static constexpr int ROOM = 0;                 // binary digits between a query's highest weight so far and 1; with none, none may pass 1
+
+  void operator()(int64_t m, int64_t n, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
+                  Ahead ahead = {}) const {
+    product(m, n, k, a.at, a.row, a.step, b, ldb, c, ldc, add, ahead);
+  }
+  void flush() const {}
+};
+
+struct Pairs {
+  using E = Pair;
+  static constexpr int64_t PER_STEP = 2, STEPS = 1, ROWS = 1, LANES = W, UNIT = TILE, GROUP = 12, SPAN = INT64_MAX;
+  static constexpr int EXP2 = 4, ROOM = 20;
+
+  void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
+                  Ahead ahead = {}) const {
+    product(m, n, k, a.at, a.row, a.step, b, ldb, c, ldc, add, ahead);
+  }
+  void flush() const {}
+};
+
+#if defined(TM_TILES)
+// What is written must stay in the first cache, or it costs five times as much: so half of a tile's queries at a time, and
+// spans of keys whose gradients the second cache holds.
+struct Tiles {
+  using E = Pair;
+  static constexpr int64_t PER_STEP = 2, STEPS = 16, ROWS = 16, LANES = 32, UNIT = 32, GROUP = 32, SPAN = 1 << 16;
+  static constexpr int EXP2 = 4, ROOM = 20;
+
+  void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
+                  Ahead = {}) {
+    products_(multiple(m, ROWS), n, multiple(k, STEPS), a.at, a.row, b, ldb, c, ldc, add);
+  }
+  void flush() { products_.flush(); }
+
+ private:
+  TileProducts products_;
+};
+#endif
+
+// The steps that so many numbers take, in a left operand's multiple.
+template <class Kind>
+inline int64_t steps(int64_t n) { return multiple((n + Kind::PER_STEP - 1) / Kind::PER_STEP, Kind::STEPS); }
+
+}  // namespace
