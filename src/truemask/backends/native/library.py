@@ -58,11 +58,6 @@ def isa() -> str:
     return "" if kernel is None else Path(kernel._name).stem.removeprefix("truemask_")
 
 
-def peak(seconds: float = 0.05) -> float:
-    """Arithmetic a second in fp32 of one thread: fused multiply-adds in registers."""
-    return float(library().tm_peak(seconds, 0, 1))
-
-
 def passed_over() -> list[str]:
     """Better instruction sets that the processor has, each with the reason why it is not the one that is loaded."""
     if wanted() or not isa():
