@@ -54,7 +54,7 @@ def cases(lengths: Sequence[int], dtypes: Sequence[str]) -> Iterator[Case]:
 
 def choices_table(given: argparse.Namespace) -> Table:
     """A line for each call, and the share of those that were planned well."""
-    lengths = given.lengths or ((16, 33) if given.quick else LENGTHS)
+    lengths = given.lengths or ((33,) if given.quick else LENGTHS)
     header = ("mask", "sizes", *(f"{name}, ms" for name in BACKENDS), "chosen", "predicted, ms", "of the best", "")
     table, ratios = Table("Choices", header), list[float]()
     for name, probe in cases(lengths, given.dtypes or DTYPES_SHOWN):

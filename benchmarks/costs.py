@@ -11,7 +11,9 @@ native` spares what does not depend on it.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -58,30 +60,46 @@ def entries(given: argparse.Namespace, measured: Costs) -> Iterator[str]:
     vendor, isa = vendor_of(processor()), isa_in_use()
     name = f"{given.as_table}, torch {torch.__version__.split('+')[0]}"
     if set(given.backends) >= set(TORCHS):
-        rates = ", ".join(written(getattr(measured, backend)) for backend in TORCHS)
-        yield f"    {torch_kind()!r}: TorchCosts({name!r}, {vendor!r}, ({isa!r}, {vendor!r}), ({rates})),"
+        rates = (f"        {written(getattr(measured, backend), 8)},\n" for backend in TORCHS)
+        yield f'    "{torch_kind()}": TorchCosts("{name}", "{vendor}", ("{isa}", "{vendor}"), (\n{"".join(rates)}    )),'
     if isa and "native" in given.backends:
-        yield f"    NativeCosts({isa!r}, {name!r}, {vendor!r}, {written(measured.native)}),"
+        yield f'    NativeCosts("{isa}", "{name}", "{vendor}", {written(measured.native, 4)}),'
 
 
-def written(rates: Rates) -> str:
-    """Constants as Python, with three digits."""
-    numbers = rates.numbers()
-    paces = [
-        f'"{dtype}": Both({_pace(both["forward"])}, {_pace(both["backward"])})'
-        for dtype, both in numbers.pop("paces").items()
+def written(rates: Rates, indent: int) -> str:
+    """Constants as Python, with three digits, each dtype by itself."""
+    numbers, space = rates.numbers(), " " * indent
+    paces = numbers.pop("paces").items()
+    lines = [
+        f'{space}    "{dtype}": {_both(_pace(both["forward"]), _pace(both["backward"]), indent)},\n'
+        for dtype, both in paces
     ]
-    others = ", ".join(f"{name}={number:.3g}" for name, number in numbers.items())
-    return f"{type(rates).__name__}({others}, paces={{{', '.join(paces)}}})"
+    others = textwrap.fill(
+        ", ".join(f"{name}={_digits(number)}" for name, number in numbers.items()) + ",",
+        width=120,
+        initial_indent=f"{space}    ",
+        subsequent_indent=f"{space}    ",
+    )
+    return f"{type(rates).__name__}(\n{others}\n{space}    paces={{\n{''.join(lines)}{space}}})"
+
+
+def _both(forward: str, backward: str, indent: int) -> str:
+    """Of both directions, in one line if there is room."""
+    between = ", " if len(forward + backward) < 80 else f",\n{' ' * (indent + 17)}"
+    return f"Both({forward}{between}{backward})"
 
 
 def _pace(numbers: dict[str, float]) -> str:
     """Numbers at the end that are those of any pace are left out."""
-    usual = Pace(1, 1)
-    names = list(numbers)
-    while names and numbers[names[-1]] == getattr(usual, names[-1]):
+    names, usual = list(numbers), Pace(1, 1)
+    while numbers[names[-1]] == getattr(usual, names[-1]):
         names.pop()
-    return f"Pace({', '.join(f'{numbers[name]:.3g}' for name in names)})"
+    return f"Pace({', '.join(_digits(numbers[name]) for name in names)})"
+
+
+def _digits(number: float) -> str:
+    """Three of them, and no more signs than they need."""
+    return re.sub(r"e([+-])0*", lambda found: f"e{found[1].strip('+')}", f"{number:.3g}")
 
 
 if __name__ == "__main__":

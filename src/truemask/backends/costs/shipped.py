@@ -40,77 +40,176 @@ def vendor_of(processor: str) -> str:
     return next((vendor for vendor in VENDORS if vendor in processor), "")
 
 
+# fmt: off
 # -- torch's operators -------------------------------------------------------------------------------------------------
 
-AVX2 = TorchCosts(
-    "AMD EPYC with AVX2 (torch 2.13.0, two cores)",
-    "AMD",
-    ("avx2", "AMD"),
-    (
-        SdpaRates(
-            50e-6,
-            180e-6,
-            paces={
-                "fp32": Both(Pace(133e9, 139e9, 1.5e-6, 0.066, 0.65, 0.92), Pace(112e9, 139e9, 4e-6, 0.1, 0.8, 0.93)),
-                "fp64": Both(Pace(51e9, 53e9, 1.5e-6, 0.066, 0.65, 0.92), Pace(43e9, 53e9, 4e-6, 0.1, 0.8, 0.93)),
-                "bf16": Both(Pace(115e9, 120e9, 1.5e-6, 0.04, 0.65, 0.92), Pace(109e9, 130e9, 4e-6, 0.1, 0.8, 0.93)),
-                "fp16": Both(Pace(115e9, 120e9, 1.5e-6, 0.04, 0.65, 0.92), Pace(109e9, 130e9, 4e-6, 0.1, 0.8, 0.93)),
-            },
-            join=3.7e9,
-            masked=4.6e9,
-        ),
-        StripRates(
-            110e-6,
-            290e-6,
-            paces={
-                "fp32": Both(Pace(133e9, 139e9), Pace(112e9, 139e9)),
-                "fp64": Both(Pace(51e9, 53e9), Pace(43e9, 53e9)),
-                "bf16": Both(Pace(115e9, 120e9), Pace(109e9, 130e9)),
-                "fp16": Both(Pace(115e9, 120e9), Pace(109e9, 130e9)),
-            },
-        ),
-        Rates(
-            400e-6,
-            900e-6,
-            paces={
-                "fp32": Both(Pace(36e9, 36e9), Pace(31e9, 31e9)),
-                "fp64": Both(Pace(14e9, 14e9), Pace(12e9, 12e9)),
-                "bf16": Both(Pace(36e9, 36e9), Pace(31e9, 31e9)),
-                "fp16": Both(Pace(36e9, 36e9), Pace(31e9, 31e9)),
-            },
-        ),
-    ),
-)
 TORCH = {
-    "avx2": AVX2,
-    "avx512": AVX2._replace(native=("avx512_bf16", "AMD")),
-    "amx": AVX2._replace(native=("avx512_bf16", "Intel"), vendor="Intel"),
+    "avx2": TorchCosts("AMD EPYC (AVX2 only), torch 2.13.0", "AMD", ("avx2", "AMD"), (
+        SdpaRates(
+            call=5e-5, call_backward=0.00018, threads=2, join=3.7e9, masked=4.6e9,
+            paces={
+            "fp32": Both(Pace(1.33e11, 1.39e11, 1.5e-6, 0.066, 0.65, 0.92),
+                         Pace(1.12e11, 1.39e11, 4e-6, 0.1, 0.8, 0.93)),
+            "fp64": Both(Pace(5.1e10, 5.3e10, 1.5e-6, 0.066, 0.65, 0.92),
+                         Pace(4.3e10, 5.3e10, 4e-6, 0.1, 0.8, 0.93)),
+            "bf16": Both(Pace(1.15e11, 1.2e11, 1.5e-6, 0.04, 0.65, 0.92),
+                         Pace(1.09e11, 1.3e11, 4e-6, 0.1, 0.8, 0.93)),
+            "fp16": Both(Pace(1.15e11, 1.2e11, 1.5e-6, 0.04, 0.65, 0.92),
+                         Pace(1.09e11, 1.3e11, 4e-6, 0.1, 0.8, 0.93)),
+        }),
+        StripRates(
+            call=0.00011, call_backward=0.00029, threads=2, call_group=6e-5, copy=2.4e10, join=1.5e9,
+            paces={
+            "fp32": Both(Pace(1e11, 1.05e11), Pace(8.8e10, 1e11)),
+            "fp64": Both(Pace(3.9e10, 4e10), Pace(3.4e10, 3.9e10)),
+            "bf16": Both(Pace(9.5e10, 1e11), Pace(8.8e10, 1e11)),
+            "fp16": Both(Pace(9.5e10, 1e11), Pace(8.8e10, 1e11)),
+        }),
+        Rates(
+            call=0.0004, call_backward=0.0009, threads=2,
+            paces={
+            "fp32": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+            "fp64": Both(Pace(1.39e10, 1.39e10), Pace(1.19e10, 1.19e10)),
+            "bf16": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+            "fp16": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+        }),
+    )),
+    "avx512": TorchCosts("AMD EPYC (Zen 4), torch 2.13.0", "AMD", ("avx512_bf16", "AMD"), (
+        SdpaRates(
+            call=3.14e-5, call_backward=0.00013, threads=1, join=2.27e9, masked=1.65e9,
+            paces={
+            "fp32": Both(Pace(7.76e10, 8.5e10, 2.15e-6, 0.0522, 1.05, 0.965),
+                         Pace(7.74e10, 8.31e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "fp64": Both(Pace(3.02e10, 3.14e10, 2.15e-6, 0.0522, 1.05, 0.965),
+                         Pace(2.27e10, 2.8e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "bf16": Both(Pace(7.82e10, 8.72e10, 3.26e-6, 0.0263, 0.908, 0.916),
+                         Pace(1.07e11, 1.14e11, 6.46e-5, 0.0658, 0.664, 0.837)),
+            "fp16": Both(Pace(7.87e10, 8.21e10, 2.15e-6, 0.0316, 1.05, 0.965),
+                         Pace(7.59e10, 9.05e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+        }),
+        StripRates(
+            call=5.78e-5, call_backward=0.000206, threads=1, call_group=3.15e-5, copy=2.4e10, join=9.19e8,
+            paces={
+            "fp32": Both(Pace(4.29e10, 4.66e10), Pace(4.34e10, 5.28e10)),
+            "fp64": Both(Pace(1.7e10, 1.77e10), Pace(2.11e10, 2.6e10)),
+            "bf16": Both(Pace(4.14e10, 4.32e10), Pace(5.33e10, 6.36e10)),
+            "fp16": Both(Pace(4.15e10, 4.33e10), Pace(5.25e10, 6.26e10)),
+        }),
+        Rates(
+            call=0.000306, call_backward=0.000599, threads=1,
+            paces={
+            "fp32": Both(Pace(3.02e10, 3.02e10), Pace(2.21e10, 2.21e10)),
+            "fp64": Both(Pace(1.56e10, 1.56e10), Pace(9.97e9, 9.97e9)),
+            "bf16": Both(Pace(3e10, 3e10), Pace(2.19e10, 2.19e10)),
+            "fp16": Both(Pace(3.11e10, 3.11e10), Pace(2.25e10, 2.25e10)),
+        }),
+    )),
+    "amx": TorchCosts("Intel Xeon with AMX, torch 2.13.0", "Intel", ("avx512_bf16", "Intel"), (
+        SdpaRates(
+            call=5e-5, call_backward=0.00015, threads=2, join=3.3e9, masked=4e9,
+            paces={
+            "fp32": Both(Pace(2.4e11, 2.5e11, 1e-6, 0.05, 0.68, 0.8),
+                         Pace(2.54e11, 2.65e11, 4e-6, 0.1, 0.75, 0.72)),
+            "fp64": Both(Pace(1.03e11, 1.07e11, 1e-6, 0.05, 0.68, 0.8),
+                         Pace(1.09e11, 1.14e11, 4e-6, 0.1, 0.75, 0.72)),
+            "bf16": Both(Pace(7.4e11, 1.1e12, 2.4e-6, 0.05, 0.8, 0.82),
+                         Pace(3.4e11, 5.3e11, 9e-5, 0.1, 1, 1)),
+            "fp16": Both(Pace(2.25e11, 2.4e11, 1e-6, 0.03, 0.68, 0.8),
+                         Pace(2.45e11, 2.6e11, 4e-6, 0.1, 0.75, 0.72)),
+        }),
+        StripRates(
+            call=8.5e-5, call_backward=0.000247, threads=2, call_group=3.7e-5, copy=4.3e10, join=1.3e9,
+            paces={
+            "fp32": Both(Pace(1.81e11, 1.85e11), Pace(9.9e10, 1.1e11)),
+            "fp64": Both(Pace(7.5e10, 7.7e10), Pace(4.1e10, 4.5e10)),
+            "bf16": Both(Pace(1.45e11, 1.6e11), Pace(9.2e10, 1.03e11)),
+            "fp16": Both(Pace(1.45e11, 1.6e11), Pace(9.2e10, 1.03e11)),
+        }),
+        Rates(
+            call=0.000329, call_backward=0.000695, threads=2,
+            paces={
+            "fp32": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+            "fp64": Both(Pace(2.3e10, 2.3e10), Pace(1.98e10, 1.98e10)),
+            "bf16": Both(Pace(3.46e10, 3.46e10), Pace(2.98e10, 2.98e10)),
+            "fp16": Both(Pace(3.46e10, 3.46e10), Pace(2.98e10, 2.98e10)),
+        }),
+    )),
 }
 
 # -- the native kernel -------------------------------------------------------------------------------------------------
 
-_AVX2 = NativeCosts(
-    "avx2",
-    "AMD EPYC",
-    "AMD",
-    NativeRates(
-        70e-6,
-        250e-6,
+NATIVES = (
+    NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=3.2e-5, call_backward=0.000127, threads=1, read=5.8e9, read_halves=9.7e8, pack=2.84e10, mixed=0.9,
+        lanes=16, peak=1.14e11,
         paces={
-            "fp32": Both(Pace(150e9, 143e9, 2e-6), Pace(139e9, 155e9, 4e-6)),
-            "bf16": Both(Pace(126e9, 130e9, 2e-6), Pace(150e9, 150e9, 4e-6)),
-            "fp16": Both(Pace(126e9, 130e9, 2e-6), Pace(150e9, 150e9, 4e-6)),
-        },
-        read=23e9,
-        read_halves=16e9,
-        pack=30e9,
-        mixed=1.4,
-        lanes=8,
-        peak=101e9,
-    ),
+        "fp32": Both(Pace(9.23e10, 9.92e10, 6.67e-8), Pace(1.03e11, 1.03e11, 1.33e-7)),
+        "bf16": Both(Pace(1.68e11, 1.82e11, 2.54e-6), Pace(1.72e11, 1.86e11, 9.14e-6)),
+        "fp16": Both(Pace(9.45e10, 9.75e10, 6.67e-8), Pace(1.01e11, 1.01e11, 1.33e-7)),
+    })),
+    NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=3.01e-5, call_backward=0.000125, threads=1, read=6.03e9, read_halves=7.33e8, pack=2.59e10, mixed=0.951,
+        lanes=16, peak=1.14e11,
+        paces={
+        "fp32": Both(Pace(9.36e10, 9.84e10, 6.67e-8), Pace(1e11, 9.95e10, 3.08e-7)),
+        "bf16": Both(Pace(9.38e10, 9.79e10, 6.67e-8), Pace(9.83e10, 9.88e10, 5.42e-7)),
+        "fp16": Both(Pace(9.32e10, 9.61e10, 6.67e-8), Pace(9.7e10, 9.7e10, 3.08e-7)),
+    })),
+    NativeCosts("avx2", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=2.99e-5, call_backward=0.000126, threads=1, read=5.85e9, read_halves=7.64e8, pack=3.55e10, mixed=0.886,
+        lanes=8, peak=1.01e11,
+        paces={
+        "fp32": Both(Pace(8.68e10, 9.06e10, 6.67e-8), Pace(8.98e10, 9.78e10, 1.33e-7)),
+        "bf16": Both(Pace(8.69e10, 9.17e10, 6.67e-8), Pace(9.74e10, 9.52e10, 8.1e-7)),
+        "fp16": Both(Pace(7.91e10, 8.16e10, 6.67e-8), Pace(9e10, 9e10, 1.33e-7)),
+    })),
+    NativeCosts("base", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=2.85e-5, call_backward=0.000105, threads=1, read=7.4e9, read_halves=7.92e8, pack=1.48e10, mixed=0.607,
+        lanes=4, peak=2.6e10,
+        paces={
+        "fp32": Both(Pace(2.94e10, 3.16e10, 2.19e-6), Pace(3.41e10, 3.19e10, 1.76e-5)),
+        "bf16": Both(Pace(3e10, 3.2e10, 3.82e-6), Pace(3.31e10, 3.2e10, 1.78e-5)),
+        "fp16": Both(Pace(2.91e10, 2.99e10, 2.19e-6), Pace(3.15e10, 3.25e10, 1.76e-5)),
+    })),
+    NativeCosts("amx_emulated", "AMD EPYC (Zen 4)", "AMD", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.1, lanes=16,
+        peak=2.8e10,
+        paces={
+        "fp32": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
+        "bf16": Both(Pace(6.6e9, 7.3e9), Pace(6.6e9, 6.6e9, 3e-6)),
+        "fp16": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
+    })),
+    NativeCosts("avx512_bf16", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=2e10, read_halves=2.1e10, pack=4e10, mixed=1.75, lanes=16,
+        peak=2.27e11,
+        paces={
+        "fp32": Both(Pace(2.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
+        "bf16": Both(Pace(1.77e11, 1.8e11), Pace(1.68e11, 1.75e11, 3e-6)),
+        "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
+    })),
+    NativeCosts("avx512", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, pack=3.8e10, mixed=1.75, lanes=16,
+        peak=2.27e11,
+        paces={
+        "fp32": Both(Pace(2.65e11, 2.7e11), Pace(2.85e11, 2.8e11, 3e-6)),
+        "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),
+        "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
+    })),
+    NativeCosts("avx2", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=1.5e10, read_halves=1.4e10, pack=3e10, mixed=1.6, lanes=8,
+        peak=1.1e11,
+        paces={
+        "fp32": Both(Pace(1.95e11, 2e11), Pace(1.65e11, 1.7e11, 3e-6)),
+        "bf16": Both(Pace(1.92e11, 1.97e11), Pace(1.63e11, 1.68e11, 3e-6)),
+        "fp16": Both(Pace(1.9e11, 1.95e11), Pace(1.6e11, 1.65e11, 3e-6)),
+    })),
+    NativeCosts("base", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.3, lanes=4,
+        peak=2.8e10,
+        paces={
+        "fp32": Both(Pace(7.3e10, 7.5e10), Pace(6.9e10, 7.1e10, 3e-6)),
+        "bf16": Both(Pace(7.2e10, 7.4e10), Pace(6.8e10, 7e10, 3e-6)),
+        "fp16": Both(Pace(7e10, 7.2e10), Pace(6.7e10, 6.9e10, 3e-6)),
+    })),
 )
-NATIVE = {
-    ("avx2", "AMD"): _AVX2,
-    ("avx512_bf16", "AMD"): _AVX2._replace(isa="avx512_bf16"),
-    ("avx512_bf16", "Intel"): _AVX2._replace(isa="avx512_bf16", vendor="Intel"),
-}
+NATIVE = {(one.isa, one.vendor): one for one in NATIVES}

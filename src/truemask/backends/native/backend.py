@@ -86,8 +86,9 @@ class TilesProposal(Proposal):
         lanes = int(table().native.lanes) if packed else 1
         strips = math.ceil(r.q_len / TILE)
         height = math.ceil(min(r.q_len, TILE) / lanes) * lanes if strips < 2 else r.q_len / strips
-        cells = (table().native.mixed * counts.mixed + counts.full) * height * TILE * planes
-        seen = min(1.0, (counts.mixed + counts.full) * height * TILE * planes / max(1, r.cells))
+        each = height * min(TILE, r.kv_len) * planes
+        cells = (table().native.mixed * counts.mixed + counts.full) * each
+        seen = min(1.0, (counts.mixed + counts.full) * each / max(1, r.cells))
         key_bytes = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * r.dtype.itemsize * seen
         units = r.batch * r.heads * strips
         return Work(cells, units, min(units, 2 * cells * (r.head_dim + r.value_dim) // THREAD_WORK), key_bytes, packed)
