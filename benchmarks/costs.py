@@ -61,7 +61,8 @@ def entries(given: argparse.Namespace, measured: Costs) -> Iterator[str]:
     name = f"{given.as_table}, torch {torch.__version__.split('+')[0]}"
     if set(given.backends) >= set(TORCHS):
         rates = (f"        {written(getattr(measured, backend), 8)},\n" for backend in TORCHS)
-        yield f'    "{torch_kind()}": TorchCosts("{name}", "{vendor}", ("{isa}", "{vendor}"), (\n{"".join(rates)}    )),'
+        native = f'("{isa}", "{vendor}")'
+        yield f'    "{torch_kind()}": TorchCosts("{name}", "{vendor}", {native}, (\n{"".join(rates)}    )),'
     if isa and "native" in given.backends:
         yield f'    NativeCosts("{isa}", "{name}", "{vendor}", {written(measured.native, 4)}),'
 

@@ -93,7 +93,7 @@ def measures(sizes: Sizes) -> Iterator[Measure]:
 
 def _calls(sizes: Sizes, grad: bool) -> Iterator[Measure]:
     call = "call_backward" if grad else "call"
-    plain = dict.fromkeys(("sdpa", "native", "reference"), (call,))
+    plain: Shows = dict.fromkeys(("sdpa", "native", "reference"), (call,))
     yield Measure(Probe(causal, sizes.small, 1, 8, grad=grad), plain)
     groups = () if grad else ("call_group",)
     yield Measure(Probe(window(5) | prefix(1), sizes.small, 4, 32, grad=grad), {"block_sparse": (call, *groups)})
