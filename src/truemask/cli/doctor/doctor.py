@@ -67,7 +67,7 @@ def fit() -> list[tuple[str, str]]:
     here, there = max(peak(PEAK_SECONDS, False) for _ in range(5)) / torch.get_num_threads(), table.native.peak
     said = f"{here / 1e9:.0f} GF/s in fp32 for each thread, {there / 1e9:.0f} where the costs were measured"
     fits = 1 / FITTING_RATIO < here / there < FITTING_RATIO
-    return [("peak", said if fits else f"{said}: they do not fit this machine; {AGAIN}")]
+    return [("peak", said if fits else f"{said}: if nothing else runs here, they do not fit; {AGAIN}")]
 
 
 def _backends(device: str, grad: bool) -> dict[str, Any]:
