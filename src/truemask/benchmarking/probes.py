@@ -124,6 +124,9 @@ def _few_rows(sizes: Sizes, dtype: str, grad: bool, way: str) -> Iterator[Measur
     natives = shown("step", ("fp32", "fp16") if dtype == "fp32" else (dtype,))
     many = Probe(causal, 2 * sizes.small, dtype=dtype, grad=grad, batch=sizes.many)
     yield Measure(many, {"sdpa": shown("step"), "native": natives})
+    if dtype == "fp32":  # in which strips are computed
+        strips = Probe(causal & window(sizes.small), 8 * sizes.small, grad=grad, batch=sizes.many)
+        yield Measure(strips, {"block_sparse": shown("step", tuple(DTYPES))})
     for rows, name in zip(sizes.few, ("rows32", "rows64"), strict=True):
         yield Measure(Probe(everything, rows, dtype=dtype, grad=grad), {"sdpa": shown(name)})
 

@@ -247,4 +247,4 @@ def cost_of(strips: Strips, job: Job) -> float:
 def _as_torchs(pace: Pace, r: Request, way: int) -> Pace:
     """The pace with what few rows lose in torch's kernel, which computes in fp32 or fp64 here."""
     theirs = paces(table().sdpa, r._replace(dtype=r.compute_dtype))[way]
-    return replace(theirs, d64=pace.d64, d128=pace.d128)
+    return replace(theirs, d64=pace.d64, d128=pace.d128, step=pace.step)

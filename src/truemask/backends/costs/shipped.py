@@ -60,10 +60,10 @@ TORCH = {
         StripRates(
             call=0.00011, call_backward=0.00029, threads=2, call_group=6e-5, copy=2.4e10, join=1.5e9,
             paces={
-            "fp32": Both(Pace(1e11, 1.05e11), Pace(8.8e10, 1e11)),
-            "fp64": Both(Pace(3.9e10, 4e10), Pace(3.4e10, 3.9e10)),
-            "bf16": Both(Pace(9.5e10, 1e11), Pace(8.8e10, 1e11)),
-            "fp16": Both(Pace(9.5e10, 1e11), Pace(8.8e10, 1e11)),
+            "fp32": Both(Pace(1e11, 1.05e11, 8e-6), Pace(8.8e10, 1e11, 2e-5)),
+            "fp64": Both(Pace(3.9e10, 4e10, 8e-6), Pace(3.4e10, 3.9e10, 2e-5)),
+            "bf16": Both(Pace(9.5e10, 1e11, 8e-6), Pace(8.8e10, 1e11, 2e-5)),
+            "fp16": Both(Pace(9.5e10, 1e11, 8e-6), Pace(8.8e10, 1e11, 2e-5)),
         }),
         Rates(
             call=0.0004, call_backward=0.0009, threads=2,
@@ -88,12 +88,12 @@ TORCH = {
                          Pace(7.59e10, 9.05e10, 4.56e-6, 0.0791, 0.963, 0.952)),
         }),
         StripRates(
-            call=5.78e-5, call_backward=0.000206, threads=1, call_group=3.15e-5, copy=2.4e10, join=9.19e8,
+            call=4e-5, call_backward=0.000206, threads=1, call_group=2.2e-5, copy=2.4e10, join=9.19e8,
             paces={
-            "fp32": Both(Pace(4.29e10, 4.66e10), Pace(4.34e10, 5.28e10)),
-            "fp64": Both(Pace(1.7e10, 1.77e10), Pace(2.11e10, 2.6e10)),
-            "bf16": Both(Pace(4.14e10, 4.32e10), Pace(5.33e10, 6.36e10)),
-            "fp16": Both(Pace(4.15e10, 4.33e10), Pace(5.25e10, 6.26e10)),
+            "fp32": Both(Pace(7.29e10, 7.22e10, 1.8e-5), Pace(6.29e10, 6.07e10, 3e-5)),
+            "fp64": Both(Pace(2.89e10, 2.74e10, 1.8e-5), Pace(3.06e10, 2.99e10, 3e-5)),
+            "bf16": Both(Pace(7.04e10, 6.7e10, 1.8e-5), Pace(7.73e10, 7.31e10, 3e-5)),
+            "fp16": Both(Pace(7.06e10, 6.71e10, 1.8e-5), Pace(7.61e10, 7.2e10, 3e-5)),
         }),
         Rates(
             call=0.000306, call_backward=0.000599, threads=1,
@@ -120,10 +120,10 @@ TORCH = {
         StripRates(
             call=8.5e-5, call_backward=0.000247, threads=2, call_group=3.7e-5, copy=4.3e10, join=1.3e9,
             paces={
-            "fp32": Both(Pace(1.81e11, 1.85e11), Pace(9.9e10, 1.1e11)),
-            "fp64": Both(Pace(7.5e10, 7.7e10), Pace(4.1e10, 4.5e10)),
-            "bf16": Both(Pace(1.45e11, 1.6e11), Pace(9.2e10, 1.03e11)),
-            "fp16": Both(Pace(1.45e11, 1.6e11), Pace(9.2e10, 1.03e11)),
+            "fp32": Both(Pace(1.81e11, 1.85e11, 6e-6), Pace(9.9e10, 1.1e11, 1.5e-5)),
+            "fp64": Both(Pace(7.5e10, 7.7e10, 6e-6), Pace(4.1e10, 4.5e10, 1.5e-5)),
+            "bf16": Both(Pace(1.45e11, 1.6e11, 6e-6), Pace(9.2e10, 1.03e11, 1.5e-5)),
+            "fp16": Both(Pace(1.45e11, 1.6e11, 6e-6), Pace(9.2e10, 1.03e11, 1.5e-5)),
         }),
         Rates(
             call=0.000329, call_backward=0.000695, threads=2,
