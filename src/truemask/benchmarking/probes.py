@@ -122,8 +122,8 @@ def _few_rows(sizes: Sizes, dtype: str, grad: bool, way: str) -> Iterator[Measur
         return tuple(f"{one}.{way}.{name}" for one in of)
 
     natives = shown("step", ("fp32", "fp16") if dtype == "fp32" else (dtype,))
-    many = Probe(causal, 2 * sizes.small, dtype=dtype, grad=grad, batch=sizes.many)
-    yield Measure(many, {"sdpa": shown("step"), "native": natives})
+    for n, steps in ((2 * sizes.small, {"sdpa": shown("step")}), (sizes.small, {"native": natives})):
+        yield Measure(Probe(causal, n, dtype=dtype, grad=grad, batch=sizes.many), steps)
     if dtype == "fp32":  # in which strips are computed
         strips = Probe(causal & window(sizes.small), 8 * sizes.small, grad=grad, batch=sizes.many)
         yield Measure(strips, {"block_sparse": shown("step", tuple(DTYPES))})
