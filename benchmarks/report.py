@@ -25,8 +25,8 @@ HEAD = """\
 
 `make bench` runs the commands that stand above their tables and writes this page; no number on it was typed. How things
 are measured stands at the head of each script, and each takes `--quick` and `--json FILE`. `costs.py` shows the
-constants that plans predict with; `soak_use.py` holds the answers to requests of many threads to those of the same
-requests alone. `truemask bench` races masks of your own on your machine.
+constants that plans predict with, `choices.py` whether plans choose well; `soak_use.py` holds the answers to requests
+of many threads to those of the same requests alone. `truemask bench` races masks of your own on your machine.
 
 Contestants take turns and medians are shown, *spread* is half the distance of the quartiles. A bar is what the project
 asks of itself on a quiet machine with two cores; where it is missed, the page says so.

@@ -38,7 +38,8 @@ kernel = pytest.mark.skipif(bool(missing()), reason=f"the move is whoever instal
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "attend", "costs", pytest.param("soak", marks=kernel), "train", "huggingface", "soak_use"]
+    "name",
+    ["plan", "attend", "costs", "choices", pytest.param("soak", marks=kernel), "train", "huggingface", "soak_use"],
 )
 def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp_path: Path) -> None:
     if name in ("train", "soak_use"):

@@ -65,6 +65,11 @@ class Proposal(ABC):
         in bytes.
         """
 
+    @property
+    def doubt(self) -> bool:
+        """Whether the cost is so uncertain that `sdpa` is chosen where it can run the job too."""
+        return False
+
     def forget(self) -> None:  # noqa: B027 - most have nothing to give up
         """Give up all but numbers and words."""
 

@@ -8,7 +8,8 @@ import torch
 
 from truemask.backends.backend import ANY_DEVICE, OPTIONS, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Result
-from truemask.backends.costs.model import seconds, table
+from truemask.backends.costs.model import table
+from truemask.backends.costs.prediction import seconds
 from truemask.backends.shared.eager import eager_attention
 
 MAX_KEPT_BYTES = 1 << 26  # bytes of a mask that is worth keeping

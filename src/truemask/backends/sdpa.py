@@ -16,13 +16,24 @@ import math
 from functools import cache
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from truemask.backends.backend import ANY_DEVICE, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
-from truemask.backends.costs.model import SPEED_BACKWARD, rows_at_once, seconds, slowed, table
+from truemask.backends.costs.model import table
+from truemask.backends.costs.prediction import (
+    BACKWARD_PRODUCTS,
+    KEYS_AT_ONCE,
+    Blocks,
+    blocks_of,
+    flash_seconds,
+    paces,
+    rows_at_once,
+    spread,
+)
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import Flash, all_fitted
 from truemask.backends.shared.eager import bias_values
@@ -53,15 +64,20 @@ class SdpaProposal(Proposal):
 
     @property
     def cost(self) -> float:
-        job, r = self.job, self.job.request
-        rates = table().sdpa
-        joining = _dense_bytes(job) / rates.join if r.bias else 0.0  # in every call; a mask alone is lowered once
-        cells = r.cells * (causal_share(r) if _flag(job) else 1.0)
-        forward = seconds(rates, r._replace(grad=False), slowed(cells, r.q_len))
-        if not r.grad:
-            return forward + joining
-        slow = slowed(cells, r.q_len, SPEED_BACKWARD)
-        return forward + joining + seconds(rates, r, slow) - seconds(rates, r._replace(grad=False), slow)
+        job, r, rates = self.job, self.job.request, table().sdpa
+        forward, backward = paces(rates, r)
+        planes = r.batch * r.heads
+        cells, count = kernel_work(r, causal=_flag(job))
+        blocks = Blocks(r.q_len, planes * cells, planes * count, planes * math.ceil(r.q_len / rows_at_once(r.q_len)))
+        cost = rates.call + flash_seconds(rates, forward, r, blocks)
+        if r.bias:  # joined in every call; a mask alone is lowered once
+            cost += _dense_bytes(job) / rates.join
+        if not _flag(job) and (r.bias or job.pattern != "everything"):
+            cost += (1 + r.grad) * spread(rates) * r.cells / rates.masked
+        if r.grad:  # whose tasks are heads
+            blocks = blocks._replace(tasks=planes)
+            cost += rates.call_backward + flash_seconds(rates, backward, r, blocks, BACKWARD_PRODUCTS)
+        return cost
 
     @property
     def description(self) -> str:
@@ -244,8 +260,13 @@ def _mask_sizes(job: Job) -> tuple[int, int, int, int]:
     return (1, 1, 1, 1) if mask == everything else (job.mask_batch, job.mask_heads, rows, r.kv_len)
 
 
-def causal_share(r: Request) -> float:
-    """The share of a `[q, k]` rectangle that the kernel computes under the causal flag."""
-    full = min(r.q_len, r.kv_len)
-    pairs = full * (full + min(full, rows_at_once(r.q_len))) / 2 + max(0, r.q_len - r.kv_len) * r.kv_len
-    return pairs / max(1, r.q_len * r.kv_len)
+def kernel_work(r: Request, *, causal: bool) -> tuple[float, float]:
+    """The scores that the kernel computes of a head, and in how many blocks: the causal flag spares it whole ones."""
+    if not causal:
+        return r.q_len * r.kv_len, float(blocks_of(r.q_len, r.kv_len))
+    at_once = rows_at_once(r.q_len)
+    starts = np.arange(0, r.q_len, at_once)
+    seen = np.minimum(starts + at_once, r.kv_len)
+    count = np.ceil(seen / KEYS_AT_ONCE)
+    rows = np.minimum(at_once, r.q_len - starts)
+    return float((rows * np.minimum(count * KEYS_AT_ONCE, r.kv_len)).sum()), float(count.sum())

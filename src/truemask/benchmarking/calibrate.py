@@ -1,158 +1,122 @@
-"""Measures the constants of `truemask.backends.costs.rates` on this machine: all backends in turns, in under a minute.
+"""Measures the constants of `truemask.backends.costs.rates` on this machine: backends in turns, in about a minute.
 
-Each backend runs a small job and a large one. The constants say which part of either is calls and which is arithmetic;
-so the two measurements give two factors, one for a backend's `call...` constants and one for its rates.
+Each probe is held against what is predicted of it, and the constants that it shows are multiplied until the two agree;
+again for all of them, because what one shows leans on the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from truemask.attention.attend import attend
+from truemask.attention.planning.cache import CACHE
 from truemask.backends.backend import Backend, Proposal
-from truemask.backends.base import Job, Request
-from truemask.backends.costs.model import assumed
-from truemask.backends.costs.rates import BACKENDS as NAMES
-from truemask.backends.costs.rates import SHIPPED, Rates
+from truemask.backends.costs.model import BACKENDS as NAMES
+from truemask.backends.costs.model import Table, assumed, isa_in_use, shipped
+from truemask.backends.costs.rates import Rates
+from truemask.backends.native.library import peak
 from truemask.backends.registry import BACKENDS
+from truemask.benchmarking.probes import Measure, Probe, Sizes, measures
 from truemask.benchmarking.timing import race
-from truemask.benchmarking.workloads import Workload, by_truemask
-from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import window
-from truemask.masks.leaves.per_token import prefix
 
-SECONDS = 0.8  # for each backend and job
-# Of a shipped constant, and that many times as much at most (1 / 0.05): beyond that a measurement is not believed.
-MIN_SHARE = 0.05
-FITTING_STEPS, NUDGE = 6, 1e-4
+SECONDS = 0.1  # for each backend and probe, in each of so many turns: a noisy minute does not hit all of them
+TURNS, RUNS = 3, 4
+MOST = 30.0  # times a constant, or a part of it, is multiplied at most: beyond that a measurement is not believed
+ROUNDS, NUDGE = 6, 1e-3
 Announce = Callable[[str], object]
 
 
-class Probe(NamedTuple):
-    """A job to be measured."""
-
-    mask: Mask
-    n: int
-    heads: int
-    d: int
-    dtype: torch.dtype = torch.float32
-
-    def job(self, grad: bool) -> Job:
-        """What backends are asked about."""
-        sizes = (1, self.heads, self.heads, self.n, self.n, self.d, self.d)
-        return Job(self.mask, Request(*sizes, self.dtype, torch.device("cpu"), grad))
-
-    def __str__(self) -> str:
-        return f"{self.n} tokens, {self.heads} heads of {self.d}, {str(self.dtype).removeprefix('torch.')}"
-
-
 class Measured(NamedTuple):
-    """A job, in one of the two directions, and the seconds that it took."""
+    """A probe of one backend, the constants that it shows, and the seconds that it took."""
 
+    backend: Backend
     probe: Probe
-    grad: bool
+    shows: tuple[str, ...]
     seconds: float
-
-
-SMALL_PROBE = Probe(window(5) | prefix(1), 16, 4, 32)
-LARGE_PROBE = Probe(window(256) | prefix(4), 2048, 8, 64)
 
 
 def measured_costs(
-    say: Announce, small: Probe = SMALL_PROBE, large: Probe = LARGE_PROBE, seconds: float = SECONDS
-) -> dict[str, dict[str, float]]:
-    """The constants of every backend, in the form in which they are stored; `say` hears what is being measured."""
-    backends = [b for b in BACKENDS if b.name in NAMES and b.can_run(large.job(False))]
-    times = partial(_times, say, backends, seconds)
-    forward, train = ([(probe, times(probe, grad)) for probe in (small, large)] for grad in (False, True))
-    others = {
-        "doubles": times(large._replace(dtype=torch.float64), False),
-        "halves": times(large._replace(dtype=torch.bfloat16), False),
-    }
-    costs = {}
-    for backend in backends:
-        name, rates = backend.name, getattr(SHIPPED, backend.name)
-        for grad, runs in ((False, forward), (True, train)):
-            small_job, large_job = (Measured(probe, grad, took[name]) for probe, took in runs)
-            rates = fitted(backend, rates, small_job, large_job)
-        single = Measured(large, False, forward[1][1][name])
-        work = max(_cost_split(backend, rates, single).work, MIN_SHARE * single.seconds)
-        of_dtypes = {key: times[name] for key, times in others.items() if name in times}
-        factors = {key: max(MIN_SHARE, 1 + (took - single.seconds) / work) for key, took in of_dtypes.items()}
-        costs[name] = asdict(replace(rates, **factors))
-    say("a bias that meets a mask")
-    faster = join_rate(seconds) / SHIPPED.sdpa.join
-    for name in costs:
-        if "join" in costs[name]:
-            costs[name]["join"] = faster * getattr(SHIPPED, name).join
-    return costs
+    say: Announce, sizes: Sizes | None = None, seconds: float = SECONDS, names: Collection[str] = NAMES
+) -> dict[str, Any]:
+    """The constants of the backends, in the form in which they are stored; `say` hears what is being measured."""
+    backends = {b.name: b for b in BACKENDS if b.name in names and not b.unavailable()}
+    todo = [one for one in measures(sizes or Sizes()) if backends.keys() & one.shows.keys()] * TURNS
+    found: dict[tuple[str, Probe], Measured] = {}
+    for i, one in enumerate(todo):
+        say(f"{i + 1} of {len(todo)}: {one.probe}")
+        for new in timed(one, backends, seconds):
+            key = new.backend.name, new.probe
+            found[key] = min(found.get(key, new), new, key=lambda measured: measured.seconds)
+    faster = join_rate(seconds) / shipped()[0].sdpa.join
+    CACHE.clear()  # of what was lowered for probes
+    table = fitted(list(found.values()), _start(faster))
+    costs = {name: getattr(table, name).numbers() for name in backends}
+    return costs | ({"native": {isa_in_use(): costs["native"]}} if "native" in costs else {})
 
 
-def _times(say: Announce, backends: list[Backend], seconds: float, probe: Probe, grad: bool) -> dict[str, float]:
-    """The least seconds of each backend that can run the job."""
-    say(f"{'forward and backward' if grad else 'forward'}, {probe}")
-    workload = Workload.of(probe.n, probe.heads, probe.d, dtype=probe.dtype)
-    names = [backend.name for backend in backends if backend.can_run(probe.job(grad))]
-    runs = {name: workload.run(by_truemask(probe.mask, name), grad) for name in names}
-    return {name: timing.least for name, timing in race(runs, seconds).items()}
+def timed(one: Measure, backends: Mapping[str, Backend], seconds: float) -> list[Measured]:
+    """The least seconds of each backend that can run the probe: other programs only ever add to them."""
+    job = one.probe.job()
+    able = [name for name in one.shows if name in backends and backends[name].can_run(job)]
+    times = race({name: one.probe.run(name) for name in able}, seconds, least=RUNS)
+    return [Measured(backends[name], one.probe, one.shows[name], times[name].least) for name in able]
 
 
-def fitted(backend: Backend, rates: Rates, small: Measured, large: Measured) -> Rates:
-    """The constants of one direction scaled, so that what is predicted of the two jobs is what was measured.
+def _start(join: float) -> Table:
+    """The shipped constants as of this many threads, with what is measured by itself."""
+    table, threads = shipped()[0], torch.get_num_threads()
+    rates = {name: replace(getattr(table, name), threads=threads) for name in NAMES}
+    for name in ("sdpa", "block_sparse"):
+        rates[name] = rates[name].scaled({"join": join})
+    if isa_in_use():
+        rates["native"] = replace(rates["native"], peak=max(peak(0.02, False) for _ in range(5)) / threads)
+    return replace(table, **rates, fixed=False)
 
-    In steps, because a backend that chooses among ways may choose another one under other constants.
+
+def fitted(found: Sequence[Measured], table: Table) -> Table:
+    """The constants by which what is predicted of the probes is what was measured."""
+    start = {name: getattr(table, name) for name in NAMES}
+    for _ in range(ROUNDS):
+        for one in found:
+            name = one.backend.name
+            rates: Rates = getattr(table, name)
+            factor = agreeing(one, table)
+            bound, now = start[name].flat(), rates.flat()
+            factors = {path: _within(factor * now[path] / bound[path]) * bound[path] / now[path] for path in one.shows}
+            table = replace(table, **{name: rates.scaled(factors)})
+    return table
+
+
+def agreeing(one: Measured, table: Table) -> float:
+    """By what the constants that a probe shows are to be multiplied, so that it is predicted as it was measured.
+
+    Times are sums of parts that a constant multiplies or divides; so a small change of it tells its part.
     """
-    calls = work = 1.0
-    for _ in range(FITTING_STEPS):
-        scaled = _scaled(rates, small.grad, calls, work)
-        of_calls, of_work = _factors(*(_cost_split(backend, scaled, measured) for measured in (small, large)))
-        calls, work = (min(max(MIN_SHARE, factor), 1 / MIN_SHARE) for factor in (calls * of_calls, work * of_work))
-    return _scaled(rates, small.grad, calls, work)
+    takes_time = one.shows[0].startswith("call") or one.shows[0].endswith(("step", "mixed"))
+    before = predicted(one, table, 1.0)
+    nudged = predicted(one, table, 1 + NUDGE if takes_time else 1 / (1 + NUDGE))
+    part = (nudged - before) / NUDGE
+    if part <= 0:
+        return 1.0
+    times = _within((one.seconds - before + part) / part)
+    return times if takes_time else 1 / times
 
 
-class CostSplit(NamedTuple):
-    """Seconds of a job that calls and arithmetic should take together, and what is predicted of either."""
-
-    seconds: float
-    calls: float
-    work: float
+def _within(factor: float) -> float:
+    return min(max(1 / MOST, factor), MOST)
 
 
-def _cost_split(backend: Backend, rates: Rates, measured: Measured) -> CostSplit:
-    """What one direction should take, and takes by these constants: how the prediction answers to a small change."""
-    before = predicted(backend, rates, measured)
-    calls = (predicted(backend, _scaled(rates, measured.grad, calls=1 + NUDGE), measured) - before) / NUDGE
-    work = (predicted(backend, _scaled(rates, measured.grad, work=1 + NUDGE), measured) - before) / NUDGE
-    return CostSplit(measured.seconds - (before - calls - work), calls, work)
-
-
-def _factors(small: CostSplit, large: CostSplit) -> tuple[float, float]:
-    """By what to multiply calls and arithmetic."""
-    of_calls = (small.seconds * large.work - large.seconds * small.work) / (
-        small.calls * large.work - large.calls * small.work
-    )
-    return of_calls, (large.seconds - max(MIN_SHARE, of_calls) * large.calls) / large.work
-
-
-def _scaled(rates: Rates, backward: bool, calls: float = 1, work: float = 1) -> Rates:
-    """Constants of one direction that make calls and arithmetic so many times longer."""
-    changed = {}
-    for field in fields(rates):
-        value, call = getattr(rates, field.name), field.name.startswith("call")
-        if ("backward" in field.name) == backward and field.name not in ("doubles", "halves"):
-            changed[field.name] = value * calls if call else value / work
-    return replace(rates, **changed)
-
-
-def predicted(backend: Backend, rates: Rates, measured: Measured) -> float:
-    """What the backend would cost if these were its constants; of a new job, because a job remembers choices."""
-    with assumed(replace(SHIPPED, **{backend.name: rates})):
-        proposal = backend.propose(measured.probe.job(measured.grad))
+def predicted(one: Measured, table: Table, factor: float = 1.0) -> float:
+    """What the probe would cost if these were the constants; of a new job, because a job remembers choices."""
+    name = one.backend.name
+    rates: Rates = getattr(table, name)
+    with assumed(replace(table, **{name: rates.scaled(dict.fromkeys(one.shows, factor))})):
+        proposal = one.backend.propose(one.probe.job())
         assert isinstance(proposal, Proposal)
         return float(proposal.cost)
 

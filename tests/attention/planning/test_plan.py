@@ -51,7 +51,7 @@ def test_costs_grow_with_work() -> None:
         return plan(mask, q_len, **keywords).costs["sdpa"]
 
     assert cost(q_len=2000) > 3 * cost()
-    assert cost(tm.causal) < 0.7 * cost()
+    assert cost(tm.causal) < 0.8 * cost()
     assert cost(grad=True) > 3 * cost()
     assert cost(dtype=torch.float64) > 2 * cost()
     assert cost(batch=2) > 1.9 * cost()

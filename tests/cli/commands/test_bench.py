@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from truemask.backends.costs import calibration_file as calibration
 from truemask.backends.costs import model as costs
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking import calibrate
+from truemask.benchmarking.probes import Probe, Sizes, measures
 from truemask.cli.app import app
 from truemask.cli.commands import bench
 
-SMALL = calibrate.Probe(tm.window(5), 11, 1, 8)
-LARGE = calibrate.Probe(tm.window(31), 61, 2, 16)
+SIZES = Sizes(7, (40, 200), 66, 97, 130, 2)
+PROBE = Probe(tm.window(31), 61, 2, 16)
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -50,10 +51,10 @@ def _forget() -> None:
 
 
 def _stored(**changes: Any) -> dict[str, Any]:
-    """The shipped costs with another number, as an entry holds them."""
-    measured_costs = asdict(costs.SHIPPED)
-    measured_costs["sdpa"].update(changes)
-    return measured_costs
+    """The shipped costs with other numbers of sdpa, as an entry holds them."""
+    numbers = {name: getattr(costs.shipped()[0], name).numbers() for name in costs.BACKENDS}
+    numbers["sdpa"].update(changes)
+    return numbers | {"native": {costs.isa_in_use(): numbers["native"]}}
 
 
 # -- racing ------------------------------------------------------------------------------------------------------------
@@ -94,42 +95,61 @@ def test_a_mistake_is_a_message() -> None:
 # -- calibrating -------------------------------------------------------------------------------------------------------
 
 
-def test_calibration_is_stored_and_found(costs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def measured() -> tuple[dict[str, Any], list[str]]:
+    """What calibration finds with tiny probes, and what it says meanwhile."""
+    said: list[str] = []
+    return calibrate.measured_costs(said.append, SIZES, 0.0), said
+
+
+def test_calibration_is_stored_and_found(
+    costs_file: Path, monkeypatch: pytest.MonkeyPatch, measured: tuple[dict[str, Any], list[str]]
+) -> None:
     before = tm.plan(tm.causal, 67)
     assert re.search(r"predicted from the shipped costs.*; `truemask bench --calibrate`", str(before))
-    found = calibrate.measured_costs(lambda text: None, SMALL, LARGE, 0.0)
-    monkeypatch.setattr(bench, "measured_costs", lambda say: found)
+    monkeypatch.setattr(bench, "measured_costs", lambda say: measured[0])
     code, out = run("--calibrate")
     assert code == 0, out
     assert f"stored in {costs_file}" in out.replace("\n", "")
-    assert costs.table() == costs.table_of(found)
+    assert costs.table() == costs.table_of(measured[0])
     after = tm.plan(tm.causal, 67)
     assert after.costs != before.costs
     assert re.search(r"predicted from costs measured on this machine on \d{4}-\d\d-\d\d", str(after))
     assert not list(costs_file.parent.glob("*.part"))
 
 
-def test_calibration_predicts_what_it_measured() -> None:
-    for backend in (backend for backend in BACKENDS if backend.name in costs.BACKENDS):
-        rates = getattr(costs.SHIPPED, backend.name)
-        for grad, (few, many) in ((False, (3e-4, 0.07)), (True, (9e-4, 0.31))):
-            measured = [
-                calibrate.Measured(SMALL, grad, few),
-                calibrate.Measured(calibrate.LARGE_PROBE, grad, many),
-            ]
-            rates = calibrate.fitted(backend, rates, *measured)
-            predicted = [calibrate.predicted(backend, rates, found) for found in measured]
-            assert predicted == pytest.approx([few, many]), (backend.name, grad)
+def test_every_constant_is_measured(measured: tuple[dict[str, Any], list[str]]) -> None:
+    found, said = measured
+    assert re.match(r"1 of \d+: 1 x 7 tokens, 1 heads of 8, fp32, forward, causal", said[0])
+    assert said[-1].startswith(f"{len(said)} of {len(said)}: ")
+    assert costs.table_of(json.loads(json.dumps(found))) == costs.table_of(found)
+    shown = {(name, path) for one in measures(SIZES) for name, paths in one.shows.items() for path in paths}
+    start = costs.shipped()[0]
+    for name in costs.BACKENDS:
+        paths = {path for path in getattr(start, name).flat() if not path.startswith("native.fp64")}
+        apart = {path for path in paths if path in ("threads", "lanes", "peak", "join", "copy")}
+        few = () if name == "sdpa" else ("rows1", "rows32", "rows64", *(["step"] if name == "reference" else []))
+        wanted = {path for path in paths - apart if path.split(".")[-1] not in few}
+        assert wanted <= {path for backend, path in shown if backend == name}, name
 
 
-def test_every_constant_is_measured() -> None:
-    said: list[str] = []
-    found = calibrate.measured_costs(said.append, SMALL, LARGE, 0.0)
-    shipped = asdict(costs.SHIPPED)
-    assert {name: set(numbers) for name, numbers in found.items()} == {name: set(of) for name, of in shipped.items()}
-    assert all(number > 0 for numbers in found.values() for number in numbers.values())
-    assert len(said) == 7
-    assert costs.table_of(json.loads(json.dumps(found)))
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.name in costs.BACKENDS])
+def test_calibration_predicts_what_it_measured(backend: Any) -> None:
+    """Of seconds that these constants would take, multiplied by what the two directions and head sizes differ by."""
+    if backend.unavailable():
+        pytest.skip("the kernel is missing here: it was not built")
+    start = costs.shipped()[0]
+    name = backend.name
+    times = {"call": 1.7, "call_backward": 0.6, "fp32.forward.d64": 0.5, "fp32.backward.d64": 1.9}
+    truth = replace(start, **{name: getattr(start, name).scaled(times)})
+    found = []
+    for one in measures(Sizes()):
+        if name in one.shows and one.probe.dtype == "fp32":
+            measured = calibrate.Measured(backend, one.probe, one.shows[name], 0.0)
+            found.append(measured._replace(seconds=calibrate.predicted(measured, truth)))
+    table = calibrate.fitted(found, start)
+    for one in found:
+        assert calibrate.predicted(one, table) == pytest.approx(one.seconds, rel=0.02), one.probe
 
 
 def test_nothing_is_kept_where_it_cannot_be(costs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,26 +170,26 @@ def test_nothing_is_kept_where_it_cannot_be(costs_file: Path, monkeypatch: pytes
 def test_entries_of_other_machines_stay(costs_file: Path) -> None:
     costs_file.parent.mkdir()
     threads = torch.get_num_threads()
-    calibration.store(_stored(forward=1e9))
+    calibration.store(_stored(call=1e-3))
     torch.set_num_threads(threads + 1)
     try:
         assert "(measured were" in costs.source()
         assert costs.table() == costs.shipped()[0]
-        calibration.store(_stored(forward=2e9))
+        calibration.store(_stored(call=2e-3))
         costs.forget()
-        assert costs.table().sdpa.forward == 2e9
+        assert costs.table().sdpa.call == 2e-3
     finally:
         torch.set_num_threads(threads)
-    assert costs.table().sdpa.forward == 1e9
-    calibration.store(_stored(forward=3e9))
+    assert costs.table().sdpa.call == 1e-3
+    calibration.store(_stored(call=3e-3))
     costs.forget()
-    assert costs.table().sdpa.forward == 3e9
+    assert costs.table().sdpa.call == 3e-3
     assert len(calibration.read_entries()) == 2
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 2, "entries": []}', '{"format": 1, "entries": [3]}', '{"format": 1}', "\x00"],
+    ["", "{", "[]", "null", '{"format": 3, "entries": []}', '{"format": 2, "entries": [3]}', '{"format": 2}', "\x00"],
 )
 def test_a_broken_file_is_a_warning_and_the_shipped_costs(costs_file: Path, text: str) -> None:
     costs_file.parent.mkdir()
@@ -178,28 +198,57 @@ def test_a_broken_file_is_a_warning_and_the_shipped_costs(costs_file: Path, text
         assert costs.table() == costs.shipped()[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tm.plan(tm.causal, 67).backend == "sdpa", "the warning comes once"
-    calibration.store(_stored(forward=5e9))
+        assert tm.plan(tm.causal, 67).costs, "the warning comes once"
+    calibration.store(_stored(call=5e-3))
     costs.forget()
-    assert costs.table().sdpa.forward == 5e9
+    assert costs.table().sdpa.call == 5e-3
+
+
+def test_a_file_of_the_first_format_says_so(costs_file: Path) -> None:
+    costs_file.parent.mkdir()
+    costs_file.write_text('{"format": 1, "entries": []}')
+    with pytest.warns(UserWarning, match=r"is in format 1, .* dtypes and head sizes; .*`truemask bench --calibrate`"):
+        assert costs.table() == costs.shipped()[0]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"forward": -1.0}, {"forward": 0}, {"call": "fast"}, {"speed": 1.0}, {"call": True}, {"call": 1e999}]
+    ("changes", "named"),
+    [
+        *(({"call": wrong}, "call = ") for wrong in (-1.0, 0, "fast", True, 1e999)),
+        ({"speed": 1.0}, "speed: "),
+        ({"paces": {"fp32": {"forward": {}}}}, "d64"),
+        ({"paces": 3}, "int"),
+    ],
 )
-def test_a_wrong_constant_is_a_warning(costs_file: Path, changes: dict[str, Any]) -> None:
+def test_a_wrong_constant_is_a_warning(costs_file: Path, changes: dict[str, Any], named: str) -> None:
     costs_file.parent.mkdir()
     calibration.store(_stored(**changes))
-    with pytest.warns(UserWarning, match=rf"are wrong \(sdpa: {next(iter(changes))} = .* is no constant"):
+    with pytest.warns(UserWarning, match=rf"are wrong \(sdpa: .*{named}"):
         assert costs.table() == costs.shipped()[0]
     assert "because the measured ones are wrong" in costs.source()
 
 
 def test_a_backend_that_came_later_is_a_warning(costs_file: Path) -> None:
     costs_file.parent.mkdir()
-    calibration.store({"sdpa": asdict(costs.SHIPPED.sdpa)})
+    calibration.store({"sdpa": costs.shipped()[0].sdpa.numbers()})
     with pytest.warns(UserWarning, match="nothing is said of the backend"):
         assert costs.table() == costs.shipped()[0]
+
+
+def test_each_instruction_set_has_costs_of_its_own(costs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs_file.parent.mkdir()
+    for isa, call in (("avx2", 2e-3), ("base", 1e-3)):
+        monkeypatch.setattr(costs, "isa_in_use", lambda isa=isa: isa)
+        stored = _stored(call=call)
+        stored["native"][isa]["call"] = call
+        calibration.store(stored)
+    _forget()
+    assert (costs.table().native.call, costs.table().sdpa.call) == (1e-3, 1e-3)
+    monkeypatch.setattr(costs, "isa_in_use", lambda: "avx2")
+    assert (costs.table().native.call, costs.table().sdpa.call) == (2e-3, 1e-3)
+    monkeypatch.setattr(costs, "isa_in_use", lambda: "avx512")
+    assert costs.table().native == costs.shipped()[0].native
+    assert "native with avx512 was not, and goes by the shipped ones" in costs.source()
 
 
 def test_a_file_of_another_machine_is_a_warning(costs_file: Path) -> None:
@@ -208,52 +257,6 @@ def test_a_file_of_another_machine_is_a_warning(costs_file: Path) -> None:
     costs_file.write_text(costs_file.read_text().replace(torch.__version__, "1.13"))
     with pytest.warns(UserWarning, match=r"are of another machine \(.*torch 1\.13; this is .*`truemask bench --cal"):
         assert costs.table() == costs.shipped()[0]
-
-
-@pytest.fixture
-def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A processor on which torch multiplies bf16 with AMX."""
-    monkeypatch.setenv("TRUEMASK_COSTS", "off")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    _forget()
-    yield
-    monkeypatch.undo()
-    _forget()
-
-
-@pytest.mark.usefixtures("amx")
-@pytest.mark.parametrize("mask", [tm.everything, tm.causal])
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("n", "d"), [(512, 64), (4096, 64), (4096, 128)])
-def test_where_torch_has_amx_plain_bf16_is_torchs(mask: tm.Mask, grad: bool, n: int, d: int) -> None:
-    assert tm.plan(mask, n, head_dim=d, dtype=torch.bfloat16, grad=grad).backend == "sdpa"
-
-
-@pytest.mark.usefixtures("amx")
-def test_where_torch_has_amx_sparse_bf16_is_not() -> None:
-    assert tm.plan(tm.causal & tm.window(256), 8192, dtype=torch.bfloat16).backend != "sdpa"
-
-
-@pytest.mark.usefixtures("amx")
-def test_a_plan_says_when_no_shipped_costs_are_of_this_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "in_use", lambda *_: "avx512")
-    _forget()
-    said = "the shipped costs, none of which was measured with avx512; `truemask bench --calibrate` measures this"
-    assert said in costs.source()
-    assert said in str(tm.plan(tm.causal, 67))
-    monkeypatch.setattr(costs, "in_use", lambda *_: "avx512_bf16")
-    _forget()
-    assert costs.source().startswith("the shipped costs; ")
-
-
-@pytest.mark.parametrize("name", costs.TABLES)
-def test_shipped_costs_are_taken_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRUEMASK_COSTS", name)
-    _forget()
-    assert calibration.costs_file() is None
-    assert costs.table() == costs.TABLES[name]
-    monkeypatch.undo()
-    _forget()
 
 
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,14 +268,3 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert calibration.costs_file() == tmp_path / "home" / ".cache" / "truemask" / "costs.json"
-
-
-def test_costs_depend_on_the_dtype() -> None:
-    rates = costs.Rates(1e9, 1e9, 0.0, 0.0, doubles=3.0, halves=0.5)
-    request = SMALL.job(False).request
-    seconds = {
-        dtype: costs.seconds(rates, request._replace(dtype=dtype), 100.0)
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    }
-    single = seconds[torch.float32]
-    assert [found / single for found in seconds.values()] == pytest.approx([1.0, 3.0, 0.5, 0.5])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 import truemask as tm
 from tests.cli.commands.test_show_explain import run
+from truemask.backends.costs import model as costs
 from truemask.cli.doctor import backend_check as self_test
-from truemask.cli.doctor import gpu_report
+from truemask.cli.doctor import doctor, gpu_report
 from truemask.cli.doctor.gpu_report import Check, report
 
 CPU = torch.device("cpu")
@@ -34,6 +37,21 @@ def test_doctor_as_json() -> None:
     assert [outcome["backend"] for outcome in report["self_test"]] == list(tm.backends())
     assert all(outcome["good"] for outcome in report["self_test"])
     assert report["backends"][1]["objections"]["flex"] == ["gradients: FlexAttention has no backward on the CPU"]
+
+
+def test_doctor_says_when_costs_are_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the arithmetic of the kernel; a table that was named is not held to this machine."""
+    monkeypatch.setattr(doctor, "missing", lambda: "")
+    monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 4)
+    assert doctor.fit() == []
+    table = replace(costs.table(), fixed=False)
+    with costs.assumed(table):
+        monkeypatch.setattr(doctor, "peak", lambda seconds, halves: 4 * 1.2 * table.native.peak)
+        assert re.fullmatch(r"\d+ GF/s in fp32 for each thread, \d+ where the costs were measured", doctor.fit()[0][1])
+        monkeypatch.setattr(doctor, "peak", lambda seconds, halves: 4 * 0.4 * table.native.peak)
+        assert doctor.fit()[0][1].endswith("they do not fit; `truemask bench --calibrate` measures this machine")
+    monkeypatch.setattr(doctor, "missing", lambda: "there is none")
+    assert doctor.fit() == []
 
 
 def test_the_self_test_is_short_and_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,18 @@ class Proposals:
     def best(self, wanted: str | None = None) -> Backend | None:
         """The cheapest willing backend, a last resort only if nobody else is; `wanted` names the only one in question.
 
+        One whose cost nobody has measured is not held against `sdpa`.
+
         Nobody is asked for a cost where there is nothing to compare.
         """
         able = [backend for backend in self.answers if backend.name in self.willing and wanted in (None, backend.name)]
         if len(able) > 1:
-            able.sort(key=lambda backend: (backend.last_resort, self.costs[backend.name]))
+            able.sort(key=lambda backend: (backend.last_resort, self.in_doubt(backend.name), self.costs[backend.name]))
         return able[0] if able else None
+
+    def in_doubt(self, name: str) -> bool:
+        """Whether a backend's cost is too uncertain to be chosen by."""
+        return "sdpa" in self.willing and self.willing[name].doubt
 
     def forget(self, but: Backend | None = None) -> None:
         """Give up what was worked out to answer; `but` may need it to run the job."""

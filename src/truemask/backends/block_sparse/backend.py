@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -29,7 +29,9 @@ from truemask.backends.block_sparse.from_slabs import from_slabs
 from truemask.backends.block_sparse.from_tiles import estimated, from_tiles
 from truemask.backends.block_sparse.math_path import Leaves, StripMath, math_attention
 from truemask.backends.block_sparse.strips import CAUSAL, FROM_MASK, Strips, from_cells
-from truemask.backends.costs.model import SPEED_BACKWARD, seconds, slowed, table
+from truemask.backends.costs.model import table
+from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, Blocks, blocks_of, flash_seconds, paces
+from truemask.backends.costs.rates import Pace
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import fitted
 from truemask.biases import Bias
@@ -226,16 +228,23 @@ def cost_of(strips: Strips, job: Job) -> float:
     causal = strips.pattern == CAUSAL
     cells = heights * np.where(causal, np.minimum(widths, (widths + FLAG_COLUMNS) / 2), widths) * (samples * heads)
     times = MATH_SLOWDOWN if needs_math(r) else 1.0
-    forward = r._replace(grad=False)
-    cost = seconds(rates, forward, slowed(cells, heights) * times)
+    forward, backward = (_as_torchs(pace, r, way) for way, pace in enumerate(paces(rates, r)))
+    tasks = float(blocks_of(heights, 1).sum()) * samples * heads
+    blocks = Blocks(heights, cells, float(blocks_of(heights, widths).sum()) * samples * heads, tasks)
+    cost = rates.call + flash_seconds(rates, forward, r, blocks, times)
     kinds = len(np.unique(np.stack([strips.b, strips.h, strips.pattern, widths]), axis=1).T)
     calls = min(kinds, 1 + cells.sum() / CALL_CELLS) * samples
     shared = max(1, r.kv_heads // max(1, strips.shape[1]))
     gathered = 4 * samples * shared * (r.head_dim + r.value_dim) * float(widths[np.diff(strips.starts) > 1].sum())
     if r.grad:
-        slow = slowed(cells, heights, SPEED_BACKWARD) * times
-        both = seconds(rates, r, slow) - seconds(rates, forward, slow)
-        cost, calls, gathered = cost + both, 2 * calls, 4 * gathered
+        cost += rates.call_backward + flash_seconds(rates, backward, r, blocks, times * BACKWARD_PRODUCTS)
+        calls, gathered = 2 * calls, 4 * gathered
     if r.bias:
         cost += float(cells.sum()) * 8 / rates.join
     return cost + calls * rates.call_group + gathered / rates.copy
+
+
+def _as_torchs(pace: Pace, r: Request, way: int) -> Pace:
+    """The pace with what few rows lose in torch's kernel, which computes in fp32 or fp64 here."""
+    theirs = paces(table().sdpa, r._replace(dtype=r.compute_dtype))[way]
+    return replace(theirs, d64=pace.d64, d128=pace.d128, step=pace.step)

@@ -1,7 +1,8 @@
 """Where the costs measured on this machine are kept: one JSON file in the user's cache, with an entry for each machine.
 
 `truemask bench --calibrate` writes it, `backends/costs/model.py` reads it once in a process, for the first plan.
-The environment's `TRUEMASK_COSTS` names another file, is `off`, or names a table that ships (`avx2`, `amx`).
+The environment's `TRUEMASK_COSTS` names another file, is `off`, or names a table that ships (`avx2`, `avx512`, `amx`).
+An entry holds the native kernel's costs for each instruction set that was measured: `{"native": {"avx2": {...}}}`.
 Nothing here measures anything.
 """
 
@@ -18,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from truemask.backends.costs.shipped import TORCH
 from truemask.errors import TruemaskError
 
-VARIABLE, FORMAT = "TRUEMASK_COSTS", 1
-OFF = ("off", "avx2", "amx")  # no file: the shipped costs that fit, or those of one name
+VARIABLE, FORMAT = "TRUEMASK_COSTS", 2
+OFF = ("off", *TORCH)  # no file: the shipped costs that fit, or those of one name
 AGAIN = "`truemask bench --calibrate` measures this machine"
 
 
@@ -91,13 +93,19 @@ def complain(reason: str) -> None:
 
 
 def store(costs: dict[str, Any]) -> Path:
-    """Keep the costs of this machine beside those of others, whole or not at all; the file that was written."""
+    """Keep the costs of this machine beside those of others, whole or not at all; the file that was written.
+
+    What was measured of the native kernel with other instruction sets stays.
+    """
     file = writable_file()
     machine = this_machine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a broken file is replaced
-        others = [entry for entry in read_entries() if entry.machine != machine]
-    entries = [*others, Entry(machine, time.strftime("%Y-%m-%d"), costs)]
+        before = read_entries()
+    mine = next((entry.costs.get("native") for entry in before if entry.machine == machine), None)
+    natives = {**(mine if isinstance(mine, dict) else {}), **costs.get("native", {})}
+    entry = Entry(machine, time.strftime("%Y-%m-%d"), {**costs, "native": natives})
+    entries = [*(entry for entry in before if entry.machine != machine), entry]
     written = {"format": FORMAT, "entries": [{**e._asdict(), "machine": e.machine._asdict()} for e in entries]}
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
@@ -123,7 +131,10 @@ def writable_file() -> Path:
 
 
 def _checked(content: Any) -> list[Any]:
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
+    number = content.get("format") if isinstance(content, dict) else None
+    if number == 1:
+        raise ValueError("it is in format 1, which had one pace for all dtypes and head sizes; this is format 2")
+    if number != FORMAT or not isinstance(content.get("entries"), list):
         raise ValueError(f"not a file of costs in format {FORMAT}")
     return content["entries"]
 

@@ -1,25 +1,23 @@
-"""What the backends cost: constants that were measured, and the seconds that follow from them.
+"""Which constants hold in this process, and where they come from, in words.
 
-The constants of two machines ship, `TABLES`. `truemask bench --calibrate` measures this one and stores what it finds
-(see `calibration_file`); `table()` is what holds in this process, and `source()` says where it comes from. Nothing is
-ever timed inside a run.
+What torch does depends on the processor, what the native kernel does on the instruction set that is in use. Tables of
+both ship (`shipped`), and `truemask bench --calibrate` measures this machine and stores what it finds
+(`calibration_file`): a kernel that was told to use another instruction set than the measured one is priced by that
+one's shipped rates. Nothing is ever timed inside a run. The shipped ones rank backends, and say roughly how long.
 
-The shipped ones rank backends, and say roughly how long. `TRUEMASK_COSTS=avx2` or `=amx` takes one of them by name,
-whatever the processor: plans are then the same everywhere.
+`TRUEMASK_COSTS=avx2` (`avx512`, `amx`) takes one machine's tables by name, with its threads, whatever this one is:
+plans are then the same everywhere.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 from truemask.backends.base import Request
 from truemask.backends.costs.calibration_file import (
@@ -28,55 +26,47 @@ from truemask.backends.costs.calibration_file import (
     Entry,
     Machine,
     complain,
+    processor,
     read_entries,
     this_machine,
 )
-from truemask.backends.costs.rates import BACKENDS, MEASURED_WITH, SHIPPED, TABLES, Rates, Table
-from truemask.backends.isa import in_use, wanted
+from truemask.backends.costs.rates import NativeRates, Rates, SdpaRates, StripRates
+from truemask.backends.costs.shipped import NATIVE, TORCH, VENDORS, NativeCosts, vendor_of
+from truemask.backends.isa import ISAS, in_use, wanted
 
-BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
-
-
-# Rows of queries, and the speed of torch's kernel with so many, forward and backward: it takes 32 of them at a time, 64
-# of 192 and more, 256 of 768 and more.
-SPEED_AT = (1, 16, 32, 64, 96, 128, 191, 192, 256, 768)
-SPEED = (0.1, 0.5, 0.62, 0.7, 0.71, 0.73, 0.74, 0.92, 0.93, 1.0)
-SPEED_BACKWARD = (0.1, 0.25, 0.42, 0.77, 0.82, 0.85, 0.87, 0.93, 0.95, 1.0)
+R = TypeVar("R", bound=Rates)
+BACKENDS = ("sdpa", "block_sparse", "reference", "native")
 
 
-def rows_at_once(rows: int) -> int:
-    """How many rows of queries torch's kernel takes at a time."""
-    return 32 if rows < 192 else 64 if rows < 768 else 256
+@dataclass(frozen=True)
+class Table:
+    """The constants of every backend that has some, under its name."""
 
+    sdpa: SdpaRates
+    block_sparse: StripRates
+    reference: Rates
+    native: NativeRates
+    fixed: bool = False  # it was named: plans do not depend on the threads that torch uses here
+    unmeasured: str = ""  # the instruction set in use, if native's rates are those of another one or another vendor
 
-def slowed(cells: ArrayLike, rows: ArrayLike, speed: tuple[float, ...] = SPEED) -> float:
-    """As many cells as torch's kernel would do at full speed in the time that it takes for these, of so many rows."""
-    return float((np.asarray(cells) / np.interp(np.asarray(rows, float), SPEED_AT, speed)).sum())
+    def threads(self, rates: Rates) -> float:
+        """The threads that work is shared among."""
+        return rates.threads if self.fixed else torch.get_num_threads()
 
-
-def seconds(rates: Rates, request: Request, cells: float) -> float:
-    """Predicted seconds for so many scores: two products of the head sizes, and in training five more."""
-    work = 2 * cells * (request.head_dim + request.value_dim) * dtype_factor(rates, request.dtype)
-    forward = rates.call + work / rates.forward
-    backward = rates.call_backward + BACKWARD_PRODUCTS * work / rates.backward
-    return forward + backward if request.grad else forward
-
-
-def dtype_factor(rates: Rates, dtype: torch.dtype) -> float:
-    """How many times longer than in fp32 the arithmetic takes."""
-    return {8: rates.doubles, 4: 1.0}.get(dtype.itemsize, rates.halves)
-
-
-# -- which constants hold ----------------------------------------------------------------------------------------------
 
 _entries: list[Entry] | None = None  # of the file, once it has been read
-_tables: dict[Machine, tuple[Table, str]] = {}  # what was made of them
+_tables: dict[tuple[Machine, str], tuple[Table, str]] = {}  # what was made of them, by machine and instruction set
 _assumed: Table | None = None
 
 
 def table() -> Table:
-    """The constants that hold now: those measured on this machine, or the shipped ones."""
+    """The constants that hold now: those measured on this machine, or shipped ones."""
     return _assumed or _in_force()[0]
+
+
+def source() -> str:
+    """Where the constants come from, in words."""
+    return _in_force()[1]
 
 
 @contextmanager
@@ -90,27 +80,6 @@ def assumed(costs: Table) -> Iterator[None]:
         _assumed = before
 
 
-def shipped() -> tuple[Table, str]:
-    """The shipped constants nearest to this processor, and what is to be said of them."""
-    named = os.environ.get(VARIABLE, "")
-    if named in TABLES:
-        return TABLES[named], f"the shipped costs; {AGAIN}"
-    name = "amx" if has_amx() else "avx2"
-    runs = in_use(torch.backends.cpu.get_cpu_capability(), wanted()) or MEASURED_WITH[name]
-    fits = "" if runs == MEASURED_WITH[name] else f", none of which was measured with {runs}"
-    return TABLES[name], f"the shipped costs{fits}; {AGAIN}"
-
-
-def has_amx() -> bool:
-    """Whether torch multiplies bf16 with AMX here: several times faster than anything without it."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
-def source() -> str:
-    """Where the constants come from, in words."""
-    return _in_force()[1]
-
-
 def forget() -> None:
     """Read the file again when somebody next asks."""
     global _entries
@@ -120,12 +89,12 @@ def forget() -> None:
 
 def _in_force() -> tuple[Table, str]:
     global _entries
-    machine = this_machine()
-    if machine not in _tables:
+    machine, isa = this_machine(), isa_in_use()
+    if (machine, isa) not in _tables:
         if _entries is None:
             _entries = read_entries()
-        _tables[machine] = _chosen(_entries, machine)
-    return _tables[machine]
+        _tables[machine, isa] = _chosen(_entries, machine)
+    return _tables[machine, isa]
 
 
 def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
@@ -133,7 +102,7 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
     for entry in entries:
         if entry.machine == machine:
             try:
-                return table_of(entry.costs), f"costs measured on this machine on {entry.measured}"
+                return calibrated(entry)
             except ValueError as error:
                 complain(f"are wrong ({error})")
                 return shipped()[0], f"the shipped costs, because the measured ones are wrong; {AGAIN}"
@@ -145,17 +114,93 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
     return shipped()
 
 
+# -- measured here -----------------------------------------------------------------------------------------------------
+
+
+def calibrated(entry: Entry) -> tuple[Table, str]:
+    """The table of stored constants, and what is to be said of it."""
+    isa, said = isa_in_use(), f"costs measured on this machine on {entry.measured}"
+    if not isa or isa in entry.costs.get("native", {}):
+        return table_of(entry.costs), said
+    return table_of(entry.costs), f"{said}; native with {isa} was not, and goes by the shipped ones"
+
+
 def table_of(costs: dict[str, Any]) -> Table:
-    """The table of stored constants; `ValueError` names the one that cannot be, or the backend that is missing."""
-    rates: dict[str, Rates] = {}
-    for name in BACKENDS:
-        shipped = getattr(SHIPPED, name)
-        numbers = costs.get(name, {} if name == "native" else None)  # which may have been missing
-        if not isinstance(numbers, dict):
-            raise ValueError(f"nothing is said of the backend {name!r}")
-        names = {field.name for field in fields(shipped)}
-        for key, number in numbers.items():
-            if key not in names or type(number) not in (int, float) or not 0 < number < math.inf:
-                raise ValueError(f"{name}: {key} = {number!r} is no constant above 0")
-        rates[name] = replace(shipped, **numbers)
-    return Table(**rates)  # pyright: ignore[reportArgumentType]
+    """The table of constants as they are stored; `ValueError` names the one that cannot be, or the backend missing."""
+    table, isa, native = shipped()[0], isa_in_use(), costs.get("native", {})
+    table = replace(
+        table,
+        sdpa=rates_of(SdpaRates, costs, "sdpa"),
+        block_sparse=rates_of(StripRates, costs, "block_sparse"),
+        reference=rates_of(Rates, costs, "reference"),
+        fixed=False,
+    )
+    if isa not in native:
+        return table
+    return replace(table, native=rates_of(NativeRates, native, isa), unmeasured="")
+
+
+def rates_of(kind: type[R], costs: dict[str, Any], name: str) -> R:
+    """A backend's stored constants."""
+    if not isinstance(costs.get(name), dict):
+        raise ValueError(f"nothing is said of the backend {name!r}")
+    try:
+        return kind.of(costs[name])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+# -- shipped -----------------------------------------------------------------------------------------------------------
+
+
+def shipped() -> tuple[Table, str]:
+    """The shipped constants nearest to this processor, and what is to be said of them."""
+    named = os.environ.get(VARIABLE, "")
+    if named in TORCH:
+        costs = TORCH[named]
+        return Table(*costs.rates, NATIVE[costs.native].rates, fixed=True), f"the shipped costs; {AGAIN}"
+    vendor, isa = vendor_of(processor()), isa_in_use()
+    costs, notes = TORCH[torch_kind()], []
+    if vendor != costs.vendor:
+        notes.append(f"those of torch are an {costs.machine}'s")
+    native = nearest_native(isa, vendor)
+    unmeasured = isa if isa and (native.isa, native.vendor) != (isa, vendor) else ""
+    if unmeasured:
+        beside_amx = ", and not chosen in bf16 where sdpa can run it" if has_amx() else ""
+        notes.append(
+            f"native with {isa} was not measured: it is priced as with {native.isa} on an {native.machine}{beside_amx}"
+        )
+    said = f" ({'; '.join(notes)})" if notes else ""
+    return Table(*costs.rates, native.rates, unmeasured=unmeasured), f"the shipped costs{said}; {AGAIN}"
+
+
+def torch_kind() -> str:
+    """By which of the shipped tables torch's own operators are priced here."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "amx" if has_amx() else "avx512" if capability.startswith("AVX512") else "avx2"
+
+
+def has_amx() -> bool:
+    """Whether torch multiplies bf16 with AMX here: several times faster than anything without it."""
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    able = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    return able and wide and (held in ("", "DEFAULT") or "AMX" in held)
+
+
+def isa_in_use() -> str:
+    """The native kernel's instruction set; empty if there is no kernel."""
+    return in_use(torch.backends.cpu.get_cpu_capability(), wanted())
+
+
+def nearest_native(isa: str, vendor: str) -> NativeCosts:
+    """The rates that were measured with it on such a processor, on another, or with the next best set."""
+    names = (*(ISAS[ISAS.index(isa) :] if isa in ISAS else ()), *ISAS[::-1])
+    return next(
+        NATIVE[pair] for name in names for pair in [(name, vendor), *((name, of) for of in VENDORS)] if pair in NATIVE
+    )
+
+
+def is_doubtful(request: Request) -> bool:
+    """Whether native's price must not be held against that of an SDPA that has AMX, because nobody measured it."""
+    return bool(table().unmeasured) and request.dtype == torch.bfloat16 and has_amx()

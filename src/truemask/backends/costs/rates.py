@@ -1,30 +1,101 @@
-"""The measured constants: how fast each backend is on the processors whose tables ship."""
+"""What a constant is: the pace of a backend in one dtype and direction, and what each backend has beside that.
+
+All numbers are above zero. `call...` and `step` are seconds, `rows...` shares, `mixed` a factor, `lanes` rows of a
+vector, all others per second with all threads that they were measured with. Stored constants have these names.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+R = TypeVar("R", bound="Rates")
+
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Useful arithmetic a second at head sizes of 64 and 128, and how much of it few rows reach.
+
+    `step` is what a thread loses whenever it begins with a block of rows; `rows1` to `rows64` are the shares of full
+    speed of so many rows at a time (see `model.rows_at_once`), which torch's kernel has and others ignore.
+    """
+
+    d64: float
+    d128: float
+    step: float = 1e-6
+    rows1: float = 0.08
+    rows32: float = 0.7
+    rows64: float = 0.9
+
+
+class Both(NamedTuple):
+    """The paces of the two directions."""
+
+    forward: Pace
+    backward: Pace
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A backend's constants. Those called `call...` are seconds, `doubles` and `halves` factors, others per second.
+    """A backend's constants: `paces` by dtype; `call` is what any call takes, `call_backward` its backward beside."""
 
-    Calibration goes by these names, and by `backward` in a name: what is needed in training only.
-    """
-
-    forward: float  # useful arithmetic a second in fp32
-    backward: float
-    call: float  # what any call takes
+    call: float
     call_backward: float
-    doubles: float = 2.6  # how many times longer the arithmetic takes in fp64
-    halves: float = 1.0  # and in bf16 and fp16
+    threads: float = 2  # that all of them were measured with
+    paces: Mapping[str, Both] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls: type[R], numbers: Mapping[str, Any]) -> R:
+        """From what `numbers` gave; `ValueError` names the one that cannot be."""
+        names = {one.name for one in fields(cls)} - {"paces"}
+        given = {key: value for key, value in numbers.items() if key != "paces"}
+        if set(given) != names:
+            raise ValueError(f"{', '.join(sorted(set(given) ^ names))}: not what {cls.__name__} holds")
+        paces = {dtype: Both(*(Pace(**both[way]) for way in DIRECTIONS)) for dtype, both in numbers["paces"].items()}
+        rates = cls(**given, paces=paces)
+        for path, number in rates.flat().items():
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                raise ValueError(f"{path} = {number!r} is no constant above 0")
+        return rates
+
+    def numbers(self) -> dict[str, Any]:
+        """As plain dictionaries, as files hold them."""
+        paces = {
+            dtype: {way: asdict(pace) for way, pace in zip(DIRECTIONS, both, strict=True)}
+            for dtype, both in self.paces.items()
+        }
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "paces"} | {"paces": paces}
+
+    def flat(self) -> dict[str, float]:
+        """All numbers by path: `call`, `bf16.forward.d64`."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "paces"}
+        for dtype, both in self.paces.items():
+            for way, pace in zip(DIRECTIONS, both, strict=True):
+                found |= {f"{dtype}.{way}.{name}": number for name, number in asdict(pace).items()}
+        return found
+
+    def scaled(self: R, factors: Mapping[str, float]) -> R:
+        """The same with the numbers of some paths multiplied."""
+        numbers = self.numbers()
+        for path, factor in factors.items():
+            *way, name = path.split(".")
+            place = numbers["paces"][way[0]][way[1]] if way else numbers
+            place[name] *= factor
+        return type(self).of(numbers)
 
 
 @dataclass(frozen=True)
 class SdpaRates(Rates):
-    """`join`: bytes a second, of all its copies, at which a bias becomes dense and meets its mask."""
+    """`join`: bytes a second, of all its copies, at which a bias becomes dense and meets its mask; `masked`: scores a
+    second to which a dense mask is added.
+    """
 
     join: float = 3.7e9
+    masked: float = 4e9
 
 
 @dataclass(frozen=True)
@@ -38,36 +109,15 @@ class StripRates(Rates):
 
 @dataclass(frozen=True)
 class NativeRates(Rates):
-    """`read`: bytes a second at which keys and values come, which is what few queries wait for."""
+    """`read`: bytes a second at which keys and values of fp32 come, which is what few queries wait for, and
+    `read_halves` those of half precision; `pack`: at which they are laid out for many queries; `mixed`: how many times
+    longer a MIXED tile takes; `lanes`: rows that a vector holds; `peak`: arithmetic a second in fp32 of one thread, by
+    which `truemask doctor` knows the machine again.
+    """
 
     read: float = 20e9
-
-
-@dataclass(frozen=True)
-class Table:
-    """The constants of every backend that has some, under the backend's name."""
-
-    sdpa: SdpaRates = SdpaRates(120e9, 118e9, 70e-6, 215e-6)
-    block_sparse: StripRates = StripRates(100e9, 88e9, 140e-6, 320e-6)
-    native: NativeRates = NativeRates(130e9, 125e9, 95e-6, 300e-6)
-    reference: Rates = Rates(36e9, 31e9, 490e-6, 950e-6)
-
-
-SHIPPED = Table()  # two cores of an AMD EPYC with AVX2, torch 2.13.0 CPU, medians of several runs
-
-
-AMX = Table(  # two cores of an Intel Xeon with AVX-512 and AMX, torch 2.13.0 CPU, `truemask bench --calibrate`
-    SdpaRates(205e9, 211e9, 60e-6, 150e-6, doubles=2.3, halves=0.39, join=3.3e9),
-    StripRates(181e9, 99e9, 85e-6, 247e-6, doubles=2.4, halves=1.25, call_group=37e-6, copy=43e9, join=1.3e9),
-    NativeRates(293e9, 242e9, 64e-6, 149e-6, halves=1.57, read=45e9),
-    Rates(36e9, 31e9, 329e-6, 695e-6, doubles=1.57, halves=1.04),
-)
-
-
-TABLES = {"avx2": SHIPPED, "amx": AMX}
-
-
-MEASURED_WITH = {"avx2": "avx2", "amx": "avx512_bf16"}  # the native kernel's instruction set
-
-
-BACKENDS = tuple(field.name for field in fields(Table))
+    read_halves: float = 15e9
+    pack: float = 30e9
+    mixed: float = 1.5
+    lanes: float = 16
+    peak: float = 100e9

@@ -27,7 +27,8 @@ from torch.nn.functional import pad
 
 from truemask.backends.backend import Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result, wide
-from truemask.backends.costs.model import seconds, table
+from truemask.backends.costs.model import table
+from truemask.backends.costs.prediction import seconds
 from truemask.backends.flex.score_mod import ScoreMod, score_mod_of, static_data, table_bytes
 from truemask.backends.shared.cpu_flash import finite
 from truemask.backends.shared.eager import beside_sink, eager_attention

@@ -8,15 +8,17 @@ multiplied by zero. Results are bit for bit the same whatever the number of thre
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from truemask.backends.backend import BIASES, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Result
-from truemask.backends.costs.model import seconds, table
+from truemask.backends.costs.model import is_doubtful, table
+from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, paces, spread
 from truemask.backends.native.abi import TILE
-from truemask.backends.native.call import NativeCall, tiles_of
+from truemask.backends.native.call import THREAD_WORK, NativeCall, tiles_of
 from truemask.backends.native.library import missing, passed_over
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory
@@ -35,6 +37,16 @@ class Size(NamedTuple):
     words: int
 
 
+class Work(NamedTuple):
+    """What the kernel does of a job: scores (as of FULL tiles), rows of tiles, tasks, bytes of keys and values."""
+
+    cells: float
+    units: int
+    tasks: float
+    key_bytes: float
+    packed: bool  # the keys are laid out first, as for many queries
+
+
 class TilesProposal(Proposal):
     """One pass over the tiles that are not EMPTY."""
 
@@ -51,13 +63,40 @@ class TilesProposal(Proposal):
 
     @property
     def cost(self) -> float:
+        r, rates, work = self.job.request, table().native, self.work
+        forward, backward = paces(rates, r)
+        share = spread(rates, work.tasks)
+        cost = rates.call + share * (work.cells * cell_seconds(forward, r) + work.units * forward.step / rates.threads)
+        if work.packed:
+            cost += work.key_bytes / rates.pack
+        else:
+            cost += work.key_bytes / (rates.read if r.dtype.itemsize == 4 else rates.read_halves)
+        if not r.grad:
+            return cost
+        cells = BACKWARD_PRODUCTS * work.cells * cell_seconds(backward, r)
+        return cost + rates.call_backward + share * (cells + work.units * backward.step / rates.threads)
+
+    @property
+    def work(self) -> Work:
+        """What the kernel does of the job."""
         job, r, counts = self.job, self.job.request, self.size.counts
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
-        cells = (counts.mixed + counts.full) * min(r.q_len, TILE) * TILE * planes
         rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
-        keys = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * 4  # bytes, of all that might be read
-        reading = keys * min(1, cells / max(1, r.cells)) * (1 if rows <= UNPACKED_ROWS else 2)
-        return seconds(table().native, r, cells) + reading / table().native.read
+        packed = rows > UNPACKED_ROWS or r.grad
+        lanes = int(table().native.lanes) if packed else 1
+        strips = math.ceil(r.q_len / TILE)
+        height = math.ceil(min(r.q_len, TILE) / lanes) * lanes if strips < 2 else r.q_len / strips
+        each = height * min(TILE, r.kv_len) * planes
+        cells = (table().native.mixed * counts.mixed + counts.full) * each
+        seen = min(1.0, (counts.mixed + counts.full) * each / max(1, r.cells))
+        key_bytes = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * r.dtype.itemsize * seen
+        units = r.batch * r.heads * strips
+        return Work(cells, units, min(units, 2 * cells * (r.head_dim + r.value_dim) // THREAD_WORK), key_bytes, packed)
+
+    @property
+    def doubt(self) -> bool:
+        """Whether the cost must not be held against torch's."""
+        return is_doubtful(self.job.request)
 
     @property
     def description(self) -> str:

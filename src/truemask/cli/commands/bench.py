@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Annotated
 
 import torch
@@ -27,6 +26,7 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.formats.parse import parse
 
 SECONDS = 1.0  # for each contestant
+KEPT = ("threads", "lanes")  # that are no measurements
 
 
 def bench(
@@ -81,14 +81,16 @@ def _calibrate(console: Console) -> None:
     writable_file()
     if busy():
         plain(console, "other programs keep this machine busy: what is measured now is too slow; better to wait")
-    measured = measured_costs(lambda text: plain(console, f"  {text}"))
+    with console.status("") as status:
+        measured = measured_costs(lambda text: status.update(Text(f"measuring {text}")))
+    before = costs.shipped()[0]
     file = store(measured)
     costs.forget()
     CACHE.clear()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for i, name in enumerate(("backend", "cost", "shipped", "measured")):
         table.add_column(name, justify="right" if i > 1 else "left")
-    for row in beside_shipped(measured):
+    for row in beside(before, costs.table()):
         table.add_row(*row)
     console.print(table)
     plain(console, f"stored in {file}; plans are now predicted from {costs.source()}")
@@ -99,24 +101,25 @@ def busy() -> bool:
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
 
 
-def beside_shipped(measured: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
-    """Backend, constant, shipped and measured value."""
-    shipped = asdict(costs.SHIPPED)
-    return [
-        (backend, name, constant(name, shipped[backend][name]), constant(name, number))
-        for backend, numbers in measured.items()
-        for name, number in numbers.items()
-    ]
+def beside(shipped: costs.Table, measured: costs.Table) -> list[tuple[str, str, str, str]]:
+    """Backend, constant, shipped and measured value, of all that the two do not share."""
+    rows = []
+    for backend in costs.BACKENDS:
+        before, now = (getattr(table, backend).flat() for table in (shipped, measured))
+        changed = (path for path in now if path not in KEPT and now[path] != before.get(path))
+        rows += [(backend, path, constant(path, before[path]), constant(path, now[path])) for path in changed]
+    return rows
 
 
-def constant(name: str, value: float) -> str:
+def constant(path: str, value: float) -> str:
     """A constant as people read it.
 
-    >>> constant("call", 7e-05), constant("doubles", 2.613), constant("join", 3.7e9)
-    ('70 us', '2.6 x', '3.7 G/s')
+    >>> constant("call", 7e-05), constant("fp32.forward.rows32", 0.613), constant("join", 3.7e9), constant("mixed", 1.3)
+    ('70 us', '61%', '3.7 G/s', '1.3 x')
     """
-    if name.startswith("call"):
+    name = path.split(".")[-1]
+    if name.startswith("call") or name == "step":
         return duration(value)
-    if name in ("doubles", "halves"):
-        return f"{value:.1f} x"
-    return f"{value / 1e9:.3g} G/s"
+    if name.startswith("rows"):
+        return f"{value:.0%}"
+    return f"{value:.2g} x" if name == "mixed" else f"{value / 1e9:.3g} G/s"

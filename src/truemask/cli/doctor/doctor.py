@@ -11,7 +11,8 @@ from rich.console import Console
 
 from truemask.attention.planning.plan import plan
 from truemask.backends.costs import model as costs
-from truemask.backends.native.library import isa, missing, passed_over
+from truemask.backends.costs.calibration_file import AGAIN
+from truemask.backends.native.library import isa, missing, passed_over, peak
 from truemask.cli.console import make_console, plain
 from truemask.cli.doctor.backend_check import self_test
 from truemask.cli.doctor.gpu_report import CHECKS, LENGTH, SECONDS, gpu_facts, report
@@ -20,6 +21,7 @@ from truemask.common.formatting import duration
 from truemask.masks.formats.parse import parse
 
 EXAMPLE, TOKENS = "causal & window(256)", 4096
+PEAK_SECONDS, FITTING_RATIO = 0.02, 1.5
 
 
 def doctor(
@@ -48,13 +50,24 @@ def doctor(
 def findings() -> dict[str, Any]:
     """Versions, machine, backends and the self-test, as plain values."""
     kernel = "; not for ".join([f"compiled for {isa()}", *passed_over()]) if not missing() else f"none: {missing()}"
-    names_and_values = [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source())]
+    names_and_values = [*facts(torch.get_num_threads()), ("native kernel", kernel), ("costs", costs.source()), *fit()]
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     return {
         "facts": dict(names_and_values),
         "backends": [_backends(device, grad) for device in devices for grad in (False, True)],
         "self_test": [outcome._asdict() for outcome in self_test()],
     }
+
+
+def fit() -> list[tuple[str, str]]:
+    """Whether the kernel's arithmetic is as fast as on the machine that the costs were measured on."""
+    table = costs.table()
+    if missing() or table.fixed:
+        return []
+    here, there = max(peak(PEAK_SECONDS, False) for _ in range(5)) / torch.get_num_threads(), table.native.peak
+    said = f"{here / 1e9:.0f} GF/s in fp32 for each thread, {there / 1e9:.0f} where the costs were measured"
+    fits = 1 / FITTING_RATIO < here / there < FITTING_RATIO
+    return [("peak", said if fits else f"{said}: if nothing else runs here, they do not fit; {AGAIN}")]
 
 
 def _backends(device: str, grad: bool) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""The constants that ship, each with the machine it was measured on; `benchmarks/costs.py --as-table` prints them so.
+
+Nobody has measured the native kernel with `amx`: a prototype reached 1,000 to 1,200 GF/s forward and 1,450 to 1,800
+backward in bf16 on two cores, which is no price.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from truemask.backends.costs.rates import Both, NativeRates, Pace, Rates, SdpaRates, StripRates
+
+VENDORS = ("AMD", "Intel")
+
+
+class TorchCosts(NamedTuple):
+    """Those of torch's own operators on one machine."""
+
+    machine: str
+    vendor: str
+    native: tuple[str, str]  # that of `NATIVE` which goes with it where this table is named
+    rates: tuple[SdpaRates, StripRates, Rates]
+
+
+class NativeCosts(NamedTuple):
+    """Those of the native kernel with one instruction set on one machine."""
+
+    isa: str
+    machine: str
+    vendor: str  # or, where a table that is taken by name must stay as it is, more than that
+    rates: NativeRates
+
+
+def vendor_of(processor: str) -> str:
+    """Who made it; empty for others.
+
+    >>> vendor_of("AMD EPYC, AVX512"), vendor_of("Intel(R) Xeon(R) Processor, AVX512"), vendor_of("aarch64")
+    ('AMD', 'Intel', '')
+    """
+    return next((vendor for vendor in VENDORS if vendor in processor), "")
+
+
+# fmt: off
+# -- torch's operators -------------------------------------------------------------------------------------------------
+
+TORCH = {
+    "avx2": TorchCosts("AMD EPYC (AVX2 only), torch 2.13.0", "AMD", ("avx2", "AMD, AVX2"), (
+        SdpaRates(
+            call=5e-5, call_backward=0.00018, threads=2, join=3.7e9, masked=4.6e9,
+            paces={
+            "fp32": Both(Pace(1.33e11, 1.39e11, 1.5e-6, 0.066, 0.65, 0.92),
+                         Pace(1.12e11, 1.39e11, 4e-6, 0.1, 0.8, 0.93)),
+            "fp64": Both(Pace(5.1e10, 5.3e10, 1.5e-6, 0.066, 0.65, 0.92),
+                         Pace(4.3e10, 5.3e10, 4e-6, 0.1, 0.8, 0.93)),
+            "bf16": Both(Pace(1.15e11, 1.2e11, 1.5e-6, 0.04, 0.65, 0.92),
+                         Pace(1.09e11, 1.3e11, 4e-6, 0.1, 0.8, 0.93)),
+            "fp16": Both(Pace(1.15e11, 1.2e11, 1.5e-6, 0.04, 0.65, 0.92),
+                         Pace(1.09e11, 1.3e11, 4e-6, 0.1, 0.8, 0.93)),
+        }),
+        StripRates(
+            call=0.00011, call_backward=0.00029, threads=2, call_group=6e-5, copy=2.4e10, join=1.5e9,
+            paces={
+            "fp32": Both(Pace(1e11, 1.05e11, 8e-6), Pace(8.8e10, 1e11, 2e-5)),
+            "fp64": Both(Pace(3.9e10, 4e10, 8e-6), Pace(3.4e10, 3.9e10, 2e-5)),
+            "bf16": Both(Pace(9.5e10, 1e11, 8e-6), Pace(8.8e10, 1e11, 2e-5)),
+            "fp16": Both(Pace(9.5e10, 1e11, 8e-6), Pace(8.8e10, 1e11, 2e-5)),
+        }),
+        Rates(
+            call=0.0004, call_backward=0.0009, threads=2,
+            paces={
+            "fp32": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+            "fp64": Both(Pace(1.39e10, 1.39e10), Pace(1.19e10, 1.19e10)),
+            "bf16": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+            "fp16": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+        }),
+    )),
+    "avx512": TorchCosts("AMD EPYC (Zen 4), torch 2.13.0", "AMD", ("avx512_bf16", "AMD"), (
+        SdpaRates(
+            call=3.14e-5, call_backward=0.00013, threads=1, join=2.27e9, masked=1.65e9,
+            paces={
+            "fp32": Both(Pace(7.76e10, 8.5e10, 2.15e-6, 0.0522, 1.05, 0.965),
+                         Pace(7.74e10, 8.31e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "fp64": Both(Pace(3.02e10, 3.14e10, 2.15e-6, 0.0522, 1.05, 0.965),
+                         Pace(2.27e10, 2.8e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "bf16": Both(Pace(7.82e10, 8.72e10, 3.26e-6, 0.0263, 0.908, 0.916),
+                         Pace(1.07e11, 1.14e11, 6.46e-5, 0.0658, 0.664, 0.837)),
+            "fp16": Both(Pace(7.87e10, 8.21e10, 2.15e-6, 0.0316, 1.05, 0.965),
+                         Pace(7.59e10, 9.05e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+        }),
+        StripRates(
+            call=4e-5, call_backward=0.000206, threads=1, call_group=2.2e-5, copy=2.4e10, join=9.19e8,
+            paces={
+            "fp32": Both(Pace(7.29e10, 7.22e10, 1.8e-5), Pace(6.29e10, 6.07e10, 3e-5)),
+            "fp64": Both(Pace(2.89e10, 2.74e10, 1.8e-5), Pace(3.06e10, 2.99e10, 3e-5)),
+            "bf16": Both(Pace(7.04e10, 6.7e10, 1.8e-5), Pace(7.73e10, 7.31e10, 3e-5)),
+            "fp16": Both(Pace(7.06e10, 6.71e10, 1.8e-5), Pace(7.61e10, 7.2e10, 3e-5)),
+        }),
+        Rates(
+            call=0.000306, call_backward=0.000599, threads=1,
+            paces={
+            "fp32": Both(Pace(3.02e10, 3.02e10), Pace(2.21e10, 2.21e10)),
+            "fp64": Both(Pace(1.56e10, 1.56e10), Pace(9.97e9, 9.97e9)),
+            "bf16": Both(Pace(3e10, 3e10), Pace(2.19e10, 2.19e10)),
+            "fp16": Both(Pace(3.11e10, 3.11e10), Pace(2.25e10, 2.25e10)),
+        }),
+    )),
+    "amx": TorchCosts("Intel Xeon with AMX, torch 2.13.0", "Intel", ("avx512_bf16", "Intel"), (
+        SdpaRates(
+            call=5e-5, call_backward=0.00015, threads=2, join=3.3e9, masked=4e9,
+            paces={
+            "fp32": Both(Pace(2.4e11, 2.5e11, 1e-6, 0.05, 0.68, 0.8),
+                         Pace(2.54e11, 2.65e11, 4e-6, 0.1, 0.75, 0.72)),
+            "fp64": Both(Pace(1.03e11, 1.07e11, 1e-6, 0.05, 0.68, 0.8),
+                         Pace(1.09e11, 1.14e11, 4e-6, 0.1, 0.75, 0.72)),
+            "bf16": Both(Pace(7.4e11, 1.1e12, 2.4e-6, 0.05, 0.8, 0.82),
+                         Pace(3.4e11, 5.3e11, 9e-5, 0.1, 1, 1)),
+            "fp16": Both(Pace(2.25e11, 2.4e11, 1e-6, 0.03, 0.68, 0.8),
+                         Pace(2.45e11, 2.6e11, 4e-6, 0.1, 0.75, 0.72)),
+        }),
+        StripRates(
+            call=8.5e-5, call_backward=0.000247, threads=2, call_group=3.7e-5, copy=4.3e10, join=1.3e9,
+            paces={
+            "fp32": Both(Pace(1.81e11, 1.85e11, 6e-6), Pace(9.9e10, 1.1e11, 1.5e-5)),
+            "fp64": Both(Pace(7.5e10, 7.7e10, 6e-6), Pace(4.1e10, 4.5e10, 1.5e-5)),
+            "bf16": Both(Pace(1.45e11, 1.6e11, 6e-6), Pace(9.2e10, 1.03e11, 1.5e-5)),
+            "fp16": Both(Pace(1.45e11, 1.6e11, 6e-6), Pace(9.2e10, 1.03e11, 1.5e-5)),
+        }),
+        Rates(
+            call=0.000329, call_backward=0.000695, threads=2,
+            paces={
+            "fp32": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
+            "fp64": Both(Pace(2.3e10, 2.3e10), Pace(1.98e10, 1.98e10)),
+            "bf16": Both(Pace(3.46e10, 3.46e10), Pace(2.98e10, 2.98e10)),
+            "fp16": Both(Pace(3.46e10, 3.46e10), Pace(2.98e10, 2.98e10)),
+        }),
+    )),
+}
+
+# -- the native kernel -------------------------------------------------------------------------------------------------
+
+NATIVES = (
+    NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=2.95e-5, call_backward=0.000119, threads=1, read=1.6e10, read_halves=1.5e10, pack=2.57e10, mixed=0.874,
+        lanes=16, peak=1.17e11,
+        paces={
+        "fp32": Both(Pace(9.51e10, 1e11, 1.5e-6), Pace(1.02e11, 1.04e11, 3.99e-6)),
+        "bf16": Both(Pace(1.71e11, 1.82e11, 3.97e-6), Pace(1.77e11, 1.85e11, 1.32e-5)),
+        "fp16": Both(Pace(9.5e10, 9.8e10, 1.5e-6), Pace(1e11, 1e11, 3.99e-6)),
+    })),
+    NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=2.97e-5, call_backward=0.000119, threads=1, read=1.6e10, read_halves=1.5e10, pack=2.62e10, mixed=0.866,
+        lanes=16, peak=1.17e11,
+        paces={
+        "fp32": Both(Pace(9.56e10, 1.01e11, 1.35e-6), Pace(9.99e10, 1.05e11, 6.34e-6)),
+        "bf16": Both(Pace(9.5e10, 1e11, 1.86e-6), Pace(1.02e11, 1.05e11, 7.8e-6)),
+        "fp16": Both(Pace(9.55e10, 9.85e10, 1.35e-6), Pace(1.01e11, 1.01e11, 6.34e-6)),
+    })),
+    NativeCosts("avx2", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=2.99e-5, call_backward=0.000117, threads=1, read=1.6e10, read_halves=1.5e10, pack=3.57e10, mixed=0.888,
+        lanes=8, peak=7.76e10,
+        paces={
+        "fp32": Both(Pace(8.75e10, 9.24e10, 1.26e-6), Pace(9.74e10, 9.96e10, 3.99e-6)),
+        "bf16": Both(Pace(8.69e10, 9.25e10, 2e-6), Pace(9.33e10, 9.9e10, 7.05e-6)),
+        "fp16": Both(Pace(7.99e10, 8.24e10, 1.26e-6), Pace(8.86e10, 8.86e10, 3.99e-6)),
+    })),
+    NativeCosts("base", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
+        call=2.89e-5, call_backward=0.000106, threads=1, read=1.6e10, read_halves=1.5e10, pack=1.28e10, mixed=0.621,
+        lanes=4, peak=2.78e10,
+        paces={
+        "fp32": Both(Pace(3.01e10, 3.14e10, 2.12e-6), Pace(3.33e10, 3.35e10, 2.07e-5)),
+        "bf16": Both(Pace(3.05e10, 3.09e10, 4.28e-6), Pace(3.33e10, 3.34e10, 2.01e-5)),
+        "fp16": Both(Pace(2.95e10, 3.03e10, 2.12e-6), Pace(3.24e10, 3.34e10, 2.07e-5)),
+    })),
+    NativeCosts("amx_emulated", "AMD EPYC (Zen 4)", "AMD", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.1, lanes=16,
+        peak=2.8e10,
+        paces={
+        "fp32": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
+        "bf16": Both(Pace(6.6e9, 7.3e9), Pace(6.6e9, 6.6e9, 3e-6)),
+        "fp16": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
+    })),
+    NativeCosts("avx2", "AMD EPYC (AVX2 only), kernel 0.1", "AMD, AVX2", NativeRates(
+        call=8e-5, call_backward=0.00027, threads=2, read=2.3e10, read_halves=1.6e10, pack=3e10, mixed=1.4, lanes=8,
+        peak=1.01e11,
+        paces={
+        "fp32": Both(Pace(1.5e11, 1.43e11), Pace(1.39e11, 1.55e11, 3e-6)),
+        "bf16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
+        "fp16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
+    })),
+    NativeCosts("avx512_bf16", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=2e10, read_halves=2.1e10, pack=4e10, mixed=1.75, lanes=16,
+        peak=2.27e11,
+        paces={
+        "fp32": Both(Pace(2.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
+        "bf16": Both(Pace(1.77e11, 1.8e11), Pace(1.68e11, 1.75e11, 3e-6)),
+        "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
+    })),
+    NativeCosts("avx512", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, pack=3.8e10, mixed=1.75, lanes=16,
+        peak=2.27e11,
+        paces={
+        "fp32": Both(Pace(2.65e11, 2.7e11), Pace(2.85e11, 2.8e11, 3e-6)),
+        "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),
+        "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
+    })),
+    NativeCosts("avx2", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=1.5e10, read_halves=1.4e10, pack=3e10, mixed=1.6, lanes=8,
+        peak=1.1e11,
+        paces={
+        "fp32": Both(Pace(1.95e11, 2e11), Pace(1.65e11, 1.7e11, 3e-6)),
+        "bf16": Both(Pace(1.92e11, 1.97e11), Pace(1.63e11, 1.68e11, 3e-6)),
+        "fp16": Both(Pace(1.9e11, 1.95e11), Pace(1.6e11, 1.65e11, 3e-6)),
+    })),
+    NativeCosts("base", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
+        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.3, lanes=4,
+        peak=2.8e10,
+        paces={
+        "fp32": Both(Pace(7.3e10, 7.5e10), Pace(6.9e10, 7.1e10, 3e-6)),
+        "bf16": Both(Pace(7.2e10, 7.4e10), Pace(6.8e10, 7e10, 3e-6)),
+        "fp16": Both(Pace(7e10, 7.2e10), Pace(6.7e10, 6.9e10, 3e-6)),
+    })),
+)
+NATIVE = {(one.isa, one.vendor): one for one in NATIVES}
