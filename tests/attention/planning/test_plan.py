@@ -320,7 +320,7 @@ def test_what_masks_share_counts_once() -> None:
     cache = PlanCache()
     request = plan(data, 1, 20_000).request
     for step in range(50):
-        cache.lowered(cache.entry(data.at(k_start=step), request._replace(kv_len=20_000 - step), None))
+        cache.lowered(cache.entry(data.at(k_start=step), request._replace(kv_len=20_000 - step), "sdpa"))
     info = cache.info()
     lowered = sum(entry.lowered.nbytes for entry in entries_of(cache) if entry.lowered)
     assert info.entries == 50

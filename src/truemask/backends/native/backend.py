@@ -14,19 +14,19 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from truemask.backends.backend import BIASES, Backend, Capabilities, Proposal
-from truemask.backends.base import Inputs, Job, Lowered, Result
+from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs.model import is_doubtful, table
 from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, paces, spread
 from truemask.backends.native.abi import TILE
-from truemask.backends.native.call import THREAD_WORK, NativeCall, tiles_of
-from truemask.backends.native.library import missing, passed_over
+from truemask.backends.native.call import THREAD_BYTES, THREAD_WORK, NativeCall, tiles_of
+from truemask.backends.native.library import isa, missing, passed_over
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory
 from truemask.common.real_tensors import remembered
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.structure.data import cells_held
 
-UNPACKED_ROWS = 32  # rows up to which keys are read as they lie; for more they are packed before
+UNPACKED_ROWS = 32  # up to which keys are read as they lie, for more they are packed before: `csrc/reading_cut.h`
 MAX_WORD_BYTES = 1 << 28  # bytes of the cells of MIXED tiles
 
 
@@ -45,6 +45,15 @@ class Work(NamedTuple):
     tasks: float
     key_bytes: float
     packed: bool  # the keys are laid out first, as for many queries
+
+
+def unpacked_rows(r: Request) -> int:
+    """Rows up to which keys are read as they lie: fewer where packing them is quick."""
+    one_tile, tiles = (
+        r.dtype == torch.float32 and r.kv_len <= TILE,
+        r.dtype == torch.bfloat16 and isa().startswith("amx"),
+    )
+    return UNPACKED_ROWS // (4 if one_tile else 2 if tiles else 1)
 
 
 class TilesProposal(Proposal):
@@ -70,7 +79,7 @@ class TilesProposal(Proposal):
         if work.packed:
             cost += work.key_bytes / rates.pack
         else:
-            cost += work.key_bytes / (rates.read if r.dtype.itemsize == 4 else rates.read_halves)
+            cost += share * work.key_bytes / (rates.read if r.dtype.itemsize == 4 else rates.read_halves)
         if not r.grad:
             return cost
         cells = BACKWARD_PRODUCTS * work.cells * cell_seconds(backward, r)
@@ -82,7 +91,7 @@ class TilesProposal(Proposal):
         job, r, counts = self.job, self.job.request, self.size.counts
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
         rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
-        packed = rows > UNPACKED_ROWS or r.grad
+        packed = rows > unpacked_rows(r)
         lanes = int(table().native.lanes) if packed else 1
         strips = math.ceil(r.q_len / TILE)
         height = math.ceil(min(r.q_len, TILE) / lanes) * lanes if strips < 2 else r.q_len / strips
@@ -91,7 +100,9 @@ class TilesProposal(Proposal):
         seen = min(1.0, (counts.mixed + counts.full) * each / max(1, r.cells))
         key_bytes = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * r.dtype.itemsize * seen
         units = r.batch * r.heads * strips
-        return Work(cells, units, min(units, 2 * cells * (r.head_dim + r.value_dim) // THREAD_WORK), key_bytes, packed)
+        worth = 2 * cells * (r.head_dim + r.value_dim) // THREAD_WORK
+        tasks = min(units, worth) if packed else max(worth, key_bytes // THREAD_BYTES)
+        return Work(cells, units, tasks, key_bytes, packed)
 
     @property
     def doubt(self) -> bool:
