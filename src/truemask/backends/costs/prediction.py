@@ -70,7 +70,7 @@ def share(pace: Pace, rows: ArrayLike) -> NDArray[np.float64]:
 
     Up to 32 rows, the time of a block is on the line between those of one row and of 32.
     """
-    rows = np.asarray(rows, float)
+    rows = np.maximum(1, np.asarray(rows, float))
     one, most = 1 / pace.rows1, 32 / pace.rows32
     few = rows / (one + (most - one) * (np.clip(rows, 1, 32) - 1) / 31)
     return np.where(rows < 32, few, np.where(rows < 192, pace.rows32, np.where(rows < 768, pace.rows64, 1.0)))
