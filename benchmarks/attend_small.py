@@ -120,9 +120,13 @@ def decode_table(given: argparse.Namespace) -> Table:
 
 
 def readers(k: Tensor, v: Tensor) -> dict[str, Run]:
-    """Ways to read as many bytes as keys and values have."""
-    floats = [torch.rand(x.nbytes // 4) for x in (k, v)]
-    return {name: lambda way=way: [way(x) for x in floats] for name, way in WAYS.items()}
+    """Ways to read as many bytes as keys and values have, each its own: what another has read may still be in the cache."""
+
+    def reader(way: Callable[[Tensor], Any]) -> Run:
+        floats = [torch.rand(x.nbytes // 4) for x in (k, v)]
+        return lambda: [way(x) for x in floats]
+
+    return {name: reader(way) for name, way in WAYS.items()}
 
 
 # -- overhead and memory -----------------------------------------------------------------------------------------------
