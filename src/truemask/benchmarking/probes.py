@@ -140,4 +140,4 @@ def _others(sizes: Sizes) -> Iterator[Measure]:
         rows1 = tuple(f"{one}.{way}.rows1" for one in alike for way in ("forward", "backward"))
         decoding = Probe(everything, sizes.cache, 32, 128, dtype, rows=1, kv_heads=8)
         yield Measure(decoding, {"sdpa": rows1, "native": (read,)})
-    yield Measure(Probe(everything, sizes.sparse, rows=16), {"native": ("pack",)})
+    yield Measure(Probe(everything, sizes.sparse, rows=48), {"native": ("pack",)})

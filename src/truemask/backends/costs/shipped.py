@@ -140,36 +140,36 @@ TORCH = {
 
 NATIVES = (
     NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.95e-5, call_backward=0.000119, threads=1, read=1.6e10, read_halves=1.5e10, pack=2.57e10, mixed=0.874,
-        lanes=16, peak=1.17e11,
+        call=3.01e-5, call_backward=0.000128, threads=1, read=2.53e10, read_halves=2.49e10, pack=2.57e10, mixed=0.894,
+        lanes=16, peak=1.14e11,
         paces={
-        "fp32": Both(Pace(9.51e10, 1e11, 1.5e-6), Pace(1.02e11, 1.04e11, 3.99e-6)),
-        "bf16": Both(Pace(1.71e11, 1.82e11, 3.97e-6), Pace(1.77e11, 1.85e11, 1.32e-5)),
-        "fp16": Both(Pace(9.5e10, 9.8e10, 1.5e-6), Pace(1e11, 1e11, 3.99e-6)),
+        "fp32": Both(Pace(9.33e10, 9.75e10, 9.4e-7), Pace(1.04e11, 1.02e11, 3.76e-6)),
+        "bf16": Both(Pace(1.67e11, 1.79e11, 2.05e-6), Pace(1.74e11, 1.82e11, 8.78e-6)),
+        "fp16": Both(Pace(9.38e10, 9.67e10, 9.4e-7), Pace(9.92e10, 9.92e10, 3.76e-6)),
     })),
     NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.97e-5, call_backward=0.000119, threads=1, read=1.6e10, read_halves=1.5e10, pack=2.62e10, mixed=0.866,
-        lanes=16, peak=1.17e11,
+        call=2.96e-5, call_backward=0.000127, threads=1, read=2.36e10, read_halves=2.16e10, pack=2.62e10, mixed=0.848,
+        lanes=16, peak=1.14e11,
         paces={
-        "fp32": Both(Pace(9.56e10, 1.01e11, 1.35e-6), Pace(9.99e10, 1.05e11, 6.34e-6)),
-        "bf16": Both(Pace(9.5e10, 1e11, 1.86e-6), Pace(1.02e11, 1.05e11, 7.8e-6)),
-        "fp16": Both(Pace(9.55e10, 9.85e10, 1.35e-6), Pace(1.01e11, 1.01e11, 6.34e-6)),
+        "fp32": Both(Pace(9.09e10, 9.79e10, 9.69e-7), Pace(1.03e11, 1.04e11, 3.19e-6)),
+        "bf16": Both(Pace(9.51e10, 9.81e10, 3.13e-6), Pace(1.01e11, 1.02e11, 4.37e-6)),
+        "fp16": Both(Pace(9.32e10, 9.62e10, 9.69e-7), Pace(1e11, 1e11, 3.19e-6)),
     })),
     NativeCosts("avx2", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.99e-5, call_backward=0.000117, threads=1, read=1.6e10, read_halves=1.5e10, pack=3.57e10, mixed=0.888,
-        lanes=8, peak=7.76e10,
+        call=3.01e-5, call_backward=0.000125, threads=1, read=2.55e10, read_halves=2.6e10, pack=3.57e10, mixed=0.861,
+        lanes=8, peak=1.01e11,
         paces={
-        "fp32": Both(Pace(8.75e10, 9.24e10, 1.26e-6), Pace(9.74e10, 9.96e10, 3.99e-6)),
-        "bf16": Both(Pace(8.69e10, 9.25e10, 2e-6), Pace(9.33e10, 9.9e10, 7.05e-6)),
-        "fp16": Both(Pace(7.99e10, 8.24e10, 1.26e-6), Pace(8.86e10, 8.86e10, 3.99e-6)),
+        "fp32": Both(Pace(8.69e10, 9.16e10, 1.11e-6), Pace(9.79e10, 9.69e10, 3.85e-6)),
+        "bf16": Both(Pace(8.77e10, 9.16e10, 3.2e-6), Pace(9.66e10, 9.57e10, 5.21e-6)),
+        "fp16": Both(Pace(7.94e10, 8.19e10, 1.11e-6), Pace(8.91e10, 8.91e10, 3.85e-6)),
     })),
     NativeCosts("base", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.89e-5, call_backward=0.000106, threads=1, read=1.6e10, read_halves=1.5e10, pack=1.28e10, mixed=0.621,
-        lanes=4, peak=2.78e10,
+        call=2.99e-5, call_backward=0.000118, threads=1, read=2.65e10, read_halves=2.42e10, pack=1.28e10, mixed=0.616,
+        lanes=4, peak=4.4e10,
         paces={
-        "fp32": Both(Pace(3.01e10, 3.14e10, 2.12e-6), Pace(3.33e10, 3.35e10, 2.07e-5)),
-        "bf16": Both(Pace(3.05e10, 3.09e10, 4.28e-6), Pace(3.33e10, 3.34e10, 2.01e-5)),
-        "fp16": Both(Pace(2.95e10, 3.03e10, 2.12e-6), Pace(3.24e10, 3.34e10, 2.07e-5)),
+        "fp32": Both(Pace(2.96e10, 3.11e10, 1.33e-6), Pace(3.41e10, 3.21e10, 6.09e-6)),
+        "bf16": Both(Pace(3.03e10, 3.17e10, 5e-6), Pace(3.36e10, 3.25e10, 7.81e-6)),
+        "fp16": Both(Pace(2.93e10, 3.01e10, 1.33e-6), Pace(3.24e10, 3.34e10, 6.09e-6)),
     })),
     NativeCosts("amx_emulated", "AMD EPYC (Zen 4)", "AMD", NativeRates(
         call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.1, lanes=16,
