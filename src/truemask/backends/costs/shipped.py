@@ -140,7 +140,7 @@ TORCH = {
 
 NATIVES = (
     NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000128, threads=1, read=2.53e10, read_halves=2.49e10, pack=2.57e10, mixed=0.894,
+        call=3.01e-5, call_backward=0.000128, threads=1, read=2.53e10, read_halves=2.49e10, pack=1.3e10, mixed=0.894,
         lanes=16, peak=1.14e11,
         paces={
         "fp32": Both(Pace(9.33e10, 9.75e10, 9.4e-7), Pace(1.04e11, 1.02e11, 3.76e-6)),
@@ -148,7 +148,7 @@ NATIVES = (
         "fp16": Both(Pace(9.38e10, 9.67e10, 9.4e-7), Pace(9.92e10, 9.92e10, 3.76e-6)),
     })),
     NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.96e-5, call_backward=0.000127, threads=1, read=2.36e10, read_halves=2.16e10, pack=2.62e10, mixed=0.848,
+        call=2.96e-5, call_backward=0.000127, threads=1, read=2.36e10, read_halves=2.16e10, pack=1.3e10, mixed=0.848,
         lanes=16, peak=1.14e11,
         paces={
         "fp32": Both(Pace(9.09e10, 9.79e10, 9.69e-7), Pace(1.03e11, 1.04e11, 3.19e-6)),
