@@ -140,80 +140,80 @@ TORCH = {
 
 NATIVES = (
     NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000128, threads=1, read=2.53e10, read_halves=2.49e10, pack=1.3e10, mixed=0.894,
-        lanes=16, peak=1.14e11,
+        call=3.01e-5, call_backward=0.000128, threads=1, read=3.35e10, read_halves=1.17e11, few=8.05e10,
+        few_halves=1.18e11, pack=1.3e10, mixed=0.894, lanes=16, peak=1.14e11,
         paces={
-        "fp32": Both(Pace(9.33e10, 9.75e10, 9.4e-7), Pace(1.04e11, 1.02e11, 3.76e-6)),
-        "bf16": Both(Pace(1.67e11, 1.79e11, 2.05e-6), Pace(1.74e11, 1.82e11, 8.78e-6)),
-        "fp16": Both(Pace(9.38e10, 9.67e10, 9.4e-7), Pace(9.92e10, 9.92e10, 3.76e-6)),
+        "fp32": Both(Pace(9.33e10, 9.75e10, 3.13e-8), Pace(1.04e11, 1.02e11, 3.66e-6)),
+        "bf16": Both(Pace(1.67e11, 1.79e11, 4.5e-6), Pace(1.74e11, 1.82e11, 6.26e-7)),
+        "fp16": Both(Pace(9.38e10, 9.67e10, 3.13e-8), Pace(9.92e10, 9.92e10, 3.66e-6)),
     })),
     NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.96e-5, call_backward=0.000127, threads=1, read=2.36e10, read_halves=2.16e10, pack=1.3e10, mixed=0.848,
-        lanes=16, peak=1.14e11,
+        call=2.96e-5, call_backward=0.000127, threads=1, read=3.01e10, read_halves=5.16e10, few=9.39e10,
+        few_halves=8.93e10, pack=1.3e10, mixed=0.848, lanes=16, peak=1.14e11,
         paces={
-        "fp32": Both(Pace(9.09e10, 9.79e10, 9.69e-7), Pace(1.03e11, 1.04e11, 3.19e-6)),
-        "bf16": Both(Pace(9.51e10, 9.81e10, 3.13e-6), Pace(1.01e11, 1.02e11, 4.37e-6)),
-        "fp16": Both(Pace(9.32e10, 9.62e10, 9.69e-7), Pace(1e11, 1e11, 3.19e-6)),
+        "fp32": Both(Pace(9.09e10, 9.79e10, 3.23e-8), Pace(1.03e11, 1.04e11, 3.94e-6)),
+        "bf16": Both(Pace(9.51e10, 9.81e10, 1.3e-6), Pace(1.01e11, 1.02e11, 2.5e-7)),
+        "fp16": Both(Pace(9.32e10, 9.62e10, 3.23e-8), Pace(1e11, 1e11, 3.94e-6)),
     })),
     NativeCosts("avx2", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000125, threads=1, read=2.55e10, read_halves=2.6e10, pack=3.57e10, mixed=0.861,
-        lanes=8, peak=1.01e11,
+        call=3.01e-5, call_backward=0.000125, threads=1, read=2.91e10, read_halves=4.43e10, few=8e10,
+        few_halves=8.71e10, pack=3.57e10, mixed=0.861, lanes=8, peak=1.01e11,
         paces={
-        "fp32": Both(Pace(8.69e10, 9.16e10, 1.11e-6), Pace(9.79e10, 9.69e10, 3.85e-6)),
-        "bf16": Both(Pace(8.77e10, 9.16e10, 3.2e-6), Pace(9.66e10, 9.57e10, 5.21e-6)),
-        "fp16": Both(Pace(7.94e10, 8.19e10, 1.11e-6), Pace(8.91e10, 8.91e10, 3.85e-6)),
+        "fp32": Both(Pace(8.69e10, 9.16e10, 1.13e-6), Pace(9.79e10, 9.69e10, 3.26e-6)),
+        "bf16": Both(Pace(8.77e10, 9.16e10, 2.05e-6), Pace(9.66e10, 9.57e10, 1.74e-7)),
+        "fp16": Both(Pace(7.94e10, 8.19e10, 1.13e-6), Pace(8.91e10, 8.91e10, 3.26e-6)),
     })),
     NativeCosts("base", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.99e-5, call_backward=0.000118, threads=1, read=2.65e10, read_halves=2.42e10, pack=1.28e10, mixed=0.616,
-        lanes=4, peak=4.4e10,
+        call=2.99e-5, call_backward=0.000118, threads=1, read=4.56e10, read_halves=5.78e10, few=3.1e10,
+        few_halves=2.99e10, pack=1.28e10, mixed=0.616, lanes=4, peak=4.4e10,
         paces={
-        "fp32": Both(Pace(2.96e10, 3.11e10, 1.33e-6), Pace(3.41e10, 3.21e10, 6.09e-6)),
-        "bf16": Both(Pace(3.03e10, 3.17e10, 5e-6), Pace(3.36e10, 3.25e10, 7.81e-6)),
-        "fp16": Both(Pace(2.93e10, 3.01e10, 1.33e-6), Pace(3.24e10, 3.34e10, 6.09e-6)),
+        "fp32": Both(Pace(2.96e10, 3.11e10, 2.69e-6), Pace(3.41e10, 3.21e10, 4.78e-6)),
+        "bf16": Both(Pace(3.03e10, 3.17e10, 5.09e-6), Pace(3.36e10, 3.25e10, 2.6e-7)),
+        "fp16": Both(Pace(2.93e10, 3.01e10, 2.69e-6), Pace(3.24e10, 3.34e10, 4.78e-6)),
     })),
     NativeCosts("amx_emulated", "AMD EPYC (Zen 4)", "AMD", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.1, lanes=16,
-        peak=2.8e10,
+        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, few=2.43e10, few_halves=1.35e10,
+        pack=1.1e10, mixed=1.1, lanes=16, peak=2.8e10,
         paces={
         "fp32": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
         "bf16": Both(Pace(6.6e9, 7.3e9), Pace(6.6e9, 6.6e9, 3e-6)),
         "fp16": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
     })),
     NativeCosts("avx2", "AMD EPYC (AVX2 only), kernel 0.1", "AMD, AVX2", NativeRates(
-        call=8e-5, call_backward=0.00027, threads=2, read=2.3e10, read_halves=1.6e10, pack=3e10, mixed=1.4, lanes=8,
-        peak=1.01e11,
+        call=8e-5, call_backward=0.00027, threads=2, read=2.3e10, read_halves=1.6e10, few=1.35e11, few_halves=6.3e10,
+        pack=3e10, mixed=1.4, lanes=8, peak=1.01e11,
         paces={
         "fp32": Both(Pace(1.5e11, 1.43e11), Pace(1.39e11, 1.55e11, 3e-6)),
         "bf16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
         "fp16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
     })),
     NativeCosts("avx512_bf16", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=2e10, read_halves=2.1e10, pack=4e10, mixed=1.75, lanes=16,
-        peak=2.27e11,
+        call=5e-5, call_backward=0.00014, threads=2, read=2e10, read_halves=2.1e10, few=2.52e11, few_halves=1.2e11,
+        pack=4e10, mixed=1.75, lanes=16, peak=2.27e11,
         paces={
         "fp32": Both(Pace(2.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
         "bf16": Both(Pace(1.77e11, 1.8e11), Pace(1.68e11, 1.75e11, 3e-6)),
         "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
     })),
     NativeCosts("avx512", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, pack=3.8e10, mixed=1.75, lanes=16,
-        peak=2.27e11,
+        call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, few=2.38e11, few_halves=1.2e11,
+        pack=3.8e10, mixed=1.75, lanes=16, peak=2.27e11,
         paces={
         "fp32": Both(Pace(2.65e11, 2.7e11), Pace(2.85e11, 2.8e11, 3e-6)),
         "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),
         "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
     })),
     NativeCosts("avx2", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=1.5e10, read_halves=1.4e10, pack=3e10, mixed=1.6, lanes=8,
-        peak=1.1e11,
+        call=5e-5, call_backward=0.00014, threads=2, read=1.5e10, read_halves=1.4e10, few=1.76e11, few_halves=9.5e10,
+        pack=3e10, mixed=1.6, lanes=8, peak=1.1e11,
         paces={
         "fp32": Both(Pace(1.95e11, 2e11), Pace(1.65e11, 1.7e11, 3e-6)),
         "bf16": Both(Pace(1.92e11, 1.97e11), Pace(1.63e11, 1.68e11, 3e-6)),
         "fp16": Both(Pace(1.9e11, 1.95e11), Pace(1.6e11, 1.65e11, 3e-6)),
     })),
     NativeCosts("base", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, pack=1.1e10, mixed=1.3, lanes=4,
-        peak=2.8e10,
+        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, few=6.57e10, few_halves=3.5e10,
+        pack=1.1e10, mixed=1.3, lanes=4, peak=2.8e10,
         paces={
         "fp32": Both(Pace(7.3e10, 7.5e10), Pace(6.9e10, 7.1e10, 3e-6)),
         "bf16": Both(Pace(7.2e10, 7.4e10), Pace(6.8e10, 7e10, 3e-6)),
