@@ -76,32 +76,32 @@ TORCH = {
     )),
     "avx512": TorchCosts("AMD EPYC (Zen 4), torch 2.13.0", "AMD", ("avx512_bf16", "AMD"), (
         SdpaRates(
-            call=3.14e-5, call_backward=0.00013, threads=1, join=2.27e9, masked=1.65e9,
+            call=3.14e-5, call_backward=0.00013, threads=2, join=2.27e9, masked=3.3e9,
             paces={
-            "fp32": Both(Pace(7.76e10, 8.5e10, 2.15e-6, 0.0522, 1.05, 0.965),
-                         Pace(7.74e10, 8.31e10, 4.56e-6, 0.0791, 0.963, 0.952)),
-            "fp64": Both(Pace(3.02e10, 3.14e10, 2.15e-6, 0.0522, 1.05, 0.965),
-                         Pace(2.27e10, 2.8e10, 4.56e-6, 0.0791, 0.963, 0.952)),
-            "bf16": Both(Pace(7.82e10, 8.72e10, 3.26e-6, 0.0263, 0.908, 0.916),
-                         Pace(1.07e11, 1.14e11, 6.46e-5, 0.0658, 0.664, 0.837)),
-            "fp16": Both(Pace(7.87e10, 8.21e10, 2.15e-6, 0.0316, 1.05, 0.965),
-                         Pace(7.59e10, 9.05e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "fp32": Both(Pace(1.55e11, 1.7e11, 2.15e-6, 0.0522, 1.05, 0.965),
+                         Pace(1.55e11, 1.66e11, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "fp64": Both(Pace(6.04e10, 6.28e10, 2.15e-6, 0.0522, 1.05, 0.965),
+                         Pace(4.54e10, 5.6e10, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "bf16": Both(Pace(1.56e11, 1.74e11, 3.26e-6, 0.0263, 0.908, 0.916),
+                         Pace(2.14e11, 2.28e11, 6.46e-5, 0.0658, 0.664, 0.837)),
+            "fp16": Both(Pace(1.57e11, 1.64e11, 2.15e-6, 0.0316, 1.05, 0.965),
+                         Pace(1.52e11, 1.81e11, 4.56e-6, 0.0791, 0.963, 0.952)),
         }),
         StripRates(
-            call=4e-5, call_backward=0.000206, threads=1, call_group=2.2e-5, copy=2.4e10, join=9.19e8,
+            call=4e-5, call_backward=0.000206, threads=2, call_group=2.2e-5, copy=2.4e10, join=9.19e8,
             paces={
-            "fp32": Both(Pace(7.29e10, 7.22e10, 1.8e-5), Pace(6.29e10, 6.07e10, 3e-5)),
-            "fp64": Both(Pace(2.89e10, 2.74e10, 1.8e-5), Pace(3.06e10, 2.99e10, 3e-5)),
-            "bf16": Both(Pace(7.04e10, 6.7e10, 1.8e-5), Pace(7.73e10, 7.31e10, 3e-5)),
-            "fp16": Both(Pace(7.06e10, 6.71e10, 1.8e-5), Pace(7.61e10, 7.2e10, 3e-5)),
+            "fp32": Both(Pace(1.46e11, 1.44e11, 1.8e-5), Pace(1.26e11, 1.21e11, 3e-5)),
+            "fp64": Both(Pace(5.78e10, 5.49e10, 1.8e-5), Pace(6.12e10, 5.98e10, 3e-5)),
+            "bf16": Both(Pace(1.41e11, 1.34e11, 1.8e-5), Pace(1.55e11, 1.46e11, 3e-5)),
+            "fp16": Both(Pace(1.41e11, 1.34e11, 1.8e-5), Pace(1.52e11, 1.44e11, 3e-5)),
         }),
         Rates(
-            call=0.000306, call_backward=0.000599, threads=1,
+            call=0.000306, call_backward=0.000599, threads=2,
             paces={
-            "fp32": Both(Pace(3.02e10, 3.02e10), Pace(2.21e10, 2.21e10)),
-            "fp64": Both(Pace(1.56e10, 1.56e10), Pace(9.97e9, 9.97e9)),
-            "bf16": Both(Pace(3e10, 3e10), Pace(2.19e10, 2.19e10)),
-            "fp16": Both(Pace(3.11e10, 3.11e10), Pace(2.25e10, 2.25e10)),
+            "fp32": Both(Pace(6.04e10, 6.04e10), Pace(4.42e10, 4.42e10)),
+            "fp64": Both(Pace(3.12e10, 3.12e10), Pace(1.99e10, 1.99e10)),
+            "bf16": Both(Pace(6e10, 6e10), Pace(4.38e10, 4.38e10)),
+            "fp16": Both(Pace(6.22e10, 6.22e10), Pace(4.5e10, 4.5e10)),
         }),
     )),
     "amx": TorchCosts("Intel Xeon with AMX, torch 2.13.0", "Intel", ("avx512_bf16", "Intel"), (
@@ -140,36 +140,36 @@ TORCH = {
 
 NATIVES = (
     NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000128, threads=1, read=3.35e10, read_halves=1.17e11, few=8.05e10,
-        few_halves=1.18e11, pack=1.3e10, mixed=0.894, lanes=16, peak=1.14e11,
+        call=3.01e-5, call_backward=0.000128, threads=2, read=6.7e10, read_halves=2.34e11, few=1.61e11,
+        few_halves=2.36e11, pack=1.3e10, mixed=0.894, lanes=16, peak=1.14e11,
         paces={
-        "fp32": Both(Pace(9.33e10, 9.75e10, 3.13e-8), Pace(1.04e11, 1.02e11, 3.66e-6)),
-        "bf16": Both(Pace(1.67e11, 1.79e11, 4.5e-6), Pace(1.74e11, 1.82e11, 6.26e-7)),
-        "fp16": Both(Pace(9.38e10, 9.67e10, 3.13e-8), Pace(9.92e10, 9.92e10, 3.66e-6)),
+        "fp32": Both(Pace(1.87e11, 1.95e11, 3.13e-8), Pace(2.08e11, 2.04e11, 3.66e-6)),
+        "bf16": Both(Pace(3.34e11, 3.58e11, 4.5e-6), Pace(3.48e11, 3.64e11, 6.26e-7)),
+        "fp16": Both(Pace(1.88e11, 1.93e11, 3.13e-8), Pace(1.98e11, 1.98e11, 3.66e-6)),
     })),
     NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.96e-5, call_backward=0.000127, threads=1, read=3.01e10, read_halves=5.16e10, few=9.39e10,
-        few_halves=8.93e10, pack=1.3e10, mixed=0.848, lanes=16, peak=1.14e11,
+        call=2.96e-5, call_backward=0.000127, threads=2, read=6.01e10, read_halves=1.03e11, few=1.88e11,
+        few_halves=1.79e11, pack=1.3e10, mixed=0.848, lanes=16, peak=1.14e11,
         paces={
-        "fp32": Both(Pace(9.09e10, 9.79e10, 3.23e-8), Pace(1.03e11, 1.04e11, 3.94e-6)),
-        "bf16": Both(Pace(9.51e10, 9.81e10, 1.3e-6), Pace(1.01e11, 1.02e11, 2.5e-7)),
-        "fp16": Both(Pace(9.32e10, 9.62e10, 3.23e-8), Pace(1e11, 1e11, 3.94e-6)),
+        "fp32": Both(Pace(1.82e11, 1.96e11, 3.23e-8), Pace(2.06e11, 2.08e11, 3.94e-6)),
+        "bf16": Both(Pace(1.9e11, 1.96e11, 1.3e-6), Pace(2.02e11, 2.04e11, 2.5e-7)),
+        "fp16": Both(Pace(1.86e11, 1.92e11, 3.23e-8), Pace(2e11, 2e11, 3.94e-6)),
     })),
     NativeCosts("avx2", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000125, threads=1, read=2.91e10, read_halves=4.43e10, few=8e10,
-        few_halves=8.71e10, pack=3.57e10, mixed=0.861, lanes=8, peak=1.01e11,
+        call=3.01e-5, call_backward=0.000125, threads=2, read=5.82e10, read_halves=8.87e10, few=1.6e11,
+        few_halves=1.74e11, pack=3.57e10, mixed=0.861, lanes=8, peak=1.01e11,
         paces={
-        "fp32": Both(Pace(8.69e10, 9.16e10, 1.13e-6), Pace(9.79e10, 9.69e10, 3.26e-6)),
-        "bf16": Both(Pace(8.77e10, 9.16e10, 2.05e-6), Pace(9.66e10, 9.57e10, 1.74e-7)),
-        "fp16": Both(Pace(7.94e10, 8.19e10, 1.13e-6), Pace(8.91e10, 8.91e10, 3.26e-6)),
+        "fp32": Both(Pace(1.74e11, 1.83e11, 1.13e-6), Pace(1.96e11, 1.94e11, 3.26e-6)),
+        "bf16": Both(Pace(1.75e11, 1.83e11, 2.05e-6), Pace(1.93e11, 1.91e11, 1.74e-7)),
+        "fp16": Both(Pace(1.59e11, 1.64e11, 1.13e-6), Pace(1.78e11, 1.78e11, 3.26e-6)),
     })),
     NativeCosts("base", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.99e-5, call_backward=0.000118, threads=1, read=4.56e10, read_halves=5.78e10, few=3.1e10,
-        few_halves=2.99e10, pack=1.28e10, mixed=0.616, lanes=4, peak=4.4e10,
+        call=2.99e-5, call_backward=0.000118, threads=2, read=9.13e10, read_halves=1.16e11, few=6.21e10,
+        few_halves=5.98e10, pack=1.28e10, mixed=0.616, lanes=4, peak=4.4e10,
         paces={
-        "fp32": Both(Pace(2.96e10, 3.11e10, 2.69e-6), Pace(3.41e10, 3.21e10, 4.78e-6)),
-        "bf16": Both(Pace(3.03e10, 3.17e10, 5.09e-6), Pace(3.36e10, 3.25e10, 2.6e-7)),
-        "fp16": Both(Pace(2.93e10, 3.01e10, 2.69e-6), Pace(3.24e10, 3.34e10, 4.78e-6)),
+        "fp32": Both(Pace(5.92e10, 6.22e10, 2.69e-6), Pace(6.82e10, 6.42e10, 4.78e-6)),
+        "bf16": Both(Pace(6.06e10, 6.34e10, 5.09e-6), Pace(6.72e10, 6.5e10, 2.6e-7)),
+        "fp16": Both(Pace(5.86e10, 6.02e10, 2.69e-6), Pace(6.48e10, 6.68e10, 4.78e-6)),
     })),
     NativeCosts("amx_emulated", "AMD EPYC (Zen 4)", "AMD", NativeRates(
         call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, few=2.43e10, few_halves=1.35e10,
