@@ -25,7 +25,7 @@ from truemask.benchmarking.timing import race
 from truemask.masks.leaves.bands import window
 
 SECONDS = 0.1  # for each backend and probe, in each of so many turns: a noisy minute does not hit all of them
-TURNS, RUNS = 3, 4
+TURNS, RUNS = 2, 4
 MOST = 30.0  # times a constant, or a part of it, is multiplied at most: beyond that a measurement is not believed
 ROUNDS, NUDGE = 6, 1e-3
 Announce = Callable[[str], object]

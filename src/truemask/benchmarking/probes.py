@@ -122,7 +122,8 @@ def _few_rows(sizes: Sizes, dtype: str, grad: bool, way: str) -> Iterator[Measur
         return tuple(f"{one}.{way}.{name}" for one in of)
 
     natives = shown("step", ("fp32", "fp16") if dtype == "fp32" else (dtype,))
-    for n, steps in ((2 * sizes.small, {"sdpa": shown("step")}), (sizes.small, {"native": natives})):
+    packed = sizes.small if grad else 3 * sizes.small  # fewer rows would read keys as they lie
+    for n, steps in ((2 * sizes.small, {"sdpa": shown("step")}), (packed, {"native": natives})):
         yield Measure(Probe(causal, n, dtype=dtype, grad=grad, batch=sizes.many), steps)
     if dtype == "fp32":  # in which strips are computed
         strips = Probe(causal & window(sizes.small), 8 * sizes.small, grad=grad, batch=sizes.many)
@@ -135,9 +136,10 @@ def _others(sizes: Sizes) -> Iterator[Measure]:
     """Dense masks, MIXED tiles, and long caches read by one query and by some."""
     yield Measure(Probe(SPARSE, sizes.full), {"sdpa": ("masked",)})
     yield Measure(Probe(SPARSE, sizes.sparse), {"native": ("mixed",)})
-    for dtype, read in (("fp32", "read"), ("bf16", "read_halves")):
+    for dtype, halves in (("fp32", ""), ("bf16", "_halves")):
         alike = ("fp32", "fp64", "fp16") if dtype == "fp32" else (dtype,)
         rows1 = tuple(f"{one}.{way}.rows1" for one in alike for way in ("forward", "backward"))
         decoding = Probe(everything, sizes.cache, 32, 128, dtype, rows=1, kv_heads=8)
-        yield Measure(decoding, {"sdpa": rows1, "native": (read,)})
-    yield Measure(Probe(everything, sizes.sparse, rows=16), {"native": ("pack",)})
+        yield Measure(decoding, {"sdpa": rows1, "native": (f"read{halves}",)})
+        yield Measure(Probe(everything, sizes.sparse, d=128, dtype=dtype, rows=16), {"native": (f"few{halves}",)})
+    yield Measure(Probe(everything, sizes.sparse, rows=48), {"native": ("pack",)})

@@ -109,14 +109,16 @@ class StripRates(Rates):
 
 @dataclass(frozen=True)
 class NativeRates(Rates):
-    """`read`: bytes a second at which keys and values of fp32 come, which is what few queries wait for, and
-    `read_halves` those of half precision; `pack`: at which they are laid out for many queries; `mixed`: how many times
-    longer a MIXED tile takes; `lanes`: rows that a vector holds; `peak`: arithmetic a second in fp32 of one thread, by
-    which `truemask doctor` knows the machine again.
+    """`read`: bytes a second at which keys and values of fp32 come, which few queries wait for, and `few`, their
+    arithmetic; `read_halves` and `few_halves`, those of half precision; `pack`: bytes a second at which keys and values
+    are laid out for many queries; `mixed`: how many times longer a MIXED tile takes; `lanes`: rows that a vector holds;
+    `peak`: arithmetic a second in fp32 of one thread, by which `truemask doctor` knows the machine again.
     """
 
     read: float = 20e9
     read_halves: float = 15e9
+    few: float = 60e9
+    few_halves: float = 60e9
     pack: float = 30e9
     mixed: float = 1.5
     lanes: float = 16

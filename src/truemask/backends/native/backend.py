@@ -74,12 +74,14 @@ class TilesProposal(Proposal):
     def cost(self) -> float:
         r, rates, work = self.job.request, table().native, self.work
         forward, backward = paces(rates, r)
-        share = spread(rates, work.tasks)
-        cost = rates.call + share * (work.cells * cell_seconds(forward, r) + work.units * forward.step / rates.threads)
+        share, size = spread(rates, work.tasks), r.head_dim + r.value_dim
+        step = forward.step if work.packed else rates.paces["fp32"].forward.step  # that of nothing but a beginning
+        cost = rates.call + share * work.units * step / rates.threads
         if work.packed:
-            cost += work.key_bytes / rates.pack
+            cost += share * work.cells * cell_seconds(forward, r) + work.key_bytes / rates.pack
         else:
-            cost += share * work.key_bytes / (rates.read if r.dtype.itemsize == 4 else rates.read_halves)
+            read, few = (rates.read, rates.few) if r.dtype.itemsize == 4 else (rates.read_halves, rates.few_halves)
+            cost += share * (work.key_bytes / read + 2 * work.cells * size / few)
         if not r.grad:
             return cost
         cells = BACKWARD_PRODUCTS * work.cells * cell_seconds(backward, r)
@@ -95,7 +97,7 @@ class TilesProposal(Proposal):
         lanes = int(table().native.lanes) if packed else 1
         strips = math.ceil(r.q_len / TILE)
         height = math.ceil(min(r.q_len, TILE) / lanes) * lanes if strips < 2 else r.q_len / strips
-        each = height * min(TILE, r.kv_len) * planes
+        each = height * (min(TILE, r.kv_len) if packed else TILE) * planes
         cells = (table().native.mixed * counts.mixed + counts.full) * each
         seen = min(1.0, (counts.mixed + counts.full) * each / max(1, r.cells))
         key_bytes = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * r.dtype.itemsize * seen
