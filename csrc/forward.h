@@ -13,21 +13,29 @@ namespace {
 constexpr float UNSET = std::numeric_limits<float>::lowest();  // a base, until some score above -inf was seen
 constexpr int64_t SPLIT = 16;     // key tiles of a part at least, where few queries see many keys
 constexpr int64_t MOST_PARTS = 32;
+constexpr int64_t ENOUGH_ITEMS = 32;
 
-// How a call is cut into items; by its sizes alone, so that results do not depend on threads.
+// How a call is cut into items; by its sizes alone, so that results do not depend on threads. Few strips are cut along their
+// keys. Where the second cache does not hold a head's keys, several strips go through a chunk of them before the next.
 struct Cut {
-  int64_t stacked;  // query heads whose queries lie side by side
-  int64_t strips;   // of all samples and heads
-  int64_t parts;    // of the keys of each
-  int64_t size;     // key tiles of a part
+  int64_t stacked;   // query heads whose queries lie side by side
+  int64_t strips;    // of all samples and heads
+  int64_t parts;     // of the keys of each
+  int64_t size;      // key tiles of a part
+  int64_t together;  // strips of an item
+  int64_t chunk;     // key tiles that they go through at a time
 
-  explicit Cut(const Call& c) {
+  Cut(const Call& c, int64_t most_together, int64_t chunk_numbers) {
     stacked = stacked_heads(c);
     strips = c.tiles_q() * c.b * c.hq / stacked;
     const bool few = strips < 64 && c.nq <= TILE;
     size = few ? std::max(SPLIT, (c.tiles_k() + MOST_PARTS - 1) / MOST_PARTS) : std::max<int64_t>(c.tiles_k(), 1);
     parts = std::max<int64_t>((c.tiles_k() + size - 1) / size, 1);
+    chunk = std::max<int64_t>(chunk_numbers / std::max(c.d, c.dv) / TILE, 1);
+    together = c.tiles_k() > 2 * chunk ? std::max<int64_t>(std::min(most_together, strips / ENOUGH_ITEMS), 1) : 1;
+    if (together == 1) chunk = std::max<int64_t>(c.tiles_k(), 1);
   }
+  int64_t items(const Call& c) const { return (c.tiles_q() + together - 1) / together * c.b * c.hq / stacked; }
 };
 
 // What a part of a strip's keys comes to.
@@ -44,59 +52,82 @@ class Forward {
 
  public:
   Forward(const Call& c, const Cut& cut, const Packed<Kind>& k, const Packed<Kind>& v)
-      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), q_(c.d, false), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT),
-        out_(TILE * padded(width_)) {}
+      : c_(c), cut_(cut), k_(k), v_(v), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT), out_(TILE * padded(width_)) {
+    for (int64_t i = 0; i < cut.together; ++i) held_.push_back(std::make_unique<Held>(c, width_));
+  }
 
   int64_t width() const { return width_; }
 
-  Strip& at(int64_t i) {  // the strip, and its queries
+  // All keys of the strips of an item.
+  void operator()(int64_t item) {
+    const int64_t items = (c_.tiles_q() + cut_.together - 1) / cut_.together, first = item % items * cut_.together;
+    const int64_t count = std::min(cut_.together, c_.tiles_q() - first);
+    for (int64_t i = 0; i < count; ++i) {
+      at(item / items * c_.tiles_q() + first + i, i);
+      clear(held_[i]->sums);
+    }
+    for (int64_t j = 0; j < c_.tiles_k(); j += cut_.chunk)
+      for (int64_t i = 0; i < count; ++i) now_ = held_[i].get(), attend(j, std::min(j + cut_.chunk, c_.tiles_k()), now_->sums);
+    for (int64_t i = 0; i < count; ++i) now_ = held_[i].get(), finish(now_->sums);
+  }
+
+  // A strip, and its queries.
+  Strip& at(int64_t i, int64_t place = 0) {
+    now_ = held_[place].get();
     const int64_t heads = c_.hq / cut_.stacked, bh = i / c_.tiles_q();  // head by head: its keys stay in the cache
-    strip_.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
-    lanes_ = multiple(strip_.m, Kind::LANES);
-    q_.read(strip_, c_.q, lanes_);
-    return strip_;
+    now_->strip.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
+    now_->lanes = multiple(now_->strip.m, Kind::LANES);
+    now_->q.read(now_->strip, c_.q, now_->lanes);
+    return now_->strip;
   }
 
   void attend(int64_t first, int64_t end, Partial& into) {
-    clear(into);
-    tiles_in(c_, strip_.range, first, end, [&](int64_t j, int32_t kind) {
-      const bool masked = strip_.see(j, kind, seen_);
-      for (int64_t q = 0; q < lanes_; q += Kind::UNIT) unit(j, {q, std::min(q + Kind::UNIT, lanes_)}, masked ? &seen_ : nullptr, into);
+    tiles_in(c_, now_->strip.range, first, end, [&](int64_t j, int32_t kind) {
+      const bool masked = now_->strip.see(j, kind, seen_);
+      for (int64_t q = 0; q < now_->lanes; q += Kind::UNIT) unit(j, {q, std::min(q + Kind::UNIT, now_->lanes)}, masked ? &seen_ : nullptr, into);
     });
     kind_.flush();
   }
 
   void finish(const Partial& from) {
     const int64_t row = padded(width_);
-    for (int64_t q = 0; q < lanes_; q += Kind::UNIT)
-      transpose<float>(from.sums + q * width_, Kind::UNIT, width_, std::min(Kind::UNIT, lanes_ - q), out_ + q * row, row);
-    for (int64_t r = 0; r < strip_.m; ++r) {
+    for (int64_t q = 0; q < now_->lanes; q += Kind::UNIT)
+      transpose<float>(from.sums + q * width_, Kind::UNIT, width_, std::min(Kind::UNIT, now_->lanes - q), out_ + q * row, row);
+    for (int64_t r = 0; r < now_->strip.m; ++r) {
       const float total = from.total[r];
       const float lse = total == 0 ? -INF : (from.base[r] - Kind::ROOM + std::log2(total * (1 << Kind::ROOM))) * LN2;
       float by = total == 0 ? 0 : 1 / (total == total ? from.rounded[r] : total);
-      if (c_.sinks && total != 0) by /= 1 + std::exp(c_.sinks[strip_.head_of(r)] - lse);
-      write(out_ + r * row, by, c_.dv, c_.dtype, strip_.row(c_.out, r));
-      c_.lse[strip_.number(r)] = lse;
+      if (c_.sinks && total != 0) by /= 1 + std::exp(c_.sinks[now_->strip.head_of(r)] - lse);
+      write(out_ + r * row, by, c_.dv, c_.dtype, now_->strip.row(c_.out, r));
+      c_.lse[now_->strip.number(r)] = lse;
     }
   }
 
- private:
   void clear(Partial& all) const {
-    for (int64_t q = 0; q < lanes_; q += Kind::UNIT)
-      for (int64_t p = 0; p < width_; ++p) std::memset(all.sums + q * width_ + p * Kind::UNIT, 0, std::min(Kind::UNIT, lanes_ - q) * sizeof(float));
+    for (int64_t q = 0; q < now_->lanes; q += Kind::UNIT)
+      for (int64_t p = 0; p < width_; ++p) std::memset(all.sums + q * width_ + p * Kind::UNIT, 0, std::min(Kind::UNIT, now_->lanes - q) * sizeof(float));
     for (float* x : {all.total, all.rounded}) std::fill(x, x + TILE, 0.0f);
-    std::fill(all.base, all.base + strip_.m, UNSET);
-    std::fill(all.base + strip_.m, all.base + TILE, 1e3f);  // weights of queries that are not there are 0
+    std::fill(all.base, all.base + now_->strip.m, UNSET);
+    std::fill(all.base + now_->strip.m, all.base + TILE, 1e3f);  // weights of queries that are not there are 0
   }
+
+ private:
+  struct Held {  // of a strip
+    Strip strip;
+    Queries<Kind> q;
+    int64_t lanes = 0;  // queries, as products have them
+    Partial sums;
+    Held(const Call& c, int64_t width) : strip(c), q(c.d, false), sums(width) {}
+  };
 
   // Of a tile of keys and some queries.
   void unit(int64_t j, Range of, const Seen* seen, Partial& into) {
-    const int64_t b = strip_.b, h = strip_.hk, keys = c_.keys(j);
+    const int64_t b = now_->strip.b, h = now_->strip.hk, keys = c_.keys(j);
     for (bool again = false;; again = true) {
-      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, h, j), q_.turned(of.first), Kind::UNIT, of, seen, scores_ + 0, Kind::UNIT,
+      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, h, j), now_->q.turned(of.first), Kind::UNIT, of, seen, scores_ + 0, Kind::UNIT,
                     k_.next_rows(b, h, j));
       kind_.flush();
-      strip_.score(j, of, scores_, Kind::UNIT);
+      now_->strip.score(j, of, scores_, Kind::UNIT);
       if (again || Kind::ROOM == 0 || c_.bias_kind != NO_BIAS || any_unset(of, into)) set_bases(of, keys, seen, again, into);
       const bool grown = seen ? weigh<true>(j, of, seen, into) : weigh<false>(j, of, seen, into);
       if (!grown || again || Kind::ROOM == 0) break;
@@ -128,7 +159,7 @@ class Forward {
     for (int64_t q = of.first; q < of.end; q += W) {
       float* s = scores_ + (q - of.first);
       const Range keys = keys_of(q, seen);
-      const vf factor = splat(strip_.factor()), base = load(from.base + q);
+      const vf factor = splat(now_->strip.factor()), base = load(from.base + q);
       vf total{}, rounded{};  // summed from 0 and then added: long sums lose less
       for (int64_t k = keys.first; k < keys.end; k += 2) {
         vf x[2];
@@ -140,7 +171,7 @@ class Forward {
         total += x[0] + x[1];
         if (PAIRED) rounded += (vf)rounded_weight(x[0]) + (vf)rounded_weight(x[1]);
         if (drops)
-          for (int64_t i = 0; i < 2; ++i) x[i] = strip_.kept(j, k + i, q) ? x[i] * c_.keep_scale : vf{};
+          for (int64_t i = 0; i < 2; ++i) x[i] = now_->strip.kept(j, k + i, q) ? x[i] * c_.keep_scale : vf{};
         put(s, k, x);
       }
       total += load(from.total + q), rounded += load(from.rounded + q);
@@ -162,7 +193,7 @@ class Forward {
 
   // Bases of queries that have none, and of those whose scores go too far beyond theirs.
   __attribute__((noinline)) void set_bases(Range of, int64_t count, const Seen* seen, bool again, Partial& into) {
-    const vf factor = splat(strip_.factor());
+    const vf factor = splat(now_->strip.factor());
     for (int64_t q = of.first; q < of.end; q += W) {
       const Range keys = keys_of(q, seen);
       vf top = splat(-INF);
@@ -197,9 +228,9 @@ class Forward {
   const Cut& cut_;
   const Packed<Kind>&k_, &v_;
   Kind kind_;
-  Strip strip_;
-  Queries<Kind> q_;
-  int64_t width_, lanes_ = 0;  // of values, of queries, as products have them
+  std::vector<std::unique_ptr<Held>> held_;  // of the strips at hand
+  Held* now_ = nullptr;
+  int64_t width_;        // of values, as products have them
   Buffer<float> scores_;       // [keys, queries]; then weights as a right operand
   Buffer<float> out_;
   float total_[TILE], rounded_[TILE];

@@ -21,26 +21,17 @@ void pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
 
 template <class Kind>
 void forward(const Call& c) {
-  const Cut cut(c);
+  const Cut cut(c, Kind::TOGETHER, Kind::SPAN == INT64_MAX ? Kind::SPAN : 2 * Kind::SPAN);
   Packed<Kind> k(c, c.k, c.d, true, false), v(c, c.v, c.dv, false, true);
   pack(c, k, v);
   const auto run = [&] { return std::make_shared<Forward<Kind>>(c, cut, k, v); };
-  if (cut.parts == 1) {
-    each(cut.strips, c.threads, [&] {
-      const auto strips = run();
-      return [&, strips, own = std::make_shared<Partial>(strips->width())](int64_t i) {
-        strips->at(i);
-        strips->attend(0, c.tiles_k(), *own);
-        strips->finish(*own);
-      };
-    });
-    return;
-  }
+  if (cut.parts == 1) return each(cut.items(c), c.threads, [&] { return [strips = run()](int64_t i) { (*strips)(i); }; });
   std::vector<std::unique_ptr<Partial>> found(cut.strips * cut.parts);
   each(cut.strips * cut.parts, c.threads, [&] {
     return [&, strips = run()](int64_t i) {
       found[i] = std::make_unique<Partial>(strips->width());
       strips->at(i / cut.parts);
+      strips->clear(*found[i]);
       strips->attend(i % cut.parts * cut.size, (i % cut.parts + 1) * cut.size, *found[i]);
     };
   });

@@ -27,7 +27,8 @@ struct Floats {
   static constexpr int64_t LANES = W;            // queries of a product are a multiple of it
   static constexpr int64_t UNIT = TILE;          // queries whose scores are worked out at a time
   static constexpr int64_t GROUP = 12;           // keys that skip together what they do not see
-  static constexpr int64_t SPAN = INT64_MAX;     // numbers of keys that the backward goes through before the next span
+  static constexpr int64_t SPAN = INT64_MAX;     // numbers of keys that the second cache is filled with at a time
+  static constexpr int64_t TOGETHER = 1;         // strips that go through those before the next
   static constexpr int EXP2 = 6;                 // degree of its polynomial
   static constexpr int ROOM = 0;                 // binary digits between a query's highest weight so far and 1; with none, none may pass 1
 
@@ -40,7 +41,7 @@ struct Floats {
 
 struct Pairs {
   using E = Pair;
-  static constexpr int64_t PER_STEP = 2, STEPS = 1, ROWS = 1, LANES = W, UNIT = TILE, GROUP = 12, SPAN = INT64_MAX;
+  static constexpr int64_t PER_STEP = 2, STEPS = 1, ROWS = 1, LANES = W, UNIT = TILE, GROUP = 12, SPAN = INT64_MAX, TOGETHER = 1;
   static constexpr int EXP2 = 4, ROOM = 20;
 
   void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
@@ -51,11 +52,11 @@ struct Pairs {
 };
 
 #if defined(TM_TILES)
-// What is written must stay in the first cache, or it costs five times as much: so half of a tile's queries at a time, and
-// spans of keys whose gradients the second cache holds.
+// What is written must stay in the first cache, or it costs five times as much: so half of a tile's queries at a time. And what is
+// read, in the second: spans of keys, or of their gradients.
 struct Tiles {
   using E = Pair;
-  static constexpr int64_t PER_STEP = 2, STEPS = 16, ROWS = 16, LANES = 32, UNIT = 32, GROUP = 32, SPAN = 1 << 16;
+  static constexpr int64_t PER_STEP = 2, STEPS = 16, ROWS = 16, LANES = 32, UNIT = 32, GROUP = 32, SPAN = 1 << 16, TOGETHER = 8;
   static constexpr int EXP2 = 4, ROOM = 20;
 
   void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,

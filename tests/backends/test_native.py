@@ -161,6 +161,19 @@ def test_few_queries(name: str, dtype: torch.dtype, q: int, y: int, monkeypatch:
             torch.testing.assert_close(a.double(), b, atol=Native.tolerance[dtype], rtol=Native.tolerance[dtype])
 
 
+@pytest.mark.parametrize("name", BUILT)
+def test_more_keys_than_a_cache_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles: several strips go through a chunk of keys before the next."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    made = [x.detach() for x in tensors(1, 2, 2, 4200, 4200, 64, 64, torch.bfloat16)[:3]]
+    mask = tm.causal & (tm.window(200) | tm.prefix(4))
+    expected = tm.attend(*(x.double() for x in made), mask, backend="block_sparse")
+    found = tm.attend(*made, mask, backend="native")
+    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+
+
 def test_values_that_some_rows_see_are_not_finite() -> None:
     """A tile of few rows that differ: the rows that do not see the value are as if it were not there."""
     q, k, v = (x.detach() for x in tensors(1, 4, 2, 6, 300, 32, 32)[:3])
