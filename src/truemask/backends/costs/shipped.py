@@ -1,4 +1,7 @@
-"""The constants that ship, each with the machine it was measured on; `benchmarks/costs.py --as-table` prints them so.
+"""The constants that ship, each with the machine it belongs to; `benchmarks/costs.py --as-table` prints them so.
+
+Zen 4's were calibrated. Those of the AMD with AVX2 and of the Intel come from older runs (kernel 0.1), which had one
+factor for half precision: shares of few rows, steps, fp16, `few`, `pack` and `mixed` are guesses there.
 
 Nobody has measured the native kernel with `amx`: a prototype reached 1,000 to 1,200 GF/s forward and 1,450 to 1,800
 backward in bf16 on two cores, which is no price.
