@@ -79,32 +79,32 @@ TORCH = {
     )),
     "avx512": TorchCosts("AMD EPYC (Zen 4), torch 2.13.0", "AMD", ("avx512_bf16", "AMD"), (
         SdpaRates(
-            call=3.14e-5, call_backward=0.00013, threads=2, join=2.27e9, masked=3.3e9,
+            call=2.95e-5, call_backward=0.000129, threads=2, join=4.19e9, masked=3.75e9,
             paces={
-            "fp32": Both(Pace(1.55e11, 1.7e11, 2.15e-6, 0.0522, 1.05, 0.965),
-                         Pace(1.55e11, 1.66e11, 4.56e-6, 0.0791, 0.963, 0.952)),
-            "fp64": Both(Pace(6.04e10, 6.28e10, 2.15e-6, 0.0522, 1.05, 0.965),
-                         Pace(4.54e10, 5.6e10, 4.56e-6, 0.0791, 0.963, 0.952)),
-            "bf16": Both(Pace(1.56e11, 1.74e11, 3.26e-6, 0.0263, 0.908, 0.916),
-                         Pace(2.14e11, 2.28e11, 6.46e-5, 0.0658, 0.664, 0.837)),
-            "fp16": Both(Pace(1.57e11, 1.64e11, 2.15e-6, 0.0316, 1.05, 0.965),
-                         Pace(1.52e11, 1.81e11, 4.56e-6, 0.0791, 0.963, 0.952)),
+            "fp32": Both(Pace(1.58e11, 1.7e11, 2.36e-6, 0.0659, 0.95, 0.996),
+                         Pace(1.46e11, 1.7e11, 4.32e-6, 0.0999, 0.984, 0.9)),
+            "fp64": Both(Pace(6.2e10, 6.44e10, 2.36e-6, 0.0659, 0.95, 0.996),
+                         Pace(4.79e10, 5.91e10, 4.32e-6, 0.0999, 0.984, 0.9)),
+            "bf16": Both(Pace(1.54e11, 1.71e11, 4.56e-6, 0.0269, 0.882, 0.939),
+                         Pace(2.15e11, 2.42e11, 6.5e-5, 0.0674, 0.694, 0.707)),
+            "fp16": Both(Pace(1.56e11, 1.63e11, 2.36e-6, 0.0399, 0.95, 0.996),
+                         Pace(1.47e11, 1.75e11, 4.32e-6, 0.0999, 0.984, 0.9)),
         }),
         StripRates(
-            call=4e-5, call_backward=0.000206, threads=2, call_group=2.2e-5, copy=2.4e10, join=9.19e8,
+            call=4.31e-5, call_backward=0.000162, threads=2, call_group=2.37e-5, copy=2.4e10, join=1.7e9,
             paces={
-            "fp32": Both(Pace(1.46e11, 1.44e11, 1.8e-5), Pace(1.26e11, 1.21e11, 3e-5)),
-            "fp64": Both(Pace(5.78e10, 5.49e10, 1.8e-5), Pace(6.12e10, 5.98e10, 3e-5)),
-            "bf16": Both(Pace(1.41e11, 1.34e11, 1.8e-5), Pace(1.55e11, 1.46e11, 3e-5)),
-            "fp16": Both(Pace(1.41e11, 1.34e11, 1.8e-5), Pace(1.52e11, 1.44e11, 3e-5)),
+            "fp32": Both(Pace(1.58e11, 1.46e11, 1.52e-5), Pace(1.38e11, 9.41e10, 4.39e-5)),
+            "fp64": Both(Pace(5.2e10, 4.94e10, 1.52e-5), Pace(4.3e10, 4.2e10, 4.39e-5)),
+            "bf16": Both(Pace(1.09e11, 1.04e11, 1.52e-5), Pace(1.44e11, 1.35e11, 4.39e-5)),
+            "fp16": Both(Pace(1.45e11, 1.38e11, 1.52e-5), Pace(1.18e11, 1.12e11, 4.39e-5)),
         }),
         Rates(
-            call=0.000306, call_backward=0.000599, threads=2,
+            call=0.0003, call_backward=0.000584, threads=2,
             paces={
-            "fp32": Both(Pace(6.04e10, 6.04e10), Pace(4.42e10, 4.42e10)),
-            "fp64": Both(Pace(3.12e10, 3.12e10), Pace(1.99e10, 1.99e10)),
-            "bf16": Both(Pace(6e10, 6e10), Pace(4.38e10, 4.38e10)),
-            "fp16": Both(Pace(6.22e10, 6.22e10), Pace(4.5e10, 4.5e10)),
+            "fp32": Both(Pace(6.5e10, 6.5e10), Pace(3.81e10, 3.81e10)),
+            "fp64": Both(Pace(3.1e10, 3.1e10), Pace(2.02e10, 2.02e10)),
+            "bf16": Both(Pace(6.22e10, 6.22e10), Pace(3.82e10, 3.82e10)),
+            "fp16": Both(Pace(5.92e10, 5.92e10), Pace(3.5e10, 3.5e10)),
         }),
     )),
     "amx": TorchCosts("Intel Xeon with AMX, torch 2.13.0", "Intel", ("avx512_bf16", "Intel"), (
@@ -143,36 +143,36 @@ TORCH = {
 
 NATIVES = (
     NativeCosts("avx512_bf16", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000128, threads=2, read=6.7e10, read_halves=2.34e11, few=1.61e11,
-        few_halves=2.36e11, pack=1.3e10, mixed=0.894, lanes=16, peak=1.14e11,
+        call=3.26e-5, call_backward=0.000129, threads=2, read=5.16e10, read_halves=6.7e10, few=1.73e11,
+        few_halves=2.63e11, pack=1.73e10, mixed=0.975, lanes=16, peak=1.17e11,
         paces={
-        "fp32": Both(Pace(1.87e11, 1.95e11, 3.13e-8), Pace(2.08e11, 2.04e11, 3.66e-6)),
-        "bf16": Both(Pace(3.34e11, 3.58e11, 4.5e-6), Pace(3.48e11, 3.64e11, 6.26e-7)),
-        "fp16": Both(Pace(1.88e11, 1.93e11, 3.13e-8), Pace(1.98e11, 1.98e11, 3.66e-6)),
+        "fp32": Both(Pace(1.89e11, 1.98e11, 1.04e-9), Pace(2e11, 2.09e11, 1.04e-6)),
+        "bf16": Both(Pace(3.5e11, 3.66e11, 4.44e-6), Pace(3.28e11, 3.6e11, 2.26e-8)),
+        "fp16": Both(Pace(1.85e11, 1.9e11, 1.04e-9), Pace(1.96e11, 1.96e11, 1.04e-6)),
     })),
     NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.96e-5, call_backward=0.000127, threads=2, read=6.01e10, read_halves=1.03e11, few=1.88e11,
-        few_halves=1.79e11, pack=1.3e10, mixed=0.848, lanes=16, peak=1.14e11,
+        call=2.93e-5, call_backward=0.00012, threads=2, read=2.76e10, read_halves=5.81e10, few=2.47e11,
+        few_halves=1.88e11, pack=2.8e10, mixed=0.905, lanes=16, peak=1.16e11,
         paces={
-        "fp32": Both(Pace(1.82e11, 1.96e11, 3.23e-8), Pace(2.06e11, 2.08e11, 3.94e-6)),
-        "bf16": Both(Pace(1.9e11, 1.96e11, 1.3e-6), Pace(2.02e11, 2.04e11, 2.5e-7)),
-        "fp16": Both(Pace(1.86e11, 1.92e11, 3.23e-8), Pace(2e11, 2e11, 3.94e-6)),
+        "fp32": Both(Pace(1.82e11, 1.88e11, 2.17e-7), Pace(2.05e11, 2.13e11, 1.29e-6)),
+        "bf16": Both(Pace(1.74e11, 1.91e11, 1.03e-6), Pace(2.02e11, 2.11e11, 8.33e-9)),
+        "fp16": Both(Pace(1.82e11, 1.88e11, 2.17e-7), Pace(1.98e11, 1.98e11, 1.29e-6)),
     })),
     NativeCosts("avx2", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=3.01e-5, call_backward=0.000125, threads=2, read=5.82e10, read_halves=8.87e10, few=1.6e11,
-        few_halves=1.74e11, pack=3.57e10, mixed=0.861, lanes=8, peak=1.01e11,
+        call=2.87e-5, call_backward=0.000122, threads=2, read=2.68e10, read_halves=4.81e10, few=2.92e11,
+        few_halves=1.88e11, pack=7.25e10, mixed=0.927, lanes=8, peak=1.17e11,
         paces={
-        "fp32": Both(Pace(1.74e11, 1.83e11, 1.13e-6), Pace(1.96e11, 1.94e11, 3.26e-6)),
-        "bf16": Both(Pace(1.75e11, 1.83e11, 2.05e-6), Pace(1.93e11, 1.91e11, 1.74e-7)),
-        "fp16": Both(Pace(1.59e11, 1.64e11, 1.13e-6), Pace(1.78e11, 1.78e11, 3.26e-6)),
+        "fp32": Both(Pace(1.73e11, 1.85e11, 4.21e-8), Pace(1.95e11, 1.97e11, 1.9e-6)),
+        "bf16": Both(Pace(1.73e11, 1.84e11, 2.15e-7), Pace(1.89e11, 1.96e11, 5.8e-9)),
+        "fp16": Both(Pace(1.6e11, 1.65e11, 4.21e-8), Pace(1.77e11, 1.77e11, 1.9e-6)),
     })),
     NativeCosts("base", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
-        call=2.99e-5, call_backward=0.000118, threads=2, read=9.13e10, read_halves=1.16e11, few=6.21e10,
-        few_halves=5.98e10, pack=1.28e10, mixed=0.616, lanes=4, peak=4.4e10,
+        call=2.65e-5, call_backward=0.00012, threads=2, read=3.69e10, read_halves=4.52e10, few=6.28e10,
+        few_halves=6.27e10, pack=2.02e10, mixed=0.592, lanes=4, peak=5.1e10,
         paces={
-        "fp32": Both(Pace(5.92e10, 6.22e10, 2.69e-6), Pace(6.82e10, 6.42e10, 4.78e-6)),
-        "bf16": Both(Pace(6.06e10, 6.34e10, 5.09e-6), Pace(6.72e10, 6.5e10, 2.6e-7)),
-        "fp16": Both(Pace(5.86e10, 6.02e10, 2.69e-6), Pace(6.48e10, 6.68e10, 4.78e-6)),
+        "fp32": Both(Pace(5.97e10, 6.26e10, 3.54e-6), Pace(6.65e10, 6.7e10, 1.59e-7)),
+        "bf16": Both(Pace(5.98e10, 6.24e10, 5.46e-6), Pace(6.66e10, 6.64e10, 8.67e-9)),
+        "fp16": Both(Pace(5.86e10, 6.02e10, 3.54e-6), Pace(6.37e10, 6.56e10, 1.59e-7)),
     })),
     NativeCosts("amx_emulated", "AMD EPYC (Zen 4)", "AMD", NativeRates(
         call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, few=2.43e10, few_halves=1.35e10,
