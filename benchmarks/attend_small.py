@@ -120,9 +120,9 @@ def decode_table(given: argparse.Namespace) -> Table:
 
 
 def readers(k: Tensor, v: Tensor) -> dict[str, Run]:
-    """Ways to read as many bytes as keys and values have, each its own: what another has read may still be in the cache."""
+    """Ways to read as many bytes as keys and values have, each its own: what others read may still be in the cache."""
 
-    def reader(way: Callable[[Tensor], Any]) -> Run:
+    def reader(way: Callable[[Tensor], object]) -> Run:
         floats = [torch.rand(x.nbytes // 4) for x in (k, v)]
         return lambda: [way(x) for x in floats]
 

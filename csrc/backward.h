@@ -150,7 +150,9 @@ class Backward {
   void tile(int64_t j, int32_t kind) {
     const int64_t b = strip_.b, hk = strip_.hk, keys = c_.keys(j);
     bool masked = strip_.see(j, kind, seen_);
-    if (alive_ != below(strip_.m)) hide_dead(masked), masked = true;
+    // Queries that are not there are zeros, and those times infinity would be NaN.
+    const bool padded = strip_.m % (Kind::PER_STEP * Kind::STEPS) && !(k_.is_finite(b, hk, j) && v_.is_finite(b, hk, j));
+    if (padded || alive_ != below(strip_.m)) hide_dead(masked), masked = true;
     const Seen* seen = masked ? &seen_ : nullptr;
     for (int64_t q = 0; q < lanes_; q += Kind::UNIT) {
       const Range of{q, std::min(q + Kind::UNIT, lanes_)};

@@ -165,7 +165,7 @@ class Forward {
         vf x[2];
 #pragma GCC unroll 2
         for (int64_t i = 0; i < 2; ++i) {
-          x[i] = exp2v<Kind::EXP2>(load(s + (k + i) * Kind::UNIT) * factor - base);
+          x[i] = exp2v<Kind::EXP2>(rounded_product(load(s + (k + i) * Kind::UNIT), factor) - base);
           if (MASKED) x[i] = seen->lanes(k + i, q) ? x[i] : vf{};
         }
         total += x[0] + x[1];
@@ -206,10 +206,11 @@ class Forward {
   }
   __attribute__((noinline)) void raise(Range of, int64_t q, vf top, bool again, Partial& into) {
     vf by = splat(1.0f);
+    const bool fixed = Kind::ROOM && c_.bias_kind == NO_BIAS;  // until a sum grows: what others see must not move a base
     for (int64_t i = 0; i < W; ++i) {
       float& base = into.base[q + i];
       float wanted = std::ceil(top[i]) + Kind::ROOM;
-      if (!(wanted < INF && wanted > -INF) || (again ? total_[q + i] < 2 : wanted <= base)) continue;
+      if (!(wanted < INF && wanted > -INF) || (again ? total_[q + i] < 2 : base != UNSET && (top[i] <= base || fixed))) continue;
       if (base != UNSET) {
         wanted = std::max(wanted, base + Kind::ROOM);
         by[i] = std::exp2(base - wanted);

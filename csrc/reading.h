@@ -214,7 +214,7 @@ class Reading {
     into.top[r] = now;
     vf all = vf{};
     for (int64_t j = 0; j < n; j += W) {
-      const vf p = exp2v(load(s + j) * factor - base);
+      const vf p = exp2v(rounded_product(load(s + j), splat(factor)) - base);
       store(s + j, p);
       all += p;
     }

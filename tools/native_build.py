@@ -75,7 +75,7 @@ def build(place: Path = PLACE, more: tuple[str, ...] = STATIC) -> str:
 def _all_compiled(place: Path, more: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Compile every variant; what went wrong, and for which of them the compiler is too old."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        texts = list(pool.map(lambda one: _compiled(place, *one, more), variants().items()))
+        texts = list(pool.map(lambda one: _compiled(place, one[0], one[1], more), variants().items()))
     failed = {name: text for name, text in zip(variants(), texts, strict=True) if text}
     unknown = [name for name in failed if _knows([]) and not _knows(variants()[name])]
     return [text for name, text in failed.items() if name not in unknown], [_left_out(place, name) for name in unknown]

@@ -32,6 +32,15 @@ TM_INLINE vf load(const float* p) {
 TM_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 TM_INLINE vf splat(float x) { return x - vf{}; }
 
+// Rounded before something is subtracted: the highest of large scores less itself must be 0, which a fused product is not.
+TM_INLINE vf rounded_product(vf a, vf b) {
+  vf x = a * b;
+#if defined(__FMA__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // Two bf16 in a word: what a product takes where the processor multiplies pairs of them.
 typedef uint32_t Pair;
 #if defined(__AVX512BF16__) || defined(TM_PAIRS)

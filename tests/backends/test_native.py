@@ -174,6 +174,60 @@ def test_more_keys_than_a_cache_holds(name: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_are_not_there_meet_no_infinity(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score of -inf is a weight of 0; beside 41 queries there are zeros, and those times infinity would be NaN."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    q, k, v = (x.detach() for x in tensors(1, 1, 1, 41, 128, 16, 16, dtype)[:3])
+    q[..., 0], k[0, 0, 7, 0] = 1, -torch.inf
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = tm.attend(*leaves, backend="native")
+    _, dk, dv = torch.autograd.grad(out.float().sum(), leaves)
+    assert out.isfinite().all()
+    assert dk[..., 1:].isfinite().all()
+    assert dv.isfinite().all()
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("n", [4, 130])
+def test_large_scores(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The highest of scores of 1e12 less itself is 0: the row is the value of that key."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    for dtype in (torch.float32, torch.bfloat16):
+        _, _, v = (x.detach() for x in tensors(1, 2, 2, n, n, 16, 16, dtype)[:3])
+        q, k = torch.zeros(2, 1, 2, n, 16).to(dtype)
+        q[..., 0], k[..., 0] = 1, torch.linspace(-1, 1, n) * 1e12
+        out = tm.attend(q, k, v, tm.causal & tm.window(70), scale=1 / 3, backend="native")
+        assert torch.equal(out[:, :, :1], v[:, :, :1])
+        assert torch.equal(out[:, :, -1], v[:, :, -1])
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("biased", [False, True])
+def test_no_bit_of_a_row_follows_from_another_row(name: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 6 to the last bit: what one query sees raises no other's base."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    q, k, v = (x.detach() for x in tensors(1, 1, 1, 64, 1024, 16, 16, torch.bfloat16)[:3])
+    q, k[..., 0] = q.abs() * 0.2 + 0.75, torch.linspace(0, 120, 1024)
+    bias = torch.randn(1, 1, 64, 1024) if biased else None
+    clean = tm.attend(q, k, v, backend="native", bias=bias, scale=1.0, return_lse=True)
+    others = torch.arange(64) != 5
+    for planted in (torch.nan, 3e38, 40.0):
+        q[:, :, 5] = planted
+        found = tm.attend(q, k, v, backend="native", bias=bias, scale=1.0, return_lse=True)
+        for a, b in zip(found, clean, strict=True):
+            assert torch.equal(a[:, :, others], b[:, :, others])
+
+
 def test_values_that_some_rows_see_are_not_finite() -> None:
     """A tile of few rows that differ: the rows that do not see the value are as if it were not there."""
     q, k, v = (x.detach() for x in tensors(1, 4, 2, 6, 300, 32, 32)[:3])

@@ -18,7 +18,7 @@ from truemask.backends.backend import Backend, Proposal
 from truemask.backends.costs.model import BACKENDS as NAMES
 from truemask.backends.costs.model import Table, assumed, isa_in_use, shipped
 from truemask.backends.costs.rates import Rates
-from truemask.backends.native.library import peak
+from truemask.backends.native.library import missing, peak
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking.probes import Measure, Probe, Sizes, measures
 from truemask.benchmarking.timing import race
@@ -73,7 +73,7 @@ def _start(join: float) -> Table:
     rates = {name: replace(getattr(table, name), threads=threads) for name in NAMES}
     for name in ("sdpa", "block_sparse"):
         rates[name] = rates[name].scaled({"join": join})
-    if isa_in_use():
+    if not missing():
         rates["native"] = replace(rates["native"], peak=max(peak(0.02, False) for _ in range(5)) / threads)
     return replace(table, **rates, fixed=False)
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -105,10 +106,10 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
                 return calibrated(entry)
             except ValueError as error:
                 complain(f"are wrong ({error})")
-                return shipped()[0], f"the shipped costs, because the measured ones are wrong; {AGAIN}"
+                return shipped(", because the measured ones are wrong")
     threads = [entry.machine.threads for entry in entries if entry.machine._replace(threads=machine.threads) == machine]
     if threads:
-        return shipped()[0], f"the shipped costs (measured were {threads[0]} threads, these are {machine.threads})"
+        return shipped(f" (measured were {threads[0]} threads, these are {machine.threads})")
     if entries:
         complain(f"are of another machine ({entries[-1].machine}; this is {machine})")
     return shipped()
@@ -119,15 +120,17 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
 
 def calibrated(entry: Entry) -> tuple[Table, str]:
     """The table of stored constants, and what is to be said of it."""
-    isa, said = isa_in_use(), f"costs measured on this machine on {entry.measured}"
+    isa, table, said = isa_in_use(), table_of(entry.costs), f"costs measured on this machine on {entry.measured}"
     if not isa or isa in entry.costs.get("native", {}):
-        return table_of(entry.costs), said
-    return table_of(entry.costs), f"{said}; native with {isa} was not, and goes by the shipped ones"
+        return table, said
+    return table, f"{said}; native with {isa} was not, and goes by the shipped ones"
 
 
 def table_of(costs: dict[str, Any]) -> Table:
     """The table of constants as they are stored; `ValueError` names the one that cannot be, or the backend missing."""
     table, isa, native = shipped()[0], isa_in_use(), costs.get("native", {})
+    if not isinstance(native, dict):
+        raise ValueError(f"native: {native!r} names no instruction set")
     table = replace(
         table,
         sdpa=rates_of(SdpaRates, costs, "sdpa"),
@@ -153,8 +156,8 @@ def rates_of(kind: type[R], costs: dict[str, Any], name: str) -> R:
 # -- shipped -----------------------------------------------------------------------------------------------------------
 
 
-def shipped() -> tuple[Table, str]:
-    """The shipped constants nearest to this processor, and what is to be said of them."""
+def shipped(why: str = "") -> tuple[Table, str]:
+    """The shipped constants nearest to this processor, and what is to be said of them, with `why` it is those."""
     named = os.environ.get(VARIABLE, "")
     if named in TORCH:
         costs = TORCH[named]
@@ -171,7 +174,7 @@ def shipped() -> tuple[Table, str]:
             f"native with {isa} was not measured: it is priced as with {native.isa} on an {native.machine}{beside_amx}"
         )
     said = f" ({'; '.join(notes)})" if notes else ""
-    return Table(*costs.rates, native.rates, unmeasured=unmeasured), f"the shipped costs{said}; {AGAIN}"
+    return Table(*costs.rates, native.rates, unmeasured=unmeasured), f"the shipped costs{why}{said}; {AGAIN}"
 
 
 def torch_kind() -> str:
@@ -188,9 +191,12 @@ def has_amx() -> bool:
     return able and wide and (held in ("", "DEFAULT") or "AMX" in held)
 
 
+_in_use = cache(in_use)  # it looks for files, and a plan asks fifteen times
+
+
 def isa_in_use() -> str:
     """The native kernel's instruction set; empty if there is no kernel."""
-    return in_use(torch.backends.cpu.get_cpu_capability(), wanted())
+    return _in_use(torch.backends.cpu.get_cpu_capability(), wanted())
 
 
 def nearest_native(isa: str, vendor: str) -> NativeCosts:

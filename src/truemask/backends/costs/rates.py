@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 R = TypeVar("R", bound="Rates")
 
@@ -21,7 +21,7 @@ class Pace:
     """Useful arithmetic a second at head sizes of 64 and 128, and how much of it few rows reach.
 
     `step` is what a thread loses whenever it begins with a block of rows; `rows1` to `rows64` are the shares of full
-    speed of so many rows at a time (see `model.rows_at_once`), which torch's kernel has and others ignore.
+    speed of so many rows at a time (see `prediction.rows_at_once`), which torch's kernel has and others ignore.
     """
 
     d64: float
@@ -47,6 +47,7 @@ class Rates:
     call_backward: float
     threads: float = 2  # that all of them were measured with
     paces: Mapping[str, Both] = field(default_factory=dict)
+    dtypes: ClassVar = ("fp32", "fp64", "bf16", "fp16")
 
     @classmethod
     def of(cls: type[R], numbers: Mapping[str, Any]) -> R:
@@ -56,6 +57,8 @@ class Rates:
         if set(given) != names:
             raise ValueError(f"{', '.join(sorted(set(given) ^ names))}: not what {cls.__name__} holds")
         paces = {dtype: Both(*(Pace(**both[way]) for way in DIRECTIONS)) for dtype, both in numbers["paces"].items()}
+        if lacking := [dtype for dtype in cls.dtypes if dtype not in paces]:
+            raise ValueError(f"nothing is said of {', '.join(lacking)}")
         rates = cls(**given, paces=paces)
         for path, number in rates.flat().items():
             if type(number) not in (int, float) or not 0 < number < math.inf:
@@ -114,6 +117,8 @@ class NativeRates(Rates):
     are laid out for many queries; `mixed`: how many times longer a MIXED tile takes; `lanes`: rows that a vector holds;
     `peak`: arithmetic a second in fp32 of one thread, by which `truemask doctor` knows the machine again.
     """
+
+    dtypes: ClassVar = ("fp32", "bf16", "fp16")
 
     read: float = 20e9
     read_halves: float = 15e9

@@ -78,7 +78,7 @@ class TilesProposal(Proposal):
         step = forward.step if work.packed else rates.paces["fp32"].forward.step  # that of nothing but a beginning
         cost = rates.call + share * work.units * step / rates.threads
         if work.packed:
-            cost += share * work.cells * cell_seconds(forward, r) + work.key_bytes / rates.pack
+            cost += share * (work.cells * cell_seconds(forward, r) + work.key_bytes / rates.pack)
         else:
             read, few = (rates.read, rates.few) if r.dtype.itemsize == 4 else (rates.read_halves, rates.few_halves)
             cost += share * (work.key_bytes / read + 2 * work.cells * size / few)
