@@ -151,8 +151,8 @@ class Backward {
     const int64_t b = strip_.b, hk = strip_.hk, keys = c_.keys(j);
     bool masked = strip_.see(j, kind, seen_);
     // Queries that are not there are zeros, and those times infinity would be NaN.
-    const bool padded = strip_.m % (Kind::PER_STEP * Kind::STEPS) && !(k_.is_finite(b, hk, j) && v_.is_finite(b, hk, j));
-    if (padded || alive_ != below(strip_.m)) hide_dead(masked), masked = true;
+    const bool not_there = strip_.m % (Kind::PER_STEP * Kind::STEPS) && !(k_.is_finite(b, hk, j) && v_.is_finite(b, hk, j));
+    if (not_there || alive_ != below(strip_.m)) hide_dead(masked), masked = true;
     const Seen* seen = masked ? &seen_ : nullptr;
     for (int64_t q = 0; q < lanes_; q += Kind::UNIT) {
       const Range of{q, std::min(q + Kind::UNIT, lanes_)};
@@ -244,7 +244,6 @@ class Backward {
       for (int64_t r = 0; r < m; ++r) floats(strip_.row(x, r), c_.dtype, d, padded(d), spare_ + r * padded(d));
       add_chosen_to_keys(keys, to.width(), m, weights.at, LEFT, spare_, padded(d), seen_, to.tile(b, hk, j), to.width());
     };
-    kind_.flush();
     of_keys(c_.dout, c_.dv, left(weights_, scores_), dv_);
     of_keys(c_.q, c_.d, left(ds_, dp_), dk_);
     add_chosen_to_queries(c_.d, keys, [&](int64_t k, int64_t p) { return k_.number(b, hk, j * TILE + k, p); }, right(), TILE,
