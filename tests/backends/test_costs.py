@@ -62,10 +62,14 @@ def test_native_is_not_held_against_amx_unless_it_was_measured(amx: str, mask: t
     bf16 = {"dtype": torch.bfloat16, "grad": True}
     if costs.table().unmeasured:
         assert amx not in {isa for isa, vendor in NATIVE if vendor == "Intel"}
-        assert all(tm.plan(mask, n, **bf16).backend != "native" for n in (16, 128, 1024, 8192))
+        for n in (16, 128, 1024, 8192):
+            plan = tm.plan(mask, n, **bf16)
+            sure = {name: cost for name, cost in plan.costs.items() if name != "native"}
+            if min(sure, key=sure.__getitem__) == "sdpa":
+                assert plan.backend == "sdpa"
         plan = tm.plan(tm.causal, 2048, **bf16)
         assert f"native with {amx} was not measured: it is priced as with avx512_bf16 on an Intel Xeon" in str(plan)
-        assert "not chosen in bf16 where sdpa can run it" in str(plan)
+        assert "in bf16 not held against sdpa" in str(plan)
         softcapped = tm.plan(tm.causal, 2048, **bf16, softcap=30.0)
         assert softcapped.backend == min(softcapped.costs, key=softcapped.costs.__getitem__)
     assert tm.plan(tm.causal, 8192).backend == "native"
@@ -106,6 +110,7 @@ def test_shipped_costs_are_taken_by_name(name: str, monkeypatch: pytest.MonkeyPa
     before, threads = tm.plan(tm.causal, 512).costs, torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 3)
+        CACHE.clear()
         assert tm.plan(tm.causal, 512).costs == before
     finally:
         torch.set_num_threads(threads)

@@ -67,7 +67,7 @@ class Proposal(ABC):
 
     @property
     def doubt(self) -> bool:
-        """Whether the cost is so uncertain that `sdpa` is chosen where it can run the job too."""
+        """Whether the cost is too uncertain to be held against `sdpa`, where that is the cheapest of the others."""
         return False
 
     def forget(self) -> None:  # noqa: B027 - most have nothing to give up

@@ -27,6 +27,7 @@ from truemask.masks.leaves.bands import window
 SECONDS = 0.1  # for each backend and probe, in each of so many turns: a noisy minute does not hit all of them
 TURNS, RUNS = 2, 4
 MOST = 30.0  # times a constant, or a part of it, is multiplied at most: beyond that a measurement is not believed
+STEPS = 1e-7, 1e-3  # seconds: less does not show, whatever the shipped constant is
 ROUNDS, NUDGE = 6, 1e-3
 Announce = Callable[[str], object]
 
@@ -87,7 +88,7 @@ def fitted(found: Sequence[Measured], table: Table) -> Table:
             rates: Rates = getattr(table, name)
             factor = agreeing(one, table)
             bound, now = start[name].flat(), rates.flat()
-            factors = {path: _within(factor * now[path] / bound[path]) * bound[path] / now[path] for path in one.shows}
+            factors = {path: _bounded(path, factor * now[path], bound[path]) / now[path] for path in one.shows}
             table = replace(table, **{name: rates.scaled(factors)})
     return table
 
@@ -105,6 +106,11 @@ def agreeing(one: Measured, table: Table) -> float:
         return 1.0
     times = _within((one.seconds - before + part) / part)
     return times if takes_time else 1 / times
+
+
+def _bounded(path: str, found: float, start: float) -> float:
+    """A constant within what is believed of it."""
+    return min(max(STEPS[0], found), STEPS[1]) if path.endswith("step") else _within(found / start) * start
 
 
 def _within(factor: float) -> float:

@@ -49,12 +49,9 @@ class Proposals:
         """
         able = [backend for backend in self.answers if backend.name in self.willing and wanted in (None, backend.name)]
         if len(able) > 1:
-            able.sort(key=lambda backend: (backend.last_resort, self.in_doubt(backend.name), self.costs[backend.name]))
-        return able[0] if able else None
-
-    def in_doubt(self, name: str) -> bool:
-        """Whether a backend's cost is too uncertain to be chosen by."""
-        return "sdpa" in self.willing and self.willing[name].doubt
+            able.sort(key=lambda backend: (backend.last_resort, self.costs[backend.name]))
+        sure = [backend for backend in able if not self.willing[backend.name].doubt]
+        return next(iter(sure if sure and sure[0].name == "sdpa" else able), None)
 
     def forget(self, but: Backend | None = None) -> None:
         """Give up what was worked out to answer; `but` may need it to run the job."""

@@ -169,7 +169,7 @@ def shipped(why: str = "") -> tuple[Table, str]:
     native = nearest_native(isa, vendor)
     unmeasured = isa if isa and (native.isa, native.vendor) != (isa, vendor) else ""
     if unmeasured:
-        beside_amx = ", and not chosen in bf16 where sdpa can run it" if has_amx() else ""
+        beside_amx = ", and in bf16 not held against sdpa" if has_amx() else ""
         notes.append(
             f"native with {isa} was not measured: it is priced as with {native.isa} on an {native.machine}{beside_amx}"
         )
