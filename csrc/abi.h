@@ -26,6 +26,7 @@ struct Call {
   Array q, k, v, out;
   float* lse;          // [b, hq, nq], over keys only
   const float* sinks;  // [hq], or null
+  float *base, *log_total;  // [b, hq, nq], or null: in binary digits lse is their sum, which would lose those of large scores
 
   // The mask: rows of tiles as runs of key tiles, (first, end, kind): the number of a pattern, or ALL, or SLABS.
   int64_t mask_b, mask_h;
@@ -50,10 +51,10 @@ struct Call {
   uint64_t seed;
   float keep_scale;
 
-  // The backward: `lse` is then the log-sum-exp with the sinks. What comes back to the one over keys is `dlse`, or null;
-  // beside sinks that is another one, `keys_lse`, or null where there are none.
+  // The backward: `log_total` is then that with the sinks, and `lse` null. What comes back to the lse over keys is `dlse`, or
+  // null; beside sinks that has another one, `keys_log_total`, or null where there are none.
   Array dout, dq, dk, dv_out;
-  const float *dlse, *keys_lse;  // [b, hq, nq]
+  const float *dlse, *keys_log_total;  // [b, hq, nq]
   float* delta;  // [b, hq, nq]: dout . out, for the sinks
 
   int64_t tiles_q() const { return (nq + TILE - 1) / TILE; }
@@ -74,13 +75,13 @@ inline std::string layout() {
 #define TM_CALL(name) TM_FIELD(Call, name)
   TM_FIELD(Array, data) TM_FIELD(Array, sample) TM_FIELD(Array, head) TM_FIELD(Array, row)
   TM_CALL(b) TM_CALL(hq) TM_CALL(hk) TM_CALL(nq) TM_CALL(nk) TM_CALL(d) TM_CALL(dv) TM_CALL(dtype) TM_CALL(threads)
-  TM_CALL(scale) TM_CALL(softcap) TM_CALL(q) TM_CALL(k) TM_CALL(v) TM_CALL(out) TM_CALL(lse) TM_CALL(sinks)
+  TM_CALL(scale) TM_CALL(softcap) TM_CALL(q) TM_CALL(k) TM_CALL(v) TM_CALL(out) TM_CALL(lse) TM_CALL(sinks) TM_CALL(base) TM_CALL(log_total)
   TM_CALL(mask_b) TM_CALL(mask_h) TM_CALL(starts) TM_CALL(runs) TM_CALL(words) TM_CALL(order)
   TM_CALL(slab_first) TM_CALL(slab_rows) TM_CALL(slab_starts) TM_CALL(slab_lo) TM_CALL(slab_hi)
   TM_CALL(bias_kind) TM_CALL(bias) TM_CALL(bias_strides) TM_CALL(reach)
   TM_CALL(q_positions) TM_CALL(k_positions) TM_CALL(q_stride) TM_CALL(k_stride)
   TM_CALL(drop_below) TM_CALL(seed) TM_CALL(keep_scale)
-  TM_CALL(dout) TM_CALL(dq) TM_CALL(dk) TM_CALL(dv_out) TM_CALL(dlse) TM_CALL(keys_lse) TM_CALL(delta)
+  TM_CALL(dout) TM_CALL(dq) TM_CALL(dk) TM_CALL(dv_out) TM_CALL(dlse) TM_CALL(keys_log_total) TM_CALL(delta)
 #undef TM_CALL
 #undef TM_FIELD
   say("bytes", sizeof(Array), sizeof(Call));

@@ -133,17 +133,17 @@ class Backward {
     q_.read(strip_, c_.q, lanes_);
     dout_.read(strip_, c_.dout, lanes_);
     alive_ = below(strip_.m);
-    std::fill(top_, top_ + TILE, 1e30f);  // weights of queries that are not there are 0
-    for (float* x : {less_, keys_top_, dlse_}) std::fill(x, x + TILE, 0.0f);
+    std::fill(base_, base_ + TILE, 1e30f);  // weights of queries that are not there are 0
+    for (float* x : {log_total_, keys_log_total_, less_, dlse_}) std::fill(x, x + TILE, 0.0f);
     for (int64_t r = 0; r < strip_.m; ++r) {
       const int64_t n = strip_.number(r);
-      less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_lse ? c_.dlse[n] : 0);
-      if (c_.lse[n] == -INF) {  // nor of those that see nothing
+      less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_log_total ? c_.dlse[n] : 0);
+      if (c_.log_total[n] == -INF) {  // nor of those that see nothing
         alive_ &= ~(1ull << r);
         continue;
       }
-      top_[r] = c_.lse[n] * LOG2E;
-      if (c_.keys_lse) keys_top_[r] = c_.keys_lse[n] * LOG2E, dlse_[r] = c_.dlse[n];
+      base_[r] = c_.base[n], log_total_[r] = c_.log_total[n];
+      if (c_.keys_log_total) keys_log_total_[r] = c_.keys_log_total[n], dlse_[r] = c_.dlse[n];
     }
   }
 
@@ -162,7 +162,7 @@ class Backward {
                     v_.next_rows(b, hk, j));
       kind_.flush();
       strip_.score(j, of, scores_, Kind::UNIT, c_.softcap != 0 ? slopes_ + 0 : nullptr);
-      const bool plain = c_.softcap == 0 && !c_.keys_lse && !c_.drop_below;
+      const bool plain = c_.softcap == 0 && !c_.keys_log_total && !c_.drop_below;
       if (masked) plain ? weigh<true, true>(j, of) : weigh<true, false>(j, of);
       else plain ? weigh<false, true>(j, of) : weigh<false, false>(j, of);
     }
@@ -198,22 +198,22 @@ class Backward {
     const vf factor = splat(strip_.factor());
     for (int64_t q = of.first; q < of.end; q += W) {
       float *s = scores_ + (q - of.first), *g = dp_ + (q - of.first);
-      const vf top = load(top_ + q), less = load(less_ + q);
+      const vf base = load(base_ + q), log_total = load(log_total_ + q), less = load(less_ + q);
       for (int64_t k = 0; k < TILE; k += 2) {
         vf p[2], ds[2];
 #pragma GCC unroll 2
         for (int64_t i = 0; i < 2; ++i) {
           const int64_t at = (k + i) * Kind::UNIT;
-          const vf x = load(s + at) * factor;
+          const vf x = rounded_product(load(s + at), factor) - base;  // as in the forward, to the last bit
           vf dp = load(g + at);
-          p[i] = exp2v<Kind::EXP2>(x - top);
+          p[i] = exp2v<Kind::EXP2>(x - log_total);
           const vf weight = p[i];
           if (!PLAIN && c_.drop_below) {
             const vi kept = strip_.kept(j, k + i, q);
             p[i] = kept ? p[i] * c_.keep_scale : vf{}, dp = kept ? dp * c_.keep_scale : vf{};
           }
           ds[i] = weight * (dp - less);
-          if (!PLAIN && c_.keys_lse) ds[i] += exp2v(x - load(keys_top_ + q)) * load(dlse_ + q);
+          if (!PLAIN && c_.keys_log_total) ds[i] += exp2v(x - load(keys_log_total_ + q)) * load(dlse_ + q);
           if (!PLAIN && c_.softcap != 0) ds[i] *= load(slopes_ + (q - of.first) + at);
           if (MASKED) {
             const vi on = seen_.lanes(k + i, q);
@@ -262,7 +262,7 @@ class Backward {
   Buffer<E> weights_, ds_, ds_right_;   // those of pairs
   Buffer<float> sums_, spare_;
   float* to_queries_ = nullptr;  // [d, 64]
-  float top_[TILE], less_[TILE], keys_top_[TILE], dlse_[TILE];
+  float base_[TILE], log_total_[TILE], keys_log_total_[TILE], less_[TILE], dlse_[TILE];
   uint64_t alive_ = 0;
   int64_t lanes_ = 0;
   bool begun_ = false;

@@ -95,11 +95,10 @@ class Forward {
       transpose<float>(from.sums + q * width_, Kind::UNIT, width_, std::min(Kind::UNIT, now_->lanes - q), out_ + q * row, row);
     for (int64_t r = 0; r < now_->strip.m; ++r) {
       const float total = from.total[r];
-      const float lse = total == 0 ? -INF : (from.base[r] - Kind::ROOM + std::log2(total * (1 << Kind::ROOM))) * LN2;
+      const float lse = now_->strip.write_lse(r, from.base[r], total, Kind::ROOM);
       float by = total == 0 ? 0 : 1 / (total == total ? from.rounded[r] : total);
       if (c_.sinks && total != 0) by /= 1 + std::exp(c_.sinks[now_->strip.head_of(r)] - lse);
       write(out_ + r * row, by, c_.dv, c_.dtype, now_->strip.row(c_.out, r));
-      c_.lse[now_->strip.number(r)] = lse;
     }
   }
 

@@ -52,6 +52,14 @@ struct Strip {
   int64_t query(int64_t r) const { return tile * TILE + r % each; }
   int64_t number(int64_t r) const { return (b * c.hq + head_of(r)) * c.nq + query(r); }  // in [b, hq, nq]
 
+  // Of weights 2^(score - base), the highest of which was about 2^-room.
+  float write_lse(int64_t r, float base, float total, int room) const {
+    const float lse = total == 0 ? -INF : (base - room + std::log2(total * (1 << room))) * LN2;
+    c.lse[number(r)] = lse;
+    if (c.base) c.base[number(r)] = base, c.log_total[number(r)] = total == 0 ? -INF : std::log2(total);
+    return lse;
+  }
+
   void* row(const Array& x, int64_t r) const { return row_of(c, x, b, head_of(r), query(r)); }
 
   // Which keys of tile j each query sees; false if all do.

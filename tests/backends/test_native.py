@@ -210,6 +210,25 @@ def test_large_scores(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("size", [1e4, 1e6])
+@pytest.mark.parametrize("n", [8, 128])
+def test_gradients_of_large_scores(name: str, size: float, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers whose scores are exact: a log-sum-exp of such a size has no digits for what lies between keys."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    mask = tm.causal.at(q_start=128 - n)
+    for dtype, most in ((torch.float32, 3e-6), (torch.bfloat16, 1e-2)):
+        q, k, v, back = tensors(1, 2, 2, n, 128, 64, 64, dtype)
+        q, k = ((x.detach().sign() * by).requires_grad_() for x, by in ((q, size / 8), (k, 1)))
+        found = torch.autograd.grad(tm.attend(q, k, v, mask, backend="native"), (q, k, v), back)
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        out = tm.attend(*exact, mask, backend="reference")
+        for a, b in zip(found, torch.autograd.grad(out, exact, back.double()), strict=True):
+            assert (a.double() - b).abs().max() <= most * b.abs().max()
+
+
+@pytest.mark.parametrize("name", BUILT)
 @pytest.mark.parametrize("biased", [False, True])
 def test_no_bit_of_a_row_follows_from_another_row(name: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 6 to the last bit: what one query sees raises no other's base."""

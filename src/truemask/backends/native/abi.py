@@ -30,7 +30,7 @@ class CallStruct(ctypes.Structure):
         *((name, c_int64) for name in ("b", "hq", "hk", "nq", "nk", "d", "dv", "dtype", "threads")),
         *((name, c_float) for name in ("scale", "softcap")),
         *((name, ArrayStruct) for name in ("q", "k", "v", "out")),
-        *((name, c_void_p) for name in ("lse", "sinks")),
+        *((name, c_void_p) for name in ("lse", "sinks", "base", "log_total")),
         *((name, c_int64) for name in ("mask_b", "mask_h")),
         *((name, c_void_p) for name in ("starts", "runs", "words", "order", *ENDS)),
         ("bias_kind", c_int64),
@@ -42,7 +42,7 @@ class CallStruct(ctypes.Structure):
         *((name, c_uint64) for name in ("drop_below", "seed")),
         ("keep_scale", c_float),
         *((name, ArrayStruct) for name in ("dout", "dq", "dk", "dv_out")),
-        *((name, c_void_p) for name in ("dlse", "keys_lse", "delta")),
+        *((name, c_void_p) for name in ("dlse", "keys_log_total", "delta")),
     )
 
 

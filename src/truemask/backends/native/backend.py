@@ -171,7 +171,7 @@ class Native(Backend):
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r = job.request
         positions = job.positions if r.bias_object else None
-        call = NativeCall(lowered.data, inputs, inputs.bias, positions)
+        call = NativeCall(lowered.data, inputs, inputs.bias, positions, r.grad)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
         out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
         return Result(out, lse if r.return_lse else None)

@@ -127,38 +127,44 @@ class NativeCall:
 
     name = "native"
 
-    def __init__(self, tiles: Tiles, numbers: Inputs, bias: Tensor | Bias | None, positions: Any) -> None:
-        self.tiles, self.bias = tiles, bias
+    def __init__(self, tiles: Tiles, numbers: Inputs, bias: Tensor | Bias | None, positions: Any, grad: bool) -> None:
+        self.tiles, self.bias, self.grad = tiles, bias, grad
         self.scale, self.softcap = numbers.scale, numbers.softcap or 0.0
         self.dropout, self.seed = numbers.dropout, numbers.seed
         self.positions = positions
 
-    def results(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`out [b, hq, q, dv]` and `lse [b, hq, q]` over keys."""
+    def results(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
+        """`out [b, hq, q, dv]`, `lse [b, hq, q]` over keys, and for a backward its two parts in binary digits."""
         (b, h, n, _), dv = q.shape, v.shape[-1]
         out = torch.empty(b, n, h, dv, dtype=q.dtype).transpose(1, 2)
         lse = torch.empty(b, h, n)
+        parts = (torch.empty(b, h, n), torch.empty(b, h, n)) if self.grad else ()
         if not (out.numel() and k.shape[2]):
-            return out.zero_(), lse.fill_(-torch.inf)
-        call, held = self._described(q, k, v, out, lse)
+            return out.zero_(), *(x.fill_(-torch.inf) for x in (lse, *parts))
+        call, held = self._described(q, k, v, out)
+        call.lse = lse.data_ptr()
         column = None if sinks is None else sinks.detach().float().contiguous()
         call.sinks = None if column is None else column.data_ptr()
+        if parts:
+            call.base, call.log_total = (x.data_ptr() for x in parts)
         run("tm_forward", call)
         del held
-        return out, lse
+        return out, lse, *parts
 
     def gradients(self, tensors: Any, results: Any, output_grads: Any, needed: Any) -> Gradients:
         """Of q, k, v and the sinks."""
-        (q, k, v, sinks), (out, lse), (dout, dlse) = tensors, results, output_grads
+        (q, k, v, sinks), (out, lse, base, log_total), (dout, dlse) = tensors, results, output_grads
         dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
+        dead = lse == -torch.inf
         if dlse is not None:
-            dlse = dlse.masked_fill(lse == -torch.inf, 0).contiguous()
+            dlse = dlse.masked_fill(dead, 0).contiguous()
         if sinks is None:
-            return *self._backward(q, k, v, out, lse.contiguous(), dout, dlse, None)[:3], None
-        dead, column = lse == -torch.inf, sinks.float()[:, None]
-        merged = torch.logaddexp(lse, column).masked_fill(dead, -torch.inf)
-        *grads, delta = self._backward(q, k, v, out, merged, dout, dlse, None if dlse is None else lse)
-        reached = (-torch.exp(column - merged) * delta).masked_fill(dead, 0)
+            return *self._backward(q, k, v, out, base, log_total, dout, dlse, None)[:3], None
+        column = sinks.float()[:, None] * math.log2(math.e) - base.masked_fill(dead, 0)
+        merged = torch.logaddexp2(log_total, column).masked_fill(dead, -torch.inf)
+        keys_log_total = None if dlse is None else log_total
+        *grads, delta = self._backward(q, k, v, out, base, merged, dout, dlse, keys_log_total)
+        reached = (-torch.exp2(column - merged) * delta).masked_fill(dead, 0)
         return *grads, reached.sum((0, 2)).to(sinks.dtype)
 
     def _backward(
@@ -167,25 +173,27 @@ class NativeCall:
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        lse: Tensor,
+        base: Tensor,
+        log_total: Tensor,
         dout: Tensor,
         dlse: Tensor | None,
-        keys_lse: Tensor | None,
+        keys_log_total: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """dq, dk, dv and `dout . out`; `lse` is that with the sinks if there are some, and `keys_lse` the other."""
+        """dq, dk, dv and `dout . out`; `log_total` is that with the sinks if there are some, the other without."""
         dq, dk, dv = (_laid_out_as(x) for x in (q, k, v))
-        delta = torch.zeros(lse.shape)
+        delta = torch.zeros(base.shape)
         if not (out.numel() and k.shape[2]):
             return dq.zero_(), dk.zero_(), dv.zero_(), delta
-        call, held = self._described(q, k, v, out, lse)
+        call, held = self._described(q, k, v, out)
+        call.base, call.log_total = base.data_ptr(), log_total.data_ptr()
         call.dout, call.dq, call.dk, call.dv_out = (_array(x) for x in (dout, dq, dk, dv))
         call.delta = delta.data_ptr()
-        call.dlse, call.keys_lse = (None if x is None else x.data_ptr() for x in (dlse, keys_lse))
+        call.dlse, call.keys_log_total = (None if x is None else x.data_ptr() for x in (dlse, keys_log_total))
         run("tm_backward", call)
         del held
         return dq, dk, dv, delta
 
-    def _described(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[CallStruct, list[Any]]:
+    def _described(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[CallStruct, list[Any]]:
         """The structure, and what must outlive it."""
         (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
         tiles = self.tiles.total * (b * hq // (self.tiles.shape[0] * self.tiles.shape[1]))
@@ -196,7 +204,6 @@ class NativeCall:
         call.b, call.hq, call.hk, call.nq, call.nk, call.d, call.dv = b, hq, hk, nq, nk, d, dv
         call.dtype, call.threads, call.scale, call.softcap = DTYPES[q.dtype], threads, self.scale, self.softcap
         call.q, call.k, call.v, call.out = (_array(x) for x in (q, k, v, out))
-        call.lse = lse.data_ptr()
         if self.dropout:
             call.drop_below, call.seed, call.keep_scale = threshold(self.dropout), self.seed, 1 / (1 - self.dropout)
         return call, self._bias(call)
