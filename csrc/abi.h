@@ -21,7 +21,7 @@ struct Array {
 
 struct Call {
   int64_t b, hq, hk, nq, nk, d, dv;  // sizes
-  int64_t dtype, threads;
+  int64_t dtype, threads, in_parts;  // whether fp32 and fp16 are multiplied as sums of bf16, where there are tiles
   float scale, softcap;  // softcap 0: none
   Array q, k, v, out;
   float* lse;          // [b, hq, nq], over keys only
@@ -74,7 +74,7 @@ inline std::string layout() {
 #define TM_FIELD(type, name) say(#name, offsetof(type, name), sizeof(type::name));
 #define TM_CALL(name) TM_FIELD(Call, name)
   TM_FIELD(Array, data) TM_FIELD(Array, sample) TM_FIELD(Array, head) TM_FIELD(Array, row)
-  TM_CALL(b) TM_CALL(hq) TM_CALL(hk) TM_CALL(nq) TM_CALL(nk) TM_CALL(d) TM_CALL(dv) TM_CALL(dtype) TM_CALL(threads)
+  TM_CALL(b) TM_CALL(hq) TM_CALL(hk) TM_CALL(nq) TM_CALL(nk) TM_CALL(d) TM_CALL(dv) TM_CALL(dtype) TM_CALL(threads) TM_CALL(in_parts)
   TM_CALL(scale) TM_CALL(softcap) TM_CALL(q) TM_CALL(k) TM_CALL(v) TM_CALL(out) TM_CALL(lse) TM_CALL(sinks) TM_CALL(base) TM_CALL(log_total)
   TM_CALL(mask_b) TM_CALL(mask_h) TM_CALL(starts) TM_CALL(runs) TM_CALL(words) TM_CALL(order)
   TM_CALL(slab_first) TM_CALL(slab_rows) TM_CALL(slab_starts) TM_CALL(slab_lo) TM_CALL(slab_hi)

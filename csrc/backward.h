@@ -23,11 +23,11 @@ struct BackwardCut {
 };
 
 // What comes back to keys or values [b, h, n, d]: summed in the tensor itself if its rows are floats that vectors fit and that
-// lie one after the other, or else beside it.
+// lie one after the other, or else beside it, as always for tiles, which have rows that are not there.
 class KeyGradient {
  public:
-  KeyGradient(const Call& c, const Array& x, int64_t d)
-      : c_(c), x_(x), d_(d), width_(padded(d)), direct_(c.dtype == FLOAT && d == width_ && x.row == d),
+  KeyGradient(const Call& c, const Array& x, int64_t d, bool in_tiles)
+      : c_(c), x_(x), d_(d), width_(padded(d)), direct_(!in_tiles && c.dtype == FLOAT && d == width_ && x.row == d),
         beside_(direct_ ? 0 : c.b * c.hk * c.tiles_k() * TILE * width_) {}
 
   float* tile(int64_t b, int64_t h, int64_t j) {
@@ -93,13 +93,14 @@ class Backward {
   using E = typename Kind::E;
   static constexpr bool PAIRED = Kind::PER_STEP == 2;
   static constexpr int64_t LEFT = TILE / Kind::PER_STEP;  // from one row of a left operand to the next
+  static constexpr int64_t PART = TILE * LEFT;            // of weights: from one to the next
 
  public:
   Backward(const Call& c, const BackwardCut& cut, const Packed<Kind>& k, const Packed<Kind>& v, const QueryGradient<Kind>& dq,
-           KeyGradient& dk, KeyGradient& dv)
-      : c_(c), cut_(cut), k_(k), v_(v), strip_(c), dq_(dq), dk_(dk), dv_(dv), q_(c.d, true), dout_(c.dv, true),
+           KeyGradient& dk, KeyGradient& dv, std::atomic<bool>& finite)
+      : c_(c), cut_(cut), k_(k), v_(v), finite_(finite), strip_(c), dq_(dq), dk_(dk), dv_(dv), q_(c.d, true), dout_(c.dv, true),
         scores_(TILE * Kind::UNIT), dp_(TILE * Kind::UNIT), slopes_(c.softcap != 0 ? TILE * Kind::UNIT : 0),
-        weights_(PAIRED ? TILE * LEFT : 0), ds_(PAIRED ? TILE * LEFT : 0), ds_right_(PAIRED ? LEFT * TILE : 0),
+        weights_(PAIRED ? Kind::PARTS * PART : 0), ds_(PAIRED ? Kind::PARTS * PART : 0), ds_right_(PAIRED ? Kind::PARTS * PART : 0),
         sums_(cut.parts > 1 ? 0 : dq.size() * (cut.span < cut.size ? c.tiles_q() : 1)), spare_(TILE * padded(std::max(c.d, c.dv))) {}
 
   void operator()(int64_t item) {
@@ -132,6 +133,7 @@ class Backward {
     lanes_ = multiple(strip_.m, Kind::LANES);
     q_.read(strip_, c_.q, lanes_);
     dout_.read(strip_, c_.dout, lanes_);
+    if (Kind::PARTS > 1 && !(q_.is_finite() && dout_.is_finite())) finite_ = false;
     alive_ = below(strip_.m);
     std::fill(base_, base_ + TILE, 1e30f);  // weights of queries that are not there are 0
     for (float* x : {log_total_, keys_log_total_, less_, dlse_}) std::fill(x, x + TILE, 0.0f);
@@ -156,9 +158,9 @@ class Backward {
     const Seen* seen = masked ? &seen_ : nullptr;
     for (int64_t q = 0; q < lanes_; q += Kind::UNIT) {
       const Range of{q, std::min(q + Kind::UNIT, lanes_)};
-      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, hk, j), q_.turned(q), Kind::UNIT, of, seen, scores_ + 0, Kind::UNIT,
+      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, hk, j), q_.turned(q), of, seen, scores_ + 0, Kind::UNIT,
                     k_.next_rows(b, hk, j));
-      multiply_keys(kind_, keys, steps<Kind>(c_.dv), v_.rows(b, hk, j), dout_.turned(q), Kind::UNIT, of, seen, dp_ + 0, Kind::UNIT,
+      multiply_keys(kind_, keys, steps<Kind>(c_.dv), v_.rows(b, hk, j), dout_.turned(q), of, seen, dp_ + 0, Kind::UNIT,
                     v_.next_rows(b, hk, j));
       kind_.flush();
       strip_.score(j, of, scores_, Kind::UNIT, c_.softcap != 0 ? slopes_ + 0 : nullptr);
@@ -172,18 +174,17 @@ class Backward {
                 dv_.next_tile(b, hk, j));
     add_to_keys(kind_, keys, dk_.width(), queries, left(ds_, dp_), q_.rows(), seen, dk_.tile(b, hk, j), dk_.width(),
                 dk_.next_tile(b, hk, j));
-    add_to_queries(kind_, c_.d, keys, k_.turned(b, hk, j), right(), TILE, {0, lanes_}, seen, to_queries_, TILE,
-                   k_.next_turned(b, hk, j));
+    add_to_queries(kind_, c_.d, keys, k_.turned(b, hk, j), right(), {0, lanes_}, seen, to_queries_, TILE, k_.next_turned(b, hk, j));
   }
 
   // Pairs have weights of their own; floats stay where scores were.
   Left<E> left(const Buffer<E>& paired, const Buffer<float>& floats) const {
-    if constexpr (PAIRED) return {paired, LEFT, 1};
-    else return {floats, LEFT, 1};
+    if constexpr (PAIRED) return {paired, LEFT, 1, PART};
+    else return {floats, LEFT, 1, 0};
   }
-  const E* right() const {
-    if constexpr (PAIRED) return ds_right_;
-    else return dp_;
+  Right<E> right() const {
+    if constexpr (PAIRED) return {ds_right_, TILE, PART};
+    else return {dp_, TILE, 0};
   }
 
   void hide_dead(bool masked) {
@@ -226,12 +227,15 @@ class Backward {
   }
   TM_INLINE void put(float* s, float* g, int64_t k, int64_t q, const vf* p, const vf* ds) {
     if constexpr (PAIRED) {
-      const vh low = halved(ds[0]), high = halved(ds[1]);
-      for (int64_t i = 0; i < 2; ++i) {
-        store(reinterpret_cast<uint16_t*>(weights_ + (k + i) * LEFT) + q, halved(p[i]));
-        store(reinterpret_cast<uint16_t*>(ds_ + (k + i) * LEFT) + q, i ? high : low);
+      vh weights[2][Kind::PARTS], both[2][Kind::PARTS];
+      for (int64_t i = 0; i < 2; ++i) halved<Kind::PARTS>(p[i], weights[i]), halved<Kind::PARTS>(ds[i], both[i]);
+      for (int64_t part = 0; part < Kind::PARTS; ++part) {
+        for (int64_t i = 0; i < 2; ++i) {
+          store(reinterpret_cast<uint16_t*>(weights_ + part * PART + (k + i) * LEFT) + q, weights[i][part]);
+          store(reinterpret_cast<uint16_t*>(ds_ + part * PART + (k + i) * LEFT) + q, both[i][part]);
+        }
+        store(ds_right_ + part * PART + k / 2 * TILE + q, paired(both[0][part], both[1][part]));
       }
-      store(ds_right_ + k / 2 * TILE + q, paired(low, high));
     } else {
       for (int64_t i = 0; i < 2; ++i) store(s + (k + i) * Kind::UNIT, p[i]), store(g + (k + i) * Kind::UNIT, ds[i]);
     }
@@ -242,17 +246,18 @@ class Backward {
     const int64_t b = strip_.b, hk = strip_.hk, m = strip_.m, keys = c_.keys(j);
     const auto of_keys = [&](const Array& x, int64_t d, Left<E> weights, KeyGradient& to) {
       for (int64_t r = 0; r < m; ++r) floats(strip_.row(x, r), c_.dtype, d, padded(d), spare_ + r * padded(d));
-      add_chosen_to_keys(keys, to.width(), m, weights.at, LEFT, spare_, padded(d), seen_, to.tile(b, hk, j), to.width());
+      add_chosen_to_keys(keys, to.width(), m, weights, spare_, padded(d), seen_, to.tile(b, hk, j), to.width());
     };
     of_keys(c_.dout, c_.dv, left(weights_, scores_), dv_);
     of_keys(c_.q, c_.d, left(ds_, dp_), dk_);
-    add_chosen_to_queries(c_.d, keys, [&](int64_t k, int64_t p) { return k_.number(b, hk, j * TILE + k, p); }, right(), TILE,
-                          {0, lanes_}, seen_, to_queries_, TILE);
+    add_chosen_to_queries(c_.d, keys, [&](int64_t k, int64_t p) { return k_.number(b, hk, j * TILE + k, p); }, right(), {0, lanes_},
+                          seen_, to_queries_, TILE);
   }
 
   const Call& c_;
   const BackwardCut& cut_;
   const Packed<Kind>&k_, &v_;
+  std::atomic<bool>& finite_;  // set false where parts cannot say what a query is, or what comes back to it
   Kind kind_;
   Strip strip_;
   const QueryGradient<Kind>& dq_;

@@ -81,6 +81,29 @@ inline bool finite_bfloats(const uint16_t* x, int64_t n) {
   return all;
 }
 
+// n floats as N bf16 each that sum up to them, `apart` from one part to the next: to nearest, so that of 24 digits each leaves
+// the next one 8 less. Whether that is all: what rounds to infinity is not said, nor are digits below 2^-126.
+template <int N>
+bool split(const float* from, int64_t n, uint16_t* to, int64_t apart) {
+  constexpr uint32_t LEAST = (127 - 110) << 23, MOST = 0x7f7f7fff;
+  uint32_t all = 1;
+  for (int64_t i = 0; i < n; ++i) {
+    float rest = from[i];
+    for (int part = 0; part < N; ++part) {
+      uint32_t bits;
+      std::memcpy(&bits, &rest, 4);
+      const uint32_t size = bits & 0x7fffffff;
+      if (part == 0) all &= (size == 0) | (size - LEAST <= MOST - LEAST);
+      const uint32_t near = (bits + 0x8000) & 0xffff0000;
+      to[part * apart + i] = uint16_t(near >> 16);
+      float found;
+      std::memcpy(&found, &near, 4);
+      rest -= found;
+    }
+  }
+  return all;
+}
+
 // A row of bf16 as pairs of neighbours, zeros up to `steps`.
 inline void pairs(const void* from, int64_t n, int64_t steps, Pair* to) {
   std::fill(to + n / 2, to + steps, 0);

@@ -48,11 +48,12 @@ struct Partial {
 template <class Kind>
 class Forward {
   using E = typename Kind::E;
-  static constexpr bool PAIRED = Kind::PER_STEP == 2;
+  static constexpr int64_t PART = TILE / 2 * Kind::UNIT;  // of weights: from one to the next
 
  public:
-  Forward(const Call& c, const Cut& cut, const Packed<Kind>& k, const Packed<Kind>& v)
-      : c_(c), cut_(cut), k_(k), v_(v), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT), out_(TILE * padded(width_)) {
+  Forward(const Call& c, const Cut& cut, const Packed<Kind>& k, const Packed<Kind>& v, std::atomic<bool>& finite)
+      : c_(c), cut_(cut), k_(k), v_(v), finite_(finite), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT),
+        weights_(Kind::PARTS > 1 ? Kind::PARTS * PART : 0), out_(TILE * padded(width_)) {
     for (int64_t i = 0; i < cut.together; ++i) held_.push_back(std::make_unique<Held>(c, width_));
   }
 
@@ -78,6 +79,7 @@ class Forward {
     now_->strip.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
     now_->lanes = multiple(now_->strip.m, Kind::LANES);
     now_->q.read(now_->strip, c_.q, now_->lanes);
+    if (Kind::PARTS > 1 && !now_->q.is_finite()) finite_ = false;
     return now_->strip;
   }
 
@@ -123,7 +125,7 @@ class Forward {
   void unit(int64_t j, Range of, const Seen* seen, Partial& into) {
     const int64_t b = now_->strip.b, h = now_->strip.hk, keys = c_.keys(j);
     for (bool again = false;; again = true) {
-      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, h, j), now_->q.turned(of.first), Kind::UNIT, of, seen, scores_ + 0, Kind::UNIT,
+      multiply_keys(kind_, keys, steps<Kind>(c_.d), k_.rows(b, h, j), now_->q.turned(of.first), of, seen, scores_ + 0, Kind::UNIT,
                     k_.next_rows(b, h, j));
       kind_.flush();
       now_->strip.score(j, of, scores_, Kind::UNIT);
@@ -134,11 +136,17 @@ class Forward {
     std::copy(total_ + of.first, total_ + of.end, into.total + of.first);
     std::copy(rounded_ + of.first, rounded_ + of.end, into.rounded + of.first);
     float* sums = into.sums + of.first * width_;
-    const E* weights = reinterpret_cast<const E*>(scores_ + 0);
+    const Right<E> weights = {weights_at(), Kind::UNIT, PART};
     if (seen && !v_.is_finite(b, h, j))
-      return add_chosen_to_queries(c_.dv, keys, [&](int64_t k, int64_t p) { return v_.number(b, h, j * TILE + k, p); }, weights,
-                                   Kind::UNIT, of, *seen, sums, Kind::UNIT);
-    add_to_queries(kind_, c_.dv, keys, v_.turned(b, h, j), weights, Kind::UNIT, of, seen, sums, Kind::UNIT, v_.next_turned(b, h, j));
+      return add_chosen_to_queries(c_.dv, keys, [&](int64_t k, int64_t p) { return v_.number(b, h, j * TILE + k, p); }, weights, of,
+                                   *seen, sums, Kind::UNIT);
+    add_to_queries(kind_, c_.dv, keys, v_.turned(b, h, j), weights, of, seen, sums, Kind::UNIT, v_.next_turned(b, h, j));
+  }
+
+  // Weights as a right operand. Where scores are, but for those that are several parts.
+  E* weights_at() const {
+    if constexpr (Kind::PARTS > 1) return weights_;
+    else return reinterpret_cast<E*>(scores_ + 0);
   }
 
   // The keys of a tile that some of a vector of queries see, as weights are made of them: two at a time.
@@ -168,20 +176,26 @@ class Forward {
           if (MASKED) x[i] = seen->lanes(k + i, q) ? x[i] : vf{};
         }
         total += x[0] + x[1];
-        if (PAIRED) rounded += (vf)rounded_weight(x[0]) + (vf)rounded_weight(x[1]);
+        if (ROUNDS<Kind>) rounded += (vf)rounded_bfloat(x[0]) + (vf)rounded_bfloat(x[1]);
         if (drops)
           for (int64_t i = 0; i < 2; ++i) x[i] = now_->strip.kept(j, k + i, q) ? x[i] * c_.keep_scale : vf{};
-        put(s, k, x);
+        put(q - of.first, k, x);
       }
       total += load(from.total + q), rounded += load(from.rounded + q);
       grown |= any((vi)total & 0x40000000);  // 2 or more, infinite or NaN
-      store(total_ + q, total), store(rounded_ + q, PAIRED ? rounded : total);
+      store(total_ + q, total), store(rounded_ + q, ROUNDS<Kind> ? rounded : total);
     }
     return grown;
   }
-  TM_INLINE static void put(float* s, int64_t k, const vf* x) {
-    if constexpr (PAIRED) store(reinterpret_cast<Pair*>(s) + k / 2 * Kind::UNIT, rounded_weight(x[0]) >> 16 | rounded_weight(x[1]));
-    else store(s + k * Kind::UNIT, x[0]), store(s + (k + 1) * Kind::UNIT, x[1]);
+  TM_INLINE void put(int64_t q, int64_t k, const vf* x) {
+    E* to = weights_at() + q;
+    if constexpr (Kind::PER_STEP == 2) {
+      vu low[Kind::PARTS], high[Kind::PARTS];
+      split<Kind::PARTS>(x[0], low), split<Kind::PARTS>(x[1], high);
+      for (int part = 0; part < Kind::PARTS; ++part) store(to + part * PART + k / 2 * Kind::UNIT, low[part] >> 16 | high[part]);
+    } else {
+      store(to + k * Kind::UNIT, x[0]), store(to + (k + 1) * Kind::UNIT, x[1]);
+    }
   }
 
   bool any_unset(Range of, const Partial& from) const {
@@ -227,11 +241,13 @@ class Forward {
   const Call& c_;
   const Cut& cut_;
   const Packed<Kind>&k_, &v_;
+  std::atomic<bool>& finite_;  // set false where parts cannot say what queries are: all is done again in floats
   Kind kind_;
   std::vector<std::unique_ptr<Held>> held_;  // of the strips at hand
   Held* now_ = nullptr;
   int64_t width_;        // of values, as products have them
   Buffer<float> scores_;       // [keys, queries]; then weights as a right operand
+  Buffer<E> weights_;          // or else here
   Buffer<float> out_;
   float total_[TILE], rounded_[TILE];
   Seen seen_;

@@ -7,25 +7,33 @@
 
 namespace {
 
+// False if numbers of the kind cannot say what keys and values are.
 template <class Kind>
-void pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
+bool pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
   const std::vector<int64_t> used = used_tiles(c);
   const int64_t tiles = used.size(), heads = c.b * c.hk;
   each(tiles * heads, c.threads, [&] {
-    return [&, spare = std::make_shared<Buffer<typename Kind::E>>(std::max(k.spare(), v.spare()))](int64_t i) {
+    using Spare = typename Packed<Kind>::Spare;
+    return [&, a = std::make_shared<Spare>(k), b = std::make_shared<Spare>(v)](int64_t i) {
       const int64_t tile = i / tiles * c.tiles_k() + used[i % tiles];
-      k.make(tile, *spare), v.make(tile, *spare);
+      k.make(tile, *a), v.make(tile, *b);
     };
   });
+  return Kind::PARTS == 1 || (k.is_finite() && v.is_finite());
 }
 
+// Both directions are false if they ended before they were done, since numbers of the kind cannot say what came in.
 template <class Kind>
-void forward(const Call& c) {
+bool forward(const Call& c) {
   const Cut cut(c, Kind::TOGETHER, Kind::SPAN == INT64_MAX ? Kind::SPAN : 2 * Kind::SPAN);
   Packed<Kind> k(c, c.k, c.d, true, false), v(c, c.v, c.dv, false, true);
-  pack(c, k, v);
-  const auto run = [&] { return std::make_shared<Forward<Kind>>(c, cut, k, v); };
-  if (cut.parts == 1) return each(cut.items(c), c.threads, [&] { return [strips = run()](int64_t i) { (*strips)(i); }; });
+  if (!pack(c, k, v)) return false;
+  std::atomic<bool> finite{true};
+  const auto run = [&] { return std::make_shared<Forward<Kind>>(c, cut, k, v, finite); };
+  if (cut.parts == 1) {
+    each(cut.items(c), c.threads, [&] { return [strips = run()](int64_t i) { (*strips)(i); }; });
+    return finite;
+  }
   std::vector<std::unique_ptr<Partial>> found(cut.strips * cut.parts);
   each(cut.strips * cut.parts, c.threads, [&] {
     return [&, strips = run()](int64_t i) {
@@ -43,6 +51,7 @@ void forward(const Call& c) {
       strips->finish(all);
     };
   });
+  return finite;
 }
 
 // dout . out of every query.
@@ -62,16 +71,18 @@ void dot_outputs(const Call& c) {
 }
 
 template <class Kind>
-void backward(const Call& c) {
+bool backward(const Call& c) {
   Packed<Kind> k(c, c.k, c.d, true, true), v(c, c.v, c.dv, true, false);
-  pack(c, k, v);
+  if (!pack(c, k, v)) return false;
+  std::atomic<bool> finite{true};
   dot_outputs(c);
   const BackwardCut cut(c, Kind::SPAN);
   const QueryGradient<Kind> dq(c, cut.parts);
-  KeyGradient dk(c, c.dk, c.d), dv(c, c.dv_out, c.dv);
+  KeyGradient dk(c, c.dk, c.d, Kind::ROWS > 1), dv(c, c.dv_out, c.dv, Kind::ROWS > 1);
   each(cut.parts * c.b * c.hk, c.threads, [&] {
-    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, dk, dv)](int64_t i) { (*run)(i); };
+    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, dk, dv, finite)](int64_t i) { (*run)(i); };
   });
+  if (!finite) return false;
   if (cut.parts > 1)
     each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
       return [&, spare = std::make_shared<Buffer<float>>(TILE * padded(c.d))](int64_t i) {
@@ -86,19 +97,20 @@ void backward(const Call& c) {
       dv.finish(h / c.hk, h % c.hk, j, 1);
     };
   });
+  return true;
 }
 
 // Calls `run` with the kind in which this call's products are worked out.
 template <class F>
 void with_kind(const Call& c, F run) {
-  if (c.dtype != BFLOAT) return run(static_cast<Floats*>(nullptr));
 #if defined(TM_TILES)
-  run(static_cast<Tiles*>(nullptr));
+  if (c.dtype == BFLOAT) return void(run(static_cast<Tiles<1>*>(nullptr)));
+  if (c.in_parts && (c.dtype == HALF ? run(static_cast<Tiles<2>*>(nullptr)) : run(static_cast<Tiles<3>*>(nullptr)))) return;
 #else
   if constexpr (PAIRS)
-    if (are_pairs_quick()) return run(static_cast<Pairs*>(nullptr));
-  run(static_cast<Floats*>(nullptr));
+    if (c.dtype == BFLOAT && are_pairs_quick()) return void(run(static_cast<Pairs*>(nullptr)));
 #endif
+  run(static_cast<Floats*>(nullptr));
 }
 
 // 0, or 1 if there was not enough memory: no exception crosses into Python.
@@ -122,10 +134,10 @@ uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and c
 int tm_forward(const Call* c) {
   return guarded([&] {
     if (reads_as_it_lies(*c)) return read_forward(*c);
-    with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); });
+    with_kind(*c, [&](auto* kind) { return forward<std::remove_pointer_t<decltype(kind)>>(*c); });
   });
 }
 int tm_backward(const Call* c) {
-  return guarded([&] { with_kind(*c, [&](auto* kind) { backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
+  return guarded([&] { with_kind(*c, [&](auto* kind) { return backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
 }
 }

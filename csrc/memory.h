@@ -10,14 +10,15 @@ namespace {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t n = 0) : held_(new T[n + 16 + 3 * W]) {
+  explicit Buffer(size_t n = 0) : held_(new T[n + LINE + 3 * W]) {
     void* start = held_.get();
-    size_t room = (n + 16 + 2 * W) * sizeof(T);
+    size_t room = (n + LINE + 2 * W) * sizeof(T);
     at_ = static_cast<T*>(std::align(64, (n + 2 * W) * sizeof(T), start, room));
   }
   operator T*() const { return at_; }
 
  private:
+  static constexpr size_t LINE = 64 / sizeof(T);
   std::unique_ptr<T[]> held_;
   T* at_;
 };

@@ -12,6 +12,29 @@ inline char* row_of(const Call& c, const Array& x, int64_t b, int64_t h, int64_t
   return static_cast<char*>(x.data) + (b * x.sample + h * x.head + n * x.row) * c.bytes();
 }
 
+// The rows of a tile in the bf16 that products have: as they came, or split into parts.
+template <class Kind>
+class RowParts {
+ public:
+  explicit RowParts(int64_t d) : d_(d), floats_(SPLITS ? d : 0), parts_(SPLITS ? Kind::PARTS * TILE * d : 0) {}
+
+  // Row n, or none. Whether it is what its parts add up to.
+  bool read(int64_t n, const void* row, int64_t dtype) {
+    from_[n] = static_cast<const uint16_t*>(row);
+    if (!SPLITS || !row) return true;
+    floats(row, dtype, d_, d_, floats_);
+    return split<Kind::PARTS>(floats_, d_, parts_ + n * d_, TILE * d_);
+  }
+  const uint16_t* row(int64_t n, int part) const { return SPLITS && from_[n] ? parts_ + (part * TILE + n) * d_ : from_[n]; }
+
+ private:
+  static constexpr bool SPLITS = Kind::PARTS > 1;
+  int64_t d_;
+  Buffer<float> floats_;
+  Buffer<uint16_t> parts_;
+  const uint16_t* from_[TILE] = {};
+};
+
 // The keys (or values) of every sample and key head. Floats stay where they are if rows lie one after the other: far apart
 // they would push each other out of the cache. Their rows and the same turned are one memory; pairs and tiles need two.
 template <class Kind>
@@ -23,28 +46,38 @@ class Packed {
   // `rows`: a left operand [64, d] for each tile; `turned`: [d, 64]. Steps are along the second of both.
   Packed(const Call& c, const Array& x, int64_t d, bool rows, bool turned)
       : c_(c), x_(x), d_(d), tiles_(c.tiles_k()), copied_(PAIRED ? rows : c.dtype != FLOAT || x.row != d), turns_(PAIRED && turned),
-        row_(PAIRED ? steps<Kind>(d) : copied_ ? padded(d) : d), rows_(copied_ ? c.b * c.hk * tiles_ * TILE * row_ : 0),
+        row_(PAIRED ? steps<Kind>(d) : copied_ ? padded(d) : d), rows_(copied_ ? c.b * c.hk * tiles_ * tile() : 0),
         turned_(turns_ ? c.b * c.hk * tiles_ * turned_tile() : 0), finite_(c.b * c.hk * tiles_, 1) {}
 
-  int64_t spare() const { return turns_ ? TILE / 2 * padded(d_) : 0; }  // numbers that `make` needs besides
+  // What `make` needs besides, of a thread.
+  struct Spare {
+    RowParts<Kind> rows;
+    Buffer<E> woven;
+    explicit Spare(const Packed& of) : rows(of.d_), woven(of.turns_ ? TILE / 2 * padded(of.d_) : 0) {}
+  };
 
   // Pack tile `i` of all.
-  void make(int64_t i, E* spare) {
+  void make(int64_t i, Spare& spare) {
     const int64_t j = i % tiles_, h = i / tiles_ % c_.hk, b = i / tiles_ / c_.hk, keys = c_.keys(j);
-    const auto key = [&](int64_t n) { return n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr; };
     bool all = true;
     if constexpr (PAIRED) {
-      for (int64_t n = 0; n < multiple(keys, Kind::ROWS) && copied_; ++n) {
-        E* to = rows_ + (i * TILE + n) * row_;
-        if (n < keys) pairs(key(n), d_, row_, to);
-        else std::fill(to, to + row_, 0);
+      for (int64_t n = 0; n < TILE; ++n) {
+        const void* row = n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr;
+        all &= spare.rows.read(n, row, c_.dtype) && (!row || finite_bfloats(spare.rows.row(n, 0), d_));
       }
-      for (int64_t n = 0; n < keys; ++n) all &= finite_bfloats(reinterpret_cast<const uint16_t*>(key(n)), d_);
-      if (turns_) turn(key, steps<Kind>(keys), spare, turned_ + i * turned_tile());
+      for (int part = 0; part < Kind::PARTS; ++part) {
+        for (int64_t n = 0; n < multiple(keys, Kind::ROWS) && copied_; ++n) {
+          E* to = rows_ + i * tile() + (part * TILE + n) * row_;
+          if (n < keys) pairs(spare.rows.row(n, part), d_, row_, to);
+          else std::fill(to, to + row_, 0);
+        }
+        if (turns_) turn(spare, part, steps<Kind>(keys), turned_ + i * turned_tile() + part * turned_part());
+      }
     } else {
       for (int64_t n = 0; n < keys; ++n) {
-        const E* row = reinterpret_cast<const E*>(key(n));
-        if (copied_) floats(key(n), c_.dtype, d_, d_, rows_ + (i * TILE + n) * row_), row = rows_ + (i * TILE + n) * row_;
+        const void* key = row_of(c_, x_, b, h, j * TILE + n);
+        const E* row = static_cast<const E*>(key);
+        if (copied_) floats(key, c_.dtype, d_, d_, rows_ + (i * TILE + n) * row_), row = rows_ + (i * TILE + n) * row_;
         all &= finite(row, d_);
       }
     }
@@ -53,13 +86,13 @@ class Packed {
 
   // Of one tile.
   Left<E> rows(int64_t b, int64_t h, int64_t j) const {
-    if (copied_) return {rows_ + at(b, h, j) * TILE * row_, row_, 1};
-    return {reinterpret_cast<const E*>(row_of(c_, x_, b, h, j * TILE)), row_, 1};
+    if (copied_) return {rows_ + at(b, h, j) * tile(), row_, 1, TILE * row_};
+    return {reinterpret_cast<const E*>(row_of(c_, x_, b, h, j * TILE)), row_, 1, 0};
   }
   Left<E> turned(int64_t b, int64_t h, int64_t j) const {
-    if constexpr (PAIRED) return {turned_ + at(b, h, j) * turned_tile(), TILE / 2, 1};
+    if constexpr (PAIRED) return {turned_ + at(b, h, j) * turned_tile(), TILE / 2, 1, turned_part()};
     const Left<E> x = rows(b, h, j);
-    return {x.at, 1, x.row};
+    return {x.at, 1, x.row, 0};
   }
   // The tile after one.
   Ahead next_rows(int64_t b, int64_t h, int64_t j) const {
@@ -69,6 +102,7 @@ class Packed {
     return j + 1 < tiles_ ? Ahead(turned(b, h, j + 1).at, PAIRED ? turned_tile() : c_.keys(j + 1) * row_) : Ahead();
   }
   bool is_finite(int64_t b, int64_t h, int64_t j) const { return finite_[at(b, h, j)]; }
+  bool is_finite() const { return std::all_of(finite_.begin(), finite_.end(), [](uint8_t x) { return x; }); }  // and what parts can say
   // A number of a key as it came, rounded to nothing.
   float number(int64_t b, int64_t h, int64_t key, int64_t p) const {
     float x;
@@ -78,13 +112,16 @@ class Packed {
 
  private:
   int64_t at(int64_t b, int64_t h, int64_t j) const { return (b * c_.hk + h) * tiles_ + j; }
-  int64_t turned_tile() const { return multiple(d_, Kind::ROWS) * TILE / 2; }
+  int64_t tile() const { return Kind::PARTS * TILE * row_; }
+  int64_t turned_part() const { return multiple(d_, Kind::ROWS) * TILE / 2; }
+  int64_t turned_tile() const { return Kind::PARTS * turned_part(); }
 
-  template <class Key>
-  void turn(Key key, int64_t pairs, Pair* woven, Pair* to) const {  // of keys that follow each other
-    for (int64_t n = 0; n < pairs; ++n) weave(key(2 * n), key(2 * n + 1), d_, padded(d_), woven + n * padded(d_));
-    transpose<Pair>(woven, padded(d_), pairs, d_, to, TILE / 2);
-    std::fill(to + d_ * TILE / 2, to + turned_tile(), 0);
+  void turn(const Spare& spare, int part, int64_t pairs, Pair* to) const {  // of keys that follow each other
+    const int64_t width = padded(d_);
+    for (int64_t n = 0; n < pairs; ++n)
+      weave(spare.rows.row(2 * n, part), spare.rows.row(2 * n + 1, part), d_, width, spare.woven + n * width);
+    transpose<Pair>(spare.woven, width, pairs, d_, to, TILE / 2);
+    std::fill(to + d_ * TILE / 2, to + turned_part(), 0);
   }
 
   const Call& c_;

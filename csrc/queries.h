@@ -12,41 +12,50 @@ class Queries {
 
  public:
   Queries(int64_t d, bool rows)
-      : d_(d), width_(padded(d)), steps_(steps<Kind>(d)), turned_(steps_ * TILE), straight_(TILE * (PAIRED ? steps_ : width_)),
-        rows_(rows && PAIRED ? TILE / 2 * width_ : 0), keeps_rows_(rows) {}
+      : d_(d), width_(padded(d)), steps_(steps<Kind>(d)), turned_(Kind::PARTS * steps_ * TILE),
+        straight_(TILE * (PAIRED ? steps_ : width_)), rows_(rows && PAIRED ? Kind::PARTS * TILE / 2 * width_ : 0), came_(PAIRED ? d : 0),
+        keeps_rows_(rows) {}
 
   void read(const Strip& strip, const Array& x, int64_t lanes) {
-    const Call& c = strip.c;
-    const int64_t row = PAIRED ? steps_ : width_;
-    for (int64_t r = 0; r < strip.m; ++r) {
-      if constexpr (PAIRED) pairs(strip.row(x, r), d_, steps_, straight_ + r * row);
-      else floats(strip.row(x, r), c.dtype, d_, width_, straight_ + r * row);
-    }
-    std::fill(straight_ + strip.m * row, straight_ + lanes * row, E(0));
-    for (int64_t q = 0; q < lanes; q += Kind::UNIT)
-      transpose<E>(straight_ + q * row, row, std::min(Kind::UNIT, lanes - q), steps_, turned(q), Kind::UNIT);
-    if (!keeps_rows_) return;
     if constexpr (PAIRED) {
-      const auto row_at = [&](int64_t r) { return r < strip.m ? strip.row(x, r) : nullptr; };
-      for (int64_t r = 0; r < lanes; r += 2) weave(row_at(r), row_at(r + 1), d_, width_, rows_ + r / 2 * width_);
       finite_ = true;
-      for (int64_t r = 0; r < strip.m; ++r) finite_ &= finite_bfloats(static_cast<const uint16_t*>(strip.row(x, r)), d_);
+      for (int64_t r = 0; r < lanes; ++r) {
+        const void* row = r < strip.m ? strip.row(x, r) : nullptr;
+        finite_ &= came_.read(r, row, strip.c.dtype) && (!keeps_rows_ || !row || finite_bfloats(came_.row(r, 0), d_));
+      }
+      for (int part = 0; part < Kind::PARTS; ++part) read_part(strip.m, lanes, part);
     } else {
-      finite_ = finite(straight_, strip.m * width_);
+      for (int64_t r = 0; r < strip.m; ++r) floats(strip.row(x, r), strip.c.dtype, d_, width_, straight_ + r * width_);
+      turn(strip.m, lanes, width_, turned_);
+      if (keeps_rows_) finite_ = finite(straight_, strip.m * width_);
     }
   }
 
-  E* turned(int64_t q) const { return turned_ + q * steps_; }  // of the piece that begins with query q
-  const E* rows() const {
-    if constexpr (PAIRED) return rows_;
-    else return straight_;
+  Right<E> turned(int64_t q) const { return {turned_ + q * steps_, Kind::UNIT, steps_ * TILE}; }  // of the piece that begins with query q
+  Right<E> rows() const {
+    if constexpr (PAIRED) return {rows_, width_, TILE / 2 * width_};
+    else return {straight_, width_, 0};
   }
   int64_t width() const { return width_; }
-  bool is_finite() const { return finite_; }
+  bool is_finite() const { return finite_; }  // and what parts can say; without parts, if rows are kept
 
  private:
+  void read_part(int64_t m, int64_t lanes, int part) {
+    for (int64_t r = 0; r < m; ++r) pairs(came_.row(r, part), d_, steps_, straight_ + r * steps_);
+    turn(m, lanes, steps_, turned_ + part * steps_ * TILE);
+    E* rows = rows_ + part * TILE / 2 * width_;
+    for (int64_t r = 0; r < lanes && keeps_rows_; r += 2)
+      weave(came_.row(r, part), came_.row(r + 1, part), d_, width_, rows + r / 2 * width_);
+  }
+  void turn(int64_t m, int64_t lanes, int64_t row, E* to) {
+    std::fill(straight_ + m * row, straight_ + lanes * row, E(0));
+    for (int64_t q = 0; q < lanes; q += Kind::UNIT)
+      transpose<E>(straight_ + q * row, row, std::min(Kind::UNIT, lanes - q), steps_, to + q * steps_, Kind::UNIT);
+  }
+
   int64_t d_, width_, steps_;
   Buffer<E> turned_, straight_, rows_;
+  RowParts<Kind> came_;
   bool keeps_rows_, finite_ = true;
 };
 

@@ -92,8 +92,18 @@ TM_INLINE vh halved(vf x) {
 TM_INLINE vu paired(vh low, vh high) { return __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16; }
 TM_INLINE void store(uint16_t* p, vh x) { std::memcpy(p, &x, sizeof x); }
 
-// A weight, which is not below 0, rounded to bf16 in the upper half of each word: up where two are as near.
-TM_INLINE vu rounded_weight(vf x) { return ((vu)x + 0x8000u) & 0xffff0000u; }
+// Rounded to bf16 in the upper half of each word, away from 0 where two are as near; of numbers that are finite.
+TM_INLINE vu rounded_bfloat(vf x) { return ((vu)x + 0x8000u) & 0xffff0000u; }
+
+// Numbers as N bf16 that sum up to them, the largest first: to nearest, each in the upper half of a word, or as halves.
+template <int N>
+TM_INLINE void split(vf x, vu* to) {
+  for (int part = 0; part < N; ++part) to[part] = rounded_bfloat(x), x -= (vf)to[part];
+}
+template <int N>
+TM_INLINE void halved(vf x, vh* to) {
+  for (int part = 0; part < N; ++part) to[part] = halved(x), x -= (vf)(__builtin_convertvector(to[part], vu) << 16);
+}
 
 // Some bf16 as floats.
 TM_INLINE vf load(const uint16_t* p) {

@@ -1,7 +1,7 @@
 // The two products of attention in numbers of one kind: floats, pairs of bf16, or tiles of pairs.
 //
 // Both are C = or += A B with queries along the vectors: scores are keys times queries, and what keys give to queries is values
-// (turned) times weights. So a left operand A is read number by number (or in tiles), a right one B and C along their rows.
+// (turned) times weights.
 #pragma once
 #include "abi.h"
 #include "products/matmul.h"
@@ -9,20 +9,10 @@
 
 namespace {
 
-// Of the inner dimension of a product, a step is a number, or a pair.
-template <class E>
-struct Left {
-  const E* at;
-  int64_t row, step;  // from one row to the next, from one step to the next
-  Left down(int64_t rows) const { return {at + rows * row, row, step}; }
-  Left along(int64_t steps) const { return {at + steps * step, row, step}; }
-};
-
-inline int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-
 struct Floats {
   using E = float;
   static constexpr int64_t PER_STEP = 1;         // numbers in a step
+  static constexpr int PARTS = 1;                // bf16 that a number is the sum of
   static constexpr int64_t STEPS = 1, ROWS = 1;  // left operands have multiples of these
   static constexpr int64_t LANES = W;            // queries of a product are a multiple of it
   static constexpr int64_t UNIT = TILE;          // queries whose scores are worked out at a time
@@ -32,9 +22,9 @@ struct Floats {
   static constexpr int EXP2 = 6;                 // degree of its polynomial
   static constexpr int ROOM = 0;                 // binary digits between a query's highest weight so far and 1; with none, none may pass 1
 
-  void operator()(int64_t m, int64_t n, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
+  void operator()(int64_t m, int64_t n, int64_t k, Left<float> a, Right<float> b, float* c, int64_t ldc, bool add,
                   Ahead ahead = {}) const {
-    product(m, n, k, a.at, a.row, a.step, b, ldb, c, ldc, add, ahead);
+    product(m, n, k, a.at, a.row, a.step, b.at, b.row, c, ldc, add, ahead);
   }
   void flush() const {}
 };
@@ -42,11 +32,11 @@ struct Floats {
 struct Pairs {
   using E = Pair;
   static constexpr int64_t PER_STEP = 2, STEPS = 1, ROWS = 1, LANES = W, UNIT = TILE, GROUP = 12, SPAN = INT64_MAX, TOGETHER = 1;
-  static constexpr int EXP2 = 4, ROOM = 20;
+  static constexpr int PARTS = 1, EXP2 = 4, ROOM = 20;
 
-  void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
+  void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, Right<Pair> b, float* c, int64_t ldc, bool add,
                   Ahead ahead = {}) const {
-    product(m, n, k, a.at, a.row, a.step, b, ldb, c, ldc, add, ahead);
+    product(m, n, k, a.at, a.row, a.step, b.at, b.row, c, ldc, add, ahead);
   }
   void flush() const {}
 };
@@ -54,14 +44,16 @@ struct Pairs {
 #if defined(TM_TILES)
 // What is written must stay in the first cache, or it costs five times as much: so half of a tile's queries at a time. And what is
 // read, in the second: spans of keys, or of their gradients.
+//
+// bf16 are what they are; fp16 are two of them and floats three, whose products are as good as theirs.
+template <int N>
 struct Tiles {
   using E = Pair;
-  static constexpr int64_t PER_STEP = 2, STEPS = 16, ROWS = 16, LANES = 32, UNIT = 32, GROUP = 32, SPAN = 1 << 16, TOGETHER = 8;
-  static constexpr int EXP2 = 4, ROOM = 20;
+  static constexpr int64_t PER_STEP = 2, STEPS = 16, ROWS = 16, LANES = 32, UNIT = 32, GROUP = 32, SPAN = (1 << 16) / N, TOGETHER = 8;
+  static constexpr int PARTS = N, EXP2 = N == 1 ? 4 : 6, ROOM = N == 1 ? 20 : 0;
 
-  void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, const Pair* b, int64_t ldb, float* c, int64_t ldc, bool add,
-                  Ahead = {}) {
-    products_(multiple(m, ROWS), n, multiple(k, STEPS), a.at, a.row, b, ldb, c, ldc, add);
+  void operator()(int64_t m, int64_t n, int64_t k, Left<Pair> a, Right<Pair> b, float* c, int64_t ldc, bool add, Ahead = {}) {
+    products_.template multiply<N>(multiple(m, ROWS), n, multiple(k, STEPS), a, b, c, ldc, add);
   }
   void flush() { products_.flush(); }
 
@@ -73,5 +65,9 @@ struct Tiles {
 // The steps that so many numbers take, in a left operand's multiple.
 template <class Kind>
 inline int64_t steps(int64_t n) { return multiple((n + Kind::PER_STEP - 1) / Kind::PER_STEP, Kind::STEPS); }
+
+// Whether weights are rounded to be multiplied: then outputs are divided by the sum of rounded ones.
+template <class Kind>
+constexpr bool ROUNDS = Kind::PER_STEP == 2 && Kind::PARTS == 1;
 
 }  // namespace

@@ -1,9 +1,21 @@
 // Products of matrices in tile registers: C[m, n] = or += A[m, k] B[k, n], floats from pairs of bf16.
 #pragma once
 #include "isa/amx.h"
+#include "products/operands.h"
 
 #if defined(TM_TILES)
 namespace {
+
+// Which parts of two numbers are multiplied, the smallest products first: those that are below a 2^24th are left out.
+struct PartPair {
+  int8_t a, b;
+};
+template <int N>
+constexpr PartPair PART_PAIRS[1] = {{0, 0}};
+template <>
+inline constexpr PartPair PART_PAIRS<2>[3] = {{1, 0}, {0, 1}, {0, 0}};
+template <>
+inline constexpr PartPair PART_PAIRS<3>[6] = {{2, 0}, {1, 1}, {0, 2}, {1, 0}, {0, 1}, {0, 0}};
 
 // One thread's tile registers, and the products in them. Made, used and destroyed on the thread that uses it, one at
 // a time.
@@ -21,23 +33,25 @@ class TileProducts {
   TileProducts(const TileProducts&) = delete;
   TileProducts& operator=(const TileProducts&) = delete;
 
-  // k counts pairs; m, n and k are multiples of SIDE above 0. Rows of A are `row` words apart, those of B (a word:
-  // two rows of numbers) `ldb` words, of C `ldc` floats; all begin where a cache line does, for a tile whose rows do
-  // not takes six times longer to load. C does not overlap A and B.
-  __attribute__((noinline)) void operator()(int64_t m, int64_t n, int64_t k, const Pair* a, int64_t row, const Pair* b,
-                                            int64_t ldb, float* c, int64_t ldc, bool add) {
-    const Operands all = {k, row, ldb, ldc, add};
-    if (pending_.within(a, m, row, k) || pending_.within(b, k, ldb, n)) flush();
+  // k counts pairs; m, n and k are multiples of SIDE above 0. Rows of A (steps of which follow each other) and of B (two
+  // rows of numbers) are words, of C `ldc` floats; all begin where a cache line does, for a tile whose rows do not takes
+  // six times longer to load. C does not overlap A and B, which are of N parts.
+  template <int N>
+  __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t k, Left<Pair> a, Right<Pair> b, float* c, int64_t ldc,
+                                     bool add) {
+    const Operands all = {k, a.row, a.part, b.row, b.part, ldc, add};
+    for (int64_t part = 0; part < N; ++part)
+      if (pending_.within(a.at + part * a.part, m, a.row, k) || pending_.within(b.at + part * b.part, k, b.row, n)) flush();
     if (add && pending_.shares(c, ldc, first(m), first(n))) flush();
     // Every block reads two rows of A's tiles and two columns of B's. The larger operand's are kept meanwhile, so
     // that it comes from the second cache once; the smaller one, read again for each, has the better chance to stay
     // in the first.
     if (m >= n) {
       for (int64_t i = 0; i < m; i += 2 * SIDE)
-        for (int64_t j = 0; j < n; j += 2 * SIDE) block(m - i, n - j, a + i * row, b + j, c + i * ldc + j, all);
+        for (int64_t j = 0; j < n; j += 2 * SIDE) block<N>(m - i, n - j, a.at + i * a.row, b.at + j, c + i * ldc + j, all);
     } else {
       for (int64_t j = 0; j < n; j += 2 * SIDE)
-        for (int64_t i = 0; i < m; i += 2 * SIDE) block(m - i, n - j, a + i * row, b + j, c + i * ldc + j, all);
+        for (int64_t i = 0; i < m; i += 2 * SIDE) block<N>(m - i, n - j, a.at + i * a.row, b.at + j, c + i * ldc + j, all);
     }
   }
 
@@ -49,7 +63,7 @@ class TileProducts {
 
  private:
   struct Operands {
-    int64_t k, row, ldb, ldc;
+    int64_t k, row, a_part, ldb, b_part, ldc;
     bool add;
   };
   enum Sums { ZERO, LOADED, KEPT };  // what a block's sums begin with; KEPT: with those in the registers
@@ -80,15 +94,20 @@ class TileProducts {
 
   static int64_t first(int64_t n) { return n > SIDE ? 2 * SIDE : SIDE; }
 
+  template <int PARTS>
   void block(int64_t m, int64_t n, const Pair* a, const Pair* b, float* c, const Operands& all) {
-    if (m > SIDE) n > SIDE ? block<2, 2>(a, b, c, all) : block<2, 1>(a, b, c, all);
-    else n > SIDE ? block<1, 2>(a, b, c, all) : block<1, 1>(a, b, c, all);
+    if (m > SIDE) n > SIDE ? block<PARTS, 2, 2>(a, b, c, all) : block<PARTS, 2, 1>(a, b, c, all);
+    else n > SIDE ? block<PARTS, 1, 2>(a, b, c, all) : block<PARTS, 1, 1>(a, b, c, all);
   }
-  template <int M, int N>
+  template <int PARTS, int M, int N>
   void block(const Pair* a, const Pair* b, float* c, const Operands& all) {
     const Sums from = !all.add ? ZERO : pending_.is(c, all.ldc, M * SIDE, N * SIDE) ? KEPT : LOADED;
-    step<M, N, true>(a, b, c, all, from);
-    for (int64_t p = SIDE; p < all.k; p += SIDE) step<M, N, false>(a + p, b + p * all.ldb, c, all, from);
+    bool first = true;
+    for (const PartPair parts : PART_PAIRS<PARTS>) {
+      const Pair *x = a + parts.a * all.a_part, *y = b + parts.b * all.b_part;
+      for (int64_t p = 0; p < all.k; p += SIDE, first = false)
+        first ? step<M, N, true>(x, y, c, all, from) : step<M, N, false>(x + p, y + p * all.ldb, c, all, from);
+    }
     pending_ = {c, all.ldc, M * SIDE, N * SIDE};
   }
 

@@ -35,7 +35,7 @@ void instruction(const Pair* a, const Pair* b, float* c) { add_product<TileRegis
 void products(const Product* first, int64_t count) {
   TileProducts run;
   for (const Product* p = first; p < first + count; ++p)
-    run(p->m, p->n, p->k, p->a, p->row, p->b, p->ldb, p->c, p->ldc, p->add);
+    run.multiply<1>(p->m, p->n, p->k, {p->a, p->row, 1, 0}, {p->b, p->ldb, 0}, p->c, p->ldc, p->add);
   run.flush();
 }
 }

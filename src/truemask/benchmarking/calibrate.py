@@ -17,8 +17,9 @@ from truemask.attention.planning.cache import CACHE
 from truemask.backends.backend import Backend, Proposal
 from truemask.backends.costs.model import BACKENDS as NAMES
 from truemask.backends.costs.model import Table, assumed, isa_in_use, shipped
-from truemask.backends.costs.rates import Rates
+from truemask.backends.costs.rates import PARTS, Both, NativeRates, Rates
 from truemask.backends.native.library import missing, peak
+from truemask.backends.native.parts import forced
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking.probes import Measure, Probe, Sizes, measures
 from truemask.benchmarking.timing import race
@@ -75,8 +76,15 @@ def _start(join: float) -> Table:
     for name in ("sdpa", "block_sparse"):
         rates[name] = rates[name].scaled({"join": join})
     if not missing():
-        rates["native"] = replace(rates["native"], peak=max(peak(0.02, False) for _ in range(5)) / threads)
+        native = replace(rates["native"], peak=max(peak(0.02, False) for _ in range(5)) / threads)
+        rates["native"] = replace(native, paces=native.paces | _paces_in_parts(native))
     return replace(table, **rates, fixed=False)
+
+
+def _paces_in_parts(native: NativeRates) -> dict[str, Both]:
+    """Something to start from, where there are tiles."""
+    names = native.dtypes_in_parts if isa_in_use().startswith("amx") else ()
+    return {name: native.paces.get(name, native.paces[name.removesuffix(PARTS)]) for name in names}
 
 
 def fitted(found: Sequence[Measured], table: Table) -> Table:
@@ -121,7 +129,7 @@ def predicted(one: Measured, table: Table, factor: float = 1.0) -> float:
     """What the probe would cost if these were the constants; of a new job, because a job remembers choices."""
     name = one.backend.name
     rates: Rates = getattr(table, name)
-    with assumed(replace(table, **{name: rates.scaled(dict.fromkeys(one.shows, factor))})):
+    with assumed(replace(table, **{name: rates.scaled(dict.fromkeys(one.shows, factor))})), forced(one.probe.in_parts):
         proposal = one.backend.propose(one.probe.job())
         assert isinstance(proposal, Proposal)
         return float(proposal.cost)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from truemask.attention.attend import attend
 from truemask.backends.base import Job, Request
+from truemask.backends.costs.rates import PARTS
+from truemask.backends.native.library import isa
+from truemask.backends.native.parts import BOTH, NEITHER, InParts, forced
 from truemask.benchmarking.timing import Run
 from truemask.benchmarking.workloads import Workload
 from truemask.masks.compose.boolean import everything
@@ -38,6 +41,7 @@ class Probe(NamedTuple):
     batch: int = 1
     rows: int = 0
     kv_heads: int = 0
+    in_parts: InParts = NEITHER  # native: as sums of bf16
 
     def job(self) -> Job:
         """What backends are asked about."""
@@ -52,14 +56,16 @@ class Probe(NamedTuple):
         k, v = (torch.randn(r.batch, r.kv_heads, r.kv_len, r.head_dim).to(r.dtype) for _ in range(2))
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, self.mask, backend=backend)
+            with forced(self.in_parts):
+                return attend(q, k, v, self.mask, backend=backend)
 
         return Workload(q, k, v, torch.randn(q.shape).to(r.dtype)).run(attention, self.grad)
 
     def __str__(self) -> str:
         rows = f"{self.rows} queries, " if self.rows else ""
         sizes = f"{rows}{self.batch} x {self.n} tokens, {self.heads} heads of {self.d}"
-        return f"{sizes}, {self.dtype}, {'forward and backward' if self.grad else 'forward'}, {self.mask}"
+        dtype = f"{self.dtype}{' as sums of bf16' if any(self.in_parts) else ''}"
+        return f"{sizes}, {dtype}, {'forward and backward' if self.grad else 'forward'}, {self.mask}"
 
 
 class Measure(NamedTuple):
@@ -86,6 +92,8 @@ def measures(sizes: Sizes) -> Iterator[Measure]:
         yield from _calls(sizes, grad)
         for dtype in DTYPES:
             yield from _full_speed(sizes, dtype, grad, way)
+        if isa().startswith("amx"):
+            yield from _in_parts(sizes, grad, way)
         for dtype in ("fp32", "bf16"):
             yield from _few_rows(sizes, dtype, grad, way)
     yield from _others(sizes)
@@ -112,6 +120,13 @@ def _full_speed(sizes: Sizes, dtype: str, grad: bool, way: str) -> Iterator[Meas
     for d in (64, 128) if dtype == "fp32" else (64,):
         shown = (f"{dtype}.{way}.d{d}",) if dtype == "fp32" else both
         yield Measure(Probe(SPARSE, sizes.sparse, d=d, dtype=dtype, grad=grad), {"block_sparse": shown})
+
+
+def _in_parts(sizes: Sizes, grad: bool, way: str) -> Iterator[Measure]:
+    for dtype, d in (("fp32", 64), ("fp32", 128), ("fp16", 64)):
+        shown = tuple(f"{dtype}{PARTS}.{way}.d{x}" for x in ((64, 128) if dtype == "fp16" else (d,)))
+        probe = Probe(everything, sizes.full, d=d, dtype=dtype, grad=grad, in_parts=BOTH)
+        yield Measure(probe, {"native": shown})
 
 
 def _few_rows(sizes: Sizes, dtype: str, grad: bool, way: str) -> Iterator[Measure]:

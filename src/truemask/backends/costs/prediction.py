@@ -32,8 +32,12 @@ def seconds(rates: Rates, request: Request, cells: float) -> float:
 
 def paces(rates: Rates, request: Request) -> Both:
     """Those of the call's dtype."""
-    name = {8: "fp64", 4: "fp32"}.get(request.dtype.itemsize) or ("bf16" if "bf" in str(request.dtype) else "fp16")
-    return rates.paces[name]
+    return rates.paces[pace_name(request)]
+
+
+def pace_name(request: Request) -> str:
+    """The dtype as paces are named."""
+    return {8: "fp64", 4: "fp32"}.get(request.dtype.itemsize) or ("bf16" if "bf" in str(request.dtype) else "fp16")
 
 
 def cell_seconds(pace: Pace, request: Request) -> float:

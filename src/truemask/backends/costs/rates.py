@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 R = TypeVar("R", bound="Rates")
 
 DIRECTIONS = ("forward", "backward")
+PARTS = "_parts"  # behind a dtype: computed as sums of bf16, which the native kernel can do where there are tiles
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class NativeRates(Rates):
     """
 
     dtypes: ClassVar = ("fp32", "bf16", "fp16")
+    dtypes_in_parts: ClassVar = (f"fp32{PARTS}", f"fp16{PARTS}")  # paces of which are known or not
 
     read: float = 20e9
     read_halves: float = 15e9

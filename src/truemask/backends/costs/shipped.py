@@ -181,6 +181,8 @@ NATIVES = (
         "fp32": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
         "bf16": Both(Pace(6.6e9, 7.3e9), Pace(6.6e9, 6.6e9, 3e-6)),
         "fp16": Both(Pace(2.7e10, 2.8e10), Pace(2.8e10, 2.8e10, 3e-6)),
+        "fp32_parts": Both(Pace(1.4e9, 1.4e9), Pace(1.2e9, 1.2e9)),
+        "fp16_parts": Both(Pace(1.8e9, 1.8e9), Pace(1.8e9, 1.8e9)),
     })),
     NativeCosts("avx2", "AMD EPYC (AVX2 only), kernel 0.1", "AMD, AVX2", NativeRates(
         call=8e-5, call_backward=0.00027, threads=2, read=2.3e10, read_halves=1.6e10, few=1.35e11, few_halves=6.3e10,
@@ -197,6 +199,8 @@ NATIVES = (
         "fp32": Both(Pace(2.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
         "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),  # in floats, as with avx512
         "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
+        # With amx: the prototype's 1.6 times sdpa at a head size of 64; where that was not measured, as in floats.
+        "fp32_parts": Both(Pace(3.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
     })),
     NativeCosts("avx512", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
         call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, few=2.38e11, few_halves=1.2e11,

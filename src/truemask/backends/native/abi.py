@@ -27,7 +27,7 @@ class CallStruct(ctypes.Structure):
     """`Call` of `csrc/abi.h`, field by field."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("b", "hq", "hk", "nq", "nk", "d", "dv", "dtype", "threads")),
+        *((name, c_int64) for name in ("b", "hq", "hk", "nq", "nk", "d", "dv", "dtype", "threads", "in_parts")),
         *((name, c_float) for name in ("scale", "softcap")),
         *((name, ArrayStruct) for name in ("q", "k", "v", "out")),
         *((name, c_void_p) for name in ("lse", "sinks", "base", "log_total")),

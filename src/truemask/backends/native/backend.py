@@ -16,10 +16,11 @@ import torch
 from truemask.backends.backend import BIASES, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs.model import is_doubtful, table
-from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, paces, spread
+from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, spread
 from truemask.backends.native.abi import TILE
 from truemask.backends.native.call import THREAD_BYTES, THREAD_WORK, NativeCall, tiles_of
 from truemask.backends.native.library import isa, missing, passed_over
+from truemask.backends.native.parts import in_parts, native_paces
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory
 from truemask.common.real_tensors import remembered
@@ -73,7 +74,7 @@ class TilesProposal(Proposal):
     @property
     def cost(self) -> float:
         r, rates, work = self.job.request, table().native, self.work
-        forward, backward = paces(rates, r)
+        forward, backward = native_paces(rates, r)
         share, size = spread(rates, work.tasks), r.head_dim + r.value_dim
         step = forward.step if work.packed else rates.paces["fp32"].forward.step  # that of nothing but a beginning
         cost = rates.call + share * work.units * step / rates.threads
@@ -171,7 +172,7 @@ class Native(Backend):
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r = job.request
         positions = job.positions if r.bias_object else None
-        call = NativeCall(lowered.data, inputs, inputs.bias, positions, r.grad)
+        call = NativeCall(lowered.data, inputs, positions, r.grad, in_parts(table().native, r))
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
         out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
         return Result(out, lse if r.return_lse else None)

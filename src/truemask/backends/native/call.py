@@ -25,8 +25,9 @@ from truemask.backends.native.abi import (
     CallStruct,
 )
 from truemask.backends.native.library import run
+from truemask.backends.native.parts import InParts
 from truemask.backends.shared.autograd import Gradients
-from truemask.biases import Alibi, Bias, Relative
+from truemask.biases import Alibi, Relative
 from truemask.geometry.logic import MIXED
 from truemask.geometry.tiles.tile_map import TileMap
 from truemask.masks.hashing import threshold
@@ -127,8 +128,8 @@ class NativeCall:
 
     name = "native"
 
-    def __init__(self, tiles: Tiles, numbers: Inputs, bias: Tensor | Bias | None, positions: Any, grad: bool) -> None:
-        self.tiles, self.bias, self.grad = tiles, bias, grad
+    def __init__(self, tiles: Tiles, numbers: Inputs, positions: Any, grad: bool, in_parts: InParts) -> None:
+        self.tiles, self.bias, self.grad, self.in_parts = tiles, numbers.bias, grad, in_parts
         self.scale, self.softcap = numbers.scale, numbers.softcap or 0.0
         self.dropout, self.seed = numbers.dropout, numbers.seed
         self.positions = positions
@@ -142,7 +143,7 @@ class NativeCall:
         if not (out.numel() and k.shape[2]):
             return out.zero_(), *(x.fill_(-torch.inf) for x in (lse, *parts))
         call, held = self._described(q, k, v, out)
-        call.lse = lse.data_ptr()
+        call.lse, call.in_parts = lse.data_ptr(), self.in_parts.forward
         column = None if sinks is None else sinks.detach().float().contiguous()
         call.sinks = None if column is None else column.data_ptr()
         if parts:
@@ -185,7 +186,7 @@ class NativeCall:
         if not (out.numel() and k.shape[2]):
             return dq.zero_(), dk.zero_(), dv.zero_(), delta
         call, held = self._described(q, k, v, out)
-        call.base, call.log_total = base.data_ptr(), log_total.data_ptr()
+        call.base, call.log_total, call.in_parts = base.data_ptr(), log_total.data_ptr(), self.in_parts.backward
         call.dout, call.dq, call.dk, call.dv_out = (_array(x) for x in (dout, dq, dk, dv))
         call.delta = delta.data_ptr()
         call.dlse, call.keys_log_total = (None if x is None else x.data_ptr() for x in (dlse, keys_log_total))
