@@ -30,8 +30,8 @@ def configured(tiles: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def at(x: Any) -> ctypes.c_void_p:
-    """Where an array begins."""
-    return ctypes.c_void_p(x.ctypes.data)
+    """Where an array begins; it lives as long as this."""
+    return x.ctypes.data_as(ctypes.c_void_p)
 
 
 def random_tile(seed: int) -> Any:
