@@ -57,14 +57,15 @@ bool forward(const Call& c) {
 // dout . out of every query.
 void dot_outputs(const Call& c) {
   each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
-    return [&, x = std::make_shared<Buffer<float>>(c.dv), y = std::make_shared<Buffer<float>>(c.dv)](int64_t i) {
+    const int64_t width = padded(c.dv);
+    return [&, width, x = std::make_shared<Buffer<float>>(width), y = std::make_shared<Buffer<float>>(width)](int64_t i) {
       const int64_t bh = i / c.tiles_q(), first = i % c.tiles_q() * TILE;
       for (int64_t n = first; n < std::min(first + TILE, c.nq); ++n) {
-        floats(row_of(c, c.dout, bh / c.hq, bh % c.hq, n), c.dtype, c.dv, c.dv, *x);
-        floats(row_of(c, c.out, bh / c.hq, bh % c.hq, n), c.dtype, c.dv, c.dv, *y);
-        float total = 0;
-        for (int64_t p = 0; p < c.dv; ++p) total += (*x)[p] * (*y)[p];
-        c.delta[bh * c.nq + n] = total;
+        floats(row_of(c, c.dout, bh / c.hq, bh % c.hq, n), c.dtype, c.dv, width, *x);
+        floats(row_of(c, c.out, bh / c.hq, bh % c.hq, n), c.dtype, c.dv, width, *y);
+        vf total{};
+        for (int64_t p = 0; p < width; p += W) total = plus_product(total, load(*x + p), load(*y + p));
+        c.delta[bh * c.nq + n] = sum(total);
       }
     };
   });
