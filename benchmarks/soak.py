@@ -1,6 +1,6 @@
 """The native kernel on thousands of random calls: masks, sizes, dtypes, layouts, options, planted NaN, threads.
 
-    python benchmarks/soak.py [--cases 10000] [--seed 0] [--isa NAME] [--quick] [--json FILE]
+    python benchmarks/soak.py [--cases 10000] [--seed 0] [--isa NAME] [--in-parts] [--quick] [--json FILE]
     python benchmarks/soak.py --seed 0 --only INDEX
 
 Every case follows from the seed and its index alone. It runs forward and backward with two numbers of threads, whose
@@ -35,6 +35,7 @@ from soak_check import Fault, Verdict, checked
 import truemask as tm
 from truemask.backends.isa import ISAS, VARIABLE
 from truemask.backends.native.library import isa, missing
+from truemask.backends.native.parts import BOTH, forced
 from truemask.cli.console import make_console, plain
 
 QUICK_CASES, PLAIN_EVERY = 25, 10.0  # seconds between lines where there is no terminal
@@ -98,6 +99,7 @@ class Soak:
     def repeat(self, index: int) -> str:
         """The command that runs one case again."""
         chosen = f" --isa {os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else ""
+        chosen += " --in-parts" if self.given.in_parts else ""
         return f"python benchmarks/soak.py --seed {self.given.seed} --only {index}{chosen}"
 
 
@@ -190,6 +192,7 @@ def soaked(arguments: Sequence[str] | None = None) -> tuple[str, bool]:
         seed={"type": int, "default": 0, "metavar": "N"},
         only={"type": int, "metavar": "INDEX", "help": "run this case alone and tell all about it"},
         isa={"choices": ISAS, "help": "the instruction set of the kernel"},
+        in_parts={"action": "store_true", "help": "fp32 and fp16 as sums of bf16, where there are tiles"},
     )
     if given.isa:
         os.environ[VARIABLE] = given.isa  # read when the first plan asks for the library
@@ -201,7 +204,8 @@ def soaked(arguments: Sequence[str] | None = None) -> tuple[str, bool]:
     before, soak = torch.get_num_threads(), Soak(given)
     torch.set_num_threads(1)  # the reference and all that is around the kernel: one core is enough
     try:
-        return _all(soak)
+        with forced(BOTH if given.in_parts else None):
+            return _all(soak)
     finally:
         torch.set_num_threads(before)
 
