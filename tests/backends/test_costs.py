@@ -157,3 +157,24 @@ def test_few_rows_and_few_tasks_take_longer() -> None:
             assert spread(rates) == pytest.approx(1 / 4)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("q_len", [1, 611])
+def test_plans_are_kept_for_the_threads_in_use(q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a short call, too, whose choice is kept for other lengths; and what was planned before is found again."""
+    monkeypatch.setenv("TRUEMASK_COSTS", "off")
+    _forget()
+    threads, mask = torch.get_num_threads(), tm.causal.at(q_start=700)
+    before = tm.plan(mask, q_len, heads=60)
+    cost = before.costs["sdpa"]
+    try:
+        torch.set_num_threads(threads + 3)
+        other = tm.plan(mask, q_len, heads=60)
+        assert other.choice is not before.choice
+        assert other.costs["sdpa"] < cost
+    finally:
+        torch.set_num_threads(threads)
+    assert CACHE.info().misses == 2
+    assert tm.plan(mask, q_len, heads=60) is before
+    monkeypatch.undo()
+    _forget()
