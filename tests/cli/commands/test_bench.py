@@ -57,6 +57,15 @@ def _stored(**changes: Any) -> dict[str, Any]:
     return numbers | {"native": {costs.isa_in_use(): numbers["native"]}}
 
 
+def _with_shares(costs: dict[str, Any], share: float) -> dict[str, Any]:
+    """The same with another share of full speed for few rows of sdpa, all of them."""
+    paces = {
+        dtype: {way: pace | dict.fromkeys(("rows1", "rows32", "rows64"), share) for way, pace in both.items()}
+        for dtype, both in costs["sdpa"]["paces"].items()
+    }
+    return costs | {"sdpa": costs["sdpa"] | {"paces": paces}}
+
+
 # -- racing ------------------------------------------------------------------------------------------------------------
 
 
@@ -107,11 +116,12 @@ def test_calibration_is_stored_and_found(
 ) -> None:
     before = tm.plan(tm.causal, 67)
     assert re.search(r"predicted from the shipped costs.*; `truemask bench --calibrate`", str(before))
-    monkeypatch.setattr(bench, "measured_costs", lambda say: measured[0])
+    found = _with_shares(measured[0], 0.8)  # those of tiny probes mean nothing
+    monkeypatch.setattr(bench, "measured_costs", lambda say: found)
     code, out = run("--calibrate")
     assert code == 0, out
     assert f"stored in {costs_file}" in out.replace("\n", "")
-    assert costs.table() == costs.table_of(measured[0])
+    assert costs.table() == costs.table_of(found)
     after = tm.plan(tm.causal, 67)
     assert after.costs != before.costs
     assert re.search(r"predicted from costs measured on this machine on \d{4}-\d\d-\d\d", str(after))
@@ -162,6 +172,33 @@ def test_nothing_is_kept_where_it_cannot_be(costs_file: Path, monkeypatch: pytes
     code, out = run("--calibrate")
     assert code == 2
     assert "unset it" in out
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda costs: _with_shares(costs, 1.51), r"sdpa: fp32\.forward\.rows1 = 1\.51 of full speed is more than"),
+        (lambda costs: costs | {"sdpa": costs["sdpa"] | {"call": 1e999}}, r"sdpa: call = inf is no constant above 0:"),
+        (lambda costs: costs | {"sdpa": costs["sdpa"] | {"masked": float("nan")}}, r"sdpa: masked = nan is no"),
+        (lambda costs: costs | {"reference": costs["reference"] | {"call": -1e-6}}, r"reference: call = -1e-06 is no"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    costs_file: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any, words: str, earlier: bool
+) -> None:
+    """As a busy machine makes it; an earlier file stays, word for word."""
+    if earlier:
+        costs_file.parent.mkdir()
+        calibration.store(_stored(call=1e-3))
+    before = costs_file.read_text() if earlier else ""
+    monkeypatch.setattr(bench, "measured_costs", lambda say: wrong(_stored()))
+    code, out = run("--calibrate")
+    said = " ".join(out.split())
+    assert code == 2
+    assert re.search(words, said), said
+    assert "stays as it was: run `truemask bench --calibrate` again when this machine has nothing else to do" in said
+    assert (costs_file.read_text() if costs_file.exists() else "") == before
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -226,6 +263,13 @@ def test_a_wrong_constant_is_a_warning(costs_file: Path, changes: dict[str, Any]
     with pytest.warns(UserWarning, match=rf"are wrong \(sdpa: .*{named}"):
         assert costs.table() == costs.shipped()[0]
     assert "because the measured ones are wrong" in costs.source()
+
+
+def test_a_share_that_no_machine_has_is_a_warning(costs_file: Path) -> None:
+    costs_file.parent.mkdir()
+    calibration.store(_with_shares(_stored(), 2.0))
+    with pytest.warns(UserWarning, match=r"are wrong \(sdpa: fp32\.forward\.rows1 = 2\.00 of full speed"):
+        assert costs.table() == costs.shipped()[0]
 
 
 def test_a_backend_that_came_later_is_a_warning(costs_file: Path) -> None:

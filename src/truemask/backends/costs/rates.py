@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 R = TypeVar("R", bound="Rates")
 
 DIRECTIONS = ("forward", "backward")
+MOST_SHARE = 1.5  # of full speed that few rows may seem to reach: beyond that the two were not measured alike
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Rates:
             for way, pace in zip(DIRECTIONS, both, strict=True):
                 found |= {f"{dtype}.{way}.{name}": number for name, number in asdict(pace).items()}
         return found
+
+    def absurd(self) -> str:
+        """What no machine has, in words: few rows that are far quicker than full speed; empty if there is nothing."""
+        for path, number in self.flat().items():
+            if ".rows" in path and number > MOST_SHARE:
+                return f"{path} = {number:.2f} of full speed is more than {MOST_SHARE}"
+        return ""
 
     def scaled(self: R, factors: Mapping[str, float]) -> R:
         """The same with the numbers of some paths multiplied."""
