@@ -6,12 +6,13 @@
                                 [--seconds S] [--minutes M]
 
 b 1, h 8. Contestants take turns; medians. A row is shown as soon as it is measured, and the tables at the end. Each
-contestant of the masks' tables gets `--seconds`; after `--minutes` no further row of them is begun, nor another table. *Ideal* is SDPA's time with the same dense mask times the share of pairs that
-the mask lets through; where SDPA needs no mask, `attend` is held to the bare call. `attend` stands for the backend that
-the plan chose, *portable* for what a plan without the native kernel would take. A rival who is ten times slower than
-the fastest runs once. Bars are those of the kernel's instruction set. `--isa avx2` runs all of it in a process in which
-torch, MKL and oneDNN are held to that set as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin
-do it by hand).
+contestant of the masks' tables gets `--seconds`; after `--minutes` no further row of them is begun, nor another table.
+
+*Ideal* is SDPA's time with the same dense mask times the share of pairs that the mask lets through; where SDPA needs no
+mask, `attend` is held to the bare call. `attend` stands for the backend that the plan chose, *portable* for what a plan
+without the native kernel would take. A rival who is ten times slower than the fastest runs once. Bars are those of the
+kernel's instruction set. `--isa avx2` runs all of it in a process in which torch, MKL and oneDNN are held to that set
+as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin do it by hand).
 """
 
 from __future__ import annotations
