@@ -18,6 +18,7 @@ import truemask as tm
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.costs import calibration_file as calibration
 from truemask.backends.costs import model as costs
+from truemask.backends.isa import built
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking import calibrate
 from truemask.benchmarking.probes import Probe, Sizes, measures
@@ -137,10 +138,44 @@ def test_every_constant_is_measured(measured: tuple[dict[str, Any], list[str]]) 
     start = costs.shipped()[0]
     for name in costs.BACKENDS:
         paths = {path for path in getattr(start, name).flat() if not path.startswith("native.fp64")}
-        apart = {path for path in paths if path in ("threads", "lanes", "peak", "join", "copy")}
+        apart = {path for path in paths if path in ("threads", "lanes", "peak", "join", "copy")}  # by themselves
         few = () if name == "sdpa" else ("rows1", "rows32", "rows64", *(["step"] if name == "reference" else []))
         wanted = {path for path in paths - apart if path.split(".")[-1] not in few}
         assert wanted <= {path for backend, path in shown if backend == name}, name
+
+
+def test_gathering_is_measured(measured: tuple[dict[str, Any], list[str]]) -> None:
+    assert measured[0]["block_sparse"]["copy"] != costs.shipped()[0].block_sparse.copy
+    assert calibrate.copy_rate(0.0) > 1e7
+
+
+def test_tiles_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AMX, in both dtypes; and what was measured is no longer doubted."""
+    if "amx_emulated" not in built():
+        pytest.skip("the kernel is missing here: it was not built")
+    monkeypatch.setenv("TRUEMASK_ISA", "amx_emulated")
+    said: list[str] = []
+    found = calibrate.measured_costs(said.append, SIZES, 0.0, ("native",))
+    assert list(found["native"]) == ["amx_emulated"]
+    assert any("fp32, forward and backward" in text for text in said)
+    assert any("bf16, forward and backward" in text for text in said)
+    table, start = costs.table_of(_stored() | found), costs.shipped()[0]
+    assert not table.unmeasured
+    for dtype in ("fp32", "bf16"):
+        for way in ("forward", "backward"):
+            path = f"{dtype}.{way}.d64"
+            assert table.native.flat()[path] != start.native.flat()[path]
+
+
+def test_more_threads_begin_with_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a hundred threads is not held to what two of them reach."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 100)
+    before, start = costs.shipped()[0].sdpa, calibrate._start(1e9, 2e9)
+    times = start.sdpa.paces["bf16"].forward.d64 / before.paces["bf16"].forward.d64
+    assert times == pytest.approx(100 / before.threads)
+    assert (start.sdpa.call, start.sdpa.threads) == (before.call, 100)
+    assert start.sdpa.paces["fp32"].forward.rows32 == before.paces["fp32"].forward.rows32
+    assert (start.sdpa.join, start.block_sparse.copy) == (1e9, 2e9)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.name in costs.BACKENDS])
