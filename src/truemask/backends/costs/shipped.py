@@ -150,9 +150,9 @@ NATIVES = (
         call=3.26e-5, call_backward=0.000129, threads=2, read=6e10, read_halves=6.7e10, few=1.45e11, few_halves=1.8e11,
         pack=4e10, pack_halves=1e10, mixed=0.975, lanes=16, peak=1.17e11,
         paces={
-        "fp32": Both(Pace(1.89e11, 1.98e11, 1.2e-6), Pace(2e11, 2.09e11, 1.04e-6)),
-        "bf16": Both(Pace(3.5e11, 3.66e11, 4.44e-6), Pace(3.28e11, 3.6e11, 1e-7)),
-        "fp16": Both(Pace(1.85e11, 1.9e11, 1e-7), Pace(1.96e11, 1.96e11, 1.04e-6)),
+        "fp32": Both(Pace(1.89e11, 1.98e11, 1.2e-6), Pace(2e11, 2.09e11, 6e-6)),
+        "bf16": Both(Pace(3.5e11, 3.66e11, 4.44e-6), Pace(3.28e11, 3.6e11, 1.2e-5)),
+        "fp16": Both(Pace(1.85e11, 1.9e11, 1.2e-6), Pace(1.96e11, 1.96e11, 5e-6)),
     })),
     NativeCosts("avx512", "AMD EPYC (Zen 4), torch 2.13.0", "AMD", NativeRates(
         call=2.93e-5, call_backward=0.00012, threads=2, read=2.76e10, read_halves=5.81e10, few=2.47e11,
