@@ -18,7 +18,7 @@ from truemask.backends.backend import Backend, Proposal
 from truemask.backends.block_sparse.gather_scatter import gathered
 from truemask.backends.costs.model import BACKENDS as NAMES
 from truemask.backends.costs.model import Table, assumed, isa_in_use, shipped
-from truemask.backends.costs.rates import Rates
+from truemask.backends.costs.rates import Rates, SdpaRates
 from truemask.backends.native.library import missing, peak
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking.probes import Measure, Probe, Sizes, measures
@@ -75,7 +75,8 @@ def _start(join: float, copy: float) -> Table:
     rates = {name: getattr(table, name).with_threads(threads) for name in NAMES}
     joins = join * table.block_sparse.join / table.sdpa.join
     rates["block_sparse"] = replace(rates["block_sparse"], join=joins, copy=copy)
-    rates["sdpa"] = replace(rates["sdpa"], join=join)
+    read = SdpaRates.read * threads / table.sdpa.threads  # what ships may say that nobody waits
+    rates["sdpa"] = replace(rates["sdpa"], join=join, read=read)
     if not missing():
         rates["native"] = replace(rates["native"], peak=max(peak(0.02, False) for _ in range(5)) / threads)
     return replace(table, **rates, fixed=False)

@@ -122,7 +122,7 @@ class SdpaRates(Rates):
 
     join: float = 3.7e9
     masked: float = 4e9
-    read: float = 1e12
+    read: float = 20e9
 
 
 @dataclass(frozen=True)

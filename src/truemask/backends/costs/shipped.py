@@ -2,7 +2,7 @@
 
 Zen 4's were calibrated. `read` of its sdpa, and few rows, packing and steps of its native kernel with `avx512_bf16`,
 were set by hand between what 1 to 192 rows took, of both head sizes, with one thread. Elsewhere nobody knows `read` of
-sdpa, so nobody waits there. `copy` was measured on none of them; `truemask bench --calibrate` measures it.
+sdpa: with 1e12 nobody waits. `copy` was measured on none of them; `truemask bench --calibrate` measures it.
 
 Those of the AMD with AVX2 and of the Intel come from older runs (kernel 0.1), which had one factor for half precision:
 shares of few rows, steps, fp16, `few`, `pack` and `mixed` are guesses there.
@@ -53,7 +53,7 @@ def vendor_of(processor: str) -> str:
 TORCH = {
     "avx2": TorchCosts("AMD EPYC (AVX2 only), torch 2.13.0", "AMD", ("avx2", "AMD, AVX2"), (
         SdpaRates(
-            call=5e-5, call_backward=0.00018, threads=2, join=3.7e9, masked=4.6e9,
+            call=5e-5, call_backward=0.00018, threads=2, join=3.7e9, masked=4.6e9, read=1e12,
             paces={
             "fp32": Both(Pace(1.33e11, 1.39e11, 1.5e-6, 0.066, 0.65, 0.92),
                          Pace(1.12e11, 1.39e11, 4e-6, 0.1, 0.8, 0.93)),
@@ -113,7 +113,7 @@ TORCH = {
     )),
     "amx": TorchCosts("Intel Xeon with AMX, torch 2.13.0", "Intel", ("avx512_bf16", "Intel"), (
         SdpaRates(
-            call=5e-5, call_backward=0.00015, threads=2, join=3.3e9, masked=4e9,
+            call=5e-5, call_backward=0.00015, threads=2, join=3.3e9, masked=4e9, read=1e12,
             paces={
             "fp32": Both(Pace(2.4e11, 2.5e11, 1e-6, 0.05, 0.68, 0.8),
                          Pace(2.54e11, 2.65e11, 4e-6, 0.1, 0.75, 0.72)),
