@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 import pytest
 import_module("truemask.backends.isa").FOLDER = Path(sys.argv[1])
-tests = ["tests/backends/test_native.py", "-k", "not fork and not never_built"]
+tests = ["tests/backends/test_native.py", "-k", "not fork and not never_built and not products_of_bf16"]
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 """
 FLAGS = "-O1 -g -std=c++17 -fPIC -shared -pthread -fno-math-errno -fsanitize=address,undefined".split()
