@@ -3,13 +3,16 @@
     python benchmarks/attend.py [--quick] [--json FILE] [--rows TEXT ...] [--flex] [--x-transformers] [--isa NAME]
                                 [--lengths 4096 8192] [--head-dims 64 128] [--dtypes fp32 bf16] [--sweep]
                                 [--parts masks plain short decode overhead memory dense]
+                                [--seconds S] [--minutes M]
 
-b 1, h 8. Contestants take turns; medians. *Ideal* is SDPA's time with the same dense mask times the share of pairs that
-the mask lets through; where SDPA needs no mask, `attend` is held to the bare call. `attend` stands for the backend that
-the plan chose, *portable* for what a plan without the native kernel would take. A rival who is ten times slower than
-the fastest runs once. Bars are those of the kernel's instruction set. `--isa avx2` runs all of it in a process in which
-torch, MKL and oneDNN are held to that set as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin
-do it by hand).
+b 1, h 8. Contestants take turns; medians. A row is shown as soon as it is measured, and the tables at the end. Each
+contestant of the masks' tables gets `--seconds`; after `--minutes` no further row of them is begun, nor another table.
+
+*Ideal* is SDPA's time with the same dense mask times the share of pairs that the mask lets through; where SDPA needs no
+mask, `attend` is held to the bare call. `attend` stands for the backend that the plan chose, *portable* for what a plan
+without the native kernel would take. A rival who is ten times slower than the fastest runs once. Bars are those of the
+kernel's instruction set. `--isa avx2` runs all of it in a process in which torch, MKL and oneDNN are held to that set
+as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin do it by hand).
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from attend_dense import dense_table
-from attend_peers import BARE, DTYPES, FLEX, MASKED, PLANNED, X_TRANSFORMERS, Peak, Row, bars, measured, peak
+from attend_peers import BARE, DTYPES, FLEX, MASKED, PLANNED, SECONDS, X_TRANSFORMERS, Peak, Row, bars, measured, peak
 from attend_plain import plain_table
 from attend_small import DIRECTIONS, decode_table, memory_of, memory_table, overhead_table, short_table
 from bench_masks import attend_masks
-from harness import Table, finish, ms, options
+from harness import AT_ONCE, Table, finish, ms, options
 
 from truemask.backends.costs.model import source
 from truemask.backends.isa import ISAS, VARIABLE
@@ -85,8 +89,10 @@ def masks_table(size: Size, grad: bool, top: Peak, given: argparse.Namespace) ->
     if not grad:
         table.note += f"; of peak: {top.flops / 1e9:.0f} GF/s in {size.dtype}, {top.source}"
     wanted = given.rows or [""]
-    for name, mask in attend_masks(size.n).items():
-        if any(text in name for text in wanted):
+    masks = {name: mask for name, mask in attend_masks(size.n).items() if any(text in name for text in wanted)}
+    print(f"{AT_ONCE}{what}: {', '.join(table.header)}", flush=True)
+    for name, mask in masks.items():
+        if not is_late(given):
             row = measured(mask, workload, grad, given)
             table.add(
                 name, *_cells(row, top, given),
@@ -94,7 +100,14 @@ def masks_table(size: Size, grad: bool, top: Peak, given: argparse.Namespace) ->
                 timings={who: timing._asdict() for who, timing in row.found.items()}, backend=row.plan.backend,
                 predicted=row.plan.costs, flops=None if grad else row.flops, peak=top.flops, isa=isa(),
             )  # fmt: skip
+    if len(table.rows) < len(masks):
+        table.note += f"; {len(masks) - len(table.rows)} rows were not measured: {given.minutes:g} minutes were over"
     return table
+
+
+def is_late(given: argparse.Namespace) -> bool:
+    """Whether the minutes are over."""
+    return given.minutes is not None and time.monotonic() > given.start + 60 * given.minutes
 
 
 def _header(grad: bool, given: argparse.Namespace) -> tuple[str, ...]:
@@ -126,9 +139,14 @@ def held_to(name: str, arguments: Sequence[str]) -> str:
     """What this script prints where everybody is held to an instruction set: said before torch is loaded."""
     environment = {**os.environ, VARIABLE: name, **HELD.get(name, {})}
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    print(done.stdout, end="")
-    return done.stdout
+    kept: list[str] = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout or ():
+            print(line, end="", flush=True)
+            kept += [] if line.startswith(AT_ONCE) else [line]
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return "".join(kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -146,8 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> str:
         x_transformers=flag,
         isa={"choices": ISAS, "help": "hold everybody to this instruction set"},
         parts={"nargs": "+", "choices": ("masks", *SMALL), "help": "only these tables"},
+        seconds={"type": float, "default": SECONDS, "help": "for each contestant of the masks' tables"},
+        minutes={"type": float, "help": "how long it may take, but for the row that is being measured"},
         memory={"help": argparse.SUPPRESS},
     )
+    given.start = time.monotonic()
     if given.memory:
         print(memory_of(given.memory == "1", given.quick))
         return ""
@@ -164,9 +185,11 @@ def tables(given: argparse.Namespace) -> Iterator[Table]:
     if "masks" in parts:
         tops: dict[str, Peak] = {}
         for size in sizes(given):  # again for each, for the machine may have been busy
+            if is_late(given):
+                break
             top = tops[size.dtype] = max(tops.get(size.dtype, Peak()), peak(size.dtype, given.quick))
-            yield from (masks_table(size, grad, top, given) for grad in DIRECTIONS)
-    yield from (made(given) for name, made in SMALL.items() if name in parts)
+            yield from (masks_table(size, grad, top, given) for grad in DIRECTIONS if not is_late(given))
+    yield from (made(given) for name, made in SMALL.items() if name in parts and not is_late(given))
 
 
 if __name__ == "__main__":

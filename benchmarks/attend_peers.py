@@ -172,7 +172,7 @@ def measured(mask: tm.Mask, workload: Workload, grad: bool, given: argparse.Name
     plan = tm.plan(mask, n, n, heads=heads, head_dim=d, dtype=workload.q.dtype, grad=grad)
     runs = {who: workload.run(call, grad) for who, call in contestants(plan, workload, given).items()}
     rivals = [who for who in runs if who not in (PLANNED, MASKED, BARE)]
-    found = race(runs, 0.0 if given.quick else SECONDS, most=15, outsiders=rivals)
+    found = race(runs, 0.0 if given.quick else given.seconds, most=15, outsiders=rivals)
     return Row(plan, dtype, mask.density(n), found)
 
 
@@ -186,13 +186,19 @@ class Peak(NamedTuple):
     source: str = ""
 
 
+MEASURES = {  # what the kernel's own measure is of, by what it multiplies
+    "floats": "of fused multiply-adds in registers",
+    "pairs": "of products of pairs of bf16 in registers",
+    "tiles": "of products of tiles",
+}
+
+
 def peak(dtype: str, quick: bool) -> Peak:
     """The kernel's own measure of what it computes this dtype with, else the best of torch's matrix product."""
     if not missing():
         halves = dtype == "bf16"
-        what = {"amx": "tiles", "avx512_bf16": "pairs of bf16 in registers"}.get(isa(), "") if halves else ""
         found = library.peak(0.01 if quick else 0.5, halves)
-        return Peak(found, f"of products of {what}" if what else "of fused multiply-adds in registers")
+        return Peak(found, MEASURES[library.products_of_bf16() if halves else "floats"])
     sizes = (64,) if quick else (512, 1024, 2048)
     paces = [_mm_pace(n, DTYPES[dtype], quick) for n in sizes]
     return Peak(max(paces), "of torch.mm's pace, the best of some sizes: below the peak")

@@ -5,8 +5,7 @@
 
 Plain, causal and window calls of one sample and of eight, in both directions, and decoding. Contestants take turns,
 medians (`--least`: least times, where other programs keep the machine busy); a choice is right that takes no more than
-1.15 times the fastest. `TRUEMASK_ISA` holds the native kernel to an
-instruction set.
+1.15 times the fastest. `TRUEMASK_ISA` holds the native kernel to an instruction set.
 """
 
 from __future__ import annotations

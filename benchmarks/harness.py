@@ -25,6 +25,7 @@ from truemask.benchmarking.timing import race as race
 from truemask.benchmarking.timing import timing as timing
 
 MEGABYTE = 1e6
+AT_ONCE = "> "  # before rows that are shown as they are measured; the tables come at the end
 STATUS = Path("/proc/self/status")
 
 
@@ -39,10 +40,10 @@ class Table:
     note: str = ""
 
     def add(self, *row: str, **numbers: Any) -> None:
-        """A row as it is read, and its numbers; shown at once, because the next row may take minutes."""
+        """A row as it is read, and its numbers; shown at once, into a pipe too: the next row may take minutes."""
         self.rows.append(row)
         self.numbers.append(numbers)
-        print("  " + " | ".join(row), file=sys.stderr, flush=True)
+        print(AT_ONCE + " | ".join(row), flush=True)
 
     def __str__(self) -> str:
         lines = [tuple(self.header), *map(tuple, self.rows)]

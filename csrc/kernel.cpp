@@ -130,6 +130,13 @@ int guarded(F run) {
 extern "C" {
 void tm_start_threads_with(Parallel start) { starter() = {start, getpid()}; }  // or with null: by ourselves
 double tm_peak(double seconds, int halves, int64_t threads) { return peak(seconds, halves, threads); }
+int tm_products_of_bf16() {  // 0: of floats, 1: of pairs, 2: of tiles
+#if defined(TM_TILES)
+  return 2;
+#else
+  return PAIRS && are_pairs_quick();
+#endif
+}
 int tm_usable() { return usable(); }  // asked before all else: 1, or why this process may not use this library
 uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and constants are these
 int tm_forward(const Call* c) {

@@ -54,9 +54,10 @@ TM_INLINE void block(const E* a, int64_t row, int64_t step, const E* b, int64_t 
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + x[i][j] : x[i][j]);
 }
 
-// Rows of a panel of V vectors: sums in registers, as many as hide that each waits for the one before.
+// Rows of a panel of V vectors: sums in registers, as many as hide that each waits for the one before, and as many as there
+// is room for: what is loaded of B then serves more of them.
 template <int V>
-constexpr int rows_of_panel() { return V == 1 && W > 4 ? 12 : ROWS; }
+constexpr int rows_of_panel() { return (V == 1 && W > 4) || (V == 2 && W == 16) ? 12 : ROWS; }
 
 template <int V, class E>
 TM_INLINE void panel(int64_t m, const E* a, int64_t row, int64_t step, const E* b, int64_t ldb, int64_t k, float* c,

@@ -6,14 +6,15 @@
 #if defined(TM_TILES)
 namespace {
 
-// Which parts of two numbers are multiplied, the smallest products first: those that are below a 2^24th are left out.
+// Which parts of two numbers are multiplied, the smallest products first. Of three parts, those are left out that are below
+// what a float can say beside the largest; of two, none is.
 struct PartPair {
   int8_t a, b;
 };
 template <int N>
 constexpr PartPair PART_PAIRS[1] = {{0, 0}};
 template <>
-inline constexpr PartPair PART_PAIRS<2>[3] = {{1, 0}, {0, 1}, {0, 0}};
+inline constexpr PartPair PART_PAIRS<2>[4] = {{1, 1}, {1, 0}, {0, 1}, {0, 0}};
 template <>
 inline constexpr PartPair PART_PAIRS<3>[6] = {{2, 0}, {1, 1}, {0, 2}, {1, 0}, {0, 1}, {0, 0}};
 

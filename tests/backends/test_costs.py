@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -157,3 +158,102 @@ def test_few_rows_and_few_tasks_take_longer() -> None:
             assert spread(rates) == pytest.approx(1 / 4)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def zen4(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine on which few rows were measured, its kernel, and one thread."""
+    monkeypatch.setenv("TRUEMASK_COSTS", "off")
+    monkeypatch.setattr(costs, "torch_kind", lambda: "avx512")
+    monkeypatch.setattr(costs, "processor", lambda: "AMD EPYC, AVX512")
+    monkeypatch.setattr(costs, "isa_in_use", lambda: "avx512_bf16")
+    monkeypatch.setattr(sdpa, "native_halves", lambda: (torch.bfloat16,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _forget()
+    yield
+    torch.set_num_threads(threads)
+    monkeypatch.undo()
+    _forget()
+
+
+@pytest.mark.usefixtures("zen4")
+@pytest.mark.parametrize(
+    ("rows", "keys", "microseconds"),
+    [  # least of many in turns: 8 heads of 64, fp32, sdpa and native
+        (9, 64, (66, 70)),
+        (8, 64, (62, 59)),
+        (33, 128, (183, 205)),
+        (32, 128, (171, 186)),
+        (48, 512, (850, 649)),
+        (32, 512, (544, 554)),
+        (16, 2048, (1951, 1275)),
+        (40, 2048, (3478, 2850)),
+        (64, 2048, (4740, 3430)),
+        (192, 2048, (11275, 8914)),
+    ],
+)
+def test_few_rows_are_priced_as_they_were_measured(rows: int, keys: int, microseconds: tuple[int, int]) -> None:
+    """Within a third, and whoever is a fifth faster is chosen: where keys are read, and where they are packed."""
+    plan = tm.plan(tm.everything, rows, keys)
+    took: dict[str, float] = {"sdpa": microseconds[0], "native": microseconds[1]}
+    for name, truth in took.items():
+        assert 0.75 < plan.costs[name] * 1e6 / truth < 1.34, name
+    assert took[plan.backend] < 1.2 * min(took.values())
+
+
+@pytest.mark.usefixtures("zen4")
+@pytest.mark.parametrize("keys", [64, 512, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_rows_never_cost_less(keys: int, dtype: torch.dtype) -> None:
+    """Of the native kernel: neither where it begins to pack keys nor anywhere else. Nor twice as much."""
+    rows = range(1, 200)
+    took = [tm.plan(tm.everything, n, keys, dtype=dtype).costs["native"] for n in rows]
+    steps = [later / before for before, later in itertools.pairwise(took)]
+    assert min(steps) >= 1, rows[steps.index(min(steps))]
+    assert max(steps) < 2, rows[steps.index(max(steps))]
+
+
+@pytest.mark.usefixtures("zen4")
+def test_a_dtype_that_torchs_kernel_does_not_have_costs_its_conversions() -> None:
+    """In fp16 a tiny call of sdpa takes 15 us longer than in fp32, and a training step of it 45 us."""
+    costs = {
+        (dtype, grad): tm.plan(tm.causal, 16, dtype=dtype, grad=grad).costs["sdpa"]
+        for dtype in (torch.float32, torch.float16)
+        for grad in (False, True)
+    }
+    for grad, microseconds in ((False, 15), (True, 45)):
+        more = costs[torch.float16, grad] - costs[torch.float32, grad]
+        assert more * 1e6 == pytest.approx(microseconds, abs=6)
+    assert tm.plan(tm.causal, 16, dtype=torch.float16).backend == "native"
+
+
+@pytest.mark.usefixtures("zen4")
+def test_heads_that_share_keys_lie_side_by_side_while_they_fit() -> None:
+    """As in the kernel: eight rows of each of four heads are one strip; 17 of each are one for each head."""
+    shared = {n: tm.plan(tm.everything, n, 2048, heads=32, kv_heads=8).costs["native"] for n in (8, 16, 17, 32)}
+    own = {n: tm.plan(tm.everything, n, 2048, heads=32).costs["native"] for n in (8, 17, 32)}
+    assert shared[8] < own[8]
+    assert shared[16] < 1.3 * shared[17]
+    assert shared[32] == pytest.approx(own[32], rel=0.2)
+
+
+@pytest.mark.parametrize("q_len", [1, 611])
+def test_plans_are_kept_for_the_threads_in_use(q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a short call, too, whose choice is kept for other lengths; and what was planned before is found again."""
+    monkeypatch.setenv("TRUEMASK_COSTS", "off")
+    _forget()
+    threads, mask = torch.get_num_threads(), tm.causal.at(q_start=700)
+    before = tm.plan(mask, q_len, heads=60)
+    cost = before.costs["sdpa"]
+    try:
+        torch.set_num_threads(threads + 3)
+        other = tm.plan(mask, q_len, heads=60)
+        assert other.choice is not before.choice
+        assert other.costs["sdpa"] < cost
+    finally:
+        torch.set_num_threads(threads)
+    assert CACHE.info().misses == 2
+    assert tm.plan(mask, q_len, heads=60) is before
+    monkeypatch.undo()
+    _forget()

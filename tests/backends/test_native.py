@@ -23,6 +23,8 @@ import truemask as tm
 from tests.support.strategies import Drawn, expressions
 from truemask.attention.planning.cache import CACHE
 from truemask.backends import isa as isa_files
+from truemask.backends.costs.calibration_file import processor
+from truemask.backends.costs.shipped import vendor_of
 from truemask.backends.isa import ISAS, VARIABLE, file_of
 from truemask.backends.native import abi as native_abi
 from truemask.backends.native import library as native_library
@@ -560,6 +562,37 @@ def test_a_set_that_is_named_and_refused_is_an_error(refused: str, monkeypatch: 
     monkeypatch.setenv(VARIABLE, refused)
     assert not missing()
     assert native_library.passed_over() == []
+
+
+def test_a_set_that_is_named_and_left_out_says_what_the_compiler_lacked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In plans and from the doctor, if the processor has it; else that it has not."""
+    why = "amx: g++ does not know these instructions; a newer compiler does (`CXX` names one)"
+    (tmp_path / "truemask_base.so").write_text("never loaded, since another set is named")
+    (tmp_path / "missing.txt").write_text(f"{why}\n")
+    monkeypatch.setattr(isa_files, "FOLDER", tmp_path)
+    monkeypatch.setenv(VARIABLE, "amx")
+    for has, expected in ((ALL_FLAGS, why), (frozenset(("sse2",)), "built are base; this processor runs base, amx_")):
+        monkeypatch.setattr(isa_files, "processor_flags", lambda has=has: has)
+        native_library._loaded.cache_clear()
+        CACHE.clear()
+        assert missing().startswith(expected)
+        assert f"there is no native kernel: {expected}" in str(tm.plan(tm.causal & tm.window(8), 511))
+        assert findings()["facts"]["native kernel"].startswith(f"none: {expected}")
+    monkeypatch.undo()
+    native_library._loaded.cache_clear()
+    CACHE.clear()
+
+
+def test_products_of_bf16_are_as_the_pages_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs where AMD's processors have them, tiles where they are or are emulated."""
+    pairs = "pairs" if vendor_of(processor()) == "AMD" else "floats"
+    for name in isa_files.built():
+        if name in isa_files.runs_on(torch.backends.cpu.get_cpu_capability()) and not isa_files.refusal(file_of(name)):
+            monkeypatch.setenv(VARIABLE, name)
+            expected = {"amx": "tiles", "amx_emulated": "tiles", "avx512_bf16": pairs}.get(name, "floats")
+            assert native_library.products_of_bf16() == expected
 
 
 def test_the_peak_is_of_all_threads(threads: None) -> None:

@@ -52,6 +52,16 @@ def test_law_10(dtype: torch.dtype, scale: int) -> None:
 
 
 @DTYPES
+def test_scores_keep_the_digits_of_floats(dtype: torch.dtype) -> None:
+    """Whatever the output is rounded to: lse is not."""
+    made = [x.detach() for x in tensors(1, 2, 2, 100, 100, 64, 64, dtype)[:3]]
+    made[0] *= 10
+    found = tm.attend(*made, tm.causal, backend="native", return_lse=True)[1]
+    expected = tm.attend(*(x.double() for x in made), tm.causal, backend="reference", return_lse=True)[1]
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@DTYPES
 def test_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
     before, made = torch.get_num_threads(), tensors(2, 4, 2, 200, 200, 32, 32, dtype)
     found = []

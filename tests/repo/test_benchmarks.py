@@ -171,6 +171,33 @@ def test_a_picture_names_its_lines(script: Script, tmp_path: Path) -> None:
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+def test_a_row_is_shown_as_soon_as_it_is_measured() -> None:
+    """Into a pipe, too: what ends the process here loses all that waits to be written."""
+    program = "import harness, os; harness.Table('t', ('a', 'b')).add('x', '1'); os._exit(0)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=FOLDER, check=True, capture_output=True, text=True)
+    assert result.stdout == "> x | 1\n"
+
+
+def test_no_row_is_begun_when_the_minutes_are_over(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = script("attend")
+    late = iter([False] * 4)  # asked before a size, a direction and each row
+    monkeypatch.setattr(attend, "is_late", lambda given: next(late, True))
+    text = attend.main(["--quick", "--minutes", "3"])
+    assert "; 7 rows were not measured: 3 minutes were over" in text
+    assert text.count("predicted from") == 1, "nor another table"
+
+
+def test_a_peak_says_what_it_is_of(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what products of bf16 are made of, which is not told by the instruction set: pairs are AMD's alone."""
+    peers = script("attend_peers")
+    monkeypatch.setattr(peers, "missing", lambda: "")
+    monkeypatch.setattr(peers.library, "peak", lambda seconds, halves: 2.0 if halves else 1.0)
+    for made_of, words in (("floats", "multiply-adds"), ("pairs", "pairs of bf16"), ("tiles", "products of tiles")):
+        monkeypatch.setattr(peers.library, "products_of_bf16", lambda made_of=made_of: made_of)
+        assert words in peers.peak("bf16", True).source
+        assert "multiply-adds" in peers.peak("fp32", True).source
+
+
 def test_random_expressions_mean_what_de_morgan_says(script: Script) -> None:
     masks = script("bench_masks")
     for seed in range(5):

@@ -33,6 +33,7 @@ from truemask.backends.costs.prediction import (
     paces,
     rows_at_once,
     spread,
+    waiting,
 )
 from truemask.backends.shared.containment import flash_attention
 from truemask.backends.shared.cpu_flash import Flash, all_fitted
@@ -70,6 +71,9 @@ class SdpaProposal(Proposal):
         cells, count = kernel_work(r, causal=_flag(job))
         blocks = Blocks(r.q_len, planes * cells, planes * count, planes * math.ceil(r.q_len / rows_at_once(r.q_len)))
         cost = rates.call + flash_seconds(rates, forward, r, blocks)
+        cost += waiting(rates, r, kernel_dtype(r).itemsize, blocks.tasks)
+        if kernel_dtype(r) != r.dtype:  # the calls that make fp32 of q, k and v, and what comes back of it
+            cost += rates.call * (0.5 + r.grad)
         if r.bias:  # joined in every call; a mask alone is lowered once
             cost += _dense_bytes(job) / rates.join
         if not _flag(job) and (r.bias or job.pattern != "everything"):

@@ -15,9 +15,10 @@ import torch
 from truemask.attention.attend import attend
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.backend import Backend, Proposal
+from truemask.backends.block_sparse.gather_scatter import gathered
 from truemask.backends.costs.model import BACKENDS as NAMES
 from truemask.backends.costs.model import Table, assumed, isa_in_use, shipped
-from truemask.backends.costs.rates import PARTS, Both, NativeRates, Rates
+from truemask.backends.costs.rates import PARTS, Both, NativeRates, Rates, SdpaRates
 from truemask.backends.native.library import missing, peak
 from truemask.backends.native.parts import forced
 from truemask.backends.registry import BACKENDS
@@ -54,9 +55,9 @@ def measured_costs(
         for new in timed(one, backends, seconds):
             key = new.backend.name, new.probe
             found[key] = min(found.get(key, new), new, key=lambda measured: measured.seconds)
-    faster = join_rate(seconds) / shipped()[0].sdpa.join
+    start = _start(join_rate(seconds), copy_rate(seconds))
     CACHE.clear()  # of what was lowered for probes
-    table = fitted(list(found.values()), _start(faster))
+    table = fitted(list(found.values()), start)
     costs = {name: getattr(table, name).numbers() for name in backends}
     return costs | ({"native": {isa_in_use(): costs["native"]}} if "native" in costs else {})
 
@@ -69,12 +70,14 @@ def timed(one: Measure, backends: Mapping[str, Backend], seconds: float) -> list
     return [Measured(backends[name], one.probe, one.shows[name], times[name].least) for name in able]
 
 
-def _start(join: float) -> Table:
+def _start(join: float, copy: float) -> Table:
     """The shipped constants as of this many threads, with what is measured by itself."""
     table, threads = shipped()[0], torch.get_num_threads()
-    rates = {name: replace(getattr(table, name), threads=threads) for name in NAMES}
-    for name in ("sdpa", "block_sparse"):
-        rates[name] = rates[name].scaled({"join": join})
+    rates = {name: getattr(table, name).with_threads(threads) for name in NAMES}
+    joins = join * table.block_sparse.join / table.sdpa.join
+    rates["block_sparse"] = replace(rates["block_sparse"], join=joins, copy=copy)
+    read = SdpaRates.read * threads / table.sdpa.threads  # what ships may say that nobody waits
+    rates["sdpa"] = replace(rates["sdpa"], join=join, read=read)
     if not missing():
         native = replace(rates["native"], peak=max(peak(0.02, False) for _ in range(5)) / threads)
         rates["native"] = replace(native, paces=native.paces | _paces_in_parts(native))
@@ -144,3 +147,11 @@ def join_rate(seconds: float, n: int = 1024) -> float:
     }
     times = race(with_bias, seconds)
     return (n * n + bias.numel()) * 4 / max(times["biased"].least - times["plain"].least, 1e-9)
+
+
+def copy_rate(seconds: float, n: int = 1024, width: int = 320) -> float:
+    """Bytes a second of rows that `block_sparse` gathers: overlapping strips of keys."""
+    x = torch.randn(8, n, 64)
+    places = (torch.arange(0, n, 64)[:, None] + torch.arange(width)).clamp(max=n - 1)
+    took = race({"gathered": lambda: gathered(x, places)}, seconds)["gathered"].least
+    return places.numel() * x.shape[0] * x.shape[2] * x.itemsize / took

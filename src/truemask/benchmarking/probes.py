@@ -156,5 +156,7 @@ def _others(sizes: Sizes) -> Iterator[Measure]:
         rows1 = tuple(f"{one}.{way}.rows1" for one in alike for way in ("forward", "backward"))
         decoding = Probe(everything, sizes.cache, 32, 128, dtype, rows=1, kv_heads=8)
         yield Measure(decoding, {"sdpa": rows1, "native": (f"read{halves}",)})
-        yield Measure(Probe(everything, sizes.sparse, d=128, dtype=dtype, rows=16), {"native": (f"few{halves}",)})
-    yield Measure(Probe(everything, sizes.sparse, rows=48), {"native": ("pack",)})
+        waiting: Shows = {} if halves else {"sdpa": ("read",)}
+        some = Probe(everything, sizes.sparse, d=128, dtype=dtype, rows=16)
+        yield Measure(some, {"native": (f"few{halves}",), **waiting})
+        yield Measure(Probe(everything, sizes.sparse, dtype=dtype, rows=48), {"native": (f"pack{halves}",)})

@@ -18,6 +18,7 @@ import truemask as tm
 from truemask.attention.planning.cache import CACHE
 from truemask.backends.costs import calibration_file as calibration
 from truemask.backends.costs import model as costs
+from truemask.backends.isa import built
 from truemask.backends.registry import BACKENDS
 from truemask.benchmarking import calibrate
 from truemask.benchmarking.probes import Probe, Sizes, measures
@@ -55,6 +56,15 @@ def _stored(**changes: Any) -> dict[str, Any]:
     numbers = {name: getattr(costs.shipped()[0], name).numbers() for name in costs.BACKENDS}
     numbers["sdpa"].update(changes)
     return numbers | {"native": {costs.isa_in_use(): numbers["native"]}}
+
+
+def _with_shares(costs: dict[str, Any], share: float) -> dict[str, Any]:
+    """The same with another share of full speed for few rows of sdpa, all of them."""
+    paces = {
+        dtype: {way: pace | dict.fromkeys(("rows1", "rows32", "rows64"), share) for way, pace in both.items()}
+        for dtype, both in costs["sdpa"]["paces"].items()
+    }
+    return costs | {"sdpa": costs["sdpa"] | {"paces": paces}}
 
 
 # -- racing ------------------------------------------------------------------------------------------------------------
@@ -107,11 +117,12 @@ def test_calibration_is_stored_and_found(
 ) -> None:
     before = tm.plan(tm.causal, 67)
     assert re.search(r"predicted from the shipped costs.*; `truemask bench --calibrate`", str(before))
-    monkeypatch.setattr(bench, "measured_costs", lambda say: measured[0])
+    found = _with_shares(measured[0], 0.8)  # those of tiny probes mean nothing
+    monkeypatch.setattr(bench, "measured_costs", lambda say: found)
     code, out = run("--calibrate")
     assert code == 0, out
     assert f"stored in {costs_file}" in out.replace("\n", "")
-    assert costs.table() == costs.table_of(measured[0])
+    assert costs.table() == costs.table_of(found)
     after = tm.plan(tm.causal, 67)
     assert after.costs != before.costs
     assert re.search(r"predicted from costs measured on this machine on \d{4}-\d\d-\d\d", str(after))
@@ -127,10 +138,47 @@ def test_every_constant_is_measured(measured: tuple[dict[str, Any], list[str]]) 
     start = costs.shipped()[0]
     for name in costs.BACKENDS:
         paths = {path for path in getattr(start, name).flat() if not path.startswith("native.fp64")}
-        apart = {path for path in paths if path in ("threads", "lanes", "peak", "join", "copy")}
+        apart = {path for path in paths if path in ("threads", "lanes", "peak", "join", "copy")}  # by themselves
         few = () if name == "sdpa" else ("rows1", "rows32", "rows64", *(["step"] if name == "reference" else []))
         wanted = {path for path in paths - apart if path.split(".")[-1] not in few}
         assert wanted <= {path for backend, path in shown if backend == name}, name
+
+
+def test_gathering_is_measured(measured: tuple[dict[str, Any], list[str]]) -> None:
+    assert measured[0]["block_sparse"]["copy"] != costs.shipped()[0].block_sparse.copy
+    assert calibrate.copy_rate(0.0) > 1e7
+
+
+def test_tiles_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AMX, in both dtypes; and what was measured is no longer doubted."""
+    if "amx_emulated" not in built():
+        pytest.skip("the kernel is missing here: it was not built")
+    monkeypatch.setenv("TRUEMASK_ISA", "amx_emulated")
+    said: list[str] = []
+    found = calibrate.measured_costs(said.append, SIZES, 0.0, ("native",))
+    assert list(found["native"]) == ["amx_emulated"]
+    assert any("fp32, forward and backward" in text for text in said)
+    assert any("bf16, forward and backward" in text for text in said)
+    table, start = costs.table_of(_stored() | found), costs.shipped()[0]
+    assert not table.unmeasured
+    for dtype in ("fp32", "bf16"):
+        for way in ("forward", "backward"):
+            path = f"{dtype}.{way}.d64"
+            assert table.native.flat()[path] != start.native.flat()[path]
+
+
+def test_more_threads_begin_with_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with forty threads is not held to what two of them reach."""
+    monkeypatch.setenv("TRUEMASK_COSTS", "avx2")
+    monkeypatch.setattr(calibrate, "missing", lambda: "so that no peak is measured")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 40)
+    before, start = costs.shipped()[0].sdpa, calibrate._start(1e9, 2e9)
+    times = start.sdpa.paces["bf16"].forward.d64 / before.paces["bf16"].forward.d64
+    assert times == pytest.approx(40 / before.threads)
+    assert (start.sdpa.call, start.sdpa.threads) == (before.call, 40)
+    assert start.sdpa.paces["fp32"].forward.rows32 == before.paces["fp32"].forward.rows32
+    assert (start.sdpa.join, start.block_sparse.copy) == (1e9, 2e9)
+    assert start.sdpa.read < 1e12, "also where the table says that nobody waits"
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.name in costs.BACKENDS])
@@ -162,6 +210,33 @@ def test_nothing_is_kept_where_it_cannot_be(costs_file: Path, monkeypatch: pytes
     code, out = run("--calibrate")
     assert code == 2
     assert "unset it" in out
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda costs: _with_shares(costs, 1.51), r"sdpa: fp32\.forward\.rows1 = 1\.51 of full speed is more than"),
+        (lambda costs: costs | {"sdpa": costs["sdpa"] | {"call": 1e999}}, r"sdpa: call = inf is no constant above 0:"),
+        (lambda costs: costs | {"sdpa": costs["sdpa"] | {"masked": float("nan")}}, r"sdpa: masked = nan is no"),
+        (lambda costs: costs | {"reference": costs["reference"] | {"call": -1e-6}}, r"reference: call = -1e-06 is no"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    costs_file: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any, words: str, earlier: bool
+) -> None:
+    """As a busy machine makes it; an earlier file stays, word for word."""
+    if earlier:
+        costs_file.parent.mkdir()
+        calibration.store(_stored(call=1e-3))
+    before = costs_file.read_text() if earlier else ""
+    monkeypatch.setattr(bench, "measured_costs", lambda say: wrong(_stored()))
+    code, out = run("--calibrate")
+    said = " ".join(out.split())
+    assert code == 2
+    assert re.search(words, said), said
+    assert "stays as it was: run `truemask bench --calibrate` again when this machine has nothing else to do" in said
+    assert (costs_file.read_text() if costs_file.exists() else "") == before
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -226,6 +301,13 @@ def test_a_wrong_constant_is_a_warning(costs_file: Path, changes: dict[str, Any]
     with pytest.warns(UserWarning, match=rf"are wrong \(sdpa: .*{named}"):
         assert costs.table() == costs.shipped()[0]
     assert "because the measured ones are wrong" in costs.source()
+
+
+def test_a_share_that_no_machine_has_is_a_warning(costs_file: Path) -> None:
+    costs_file.parent.mkdir()
+    calibration.store(_with_shares(_stored(), 2.0))
+    with pytest.warns(UserWarning, match=r"are wrong \(sdpa: fp32\.forward\.rows1 = 2\.00 of full speed"):
+        assert costs.table() == costs.shipped()[0]
 
 
 def test_a_backend_that_came_later_is_a_warning(costs_file: Path) -> None:

@@ -3,7 +3,8 @@
 Decoding asks about another offset and another length in every step. What is chosen for few queries is therefore kept
 under the mask without its outermost `at` and `take` and the request without its lengths, and holds for a range of
 lengths; only what the backend works out (`lower`) is made for the exact mask and sizes, once for all layers of a model.
-Calls with many queries take longer than a plan: theirs are made for the exact call.
+Calls with many queries take longer than a plan: theirs are made for the exact call. Prices depend on the number of
+threads that torch uses, so every key has it.
 
 What is kept is bounded in bytes: of what backends worked out, and of the masks, with their data and what they remember.
 """
@@ -40,13 +41,14 @@ MAX_STEPS = 64  # of them for few queries: a long answer must not drive out the 
 MAX_BYTES = 1 << 28  # of masks and what was lowered; the newest is kept whatever its size
 
 
-def structure_key(mask: Mask, request: Request, wanted: str | None) -> Hashable:
+def structure_key(mask: Mask, request: Request, wanted: str | None, threads: int) -> Hashable:
     """What two calls with few queries must share to share a choice: all but offsets, positions and lengths."""
     varies = mask.batch_size != 1  # `take` may give each sample its own positions
     rows = 1 << (request.q_len - 1).bit_length() if request.q_len else 0
     shape = request.bias_shape
     lengths = (*shape[:2], *(size > 1 for size in shape[2:])) if shape else ()
-    return without_positions(mask), varies, rows, request._replace(q_len=0, kv_len=0, bias_shape=lengths), wanted
+    sizeless = request._replace(q_len=0, kv_len=0, bias_shape=lengths)
+    return without_positions(mask), varies, rows, sizeless, wanted, threads
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -118,14 +120,16 @@ class PlanCache:
 
     def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
         """The plan for such a call, made now if there is none; `wanted` names the backend."""
-        key = mask, request, wanted
+        threads = torch.get_num_threads()
+        key = mask, request, wanted, threads
         with self._lock:
             if isinstance(kept := self._kept.get(key), Entry):
                 self._numbers["hits"] += 1
                 return kept
         with ordinary_tensors():
             job = checked_job(mask, request)
-            family = structure_key(mask, request, wanted) if request.q_len <= SHORT_QUERIES else None
+            is_short = request.q_len <= SHORT_QUERIES
+            family = structure_key(mask, request, wanted, threads) if is_short else None
             selection = None if family is None else self._selected_before(family, job)
             is_new = selection is None
             if selection is None:

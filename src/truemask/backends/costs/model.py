@@ -120,10 +120,19 @@ def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:
 
 def calibrated(entry: Entry) -> tuple[Table, str]:
     """The table of stored constants, and what is to be said of it."""
-    isa, table, said = isa_in_use(), table_of(entry.costs), f"costs measured on this machine on {entry.measured}"
+    isa, table, said = isa_in_use(), believed(entry.costs), f"costs measured on this machine on {entry.measured}"
     if not isa or isa in entry.costs.get("native", {}):
         return table, said
     return table, f"{said}; native with {isa} was not, and goes by the shipped ones"
+
+
+def believed(costs: dict[str, Any]) -> Table:
+    """The table of measured constants; `ValueError` names one that no machine has."""
+    table = table_of(costs)
+    for name in BACKENDS:
+        if wrong := getattr(table, name).absurd():
+            raise ValueError(f"{name}: {wrong}")
+    return table
 
 
 def table_of(costs: dict[str, Any]) -> Table:

@@ -1,7 +1,7 @@
 """Seconds that follow from the constants: of work by dtype, direction and head size, of few rows, of few tasks.
 
-What this does not know: caches (long keys cost what short ones do), other programs, threads that share a core, and
-between 1 and 32 rows and beside the two head sizes it draws straight lines.
+What this does not know: caches (but that torch's kernel waits for long keys), other programs, threads that share a
+core, and between 1 and 32 rows and beside the two head sizes it draws straight lines.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from truemask.backends.base import Request
 from truemask.backends.costs.model import table
-from truemask.backends.costs.rates import Both, Pace, Rates
+from truemask.backends.costs.rates import Both, Pace, Rates, SdpaRates
 
 BACKWARD_PRODUCTS = 2.5  # five products of the forward's size in the backward, against two
 KEYS_AT_ONCE = 512  # of torch's kernel
+CACHED = 2 << 20  # bytes of keys and values for which it does not wait
 
 
 def seconds(rates: Rates, request: Request, cells: float) -> float:
@@ -100,3 +101,10 @@ def flash_seconds(rates: Rates, pace: Pace, request: Request, blocks: Blocks, ti
     """Seconds of torch's kernel, beside what a call takes."""
     work = times * cell_seconds(pace, request) * float((np.asarray(blocks.cells) / share(pace, blocks.rows)).sum())
     return spread(rates, blocks.tasks) * (work + blocks.number * pace.step / rates.threads)
+
+
+def waiting(rates: SdpaRates, request: Request, itemsize: int, tasks: float) -> float:
+    """Seconds in which torch's kernel waits for keys and values; a single row reads them as fast as they come."""
+    r = request
+    nbytes = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * itemsize
+    return spread(rates, tasks) * max(0, nbytes - CACHED) / rates.read if r.q_len > 1 else 0.0

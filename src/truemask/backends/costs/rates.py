@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 R = TypeVar("R", bound="Rates")
 
 DIRECTIONS = ("forward", "backward")
 PARTS = "_parts"  # behind a dtype: computed as sums of bf16, which the native kernel can do where there are tiles
+MOST_SHARE = 1.5  # of full speed that few rows may seem to reach: beyond that the two were not measured alike
+
+
+def is_speed(path: str) -> bool:
+    """Whether a constant is of a second, and more is better.
+
+    >>> [is_speed(path) for path in ("fp32.forward.d64", "join", "call", "fp32.forward.rows32", "mixed")]
+    [True, True, False, False, False]
+    """
+    name = path.split(".")[-1]
+    return not name.startswith(("call", "step", "rows", "mixed", "threads", "lanes"))
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,18 @@ class Rates:
                 found |= {f"{dtype}.{way}.{name}": number for name, number in asdict(pace).items()}
         return found
 
+    def absurd(self) -> str:
+        """What no machine has, in words: few rows that are far quicker than full speed; empty if there is nothing."""
+        for path, number in self.flat().items():
+            if ".rows" in path and number > MOST_SHARE:
+                return f"{path} = {number:.2f} of full speed is more than {MOST_SHARE}"
+        return ""
+
+    def with_threads(self: R, threads: int) -> R:
+        """The same with so many threads, each as quick as now."""
+        speeds = (path for path in self.flat() if is_speed(path) and path != "peak")
+        return replace(self.scaled(dict.fromkeys(speeds, threads / self.threads)), threads=threads)
+
     def scaled(self: R, factors: Mapping[str, float]) -> R:
         """The same with the numbers of some paths multiplied."""
         numbers = self.numbers()
@@ -95,11 +118,12 @@ class Rates:
 @dataclass(frozen=True)
 class SdpaRates(Rates):
     """`join`: bytes a second, of all its copies, at which a bias becomes dense and meets its mask; `masked`: scores a
-    second to which a dense mask is added.
+    second to which a dense mask is added; `read`: bytes a second at which keys and values come that caches do not hold.
     """
 
     join: float = 3.7e9
     masked: float = 4e9
+    read: float = 20e9
 
 
 @dataclass(frozen=True)
@@ -114,9 +138,10 @@ class StripRates(Rates):
 @dataclass(frozen=True)
 class NativeRates(Rates):
     """`read`: bytes a second at which keys and values of fp32 come, which few queries wait for, and `few`, their
-    arithmetic; `read_halves` and `few_halves`, those of half precision; `pack`: bytes a second at which keys and values
-    are laid out for many queries; `mixed`: how many times longer a MIXED tile takes; `lanes`: rows that a vector holds;
-    `peak`: arithmetic a second in fp32 of one thread, by which `truemask doctor` knows the machine again.
+    arithmetic; `read_halves` and `few_halves`, those of half precision; `pack` and `pack_halves`: bytes a second at
+    which keys and values are laid out for many queries; `mixed`: how many times longer a MIXED tile takes; `lanes`:
+    rows that a vector holds; `peak`: arithmetic a second in fp32 of one thread, by which `truemask doctor` knows the
+    machine again.
     """
 
     dtypes: ClassVar = ("fp32", "bf16", "fp16")
@@ -127,6 +152,7 @@ class NativeRates(Rates):
     few: float = 60e9
     few_halves: float = 60e9
     pack: float = 30e9
+    pack_halves: float = 30e9
     mixed: float = 1.5
     lanes: float = 16
     peak: float = 100e9

@@ -48,13 +48,26 @@ class Work(NamedTuple):
     packed: bool  # the keys are laid out first, as for many queries
 
 
+def has_tiles(r: Request) -> bool:
+    """Whether the kernel multiplies such a call in tiles of bf16."""
+    return r.dtype == torch.bfloat16 and isa().startswith("amx")
+
+
 def unpacked_rows(r: Request) -> int:
     """Rows up to which keys are read as they lie: fewer where packing them is quick."""
-    one_tile, tiles = (
-        r.dtype == torch.float32 and r.kv_len <= TILE,
-        r.dtype == torch.bfloat16 and isa().startswith("amx"),
-    )
-    return UNPACKED_ROWS // (4 if one_tile else 2 if tiles else 1)
+    one_tile = r.dtype == torch.float32 and r.kv_len <= TILE
+    return UNPACKED_ROWS // (4 if one_tile else 2 if has_tiles(r) else 1)
+
+
+def lanes_of(r: Request) -> int:
+    """Rows that the products of many queries have a multiple of: those of a vector, or of two tiles."""
+    return 32 if has_tiles(r) else int(table().native.lanes)
+
+
+def stacked_heads(job: Job) -> int:
+    """Query heads whose rows lie side by side, since they share keys and a mask: `stacked_heads` of `csrc/strip.h`."""
+    group = job.request.heads // job.request.kv_heads
+    return group if job.mask_heads == 1 and group * job.request.q_len <= TILE else 1
 
 
 class TilesProposal(Proposal):
@@ -79,7 +92,8 @@ class TilesProposal(Proposal):
         step = forward.step if work.packed else rates.paces["fp32"].forward.step  # that of nothing but a beginning
         cost = rates.call + share * work.units * step / rates.threads
         if work.packed:
-            cost += share * (work.cells * cell_seconds(forward, r) + work.key_bytes / rates.pack)
+            pack = rates.pack if r.dtype.itemsize == 4 else rates.pack_halves
+            cost += share * (work.cells * cell_seconds(forward, r) + work.key_bytes / pack)
         else:
             read, few = (rates.read, rates.few) if r.dtype.itemsize == 4 else (rates.read_halves, rates.few_halves)
             cost += share * (work.key_bytes / read + 2 * work.cells * size / few)
@@ -93,16 +107,17 @@ class TilesProposal(Proposal):
         """What the kernel does of the job."""
         job, r, counts = self.job, self.job.request, self.size.counts
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
-        rows = r.q_len * (r.heads // r.kv_heads if job.mask_heads == 1 else 1)
+        stacked, strips = stacked_heads(job), math.ceil(r.q_len / TILE)
+        rows = stacked * r.q_len
         packed = rows > unpacked_rows(r)
-        lanes = int(table().native.lanes) if packed else 1
-        strips = math.ceil(r.q_len / TILE)
-        height = math.ceil(min(r.q_len, TILE) / lanes) * lanes if strips < 2 else r.q_len / strips
-        each = height * (min(TILE, r.kv_len) if packed else TILE) * planes
-        cells = (table().native.mixed * counts.mixed + counts.full) * each
-        seen = min(1.0, (counts.mixed + counts.full) * each / max(1, r.cells))
+        lanes = lanes_of(r) if packed else 1
+        full, last = divmod(rows, TILE)
+        height = (full * TILE + math.ceil(last / lanes) * lanes) / max(1, stacked * strips)  # of a head in a tile
+        width = r.kv_len / max(1, math.ceil(r.kv_len / TILE)) if packed else TILE
+        cells = (table().native.mixed * counts.mixed + counts.full) * height * width * planes
+        seen = min(1.0, (counts.mixed + counts.full) * height * width * planes / max(1, r.cells))
         key_bytes = r.batch * r.kv_heads * r.kv_len * (r.head_dim + r.value_dim) * r.dtype.itemsize * seen
-        units = r.batch * r.heads * strips
+        units = r.batch * r.heads // stacked * strips
         worth = 2 * cells * (r.head_dim + r.value_dim) // THREAD_WORK
         tasks = min(units, worth) if packed else max(worth, key_bytes // THREAD_BYTES)
         return Work(cells, units, tasks, key_bytes, packed)

@@ -52,6 +52,11 @@ def peak(seconds: float, halves: bool) -> float:
     return library().tm_peak(seconds, halves, torch.get_num_threads())
 
 
+def products_of_bf16() -> str:
+    """What bf16 is multiplied in here: `floats`, `pairs` or `tiles`."""
+    return ("floats", "pairs", "tiles")[library().tm_products_of_bf16()]
+
+
 def isa() -> str:
     """The instruction set of the library that is loaded; empty without one."""
     kernel = _loaded(wanted())[0]
@@ -64,8 +69,7 @@ def passed_over() -> list[str]:
         return []
     capability = torch.backends.cpu.get_cpu_capability()
     better = [name for name in runs_on(capability) if ISAS.index(name) < ISAS.index(isa())]
-    left_out = [line for line in _note().splitlines() if line.split(":")[0] in better]
-    return [*left_out, *_refused(better)]
+    return [*_left_out(better), *_refused(better)]
 
 
 @cache
@@ -80,8 +84,10 @@ def _loaded(named: str) -> tuple[ctypes.CDLL | None, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     name = in_use(capability, named)
     if not name:
-        built_and_run = f"built are {', '.join(names)}; this processor runs {', '.join(runs_on(capability))}"
-        return None, "; ".join(_refused(candidates(capability, named))) or built_and_run
+        able = runs_on(capability)
+        built_and_run = f"built are {', '.join(names)}; this processor runs {', '.join(able)}"
+        reasons = [*_left_out([named] if named in able else []), *_refused(candidates(capability, named))]
+        return None, "; ".join(reasons) or built_and_run
     try:
         kernel = ctypes.CDLL(str(file_of(name)))
     except OSError as error:
@@ -120,6 +126,11 @@ def _refused(names: list[str]) -> list[str]:
     """Those that this process may not use, and why."""
     reasons = {name: refusal(file_of(name)) for name in names}
     return [f"{name}: {why}" for name, why in reasons.items() if why]
+
+
+def _left_out(names: list[str]) -> list[str]:
+    """Those that the compiler did not know, in the words of the build."""
+    return [line for line in _note().splitlines() if line.split(":")[0] in names]
 
 
 def _why_not_built() -> str:

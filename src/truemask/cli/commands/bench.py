@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +14,7 @@ from rich.text import Text
 from truemask.attention.planning.cache import CACHE
 from truemask.attention.planning.plan import plan
 from truemask.backends.costs import model as costs
-from truemask.backends.costs.calibration_file import store, this_machine, writable_file
+from truemask.backends.costs.calibration_file import costs_file, store, this_machine, writable_file
 from truemask.benchmarking.calibrate import measured_costs
 from truemask.benchmarking.timing import race
 from truemask.benchmarking.workloads import Workload, by_truemask, masked_sdpa, race_masks
@@ -22,6 +22,7 @@ from truemask.cli.commands.explain import Dtype
 from truemask.cli.console import make_console, plain
 from truemask.cli.options import Length
 from truemask.common.formatting import duration, percent
+from truemask.errors import TruemaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.parse import parse
 
@@ -80,9 +81,10 @@ def _calibrate(console: Console) -> None:
     """Measure, show beside the shipped costs, store."""
     writable_file()
     if busy():
-        plain(console, "other programs keep this machine busy: what is measured now is too slow; better to wait")
+        plain(console, "other programs keep this machine busy: what is measured now may be refused; better to wait")
     with console.status("") as status:
         measured = measured_costs(lambda text: status.update(Text(f"measuring {text}")))
+    check_believed(measured)
     before = costs.shipped()[0]
     file = store(measured)
     costs.forget()
@@ -96,6 +98,17 @@ def _calibrate(console: Console) -> None:
     plain(console, f"stored in {file}; plans are now predicted from {costs.source()}")
 
 
+def check_believed(measured: dict[str, Any]) -> None:
+    """`TruemaskError` if a constant cannot be this machine's: nothing is stored then."""
+    try:
+        costs.believed(measured)
+    except ValueError as error:
+        raise TruemaskError(
+            f"{error}: other programs ran while it was measured. {costs_file()} stays as it was: "
+            "run `truemask bench --calibrate` again when this machine has nothing else to do"
+        ) from None
+
+
 def busy() -> bool:
     """Whether other programs wanted more than half a processor in the last minute, as far as the system tells."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
@@ -107,7 +120,8 @@ def beside(shipped: costs.Table, measured: costs.Table) -> list[tuple[str, str, 
     for backend in costs.BACKENDS:
         before, now = (getattr(table, backend).flat() for table in (shipped, measured))
         changed = (path for path in now if path not in KEPT and now[path] != before.get(path))
-        rows += [(backend, path, constant(path, before[path]), constant(path, now[path])) for path in changed]
+        was = {path: constant(path, before[path]) if path in before else "not known" for path in now}
+        rows += [(backend, path, was[path], constant(path, now[path])) for path in changed]
     return rows
 
 
