@@ -92,12 +92,14 @@ template <int N>
 using Count = std::integral_constant<int, N>;
 
 // C[i, p] = the product of row i of A and row p of B, for as many rows of B at a time as a vector has room for results,
-// two of them by turns where it pays that numbers of A are loaded once for both. The last ones are read twice rather than
+// two of them by turns where there is room to load numbers of A once for both. The last ones are read twice rather than
 // what is behind them; results up to the next multiple of them are no numbers.
 template <int M, class K>
 TM_INLINE void dots_of(int64_t n, int64_t d, const typename K::Left* a, int64_t row, RowsOf<K> b, float* c,
                        int64_t ldc, int64_t away) {
-  constexpr int ROWS = W / (M == 3 ? 4 : M), TURNS = ROWS < 2 || (M == 1 && std::is_same<K, FloatRows>::value) ? 1 : 2;
+  constexpr int ROWS = W / (M == 3 ? 4 : M);
+  constexpr bool PAYS = (M > 1 || !std::is_same<K, FloatRows>::value) && (W == 16 || M * K::VECTORS <= 4);
+  constexpr int TURNS = ROWS > 1 && PAYS ? 2 : 1;
   for (int64_t p = 0; p < n; p += ROWS) {
     vf x[W] = {};
 #pragma GCC unroll 16
