@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "isa/simd.h"
+#include "products/soon.h"
 
 namespace {
 
@@ -58,29 +59,8 @@ struct SplitRows {
 template <class K>
 using Narrow = std::conditional_t<std::is_same<K, SplitRows>::value, BfloatRows, K>;
 
-// Rows of numbers: where the first is, and from one to the next.
-template <class B>
-struct Rows {
-  const B* at;
-  int64_t step;
-};
 template <class K>
 using RowsOf = Rows<typename K::Number>;
-
-// From a number to the one that is called for when it is read, into the second cache: some rows further on. Rows are
-// read one after the other, not by turns, because a processor foresees what lies in line.
-template <class B>
-inline int64_t further(Rows<B> rows, int64_t width) {
-  constexpr int64_t FURTHER = 8192;
-  const int64_t bytes = width * sizeof(B);
-  return (FURTHER + bytes - 1) / bytes * rows.step;
-}
-template <int NUMBERS, class B>
-TM_INLINE void call_for(const B* at) {
-  constexpr int LINE = 64 / sizeof(B);
-#pragma GCC unroll 8
-  for (int i = 0; i < NUMBERS; i += LINE) __builtin_prefetch(at + i, 0, 2);
-}
 
 // Neighbours of SIZE lanes added, in blocks of BLOCK: those of a come first in each, then those of b.
 template <int SIZE, int BLOCK, int... I>
@@ -111,29 +91,38 @@ TM_INLINE vf sums_across(vf (&x)[N]) {
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// C[i, p] = the product of row i of A and row p of B, for as many rows of B at a time as a vector has room for results.
-// The last ones are read twice rather than what is behind them; results up to the next multiple of them are no numbers.
+// C[i, p] = the product of row i of A and row p of B, for as many rows of B at a time as a vector has room for results,
+// two of them by turns where there is room to load numbers of A once for both. The last ones are read twice rather than
+// what is behind them; results up to the next multiple of them are no numbers.
 template <int M, class K>
 TM_INLINE void dots_of(int64_t n, int64_t d, const typename K::Left* a, int64_t row, RowsOf<K> b, float* c,
-                       int64_t ldc) {
+                       int64_t ldc, int64_t away) {
   constexpr int ROWS = W / (M == 3 ? 4 : M);
-  const int64_t away = further(b, d);
+  constexpr bool PAYS = (M > 1 || !std::is_same<K, FloatRows>::value) && (W == 16 || M * K::VECTORS <= 4);
+  constexpr int TURNS = ROWS > 1 && PAYS ? 2 : 1;
   for (int64_t p = 0; p < n; p += ROWS) {
     vf x[W] = {};
 #pragma GCC unroll 16
-    for (int t = 0; t < ROWS; ++t) {
-      const auto* at = b.at + (p + t < n ? p + t : n - 1) * b.step;
+    for (int t = 0; t < ROWS; t += TURNS) {
+      const typename K::Number* at[TURNS];
+      for (int u = 0; u < TURNS; ++u) at[u] = b.at + (p + t + u < n ? p + t + u : n - 1) * b.step;
       const auto add = [&](int64_t j, auto kind) __attribute__((always_inline)) {
         using Kind = decltype(kind);
         constexpr int V = Kind::VECTORS;
-        decltype(load(a)) y[V];
-        Kind::read(at + j, y);
-        call_for<Kind::STEP>(at + away + j);
-        const auto* q = a + j / Kind::STEP * V * W;
+        if (away)
+          for (int u = 0; u < TURNS; ++u) call_for<Kind::STEP>(at[u] + away + j);
+        decltype(load(a)) q[M * V];
 #pragma GCC unroll 8
-        for (int i = 0; i < M * V; ++i) {
-          vf& sum = x[i / V * ROWS + t];
-          sum = plus_product(sum, load(q + i / V * row + i % V * W), y[i % V]);
+        for (int i = 0; i < M * V; ++i) q[i] = load(a + j / Kind::STEP * V * W + i / V * row + i % V * W);
+#pragma GCC unroll 2
+        for (int u = 0; u < TURNS; ++u) {
+          decltype(load(a)) y[V];
+          Kind::read(at[u] + j, y);
+#pragma GCC unroll 8
+          for (int i = 0; i < M * V; ++i) {
+            vf& sum = x[i / V * ROWS + t + u];
+            sum = plus_product(sum, q[i], y[i % V]);
+          }
         }
       };
       int64_t j = 0;
@@ -147,11 +136,18 @@ TM_INLINE void dots_of(int64_t n, int64_t d, const typename K::Left* a, int64_t 
   }
 }
 
-// C += A B, some columns at a time; `away` is 0 where B was read already.
-template <int M, class K>
+// C += A B, some columns at a time: so many vectors of them, and in how many passes.
+template <int M>
+constexpr int across() { return W == 16 && M < 3 ? 8 : 4; }
+template <int M>
+constexpr int64_t passes(int64_t vectors) {
+  const int64_t rest = vectors % across<M>();
+  return vectors / across<M>() + rest / 4 + rest % 4;
+}
+template <int M, class K, class S>
 TM_INLINE void sums_of(int64_t n, int64_t k, const float* a, int64_t row, RowsOf<K> b, float* c, int64_t ldc,
-                       int64_t away) {
-  constexpr int ACROSS = W == 16 ? 8 : 4;
+                       S& soon) {
+  constexpr int ACROSS = across<M>();
   const auto columns = [&](int64_t j, auto count, auto kind) __attribute__((always_inline)) {
     using Kind = decltype(kind);
     constexpr int V = Kind::VECTORS, N = decltype(count)::value;
@@ -162,7 +158,7 @@ TM_INLINE void sums_of(int64_t n, int64_t k, const float* a, int64_t row, RowsOf
       for (int t = 0; t < N; ++t) x[i][t] = load(c + i * ldc + j + t * W);
     for (int64_t p = 0; p < k; ++p) {
       const auto* at = b.at + p * b.step + j;
-      if (away) call_for<N * W>(at + away);
+      soon.template call<N * W>(at);
       vf y[N];
 #pragma GCC unroll 8
       for (int t = 0; t < N; t += V) Kind::read(at + t * W, y + t);
@@ -180,22 +176,30 @@ TM_INLINE void sums_of(int64_t n, int64_t k, const float* a, int64_t row, RowsOf
   };
   int64_t j = 0;
   for (; j + ACROSS * W <= n; j += ACROSS * W) columns(j, Count<ACROSS>(), K());
+  if constexpr (ACROSS > 4)
+    if (j + 4 * W <= n) columns(j, Count<4>(), K()), j += 4 * W;
   for (; j + K::STEP <= n; j += K::STEP) columns(j, Count<K::VECTORS>(), K());
   if constexpr (!std::is_same<K, Narrow<K>>::value)
     if (j < n) columns(j, Count<1>(), Narrow<K>());
 }
 
+// Rows of C, MOST at a time: `run(first, how many)`.
+template <int MOST, class F>
+TM_INLINE void rows_of_result(int64_t m, F run) {
+  int64_t i = 0;
+  for (; i + MOST <= m; i += MOST) run(i, Count<MOST>());
+  if (MOST > 3 && m - i == 3) run(i, Count<3>());
+  if (MOST > 2 && m - i == 2) run(i, Count<2>());
+  if (m - i == 1) run(i, Count<1>());
+}
+
 template <class K>
 __attribute__((noinline)) void dots(int64_t m, int64_t n, int64_t d, const typename K::Left* a, int64_t row,
                                     RowsOf<K> b, float* c, int64_t ldc) {
-  const auto rows = [&](int64_t i, auto count) {
-    dots_of<decltype(count)::value, K>(n, d, a + i * row, row, b, c + i * ldc, ldc);
-  };
-  int64_t i = 0;
-  for (; i + 4 <= m; i += 4) rows(i, Count<4>());
-  if (m - i == 3) rows(i, Count<3>());
-  if (m - i == 2) rows(i, Count<2>());
-  if (m - i == 1) rows(i, Count<1>());
+  const int64_t away = further(b, d);
+  rows_of_result<4>(m, [&](int64_t i, auto count) {
+    dots_of<decltype(count)::value, K>(n, d, a + i * row, row, b, c + i * ldc, ldc, i ? 0 : away);
+  });
 }
 
 // Whether n rows have neither infinities nor NaN.
@@ -216,17 +220,34 @@ __attribute__((noinline)) bool are_finite(int64_t n, int64_t width, RowsOf<K> b)
   return sum(wrong) == 0;
 }
 
-// Two rows of C at a time, so that rows of B are read whole, and again while they are in the first cache.
+// Some rows of B at a time, which are read again while they are in the first cache: by four rows of C if the registers
+// have room for their sums, else by two, so that rows of B are read whole. Long rows of floats come so fast that memory
+// is all that counts: those are called for in order.
 template <class K>
 __attribute__((noinline)) void sums(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, RowsOf<K> b, float* c,
                                     int64_t ldc) {
-  constexpr int64_t TOGETHER = 16;
-  const int64_t away = further(b, n);
-  for (; k > 0; k -= TOGETHER, a += TOGETHER, b.at += TOGETHER * b.step) {
-    const int64_t some = k < TOGETHER ? k : TOGETHER;
-    int64_t i = 0;
-    for (; i + 2 <= m; i += 2) sums_of<2, K>(n, some, a + i * row, row, b, c + i * ldc, ldc, i ? 0 : away);
-    if (i < m) sums_of<1, K>(n, some, a + i * row, row, b, c + i * ldc, ldc, i ? 0 : away);
+  constexpr bool WIDE = W == 16, FLOATS = std::is_same<K, FloatRows>::value;
+  const bool spreads = WIDE && FLOATS && m > 2 && n > 4 * W;
+  const int64_t together = spreads ? 8 : 16;
+  Beside beside{further(b, n)}, nothing{0};
+  Spread<typename K::Number> spread(b, n);
+  for (; k > 0; k -= together, a += together, b.at += together * b.step) {
+    const int64_t some = k < together ? k : together;
+    const auto rows = [&](int64_t i, auto count, auto& soon) {
+      sums_of<decltype(count)::value, K>(n, some, a + i * row, row, b, c + i * ldc, ldc, soon);
+    };
+    const auto once = [&](int64_t i, auto count) { rows(i, count, i ? nothing : beside); };
+    if constexpr (WIDE && FLOATS) {
+      if (spreads) {
+        int64_t all = 0;
+        rows_of_result<4>(m, [&](int64_t, auto count) { all += passes<decltype(count)::value>(n / W); });
+        spread.begin(b.at, some, all * some);
+        rows_of_result<4>(m, [&](int64_t i, auto count) { rows(i, count, spread); });
+        continue;
+      }
+    }
+    if (WIDE && n <= 4 * W) rows_of_result<4>(m, once);
+    else rows_of_result<2>(m, once);
   }
 }
 
