@@ -242,6 +242,25 @@ def test_what_cannot_be_is_refused(
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_kernel_that_nobody_measured_beside_amx_is_measured_before_the_race(
+    costs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the second time its costs are known."""
+    unmeasured = replace(costs.table(), unmeasured="amx")
+    monkeypatch.setattr(costs, "has_amx", lambda: True)
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "measured_costs", lambda say: _stored())
+    for table in (unmeasured, costs.table()):
+        with costs.assumed(table):
+            code, text = run("causal", "--length", "64")
+        assert code == 0
+        assert ("never measured beside an SDPA with AMX" in text) == (table is unmeasured)
+        assert costs_file.is_file()
+    monkeypatch.setenv("TRUEMASK_COSTS", "off")
+    with costs.assumed(unmeasured):
+        assert "never measured" not in run("causal", "--length", "64")[1]
+
+
 def test_entries_of_other_machines_stay(costs_file: Path) -> None:
     costs_file.parent.mkdir()
     threads = torch.get_num_threads()
