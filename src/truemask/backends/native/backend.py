@@ -20,7 +20,7 @@ from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, 
 from truemask.backends.native.abi import TILE
 from truemask.backends.native.call import THREAD_BYTES, THREAD_WORK, NativeCall, tiles_of
 from truemask.backends.native.library import isa, missing, passed_over
-from truemask.backends.native.parts import in_parts, native_paces
+from truemask.backends.native.parts import in_parts, native_paces, or_forced
 from truemask.backends.shared.autograd import attention, tensors_of
 from truemask.common.formatting import memory
 from truemask.common.real_tensors import remembered
@@ -150,7 +150,7 @@ class TilesProposal(Proposal):
 
     def lower(self) -> Lowered:
         tiles = tiles_of(self.tiles, self.job.exact)
-        return Lowered(tiles, tiles.nbytes)
+        return Lowered((tiles, in_parts(table().native, self.job.request)), tiles.nbytes)
 
     def forget(self) -> None:
         vars(self).pop("tiles", None)
@@ -187,7 +187,8 @@ class Native(Backend):
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r = job.request
         positions = job.positions if r.bias_object else None
-        call = NativeCall(lowered.data, inputs, positions, r.grad, in_parts(table().native, r))
+        tiles, planned = lowered.data
+        call = NativeCall(tiles, inputs, positions, r.grad, or_forced(planned, r))
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
         out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
         return Result(out, lse if r.return_lse else None)

@@ -41,15 +41,21 @@ def forced(in_parts: InParts | None) -> Iterator[None]:
 NEITHER = InParts(False, False)
 
 
+def or_forced(planned: InParts, r: Request) -> InParts:
+    """What was planned, or what is forced here where there is a choice."""
+    if _forced is None or pace_name(r) == "bf16" or not isa().startswith("amx"):
+        return planned
+    return _forced
+
+
 def in_parts(rates: NativeRates, r: Request) -> InParts:
     """By the paces of both ways at the call's head size; never where there are no tiles, or that pace is not known."""
     name = pace_name(r)
     parts = rates.paces.get(name + PARTS)
-    if _forced is not None and name != "bf16" and isa().startswith("amx"):
-        return _forced
     if parts is None or not isa().startswith("amx"):
-        return NEITHER
-    return InParts(*(cell_seconds(a, r) < cell_seconds(b, r) for a, b in zip(parts, rates.paces[name], strict=True)))
+        return or_forced(NEITHER, r)
+    quicker = (cell_seconds(a, r) < cell_seconds(b, r) for a, b in zip(parts, rates.paces[name], strict=True))
+    return or_forced(InParts(*quicker), r)
 
 
 def native_paces(rates: NativeRates, r: Request) -> Both:
