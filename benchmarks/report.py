@@ -1,6 +1,8 @@
 """Runs the benchmarks and writes `README.md` of this folder: what `make bench` does.
 
-python benchmarks/report.py [--quick] [--page FILE] [--json FOLDER] [--resume FOLDER]
+python benchmarks/report.py [--quick] [--page FILE] [--only TITLE ...] [--json FOLDER] [--resume FOLDER]
+
+Pages of other machines lie in `machines/`: `--page benchmarks/machines/NAME.md`, of some sections with `--only`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from harness import options
 import train
 
 PAGE = Path(__file__).with_name("README.md")
+MACHINES = Path(__file__).with_name("machines")
 HEAD = """\
 # Benchmarks
 
@@ -28,8 +31,15 @@ are measured stands at the head of each script, and each takes `--quick` and `--
 constants that plans predict with, `choices.py` whether plans choose well; `soak_use.py` holds the answers to requests
 of many threads to those of the same requests alone. `truemask bench` races masks of your own on your machine.
 
+Each table says which machine it is of; other machines have pages in [machines/](machines).
+
 Contestants take turns and medians are shown, *spread* is half the distance of the quartiles. A bar is what the project
 asks of itself on a quiet machine with two cores; where it is missed, the page says so.
+"""
+MACHINE_HEAD = """\
+# Benchmarks of one machine
+
+Written as [the page of all benchmarks](../README.md) is, which says how to read it.
 """
 PEERS = (
     "--parts",
@@ -63,9 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
         "metavar": "FOLDER",
         "help": "keep each section here, and take those that are there already",
     }
-    given = options(__doc__, arguments, page={"type": Path, "default": PAGE}, resume=folder)
-    parts = [HEAD, *([TINY] if given.quick else [])]
+    only = {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "metavar": "TITLE", "help": "these sections"}
+    given = options(__doc__, arguments, page={"type": Path, "default": PAGE}, only=only, resume=folder)
+    parts = [HEAD if given.page.parent != MACHINES else MACHINE_HEAD, *([TINY] if given.quick else [])]
     for number, (title, (script, words)) in enumerate(SECTIONS.items()):
+        if title not in given.only:
+            continue
         command = " ".join(["python", f"benchmarks/{Path(str(script.__file__)).name}", *map(quote, words)])
         parts.append(f"## {title}\n\n```text\n$ {command}\n{section(script, words, number, given)}\n```\n")
     text = "\n".join(parts)
