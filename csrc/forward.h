@@ -181,8 +181,9 @@ class Forward {
           for (int64_t i = 0; i < 2; ++i) x[i] = now_->strip.kept(j, k + i, q) ? x[i] * c_.keep_scale : vf{};
         put(q - of.first, k, x);
       }
-      total += load(from.total + q), rounded += load(from.rounded + q);
-      grown |= any((vi)total & 0x40000000);  // 2 or more, infinite or NaN
+      const vf before = load(from.total + q);
+      total += before, rounded += load(from.rounded + q);
+      grown |= any((vi)total & ~(vi)before & 0x40000000);  // 2 or more, infinite or NaN, which it was not
       store(total_ + q, total), store(rounded_ + q, ROUNDS<Kind> ? rounded : total);
     }
     return grown;

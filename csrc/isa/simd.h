@@ -141,27 +141,22 @@ TM_INLINE float largest(vf x) {
   return folded(x, [](v4 a, v4 b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
+// The highest coefficient first.
+template <class... C>
+TM_INLINE vf polynomial(vf x, float highest, C... others) {
+  vf sum = splat(highest);
+  ((sum = sum * x + others), ...);
+  return sum;
+}
+
 // 2^x: 0 below 2^-126, infinite beyond 2^128, NaN where x is. The relative error is 2e-9, or 3e-6 by a polynomial of degree 4.
 #if TM_WIDTH == 16 && defined(__AVX512F__)
 template <int DEGREE = 6>
 TM_INLINE vf exp2v(vf x) {
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 9);  // what is above the next lower whole number, by which scalef scales
-  vf p;
-  if constexpr (DEGREE == 4) {
-    p = splat(1.3534167916e-2f);
-    p = p * f + 5.2011460611e-2f;
-    p = p * f + 2.4144275689e-1f;
-    p = p * f + 6.9300383447e-1f;
-    p = p * f + 1.0000025934f;
-  } else {
-    p = splat(2.1702255457e-4f);
-    p = p * f + 1.2439687828e-3f;
-    p = p * f + 9.6788409962e-3f;
-    p = p * f + 5.5483341985e-2f;
-    p = p * f + 2.4022983627e-1f;
-    p = p * f + 6.9314698384e-1f;
-    p = p * f + 1.0f;
-  }
+  const vf p = DEGREE == 4 ? polynomial(f, 1.3534167916e-2f, 5.2011460611e-2f, 2.4144275689e-1f, 6.9300383447e-1f, 1.0000025934f)
+                           : polynomial(f, 2.1702255457e-4f, 1.2439687828e-3f, 9.6788409962e-3f, 5.5483341985e-2f, 2.4022983627e-1f,
+                                        6.9314698384e-1f, 1.0f);
   return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ), (__m512)p, (__m512)x);
 }
 #else
@@ -172,22 +167,9 @@ TM_INLINE vf exp2v(vf x) {
   x = smaller(splat(128.0f), x);
   const vf shifted = x + magic;
   const vf f = x - (shifted - magic);
-  vf p;
-  if constexpr (DEGREE == 4) {
-    p = splat(9.5701019112e-3f);
-    p = p * f + 5.5917860319e-2f;
-    p = p * f + 2.4024744828e-1f;
-    p = p * f + 6.9312181474e-1f;
-    p = p * f + 9.9999926145e-1f;
-  } else {
-    p = splat(1.534027366e-4f);
-    p = p * f + 1.339988406e-3f;
-    p = p * f + 9.618509525e-3f;
-    p = p * f + 5.550328924e-2f;
-    p = p * f + 2.402264670e-1f;
-    p = p * f + 6.931472056e-1f;
-    p = p * f + 1.0f;
-  }
+  const vf p = DEGREE == 4 ? polynomial(f, 9.5701019112e-3f, 5.5917860319e-2f, 2.4024744828e-1f, 6.9312181474e-1f, 9.9999926145e-1f)
+                           : polynomial(f, 1.534027366e-4f, 1.339988406e-3f, 9.618509525e-3f, 5.550328924e-2f, 2.402264670e-1f,
+                                        6.931472056e-1f, 1.0f);
   return p * (vf)((vi)shifted << 23);
 }
 #endif
@@ -198,11 +180,7 @@ TM_INLINE float exp2f_(float x) { return exp2v(splat(x))[0]; }
 TM_INLINE vf tanhv(vf x) {
   const vf size = x < 0 ? -x : x;
   const vf z = x * x;
-  vf p = splat(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z + -5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z + -3.33332819422e-1f;
+  const vf p = polynomial(z, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f);
   const vf small = x + x * z * p;
   const vf e = exp2v(size * -2.8853900817779268f);  // exp(-2 |x|)
   const vf large = (1.0f - e) / (1.0f + e);
