@@ -8,11 +8,12 @@
 b 1, h 8. Contestants take turns; medians. A row is shown as soon as it is measured, and the tables at the end. Each
 contestant of the masks' tables gets `--seconds`; after `--minutes` no further row of them is begun, nor another table.
 
-*Ideal* is SDPA's time with the same dense mask times the share of pairs that the mask lets through; where SDPA needs no
-mask, `attend` is held to the bare call. `attend` stands for the backend that the plan chose, *portable* for what a plan
-without the native kernel would take. A rival who is ten times slower than the fastest runs once. Bars are those of the
-kernel's instruction set. `--isa avx2` runs all of it in a process in which torch, MKL and oneDNN are held to that set
-as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin do it by hand).
+*Ideal* is SDPA's time with the same dense mask (in bf16 with AMX: without any) times the share of pairs that the mask
+lets through; where SDPA needs no mask, `attend` is held to the bare call. `attend` stands for the backend that the plan
+chose, *portable* for what a plan without the native kernel would take. A rival who is ten times slower than the fastest
+runs once. Bars are those of the kernel's instruction set. `--isa avx2` runs all of it in a process in which torch, MKL
+and oneDNN are held to that set as well as the kernel (`TRUEMASK_ISA`, `ATEN_CPU_CAPABILITY` and their kin do it by
+hand).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from truemask.backends.costs.model import source
 from truemask.backends.isa import ISAS, VARIABLE
 from truemask.backends.native.library import isa
 from truemask.benchmarking.workloads import Workload
+from truemask.cli.commands.bench import measure_what_nobody_has
+from truemask.cli.console import make_console
 
 HEADS, QUICK_LENGTH = 8, 300
 
@@ -176,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         words = list(sys.argv[1:] if arguments is None else arguments)
         place = next(i for i, word in enumerate(words) if word.startswith("--isa"))
         return held_to(given.isa, words[:place] + words[place + 1 + ("=" not in words[place]) :])
+    measure_what_nobody_has(make_console())
     return finish(list(tables(given)), given)
 
 

@@ -49,7 +49,7 @@ def bench(
     if calibrate:
         _calibrate(console)
         return
-    _measure_what_nobody_has(console)
+    measure_what_nobody_has(console)
     masks = {text: parse(text) for text in expressions} if expressions else race_masks(length)
     workload = Workload.of(length, heads, head_dim, dtype=getattr(torch, dtype.value))
     direction = "forward and backward" if grad else "forward"
@@ -78,7 +78,7 @@ def _raced(name: str, mask: Mask, workload: Workload, grad: bool) -> list[str]:
     return [name, percent(density, 1), duration(sdpa), duration(truemask), ratio, prediction.backend, forecast]
 
 
-def _measure_what_nobody_has(console: Console) -> None:
+def measure_what_nobody_has(console: Console) -> None:
     """Beside AMX, plans leave bf16 to torch until the kernel's own use of it has been measured."""
     unmeasured = costs.table().unmeasured
     if not (unmeasured and costs.has_amx() and costs_file()):
