@@ -35,7 +35,7 @@ from soak_check import Fault, Verdict, checked
 import truemask as tm
 from truemask.backends.isa import ISAS, VARIABLE
 from truemask.backends.native.library import isa, missing
-from truemask.backends.native.parts import BOTH, forced
+from truemask.backends.native.parts import forced
 from truemask.cli.console import make_console, plain
 
 QUICK_CASES, PLAIN_EVERY = 25, 10.0  # seconds between lines where there is no terminal
@@ -204,7 +204,7 @@ def soaked(arguments: Sequence[str] | None = None) -> tuple[str, bool]:
     before, soak = torch.get_num_threads(), Soak(given)
     torch.set_num_threads(1)  # the reference and all that is around the kernel: one core is enough
     try:
-        with forced(BOTH if given.in_parts else None):
+        with forced(given.in_parts or None):
             return _all(soak)
     finally:
         torch.set_num_threads(before)

@@ -88,6 +88,9 @@ class QueryGradient {
   Buffer<float> of_parts_;
 };
 
+// Queries that are treated as if they saw nothing: a bit for each of a tile, for each tile of each head; or empty.
+using Left_out = std::vector<uint64_t>;
+
 template <class Kind>
 class Backward {
   using E = typename Kind::E;
@@ -97,8 +100,8 @@ class Backward {
 
  public:
   Backward(const Call& c, const BackwardCut& cut, const Packed<Kind>& k, const Packed<Kind>& v, const QueryGradient<Kind>& dq,
-           KeyGradient& dk, KeyGradient& dv, std::atomic<bool>& finite)
-      : c_(c), cut_(cut), k_(k), v_(v), finite_(finite), strip_(c), dq_(dq), dk_(dk), dv_(dv), q_(c.d, true), dout_(c.dv, true),
+           KeyGradient& dk, KeyGradient& dv, const Left_out& left_out)
+      : c_(c), cut_(cut), k_(k), v_(v), left_out_(left_out), strip_(c), dq_(dq), dk_(dk), dv_(dv), q_(c.d, true), dout_(c.dv, true),
         scores_(TILE * Kind::UNIT), dp_(TILE * Kind::UNIT), slopes_(c.softcap != 0 ? TILE * Kind::UNIT : 0),
         weights_(PAIRED ? Kind::PARTS * PART : 0), ds_(PAIRED ? Kind::PARTS * PART : 0), ds_right_(PAIRED ? Kind::PARTS * PART : 0),
         sums_(cut.parts > 1 ? 0 : dq.size() * (cut.span < cut.size ? c.tiles_q() : 1)), spare_(TILE * padded(std::max(c.d, c.dv))) {}
@@ -122,7 +125,7 @@ class Backward {
     begun_ = false;
     tiles_in(c_, strip_.range, span.first, span.end, [&](int64_t j, int32_t kind) {
       if (!begun_) begin();
-      tile(j, kind);
+      if (alive_) tile(j, kind);
     });
     kind_.flush();
     if (cut_.parts == 1 && span.end == end) dq_.write_tile(b, head, i, to_queries_, spare_);
@@ -133,17 +136,15 @@ class Backward {
     lanes_ = multiple(strip_.m, Kind::LANES);
     q_.read(strip_, c_.q, lanes_);
     dout_.read(strip_, c_.dout, lanes_);
-    if (Kind::PARTS > 1 && !(q_.is_finite() && dout_.is_finite())) finite_ = false;
     alive_ = below(strip_.m);
+    if (!left_out_.empty()) alive_ &= ~left_out_[(strip_.b * c_.hq + strip_.head) * c_.tiles_q() + strip_.tile];
     std::fill(base_, base_ + TILE, 1e30f);  // weights of queries that are not there are 0
     for (float* x : {log_total_, keys_log_total_, less_, dlse_}) std::fill(x, x + TILE, 0.0f);
     for (int64_t r = 0; r < strip_.m; ++r) {
       const int64_t n = strip_.number(r);
       less_[r] = c_.delta[n] - (c_.dlse && !c_.keys_log_total ? c_.dlse[n] : 0);
-      if (c_.log_total[n] == -INF) {  // nor of those that see nothing
-        alive_ &= ~(1ull << r);
-        continue;
-      }
+      if (c_.log_total[n] == -INF) alive_ &= ~(1ull << r);  // nor of those that see nothing
+      if (!(alive_ >> r & 1)) continue;
       base_[r] = c_.base[n], log_total_[r] = c_.log_total[n];
       if (c_.keys_log_total) keys_log_total_[r] = c_.keys_log_total[n], dlse_[r] = c_.dlse[n];
     }
@@ -257,7 +258,7 @@ class Backward {
   const Call& c_;
   const BackwardCut& cut_;
   const Packed<Kind>&k_, &v_;
-  std::atomic<bool>& finite_;  // set false where parts cannot say what a query is, or what comes back to it
+  const Left_out& left_out_;
   Kind kind_;
   Strip strip_;
   const QueryGradient<Kind>& dq_;

@@ -81,19 +81,31 @@ inline bool finite_bfloats(const uint16_t* x, int64_t n) {
   return all;
 }
 
+// Whether bf16 that sum up to floats say as much as those: beyond 2^60 sums of their products might be infinite where those of
+// floats are not; below 2^-126, which products of the last parts of small numbers are, tiles have zeros. One number may be
+// smaller beside others.
+inline bool is_said(const float* x, int64_t n) {
+  constexpr uint32_t LEAST = (127 - 100) << 23, USUAL = (127 - 60) << 23, MOST = (127 + 60) << 23;
+  uint32_t all = 1, most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t size;
+    std::memcpy(&size, x + i, 4);
+    size &= 0x7fffffff;
+    all &= (size == 0) | (size - LEAST <= MOST - LEAST);
+    most = size > most ? size : most;
+  }
+  return all && (most == 0 || most >= USUAL);
+}
+
 // n floats as N bf16 each that sum up to them, `apart` from one part to the next: to nearest, so that of 24 digits each leaves
-// the next one 8 less. Whether that is all: what rounds to infinity is not said, nor are digits below 2^-126.
+// the next one 8 less.
 template <int N>
-bool split(const float* from, int64_t n, uint16_t* to, int64_t apart) {
-  constexpr uint32_t LEAST = (127 - 110) << 23, MOST = 0x7f7f7fff;
-  uint32_t all = 1;
+void split(const float* from, int64_t n, uint16_t* to, int64_t apart) {
   for (int64_t i = 0; i < n; ++i) {
     float rest = from[i];
     for (int part = 0; part < N; ++part) {
       uint32_t bits;
       std::memcpy(&bits, &rest, 4);
-      const uint32_t size = bits & 0x7fffffff;
-      if (part == 0) all &= (size == 0) | (size - LEAST <= MOST - LEAST);
       const uint32_t near = (bits + 0x8000) & 0xffff0000;
       to[part * apart + i] = uint16_t(near >> 16);
       float found;
@@ -101,7 +113,6 @@ bool split(const float* from, int64_t n, uint16_t* to, int64_t apart) {
       rest -= found;
     }
   }
-  return all;
 }
 
 // A row of bf16 as pairs of neighbours, zeros up to `steps`.
@@ -113,7 +124,7 @@ inline void pairs(const void* from, int64_t n, int64_t steps, Pair* to) {
 inline void weave(const void* low, const void* high, int64_t n, int64_t width, Pair* to) {
   const uint16_t *a = static_cast<const uint16_t*>(low), *b = static_cast<const uint16_t*>(high);
   if (a && b) for (int64_t i = 0; i < n; ++i) to[i] = a[i] | Pair(b[i]) << 16;
-  else for (int64_t i = 0; i < n; ++i) to[i] = a ? a[i] : 0;
+  else for (int64_t i = 0; i < n; ++i) to[i] = a ? a[i] : b ? Pair(b[i]) << 16 : 0;
   std::fill(to + n, to + width, 0);
 }
 

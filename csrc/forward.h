@@ -51,8 +51,8 @@ class Forward {
   static constexpr int64_t PART = TILE / 2 * Kind::UNIT;  // of weights: from one to the next
 
  public:
-  Forward(const Call& c, const Cut& cut, const Packed<Kind>& k, const Packed<Kind>& v, std::atomic<bool>& finite)
-      : c_(c), cut_(cut), k_(k), v_(v), finite_(finite), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT),
+  Forward(const Call& c, const Cut& cut, const Packed<Kind>& k, const Packed<Kind>& v)
+      : c_(c), cut_(cut), k_(k), v_(v), width_(multiple(c.dv, Kind::ROWS)), scores_(TILE * Kind::UNIT),
         weights_(Kind::PARTS > 1 ? Kind::PARTS * PART : 0), out_(TILE * padded(width_)) {
     for (int64_t i = 0; i < cut.together; ++i) held_.push_back(std::make_unique<Held>(c, width_));
   }
@@ -79,7 +79,6 @@ class Forward {
     now_->strip.set(bh / heads, bh % heads * cut_.stacked, cut_.stacked, c_.order[i % c_.tiles_q()]);
     now_->lanes = multiple(now_->strip.m, Kind::LANES);
     now_->q.read(now_->strip, c_.q, now_->lanes);
-    if (Kind::PARTS > 1 && !now_->q.is_finite()) finite_ = false;
     return now_->strip;
   }
 
@@ -97,9 +96,9 @@ class Forward {
       transpose<float>(from.sums + q * width_, Kind::UNIT, width_, std::min(Kind::UNIT, now_->lanes - q), out_ + q * row, row);
     for (int64_t r = 0; r < now_->strip.m; ++r) {
       const float total = from.total[r];
-      const float lse = now_->strip.write_lse(r, from.base[r], total, Kind::ROOM);
+      now_->strip.write_lse(r, from.base[r], total, Kind::ROOM);
       float by = total == 0 ? 0 : 1 / (total == total ? from.rounded[r] : total);
-      if (c_.sinks && total != 0) by /= 1 + std::exp(c_.sinks[now_->strip.head_of(r)] - lse);
+      if (c_.sinks && total != 0) by /= 1 + now_->strip.beside_sink(r, from.base[r], total);
       write(out_ + r * row, by, c_.dv, c_.dtype, now_->strip.row(c_.out, r));
     }
   }
@@ -183,7 +182,7 @@ class Forward {
       }
       const vf before = load(from.total + q);
       total += before, rounded += load(from.rounded + q);
-      grown |= any((vi)total & ~(vi)before & 0x40000000);  // 2 or more, infinite or NaN, which it was not
+      grown |= any((vi)total & (vi)(before < INF) & 0x40000000);  // 2 or more, infinite or NaN, if it is not lost already
       store(total_ + q, total), store(rounded_ + q, ROUNDS<Kind> ? rounded : total);
     }
     return grown;
@@ -242,7 +241,6 @@ class Forward {
   const Call& c_;
   const Cut& cut_;
   const Packed<Kind>&k_, &v_;
-  std::atomic<bool>& finite_;  // set false where parts cannot say what queries are: all is done again in floats
   Kind kind_;
   std::vector<std::unique_ptr<Held>> held_;  // of the strips at hand
   Held* now_ = nullptr;

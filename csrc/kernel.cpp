@@ -2,14 +2,14 @@
 #include "backward.h"
 #include "forward.h"
 #include "isa/usable.h"
+#include "parts.h"
 #include "peak.h"
 #include "reading.h"
 
 namespace {
 
-// False if numbers of the kind cannot say what keys and values are.
 template <class Kind>
-bool pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
+void pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
   const std::vector<int64_t> used = used_tiles(c);
   const int64_t tiles = used.size(), heads = c.b * c.hk;
   each(tiles * heads, c.threads, [&] {
@@ -19,21 +19,13 @@ bool pack(const Call& c, Packed<Kind>& k, Packed<Kind>& v) {
       k.make(tile, *a), v.make(tile, *b);
     };
   });
-  return Kind::PARTS == 1 || (k.is_finite() && v.is_finite());
 }
 
-// Both directions are false if they ended before they were done, since numbers of the kind cannot say what came in.
 template <class Kind>
-bool forward(const Call& c) {
+void forward(const Call& c, const Packed<Kind>& k, const Packed<Kind>& v) {
   const Cut cut(c, Kind::TOGETHER, Kind::SPAN == INT64_MAX ? Kind::SPAN : 2 * Kind::SPAN);
-  Packed<Kind> k(c, c.k, c.d, true, false), v(c, c.v, c.dv, false, true);
-  if (!pack(c, k, v)) return false;
-  std::atomic<bool> finite{true};
-  const auto run = [&] { return std::make_shared<Forward<Kind>>(c, cut, k, v, finite); };
-  if (cut.parts == 1) {
-    each(cut.items(c), c.threads, [&] { return [strips = run()](int64_t i) { (*strips)(i); }; });
-    return finite;
-  }
+  const auto run = [&] { return std::make_shared<Forward<Kind>>(c, cut, k, v); };
+  if (cut.parts == 1) return each(cut.items(c), c.threads, [&] { return [strips = run()](int64_t i) { (*strips)(i); }; });
   std::vector<std::unique_ptr<Partial>> found(cut.strips * cut.parts);
   each(cut.strips * cut.parts, c.threads, [&] {
     return [&, strips = run()](int64_t i) {
@@ -51,7 +43,23 @@ bool forward(const Call& c) {
       strips->finish(all);
     };
   });
-  return finite;
+}
+
+template <class Kind>
+void forward(const Call& c) {
+  Packed<Kind> k(c, c.k, c.d, true, false), v(c, c.v, c.dv, false, true);
+  pack(c, k, v);
+  forward(c, k, v);
+  if constexpr (Kind::PARTS > 1) {
+    const Left_out rows = unsaid(c, k, v, false);
+    if (!any(rows)) return;
+    const Room out(c, c.hq, c.nq, c.dv), lse(c, c.hq, c.nq, 3);
+    Call in_floats = c;
+    in_floats.out = out.array(), in_floats.lse = static_cast<float*>(lse.array().data);
+    if (c.base) in_floats.base = in_floats.lse + c.b * c.hq * c.nq, in_floats.log_total = in_floats.base + c.b * c.hq * c.nq;
+    forward<Floats>(in_floats);
+    take_rows(in_floats, c, rows);
+  }
 }
 
 // dout . out of every query.
@@ -71,19 +79,15 @@ void dot_outputs(const Call& c) {
   });
 }
 
+// Of all queries but some.
 template <class Kind>
-bool backward(const Call& c) {
-  Packed<Kind> k(c, c.k, c.d, true, true), v(c, c.v, c.dv, true, false);
-  if (!pack(c, k, v)) return false;
-  std::atomic<bool> finite{true};
-  dot_outputs(c);
+void backward(const Call& c, const Packed<Kind>& k, const Packed<Kind>& v, const Left_out& left_out) {
   const BackwardCut cut(c, Kind::SPAN);
   const QueryGradient<Kind> dq(c, cut.parts);
   KeyGradient dk(c, c.dk, c.d, Kind::ROWS > 1), dv(c, c.dv_out, c.dv, Kind::ROWS > 1);
   each(cut.parts * c.b * c.hk, c.threads, [&] {
-    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, dk, dv, finite)](int64_t i) { (*run)(i); };
+    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, dk, dv, left_out)](int64_t i) { (*run)(i); };
   });
-  if (!finite) return false;
   if (cut.parts > 1)
     each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
       return [&, spare = std::make_shared<Buffer<float>>(TILE * padded(c.d))](int64_t i) {
@@ -98,18 +102,35 @@ bool backward(const Call& c) {
       dv.finish(h / c.hk, h % c.hk, j, 1);
     };
   });
-  return true;
+}
+
+template <class Kind>
+void backward(const Call& c, Left_out left_out = {}) {
+  Packed<Kind> k(c, c.k, c.d, true, true), v(c, c.v, c.dv, true, false);
+  pack(c, k, v);
+  dot_outputs(c);
+  if constexpr (Kind::PARTS > 1) left_out = unsaid(c, k, v, true);
+  backward(c, k, v, left_out);
+  if (Kind::PARTS == 1 || !any(left_out)) return;
+  for (uint64_t& rows : left_out) rows = ~rows;
+  const Room dq(c, c.hq, c.nq, c.d), dk(c, c.hk, c.nk, c.d), dv(c, c.hk, c.nk, c.dv);
+  Call in_floats = c;
+  in_floats.dq = dq.array(), in_floats.dk = dk.array(), in_floats.dv_out = dv.array();
+  backward<Floats>(in_floats, left_out);
+  add(c, c.dq, dq.array(), c.hq, c.nq, c.d);
+  add(c, c.dk, dk.array(), c.hk, c.nk, c.d);
+  add(c, c.dv_out, dv.array(), c.hk, c.nk, c.dv);
 }
 
 // Calls `run` with the kind in which this call's products are worked out.
 template <class F>
 void with_kind(const Call& c, F run) {
 #if defined(TM_TILES)
-  if (c.dtype == BFLOAT) return void(run(static_cast<Tiles<1>*>(nullptr)));
-  if (c.in_parts && (c.dtype == HALF ? run(static_cast<Tiles<2>*>(nullptr)) : run(static_cast<Tiles<3>*>(nullptr)))) return;
+  if (c.dtype == BFLOAT) return run(static_cast<Tiles<1>*>(nullptr));
+  if (c.in_parts) return c.dtype == HALF ? run(static_cast<Tiles<2>*>(nullptr)) : run(static_cast<Tiles<3>*>(nullptr));
 #else
   if constexpr (PAIRS)
-    if (c.dtype == BFLOAT && are_pairs_quick()) return void(run(static_cast<Pairs*>(nullptr)));
+    if (c.dtype == BFLOAT && are_pairs_quick()) return run(static_cast<Pairs*>(nullptr));
 #endif
   run(static_cast<Floats*>(nullptr));
 }
@@ -142,10 +163,10 @@ uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and c
 int tm_forward(const Call* c) {
   return guarded([&] {
     if (reads_as_it_lies(*c)) return read_forward(*c);
-    with_kind(*c, [&](auto* kind) { return forward<std::remove_pointer_t<decltype(kind)>>(*c); });
+    with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); });
   });
 }
 int tm_backward(const Call* c) {
-  return guarded([&] { with_kind(*c, [&](auto* kind) { return backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
+  return guarded([&] { with_kind(*c, [&](auto* kind) { backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });
 }
 }

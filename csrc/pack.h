@@ -18,12 +18,14 @@ class RowParts {
  public:
   explicit RowParts(int64_t d) : d_(d), floats_(SPLITS ? d : 0), parts_(SPLITS ? Kind::PARTS * TILE * d : 0) {}
 
-  // Row n, or none. Whether it is what its parts add up to.
+  // Row n, or none. False if parts cannot say what it is; then there is none.
   bool read(int64_t n, const void* row, int64_t dtype) {
     from_[n] = static_cast<const uint16_t*>(row);
     if (!SPLITS || !row) return true;
     floats(row, dtype, d_, d_, floats_);
-    return split<Kind::PARTS>(floats_, d_, parts_ + n * d_, TILE * d_);
+    if (!is_said(floats_, d_)) return from_[n] = nullptr, false;
+    split<Kind::PARTS>(floats_, d_, parts_ + n * d_, TILE * d_);
+    return true;
   }
   const uint16_t* row(int64_t n, int part) const { return SPLITS && from_[n] ? parts_ + (part * TILE + n) * d_ : from_[n]; }
 
@@ -47,7 +49,8 @@ class Packed {
   Packed(const Call& c, const Array& x, int64_t d, bool rows, bool turned)
       : c_(c), x_(x), d_(d), tiles_(c.tiles_k()), copied_(PAIRED ? rows : c.dtype != FLOAT || x.row != d), turns_(PAIRED && turned),
         row_(PAIRED ? steps<Kind>(d) : copied_ ? padded(d) : d), rows_(copied_ ? c.b * c.hk * tiles_ * tile() : 0),
-        turned_(turns_ ? c.b * c.hk * tiles_ * turned_tile() : 0), finite_(c.b * c.hk * tiles_, 1) {}
+        turned_(turns_ ? c.b * c.hk * tiles_ * turned_tile() : 0), finite_(c.b * c.hk * tiles_, 1),
+        unsaid_(Kind::PARTS > 1 ? c.b * c.hk * tiles_ : 0, 0) {}
 
   // What `make` needs besides, of a thread.
   struct Spare {
@@ -62,13 +65,14 @@ class Packed {
     bool all = true;
     if constexpr (PAIRED) {
       for (int64_t n = 0; n < TILE; ++n) {
-        const void* row = n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr;
-        all &= spare.rows.read(n, row, c_.dtype) && (!row || finite_bfloats(spare.rows.row(n, 0), d_));
+        const bool said = spare.rows.read(n, n < keys ? row_of(c_, x_, b, h, j * TILE + n) : nullptr, c_.dtype);
+        if (!said) unsaid_[i] |= 1ull << n;
+        else if (n < keys) all &= finite_bfloats(spare.rows.row(n, 0), d_);
       }
       for (int part = 0; part < Kind::PARTS; ++part) {
         for (int64_t n = 0; n < multiple(keys, Kind::ROWS) && copied_; ++n) {
           E* to = rows_ + i * tile() + (part * TILE + n) * row_;
-          if (n < keys) pairs(spare.rows.row(n, part), d_, row_, to);
+          if (const uint16_t* row = spare.rows.row(n, part)) pairs(row, d_, row_, to);
           else std::fill(to, to + row_, 0);
         }
         if (turns_) turn(spare, part, steps<Kind>(keys), turned_ + i * turned_tile() + part * turned_part());
@@ -102,7 +106,9 @@ class Packed {
     return j + 1 < tiles_ ? Ahead(turned(b, h, j + 1).at, PAIRED ? turned_tile() : c_.keys(j + 1) * row_) : Ahead();
   }
   bool is_finite(int64_t b, int64_t h, int64_t j) const { return finite_[at(b, h, j)]; }
-  bool is_finite() const { return std::all_of(finite_.begin(), finite_.end(), [](uint8_t x) { return x; }); }  // and what parts can say
+  // The keys of a tile that parts cannot say, and whether there are none at all.
+  uint64_t unsaid(int64_t b, int64_t h, int64_t j) const { return unsaid_[at(b, h, j)]; }
+  bool is_said() const { return std::all_of(unsaid_.begin(), unsaid_.end(), [](uint64_t x) { return !x; }); }
   // A number of a key as it came, rounded to nothing.
   float number(int64_t b, int64_t h, int64_t key, int64_t p) const {
     float x;
@@ -131,6 +137,7 @@ class Packed {
   int64_t row_;
   Buffer<E> rows_, turned_;
   std::vector<uint8_t> finite_;
+  std::vector<uint64_t> unsaid_;
 };
 
 // Which key tiles some row of tiles sees.

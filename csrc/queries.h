@@ -21,7 +21,8 @@ class Queries {
       finite_ = true;
       for (int64_t r = 0; r < lanes; ++r) {
         const void* row = r < strip.m ? strip.row(x, r) : nullptr;
-        finite_ &= came_.read(r, row, strip.c.dtype) && (!keeps_rows_ || !row || finite_bfloats(came_.row(r, 0), d_));
+        came_.read(r, row, strip.c.dtype);
+        finite_ &= !keeps_rows_ || !came_.row(r, 0) || finite_bfloats(came_.row(r, 0), d_);
       }
       for (int part = 0; part < Kind::PARTS; ++part) read_part(strip.m, lanes, part);
     } else {
@@ -37,11 +38,15 @@ class Queries {
     else return {straight_, width_, 0};
   }
   int64_t width() const { return width_; }
-  bool is_finite() const { return finite_; }  // and what parts can say; without parts, if rows are kept
+  bool is_finite() const { return finite_; }  // if rows are kept
 
  private:
   void read_part(int64_t m, int64_t lanes, int part) {
-    for (int64_t r = 0; r < m; ++r) pairs(came_.row(r, part), d_, steps_, straight_ + r * steps_);
+    for (int64_t r = 0; r < m; ++r) {
+      E* to = straight_ + r * steps_;
+      if (const uint16_t* row = came_.row(r, part)) pairs(row, d_, steps_, to);
+      else std::fill(to, to + steps_, E(0));
+    }
     turn(m, lanes, steps_, turned_ + part * steps_ * TILE);
     E* rows = rows_ + part * TILE / 2 * width_;
     for (int64_t r = 0; r < lanes && keeps_rows_; r += 2)

@@ -67,9 +67,9 @@ class Reading {
 
   void finish(Part from) {
     for (int64_t r = 0; r < strip_.m; ++r) {
-      const float lse = strip_.write_lse(r, from.top[r], from.total[r], 0);
+      strip_.write_lse(r, from.top[r], from.total[r], 0);
       float by = from.total[r] == 0 ? 0 : 1 / from.total[r];
-      if (c_.sinks && from.total[r] != 0) by /= 1 + std::exp(c_.sinks[strip_.head_of(r)] - lse);
+      if (c_.sinks && from.total[r] != 0) by /= 1 + strip_.beside_sink(r, from.top[r], from.total[r]);
       for (int64_t p = 0; p < c_.dv; ++p) spare_[p] = from.sums[r * values_.width + values_.place(p)];
       write(spare_, by, c_.dv, c_.dtype, row_of(c_, c_.out, strip_.b, strip_.head_of(r), strip_.query(r)));
     }

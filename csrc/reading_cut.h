@@ -10,8 +10,10 @@ namespace {
 constexpr int64_t FEW = 32;  // rows, at most
 
 // So few rows that packing keys would take longer than all products. Floats of one tile are not packed but in gaps, and tiles
-// are done with sixteen rows as soon as with one.
+// are done with sixteen rows as soon as with one. Not where gradients are wanted: the backward weighs by the same sums of scores
+// only if it computes them in the same order.
 inline bool reads_as_it_lies(const Call& c) {
+  if (c.base) return false;
   int64_t few = FEW;
   if (c.dtype == FLOAT && c.nk <= TILE) few = FEW / 4;
 #if defined(TM_TILES)

@@ -53,11 +53,13 @@ struct Strip {
   int64_t number(int64_t r) const { return (b * c.hq + head_of(r)) * c.nq + query(r); }  // in [b, hq, nq]
 
   // Of weights 2^(score - base), the highest of which was about 2^-room.
-  float write_lse(int64_t r, float base, float total, int room) const {
-    const float lse = total == 0 ? -INF : (base - room + std::log2(total * (1 << room))) * LN2;
-    c.lse[number(r)] = lse;
+  void write_lse(int64_t r, float base, float total, int room) const {
+    c.lse[number(r)] = total == 0 ? -INF : (base - room + std::log2(total * (1 << room))) * LN2;
     if (c.base) c.base[number(r)] = base, c.log_total[number(r)] = total == 0 ? -INF : std::log2(total);
-    return lse;
+  }
+  // A sink's weight beside those. In doubles, since floats of the size of large scores have no digits for what is between.
+  float beside_sink(int64_t r, float base, float total) const {
+    return float(std::exp2(c.sinks[head_of(r)] * 1.4426950408889634 - base) / total);
   }
 
   void* row(const Array& x, int64_t r) const { return row_of(c, x, b, head_of(r), query(r)); }

@@ -212,6 +212,20 @@ def test_large_scores(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", BUILT)
+def test_sums_of_large_equal_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores so large that there is no room beside them: a tile of equal ones, and then higher ones."""
+    monkeypatch.setenv(VARIABLE, name)
+    if missing():
+        pytest.skip(f"the move is whoever has such a processor: {missing()}")
+    q, k, v = (x.detach() for x in tensors(1, 1, 1, 100, 192, 16, 16, torch.bfloat16)[:3])
+    q[...], k[...] = 0, 0
+    q[..., 0], k[:, :, :64, 0], k[:, :, 64:, 0] = 1, 2.0**30, 2.0**31
+    out, lse = tm.attend(q, k, v, scale=1.0, backend="native", return_lse=True)
+    torch.testing.assert_close(out.float(), v[:, :, 64:].float().mean(2, True).expand(out.shape), atol=2e-2, rtol=0)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("name", BUILT)
 @pytest.mark.parametrize("size", [1e4, 1e6])
 @pytest.mark.parametrize("n", [8, 128])
 def test_gradients_of_large_scores(name: str, size: float, n: int, monkeypatch: pytest.MonkeyPatch) -> None:

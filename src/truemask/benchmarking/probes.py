@@ -16,7 +16,7 @@ from truemask.attention.attend import attend
 from truemask.backends.base import Job, Request
 from truemask.backends.costs.rates import PARTS
 from truemask.backends.native.library import isa
-from truemask.backends.native.parts import BOTH, NEITHER, InParts, forced
+from truemask.backends.native.parts import forced
 from truemask.benchmarking.timing import Run
 from truemask.benchmarking.workloads import Workload
 from truemask.masks.compose.boolean import everything
@@ -41,7 +41,7 @@ class Probe(NamedTuple):
     batch: int = 1
     rows: int = 0
     kv_heads: int = 0
-    in_parts: InParts = NEITHER  # native: as sums of bf16
+    in_parts: bool = False  # native: as sums of bf16
 
     def job(self) -> Job:
         """What backends are asked about."""
@@ -64,7 +64,7 @@ class Probe(NamedTuple):
     def __str__(self) -> str:
         rows = f"{self.rows} queries, " if self.rows else ""
         sizes = f"{rows}{self.batch} x {self.n} tokens, {self.heads} heads of {self.d}"
-        dtype = f"{self.dtype}{' as sums of bf16' if any(self.in_parts) else ''}"
+        dtype = f"{self.dtype}{' as sums of bf16' if self.in_parts else ''}"
         return f"{sizes}, {dtype}, {'forward and backward' if self.grad else 'forward'}, {self.mask}"
 
 
@@ -125,7 +125,7 @@ def _full_speed(sizes: Sizes, dtype: str, grad: bool, way: str) -> Iterator[Meas
 def _in_parts(sizes: Sizes, grad: bool, way: str) -> Iterator[Measure]:
     for dtype, d in (("fp32", 64), ("fp32", 128), ("fp16", 64)):
         shown = tuple(f"{dtype}{PARTS}.{way}.d{x}" for x in ((64, 128) if dtype == "fp16" else (d,)))
-        probe = Probe(everything, sizes.full, d=d, dtype=dtype, grad=grad, in_parts=BOTH)
+        probe = Probe(everything, sizes.full, d=d, dtype=dtype, grad=grad, in_parts=True)
         yield Measure(probe, {"native": shown})
 
 

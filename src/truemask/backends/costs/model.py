@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -70,6 +70,18 @@ def source() -> str:
     return _in_force()[1]
 
 
+def native_of_any_threads() -> NativeRates:
+    """The native kernel's constants by which what does not depend on threads is decided."""
+    if _assumed:
+        return _assumed.native
+    machine = this_machine()
+    for entry in _stored_entries():
+        if entry.machine._replace(threads=machine.threads) == machine:
+            with suppress(ValueError):
+                return table_of(entry.costs).native
+    return shipped()[0].native
+
+
 @contextmanager
 def assumed(costs: Table) -> Iterator[None]:
     """Ask what backends would cost if these were the constants."""
@@ -89,13 +101,17 @@ def forget() -> None:
 
 
 def _in_force() -> tuple[Table, str]:
-    global _entries
     machine, isa = this_machine(), isa_in_use()
     if (machine, isa) not in _tables:
-        if _entries is None:
-            _entries = read_entries()
-        _tables[machine, isa] = _chosen(_entries, machine)
+        _tables[machine, isa] = _chosen(_stored_entries(), machine)
     return _tables[machine, isa]
+
+
+def _stored_entries() -> list[Entry]:
+    global _entries
+    if _entries is None:
+        _entries = read_entries()
+    return _entries
 
 
 def _chosen(entries: list[Entry], machine: Machine) -> tuple[Table, str]:

@@ -203,8 +203,8 @@ NATIVES = (
         "fp32": Both(Pace(2.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
         "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),  # in floats, as with avx512
         "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
-        # With amx: the prototype's 1.6 times sdpa at a head size of 64; where that was not measured, as in floats.
-        "fp32_parts": Both(Pace(3.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
+        # With amx: the prototype's 1.6 times sdpa forward at heads of 64; the rest is unknown, so never chosen.
+        "fp32_parts": Both(Pace(3.8e11, 2.85e11), Pace(1.5e11, 1.5e11, 3e-6)),
     })),
     NativeCosts("avx512", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
         call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, few=2.38e11, few_halves=1.2e11,

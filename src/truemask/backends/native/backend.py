@@ -28,6 +28,7 @@ from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.structure.data import cells_held
 
 UNPACKED_ROWS = 32  # up to which keys are read as they lie, for more they are packed before: `csrc/reading_cut.h`
+LAID_OUT_BACKWARD = 3  # times the bytes of keys and values: laid out in two ways, and their gradients written
 MAX_WORD_BYTES = 1 << 28  # bytes of the cells of MIXED tiles
 
 
@@ -46,11 +47,12 @@ class Work(NamedTuple):
     tasks: float
     key_bytes: float
     packed: bool  # the keys are laid out first, as for many queries
+    backward_cells: float  # scores of the backward, to which every head comes by itself
 
 
 def has_tiles(r: Request) -> bool:
     """Whether the kernel multiplies such a call in tiles of bf16."""
-    return r.dtype == torch.bfloat16 and isa().startswith("amx")
+    return isa().startswith("amx") and (r.dtype == torch.bfloat16 or or_forced(in_parts(r), r))
 
 
 def unpacked_rows(r: Request) -> int:
@@ -68,6 +70,11 @@ def stacked_heads(job: Job) -> int:
     """Query heads whose rows lie side by side, since they share keys and a mask: `stacked_heads` of `csrc/strip.h`."""
     group = job.request.heads // job.request.kv_heads
     return group if job.mask_heads == 1 and group * job.request.q_len <= TILE else 1
+
+
+def _computed_rows(rows: int, lanes: int) -> int:
+    full, last = divmod(rows, TILE)
+    return full * TILE + math.ceil(last / lanes) * lanes
 
 
 class TilesProposal(Proposal):
@@ -90,16 +97,17 @@ class TilesProposal(Proposal):
         forward, backward = native_paces(rates, r)
         share, size = spread(rates, work.tasks), r.head_dim + r.value_dim
         step = forward.step if work.packed else rates.paces["fp32"].forward.step  # that of nothing but a beginning
+        pack = rates.pack if r.dtype.itemsize == 4 else rates.pack_halves
         cost = rates.call + share * work.units * step / rates.threads
         if work.packed:
-            pack = rates.pack if r.dtype.itemsize == 4 else rates.pack_halves
             cost += share * (work.cells * cell_seconds(forward, r) + work.key_bytes / pack)
         else:
             read, few = (rates.read, rates.few) if r.dtype.itemsize == 4 else (rates.read_halves, rates.few_halves)
             cost += share * (work.key_bytes / read + 2 * work.cells * size / few)
         if not r.grad:
             return cost
-        cells = BACKWARD_PRODUCTS * work.cells * cell_seconds(backward, r)
+        cells = BACKWARD_PRODUCTS * work.backward_cells * cell_seconds(backward, r)
+        cells += LAID_OUT_BACKWARD * work.key_bytes / pack
         return cost + rates.call_backward + share * (cells + work.units * backward.step / rates.threads)
 
     @property
@@ -108,11 +116,10 @@ class TilesProposal(Proposal):
         job, r, counts = self.job, self.job.request, self.size.counts
         planes = (r.batch // max(1, job.mask_batch)) * (r.heads // max(1, job.mask_heads))
         stacked, strips = stacked_heads(job), math.ceil(r.q_len / TILE)
-        rows = stacked * r.q_len
-        packed = rows > unpacked_rows(r)
+        packed = r.grad or stacked * r.q_len > unpacked_rows(r)
         lanes = lanes_of(r) if packed else 1
-        full, last = divmod(rows, TILE)
-        height = (full * TILE + math.ceil(last / lanes) * lanes) / max(1, stacked * strips)  # of a head in a tile
+        height = _computed_rows(stacked * r.q_len, lanes) / max(1, stacked * strips)  # of a head in a tile
+        alone = _computed_rows(r.q_len, lanes) / max(1, strips)
         width = r.kv_len / max(1, math.ceil(r.kv_len / TILE)) if packed else TILE
         cells = (table().native.mixed * counts.mixed + counts.full) * height * width * planes
         seen = min(1.0, (counts.mixed + counts.full) * height * width * planes / max(1, r.cells))
@@ -120,7 +127,7 @@ class TilesProposal(Proposal):
         units = r.batch * r.heads // stacked * strips
         worth = 2 * cells * (r.head_dim + r.value_dim) // THREAD_WORK
         tasks = min(units, worth) if packed else max(worth, key_bytes // THREAD_BYTES)
-        return Work(cells, units, tasks, key_bytes, packed)
+        return Work(cells, units, tasks, key_bytes, packed, cells * alone / max(1, height))
 
     @property
     def doubt(self) -> bool:
@@ -131,7 +138,8 @@ class TilesProposal(Proposal):
     def description(self) -> str:
         counts = self.size.counts
         better = "".join(f"; not by {reason}" for reason in passed_over())
-        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}{better}"
+        how = ", as sums of bf16" if or_forced(in_parts(self.job.request), self.job.request) else ""
+        return f"{counts.full} full and {counts.mixed} mixed tiles of {TILE} x {TILE}{how}{better}"
 
     def too_many_words(self) -> list[str]:
         """An objection if so many tiles differ that their cells do not fit: memory would grow with q x k.
@@ -150,7 +158,7 @@ class TilesProposal(Proposal):
 
     def lower(self) -> Lowered:
         tiles = tiles_of(self.tiles, self.job.exact)
-        return Lowered((tiles, in_parts(table().native, self.job.request)), tiles.nbytes)
+        return Lowered((tiles, in_parts(self.job.request)), tiles.nbytes)
 
     def forget(self) -> None:
         vars(self).pop("tiles", None)

@@ -25,7 +25,6 @@ from truemask.backends.native.abi import (
     CallStruct,
 )
 from truemask.backends.native.library import run
-from truemask.backends.native.parts import InParts
 from truemask.backends.shared.autograd import Gradients
 from truemask.biases import Alibi, Relative
 from truemask.geometry.logic import MIXED
@@ -128,7 +127,7 @@ class NativeCall:
 
     name = "native"
 
-    def __init__(self, tiles: Tiles, numbers: Inputs, positions: Any, grad: bool, in_parts: InParts) -> None:
+    def __init__(self, tiles: Tiles, numbers: Inputs, positions: Any, grad: bool, in_parts: bool) -> None:
         self.tiles, self.bias, self.grad, self.in_parts = tiles, numbers.bias, grad, in_parts
         self.scale, self.softcap = numbers.scale, numbers.softcap or 0.0
         self.dropout, self.seed = numbers.dropout, numbers.seed
@@ -143,7 +142,7 @@ class NativeCall:
         if not (out.numel() and k.shape[2]):
             return out.zero_(), *(x.fill_(-torch.inf) for x in (lse, *parts))
         call, held = self._described(q, k, v, out)
-        call.lse, call.in_parts = lse.data_ptr(), self.in_parts.forward
+        call.lse, call.in_parts = lse.data_ptr(), self.in_parts
         column = None if sinks is None else sinks.detach().float().contiguous()
         call.sinks = None if column is None else column.data_ptr()
         if parts:
@@ -186,7 +185,7 @@ class NativeCall:
         if not (out.numel() and k.shape[2]):
             return dq.zero_(), dk.zero_(), dv.zero_(), delta
         call, held = self._described(q, k, v, out)
-        call.base, call.log_total, call.in_parts = base.data_ptr(), log_total.data_ptr(), self.in_parts.backward
+        call.base, call.log_total, call.in_parts = base.data_ptr(), log_total.data_ptr(), self.in_parts
         call.dout, call.dq, call.dk, call.dv_out = (_array(x) for x in (dout, dq, dk, dv))
         call.delta = delta.data_ptr()
         call.dlse, call.keys_log_total = (None if x is None else x.data_ptr() for x in (dlse, keys_log_total))

@@ -1,65 +1,60 @@
-"""Whether fp32 and fp16 are multiplied as sums of bf16 in tiles: where that was measured to be the quicker way.
+"""Whether fp32 and fp16 are multiplied as sums of bf16 in tiles: where that pace is known to be the quicker one.
 
 The kernel splits a float into three bf16 and a number of fp16 into two, and adds up the products that are not below its
-last digit; what bf16 cannot say (infinity, NaN, beyond 3.39e38, below 2^-110) it computes in floats after all.
+last digit. Rows that have, see or get back what bf16 cannot say (infinity, NaN, numbers beyond 2^60 or very small ones)
+are computed in floats after all, and only those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from contextvars import ContextVar
 
 from truemask.backends.base import Request
-from truemask.backends.costs.prediction import cell_seconds, pace_name, paces
+from truemask.backends.costs.model import native_of_any_threads
+from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, pace_name, paces
 from truemask.backends.costs.rates import PARTS, Both, NativeRates
 from truemask.backends.native.library import isa
 
-
-class InParts(NamedTuple):
-    """Of the two directions of a call."""
-
-    forward: bool
-    backward: bool
-
-
-NEITHER, BOTH = InParts(False, False), InParts(True, True)
-_forced: InParts | None = None
+_forced: ContextVar[bool | None] = ContextVar("in_parts", default=None)
 
 
 @contextmanager
-def forced(in_parts: InParts | None) -> Iterator[None]:
+def forced(in_parts: bool | None) -> Iterator[None]:
     """Calls in the block are computed, and priced, in parts or not; None: by costs. To measure, and for tests."""
-    global _forced
-    before, _forced = _forced, in_parts
+    token = _forced.set(in_parts)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
-NEITHER = InParts(False, False)
-
-
-def or_forced(planned: InParts, r: Request) -> InParts:
+def or_forced(planned: bool, r: Request) -> bool:
     """What was planned, or what is forced here where there is a choice."""
-    if _forced is None or pace_name(r) == "bf16" or not isa().startswith("amx"):
-        return planned
-    return _forced
+    wanted = _forced.get()
+    return planned if wanted is None or pace_name(r) == "bf16" or not isa().startswith("amx") else wanted
 
 
-def in_parts(rates: NativeRates, r: Request) -> InParts:
-    """By the paces of both ways at the call's head size; never where there are no tiles, or that pace is not known."""
-    name = pace_name(r)
-    parts = rates.paces.get(name + PARTS)
+def in_parts(r: Request) -> bool:
+    """By the paces of both ways, forward and backward together: a backward weighs by what its forward summed.
+
+    Never where there are no tiles, or that pace is not known; and whatever the number of threads, which no result
+    depends on: by what was measured with another one, if there is nothing else.
+    """
+    rates = native_of_any_threads()
+    parts = rates.paces.get(pace_name(r) + PARTS)
     if parts is None or not isa().startswith("amx"):
-        return or_forced(NEITHER, r)
-    quicker = (cell_seconds(a, r) < cell_seconds(b, r) for a, b in zip(parts, rates.paces[name], strict=True))
-    return or_forced(InParts(*quicker), r)
+        return False
+    return _seconds(parts, r) < _seconds(paces(rates, r), r)
+
+
+def _seconds(both: Both, r: Request) -> float:
+    backward = BACKWARD_PRODUCTS * cell_seconds(both.backward, r) if r.grad else 0.0
+    return cell_seconds(both.forward, r) + backward
 
 
 def native_paces(rates: NativeRates, r: Request) -> Both:
     """Those of the way in which the call is computed."""
     floats = paces(rates, r)
-    parts = rates.paces.get(pace_name(r) + PARTS, floats)
-    return Both(*(b if way else a for a, b, way in zip(floats, parts, in_parts(rates, r), strict=True)))
+    return rates.paces.get(pace_name(r) + PARTS, floats) if or_forced(in_parts(r), r) else floats
