@@ -78,11 +78,13 @@ class KVCache:
         self._owner: weakref.ref[AttentionLayers] | None = weakref.ref(net.attn_layers)
         self.past = 0
         self._kept, self._since = torch.empty(0, dtype=torch.int64), 0  # kept by the last move; all later ones follow
+        self._ahead: Tensor | None = None  # the places of all keys until the next move
+        self._reach = 0  # of how many tokens these are
         self._base, self._rows = (
             self.mask,
             torch.arange(self.batch),
         )  # the first mask, and which of its samples are here
-        self._placed: tuple[Mask, Mask, int] | None = None  # a mask, the same for the keys here, how far that answers
+        self._placed: tuple[Mask, Mask] | None = None  # a mask, and the same at these places
 
     # -- what it holds -----------------------------------------------------------------------------------------------
 
@@ -141,14 +143,13 @@ class KVCache:
 
     def placed(self, mask: Mask, new: int) -> Mask:
         """The mask for the keys that a call with `new` tokens reads; registers and memories come first in both."""
-        if not self._since:
+        if self._ahead is None:
             return mask
-        stop = self.past + new
-        if torch.compiler.is_dynamo_compiling():
-            return mask.take(k=self._places(stop))
-        if self._placed is None or self._placed[2] < stop or self._placed[0] != mask:
-            until = max(stop, min(self.tokens, self._since + self._layers[0].room - self._fixed - len(self._kept)))
-            self._placed = mask, mask.take(k=self._places(until)), until
+        fits = self.past + new <= self._reach
+        if not fits or torch.compiler.is_dynamo_compiling():
+            return mask.take(k=self._ahead if fits else self._places(self.past + new))
+        if self._placed is None or self._placed[0] != mask:
+            self._placed = mask, mask.take(k=self._ahead)
         return self._placed[1]
 
     def advance(self) -> None:
@@ -177,9 +178,15 @@ class KVCache:
 
     def _hold(self, which: Tensor, since: int) -> None:
         """Keep these of the tokens' keys, of `since` tokens."""
-        self._kept, self._since, self._placed = self.positions[which], since, None
+        self._begin(self.positions[which], since)
         for layer in self._layers:
             layer.keep(torch.cat((torch.arange(self._fixed), which + self._fixed)))
+
+    def _begin(self, kept: Tensor, since: int) -> None:
+        """From token `since` on, keys stand behind those of the `kept` positions."""
+        self._kept, self._since, self._placed = kept, since, None
+        self._reach = min(self.tokens, since + self._layers[0].room - self._fixed - len(kept))
+        self._ahead = None if len(kept) == since else self._places(self._reach)
 
     def _positions(self, stop: int) -> Tensor:
         return torch.cat((self._kept, torch.arange(self._since, stop)))
@@ -225,7 +232,7 @@ class KVCache:
             )
         stored = int((kept < length).sum()) + self._fixed
         if length < self._since:
-            self._kept, self._since, self._placed = self._kept[self._kept < length], length, None
+            self._begin(self._kept[self._kept < length], length)
         self.past = length
         for layer in self._layers:
             layer.length = layer.stop = min(stored, layer.length)
