@@ -10,7 +10,7 @@ about the positions of the keys that are there: `mask.take(k=positions)`, made o
 A call that brings more keys than there is room for reads the kept ones and its own from memory of its own; `advance`
 takes over what is needed. Layers share what they keep today; each has memory, and could have positions, of its own.
 
-Shapes: b batch, g key heads, n new rows, j keys stored and new, e features of a head.
+The memory itself is in `layer_kv.py`, what a mask lets a cache forget in `retention.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from truemask.common.arguments import whole
 from truemask.common.formatting import counted, memory
 from truemask.errors import MaskError
+from truemask.generation.layer_kv import LayerKV
 from truemask.generation.retention import Retention, check_cacheable
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
@@ -239,9 +240,11 @@ class KVCache:
 
     def _read_samples(self, indices: Tensor | Sequence[int]) -> Tensor:
         rows = torch.as_tensor(indices, device="cpu")
+        if rows.numel() == 0:
+            raise ValueError("no samples are chosen, and a cache has at least one: drop the cache instead")
         if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
             raise ValueError(f"samples are chosen by their indices, int64 [n]; got {rows.dtype} {list(rows.shape)}")
-        if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch:
+        if int(rows.min()) < 0 or int(rows.max()) >= self.batch:
             raise ValueError(f"samples {rows.tolist()} are not of 0 to {self.batch - 1}: the cache has {self.batch}")
         return rows.long()
 
@@ -254,53 +257,6 @@ class KVCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_owner": None}  # whoever reads it back says for which model
-
-
-class LayerKV:
-    """Keys and values of one layer: `length` are kept, those up to `stop` were appended and wait for `advance`."""
-
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory  # 2 b g room e
-        self.length = 0
-        self.stop = 0
-        self._apart: Tensor | None = None  # 2 b g j e: kept and new, where the memory has no room for both
-
-    @property
-    def room(self) -> int:
-        """How many keys fit."""
-        return self.memory.shape[3]
-
-    @property
-    def bytes(self) -> int:
-        """What the memory takes."""
-        return self.memory.nbytes
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (b, g, n, e) behind the kept ones; return all of them (b, g, j, e)."""
-        self.stop = stop = self.length + k.shape[2]
-        if stop > self.room:
-            self._apart = held = self.memory.new_empty((*self.memory.shape[:3], stop, self.memory.shape[4]))
-            held[:, :, :, : self.length] = self.memory[:, :, :, : self.length]
-        else:
-            self._apart, held = None, self.memory
-        held[0, :, :, self.length : stop] = k
-        held[1, :, :, self.length : stop] = v
-        return held[0, :, :, :stop], held[1, :, :, :stop]
-
-    def keep(self, which: Tensor) -> None:
-        """Keep these of the keys that are there, in this order, at the front."""
-        held = self.memory if self._apart is None else self._apart
-        self.memory[:, :, :, : len(which)] = held.index_select(3, which.to(held.device))
-        self.length = self.stop = len(which)
-        self._apart = None
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these samples, in this order; what waits for `advance` is dropped."""
-        kept = self.memory[:, :, :, : self.length].index_select(1, rows.to(self.memory.device))
-        if len(rows) != self.memory.shape[1]:
-            self.memory = self.memory.new_empty((2, len(rows), *self.memory.shape[2:]))
-        self.memory[:, :, :, : self.length] = kept
-        self.stop, self._apart = self.length, None
 
 
 def _checked(mask: Mask | str, tokens: int, batch: int, heads: int) -> Mask:
