@@ -17,7 +17,7 @@ from truemask.masks.core.queries import last_seen, sizes_of
 from truemask.masks.structure.order import looks_back
 from truemask.nn.forward_mask import pairs_ahead
 
-MOST_CELLS = 1 << 24  # that are looked at to find out; of a mask that would take more, every key is kept
+MOST_CELLS = 1 << 21  # that are looked at to find out; of a mask that would take more, every key is kept
 
 
 class Retention:
