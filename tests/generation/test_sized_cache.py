@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -306,6 +308,33 @@ def test_another_call_is_refused_and_changes_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             change(rows)
     assert_same(read(net, cache, tokens[:, 20:], 3, mask=mask), whole[:, 20:])
+
+
+@pytest.mark.parametrize("new", [1, 11])  # within the memory's room, and beyond it
+def test_a_call_that_fails_or_is_not_kept_leaves_no_trace(new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, mask, tokens = featured("memories"), MASKS[0], ids(3, N)
+    cache, whole = sized(net, mask), net(tokens, mask=mask)
+    for layer in cache._layers:
+        layer.memory.fill_(torch.nan)  # what was never written is never read
+    read(net, cache, tokens[:, :20], 4)
+    with torch.no_grad():
+        net(ids(3, new, seed=5), cache=cache)
+        with monkeypatch.context() as patched:
+            patched.setattr(net.attn_layers.layers[1], "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                net(ids(3, 3, seed=6), cache=cache)
+    with pytest.raises(ValueError, match="the layers appended different numbers of keys"):
+        cache.advance()
+    assert_same(read(net, cache, tokens[:, 20:], 3), whole[:, 20:])
+
+
+def test_a_copy_and_a_pickle_go_on() -> None:
+    net, mask, tokens = featured("rotary"), MASKS[0], ids(3, N)
+    cache, whole = sized(net, mask), net(tokens, mask=mask)
+    read(net, cache, tokens[:, :20], 4)
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert_same(read(net, twin, tokens[:, 20:], 3), whole[:, 20:])
+    assert cache.past == 20
 
 
 def test_a_mask_may_leave_causality_to_the_model() -> None:

@@ -5,7 +5,8 @@ the kept ones; when the memory is full, what is still needed moves to its front.
 contiguous piece, a step of decoding copies nothing but its own key, and every key that is kept moves once in as many
 steps as the mask keeps. (A ring would copy less and give attention two pieces, or keys in another order in every step;
 moving at every step would copy all in every step.) What waits to be overwritten is hidden by the mask, which is asked
-about the positions of the keys that are there: `mask.take(k=positions)`, made once for all steps between two moves.
+about the positions of the keys that are there: `mask.take(k=positions)`, made once for all steps between two moves, or
+`mask.at(k_start=first)` where they follow each other.
 
 A call that brings more keys than there is room for reads the kept ones and its own from memory of its own; `advance`
 takes over what is needed. Layers share what they keep today; each has memory, and could have positions, of its own.
@@ -81,10 +82,9 @@ class KVCache:
         self._kept, self._since = torch.empty(0, dtype=torch.int64), 0  # kept by the last move; all later ones follow
         self._ahead: Tensor | None = None  # the places of all keys until the next move
         self._reach = 0  # of how many tokens these are
-        self._base, self._rows = (
-            self.mask,
-            torch.arange(self.batch),
-        )  # the first mask, and which of its samples are here
+        self._begins = 0  # without them: the first key, of all that follow it
+        self._base = self.mask  # that of the first batch, whose samples `_rows` are here now
+        self._rows = torch.arange(self.batch)
         self._placed: tuple[Mask, Mask] | None = None  # a mask, and the same at these places
 
     # -- what it holds -----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class KVCache:
     def placed(self, mask: Mask, new: int) -> Mask:
         """The mask for the keys that a call with `new` tokens reads; registers and memories come first in both."""
         if self._ahead is None:
-            return mask
+            return mask.at(k_start=self._begins) if self._begins else mask
         fits = self.past + new <= self._reach
         if not fits or torch.compiler.is_dynamo_compiling():
             return mask.take(k=self._ahead if fits else self._places(self.past + new))
@@ -187,7 +187,10 @@ class KVCache:
         """From token `since` on, keys stand behind those of the `kept` positions."""
         self._kept, self._since, self._placed = kept, since, None
         self._reach = min(self.tokens, since + self._layers[0].room - self._fixed - len(kept))
-        self._ahead = None if len(kept) == since else self._places(self._reach)
+        in_a_row = since - len(kept)  # where keys that leave out none begin
+        is_row = not len(kept) or int(kept[0]) == in_a_row
+        self._begins = in_a_row if is_row and not self._fixed else 0
+        self._ahead = None if in_a_row == self._begins else self._places(self._reach)
 
     def _positions(self, stop: int) -> Tensor:
         return torch.cat((self._kept, torch.arange(self._since, stop)))
