@@ -7,6 +7,7 @@ the code generation out.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
@@ -543,6 +544,25 @@ def test_a_model_decodes_with_its_cache() -> None:
             for cache in caches:
                 cache.advance()
     assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+def test_a_model_decodes_with_a_cache_that_its_mask_sizes(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("truemask.generation.kv_cache.LEAST_ROOM", 2)
+    net = tm.TransformerWrapper(num_tokens=11, max_seq_len=50, attn_layers=decoder(), num_memory_tokens=2).eval()
+    fn, counter = compiled(net)
+    ids, mask = torch.arange(2 * 40).view(2, 40) % 11, tm.causal & (tm.window(3) | tm.prefix(1))
+    want, options, frames = net(ids, mask=mask), {"mask": mask} if given else {}, []
+    with torch.no_grad():
+        for _ in range(2):
+            cache = tm.KVCache(net, batch=2, tokens=40, mask=mask)
+            for first, stop in itertools.pairwise((0, 5, *range(6, 41))):
+                assert_same(fn(ids[:, first:stop], cache=cache, **options), want[:, first:stop])
+                cache.advance()
+            assert len(cache.positions) < 10
+            frames.append(counter.frame_count)
+    assert frames[1] == frames[0] < 8  # a beginning, steps before and after keys move, each with a full memory or not
 
 
 # -- inductor ----------------------------------------------------------------------------------------------------------

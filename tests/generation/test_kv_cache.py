@@ -108,7 +108,7 @@ def test_a_cache_is_set_aside_once_and_says_when_it_is_full() -> None:
         net(ids(2, 2), cache=cache)
         cache.advance()
         assert cache.layer(0).memory is memory
-        with pytest.raises(ValueError, match="holds 10 keys of 2 samples, 10 of them taken; the call brings 1 keys"):
+        with pytest.raises(ValueError, match="holds 5 tokens of 2 samples, 5 of them taken; the call brings 1 tokens"):
             net(ids(2, 1), cache=cache)
 
 
@@ -130,7 +130,7 @@ def test_a_cache_is_for_inference() -> None:
 
 def test_another_batch_is_refused() -> None:
     net = wrapped()
-    with torch.no_grad(), pytest.raises(ValueError, match="2 samples, 0 of them taken; the call brings 5 keys of 3"):
+    with torch.no_grad(), pytest.raises(ValueError, match="2 samples, 0 of them taken; the call brings 5 tokens of 3"):
         net(ids(3, 5), cache=KVCache(net, batch=2, tokens=9))
 
 

@@ -41,6 +41,7 @@ OTHERS = {
     "docs/problems/": "twenty problems with attention masks, each with its answer, run",
     "docs/exact.md": "what a mask knows of itself without looking at cells, and intervals for other kernels",
     "docs/internals/": "for maintainers: this map, the glossary, and the CPU kernel with its numbers",
+    "docs/generation.md": "generation under a mask: a cache as small as the mask, beams, drafts",
     "docs/flex.md": "block masks for FlexAttention, and the backend that runs it",
     "docs/language.md": "every mask: name, formula, picture",
     "docs/article.md": "the article that this project started from, line by line, run as written",

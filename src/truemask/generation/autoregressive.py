@@ -19,9 +19,10 @@ from truemask.errors import MaskError
 from truemask.generation.kv_cache import KVCache
 from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler
-from truemask.masks.compose.boolean import everything
+from truemask.masks.compose.boolean import conjunction, everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
+from truemask.masks.structure.order import looks_back
 from truemask.masks.structure.padding import marks_queries
 from truemask.nn.config import check_type, reject_keywords
 from truemask.nn.forward_mask import Layout, pairs_ahead, read_masks, token_positions
@@ -184,8 +185,8 @@ class AutoregressiveWrapper(nn.Module):
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
         tokens = start.tokens  # b n: what the model has not been given yet, or all of it without a cache
-        batch, width = tokens.shape
-        cache = KVCache(self.net, batch=batch, tokens=width + seq_len) if cache_kv else None
+        batch = len(tokens)
+        cache = self._cache(start, seq_len, causal) if cache_kv else None
         ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
         for _ in range(seq_len):
             with evaluating(self.net):
@@ -200,6 +201,14 @@ class AutoregressiveWrapper(nn.Module):
                 if bool(ended.all()):
                     return
             tokens = token[:, None] if cache_kv else torch.cat((tokens, token[:, None]), dim=1)
+
+    def _cache(self, start: Prompts, seq_len: int, causal_too: bool | None) -> KVCache:
+        """A cache that keeps what the mask lets it; all, if the mask looks ahead."""
+        batch, width = start.tokens.shape
+        mask = start.mask if causal_too is False else conjunction(causal, start.mask)
+        sized = mask if mask != causal and looks_back(mask) else None
+        tokens = width + max(0, seq_len - 1)  # the last new token is never read
+        return KVCache(self.net, batch=batch, tokens=tokens, mask=sized)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.flatten(0, 1)  # b*n v

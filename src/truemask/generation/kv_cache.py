@@ -1,14 +1,40 @@
-"""The key/value cache: memory set aside once, written by attention, advanced by its owner.
+"""The key/value cache: memory set aside once, written by attention, advanced by its owner, as small as the mask allows.
 
-Shapes: b batch, g key heads, n new rows, j keys stored and new, e features of a head.
+A cache that is sized by a mask has memory for what the mask keeps and about as much again. New keys are written behind
+the kept ones; when the memory is full, what is still needed moves to its front. So attention always reads one
+contiguous piece, a step of decoding copies nothing but its own key, and every key that is kept moves once in as many
+steps as the mask keeps. (A ring would copy less and give attention two pieces, or keys in another order in every step;
+moving at every step would copy all in every step.) What waits to be overwritten is hidden by the mask, which is asked
+about the positions of the keys that are there: `mask.take(k=positions)`, made once for all steps between two moves, or
+`mask.at(k_start=first)` where they follow each other.
+
+A call that brings more keys than there is room for reads the kept ones and its own from memory of its own; `advance`
+takes over what is needed. Layers share what they keep today; each has memory, and could have positions, of its own.
+
+The memory itself is in `layer_kv.py`, what a mask lets a cache forget in `retention.py`.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from truemask.common.arguments import whole
+from truemask.common.formatting import counted, memory
+from truemask.errors import MaskError
+from truemask.generation.layer_kv import LayerKV
+from truemask.generation.retention import Retention, check_cacheable
+from truemask.masks.core.mask import Mask
+from truemask.masks.formats.as_mask import from_text, not_a_mask
+from truemask.nn.layers import AttentionLayers
 from truemask.nn.wrappers import TransformerWrapper
+
+LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
 
 
 class KVCache:
@@ -17,6 +43,13 @@ class KVCache:
     Pass it to the model and advance it after each call; a call brings only the tokens that are not in it yet. Masks
     and positions keep speaking of the whole sequence. The cache holds the model's registers and memory keys too.
 
+    `mask=` makes it as small as a causal mask allows: a key that no later query sees, in any sample or head, is
+    overwritten. Every call then runs under this mask and need not repeat it; another one is an error. Of a mask whose
+    forgetting would take long to find out (a function, random cells, of very many tokens) all is kept. Without `mask=`
+    all is kept, and calls may pass any: a model has no mask of its own beyond being causal.
+
+    >>> from truemask.masks.leaves.bands import causal, window
+    >>> from truemask.masks.leaves.per_token import prefix
     >>> from truemask.nn.layers import Decoder
     >>> decoder = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
     >>> net = TransformerWrapper(num_tokens=11, max_seq_len=7, attn_layers=decoder).eval()
@@ -27,54 +60,221 @@ class KVCache:
     ...         cache.advance()
     ...     torch.allclose(logits[:, -1], net(ids)[:, -1], atol=1e-5)
     True
+    >>> KVCache(net, batch=1, tokens=1_000_000, mask=causal & (window(256) | prefix(4))).capacity
+    260
     """
 
-    def __init__(self, net: TransformerWrapper, *, batch: int, tokens: int) -> None:
+    def __init__(self, net: TransformerWrapper, *, batch: int, tokens: int, mask: Mask | str | None = None) -> None:
         config, weight = net.attn_layers.config, net.token_emb.weight
         device_type = weight.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-        capacity = config.attn.num_mem_kv + net.num_memory_tokens + tokens
-        shape = (2, batch, config.kv_heads, capacity, config.attn.dim_head)  # keys and values
+        self.batch, self.tokens = whole(batch, "batch"), whole(tokens, "tokens")
+        self.mask = None if mask is None else _checked(mask, self.tokens, self.batch, config.heads)
+        self._retention = None if self.mask is None else Retention(self.mask, self.tokens, self.batch, config.heads)
+        self.capacity = self.tokens if self._retention is None else self._retention.capacity
+        self._registers = net.num_memory_tokens
+        self._fixed = config.attn.num_mem_kv + self._registers  # keys that stand before all tokens
+        room = min(self.tokens, self.capacity + max(self.capacity, LEAST_ROOM))
+        shape = (2, self.batch, config.kv_heads, self._fixed + room, config.attn.dim_head)  # keys and values
         self._layers = [LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)]
+        self._owner: weakref.ref[AttentionLayers] | None = weakref.ref(net.attn_layers)
+        self.past = 0
+        self._kept, self._since = torch.empty(0, dtype=torch.int64), 0  # kept by the last move; all later ones follow
+        self._ahead: Tensor | None = None  # the places of all keys until the next move
+        self._reach = 0  # of how many tokens these are
+        self._begins = 0  # without them: the first key, of all that follow it
+        self._base = self.mask  # that of the first batch, whose samples `_rows` are here now
+        self._rows = torch.arange(self.batch)
+        self._placed: tuple[Mask, Mask] | None = None  # a mask, and the same at these places
+
+    # -- what it holds -----------------------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
-        """How many keys each layer holds, registers and memories included."""
+        """How many keys each layer holds now, registers and memories included."""
         return self._layers[0].length
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was read, so that registers and memories are there."""
+        return self.past > 0 or self.length > 0
+
+    @property
+    def positions(self) -> Tensor:
+        """Which tokens the layers hold keys of, int64 `[n]`, increasing; the last ones may be visible no more."""
+        return self._positions(self.past)
+
+    @property
+    def bytes(self) -> int:
+        """What the keys and values take, in bytes."""
+        return sum(layer.bytes for layer in self._layers)
 
     def layer(self, index: int) -> LayerKV:
         """The cache of one layer."""
         return self._layers[index]
+
+    def __repr__(self) -> str:
+        mask = "" if self.mask is None else f", mask={self.mask}"
+        return (
+            f"KVCache(batch={self.batch}, tokens={self.tokens}{mask}): {counted(self.past, 'token')} read, "
+            f"{len(self.positions)} kept in {counted(len(self._layers), 'layer')}, capacity {self.capacity}, "
+            f"{memory(self.bytes)}"
+        )
+
+    # -- a call ------------------------------------------------------------------------------------------------------
+
+    def check_call(self, layers: AttentionLayers, batch: int, new: int, registers: int) -> None:
+        """Raise ValueError if this call cannot be read into the cache, before anything of it is."""
+        if not torch.compiler.is_dynamo_compiling() and self._owner is not None and self._owner() is not layers:
+            raise ValueError(
+                "the cache was made for another model, whose keys mean nothing to this one: make one with "
+                "KVCache(net, batch=..., tokens=...) for each model"
+            )
+        if registers != self._registers:
+            raise ValueError(
+                f"the cache is for a model with {self._registers} registers, and the call says registers={registers}: "
+                "call the TransformerWrapper, which passes its own"
+            )
+        if batch != self.batch or self.past + new > self.tokens:
+            raise ValueError(
+                f"the cache holds {self.tokens} tokens of {self.batch} samples, {self.past} of them taken; "
+                f"the call brings {new} tokens of {batch} samples. Make it with KVCache(net, batch=..., tokens=...) "
+                "for all tokens that will come"
+            )
+
+    def placed(self, mask: Mask, new: int) -> Mask:
+        """The mask for the keys that a call with `new` tokens reads; registers and memories come first in both."""
+        if self._ahead is None:
+            return mask.at(k_start=self._begins) if self._begins else mask
+        fits = self.past + new <= self._reach
+        if not fits or torch.compiler.is_dynamo_compiling():
+            return mask.take(k=self._ahead if fits else self._places(self.past + new))
+        if self._placed is None or self._placed[0] != mask:
+            self._placed = mask, mask.take(k=self._ahead)
+        return self._placed[1]
 
     def advance(self) -> None:
         """Keep what the last call appended. Raises ValueError if the layers did not append the same rows."""
         stops = {layer.stop for layer in self._layers}
         if len(stops) != 1:
             raise ValueError(f"the layers appended different numbers of keys, up to {sorted(stops)}: run all of them")
+        before, new = self.past, self._layers[0].stop - max(self.length, self._fixed)
+        if new < 0:
+            return  # nothing was appended
+        self.past += new
         for layer in self._layers:
             layer.length = layer.stop
+        if self.length >= self._layers[0].room + (self.past == self.tokens):
+            self._forget(before)
 
+    def _forget(self, before: int) -> None:
+        """Move what is needed to the front; if it fits, what queries from `before` on need: calls may be cut."""
+        assert self._retention is not None, "a cache without a mask has room for all"
+        positions = self.positions.numpy()
+        room = self._layers[0].room - self._fixed
+        keep = self._retention.needed(positions, before, self.past) | (positions >= before)
+        if keep.sum() + LEAST_ROOM // 2 > room:
+            keep = self._retention.needed(positions, self.past, self.past)
+        self._hold(torch.from_numpy(np.flatnonzero(keep)), self.past)
 
-class LayerKV:
-    """Keys and values of one layer: `length` are kept, those up to `stop` were appended and wait for `advance`."""
+    def _hold(self, which: Tensor, since: int) -> None:
+        """Keep these of the tokens' keys, of `since` tokens."""
+        self._begin(self.positions[which], since)
+        for layer in self._layers:
+            layer.keep(torch.cat((torch.arange(self._fixed), which + self._fixed)))
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory  # 2 b g capacity e
-        self.length = 0
-        self.stop = 0
+    def _begin(self, kept: Tensor, since: int) -> None:
+        """From token `since` on, keys stand behind those of the `kept` positions."""
+        self._kept, self._since, self._placed = kept, since, None
+        self._reach = min(self.tokens, since + self._layers[0].room - self._fixed - len(kept))
+        in_a_row = since - len(kept)  # where keys that leave out none begin
+        is_row = not len(kept) or int(kept[0]) == in_a_row
+        self._begins = in_a_row if is_row and not self._fixed else 0
+        self._ahead = None if in_a_row == self._begins else self._places(self._reach)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (b, g, n, e) behind the kept ones; return all of them (b, g, j, e)."""
-        batch, _, rows, _ = k.shape
-        _, own_batch, _, capacity, _ = self.memory.shape
-        stop = self.length + rows
-        if batch != own_batch or stop > capacity:
+    def _positions(self, stop: int) -> Tensor:
+        return torch.cat((self._kept, torch.arange(self._since, stop)))
+
+    def _places(self, stop: int) -> Tensor:
+        """The same among registers, memories and tokens."""
+        return torch.cat((torch.arange(self._fixed), self._positions(stop) + self._fixed))
+
+    # -- other samples, other ends -----------------------------------------------------------------------------------
+
+    def reorder(self, indices: Tensor | Sequence[int]) -> None:
+        """Sample i goes on as sample `indices[i]` was: beams that change places. As many as there are samples."""
+        rows = self._read_samples(indices)
+        if len(rows) != self.batch:
             raise ValueError(
-                f"the cache holds {capacity} keys of {own_batch} samples, {self.length} of them taken; "
-                f"the call brings {rows} keys of {batch} samples. Make it with KVCache(net, batch=..., tokens=...) "
-                "for all tokens that will come"
+                f"reorder: {len(rows)} indices for {self.batch} samples. To keep fewer, or to go on with more, "
+                "use select(samples)"
             )
-        self.memory[0, :, :, self.length : stop] = k
-        self.memory[1, :, :, self.length : stop] = v
-        self.stop = stop
-        return self.memory[0, :, :, :stop], self.memory[1, :, :, :stop]
+        self._take_samples(rows)
+
+    def select(self, samples: Tensor | Sequence[int]) -> None:
+        """Keep these samples, in this order; one may come several times. The batch has as many from now on.
+
+        A mask that differs from sample to sample goes with them: `cache.mask` is that of the new batch.
+        """
+        self._take_samples(self._read_samples(samples))
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first `length`, such as rejected drafts.
+
+        Raises ValueError if a query that comes then would need a key that is not kept any more.
+        """
+        length = whole(length, "length")
+        if length > self.past:
+            raise ValueError(f"truncate: {self.past} tokens were read, so there are no first {length} to keep")
+        kept = self.positions.numpy()
+        lost = self._retention.lost(kept, length) if self._retention is not None and length < self._since else None
+        if lost is not None and self._retention is not None:
+            raise ValueError(
+                f"truncate: the first {length} tokens cannot be gone on from: key {lost[0]}, which queries up to "
+                f"{lost[1]} see under `{self.mask}`, was overwritten. After {self.past} tokens at least the first "
+                f"{self._retention.least(kept, self._since)} stay; a cache without mask= keeps every key"
+            )
+        stored = int((kept < length).sum()) + self._fixed
+        if length < self._since:
+            self._begin(self._kept[self._kept < length], length)
+        self.past = length
+        for layer in self._layers:
+            layer.length = layer.stop = min(stored, layer.length)
+
+    def _read_samples(self, indices: Tensor | Sequence[int]) -> Tensor:
+        rows = torch.as_tensor(indices, device="cpu")
+        if rows.numel() == 0:
+            raise ValueError("no samples are chosen, and a cache has at least one: drop the cache instead")
+        if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise ValueError(f"samples are chosen by their indices, int64 [n]; got {rows.dtype} {list(rows.shape)}")
+        if int(rows.min()) < 0 or int(rows.max()) >= self.batch:
+            raise ValueError(f"samples {rows.tolist()} are not of 0 to {self.batch - 1}: the cache has {self.batch}")
+        return rows.long()
+
+    def _take_samples(self, rows: Tensor) -> None:
+        self._rows, self.batch = self._rows[rows], len(rows)
+        if self._base is not None and self._base.batch_size != 1:
+            self.mask, self._placed = _of_samples(self._base, self._rows.tolist()), None
+        for layer in self._layers:
+            layer.select(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_owner": None}  # whoever reads it back says for which model
+
+
+def _checked(mask: Mask | str, tokens: int, batch: int, heads: int) -> Mask:
+    read = from_text(mask)
+    if not isinstance(read, Mask):
+        raise MaskError(not_a_mask("mask= of a cache must be a mask expression or its text", mask))
+    check_cacheable(read, tokens, batch, heads)
+    return read
+
+
+def _of_samples(mask: Mask, rows: list[int]) -> Mask:
+    """The mask of these samples: itself, if each is like the one whose place it takes."""
+    same = mask.batch_size in (0, len(rows)) and all(
+        mask._distinct_key(row, head) == mask._distinct_key(place, head)
+        for head in range(max(1, mask.head_count))
+        for place, row in enumerate(rows)
+    )
+    return mask if same else mask.select(samples=rows)

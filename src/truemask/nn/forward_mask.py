@@ -12,6 +12,7 @@ tokens, a query that is padding (of bool flags, `queries`, `padding` or `padded`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -96,14 +97,44 @@ def _read(name: str, value: Mask | Tensor | str, layout: Layout, x: Tensor) -> M
     return read_matrix(value, x, layout.batch, layout.heads, layout.total)
 
 
-def combine(user: Mask, layout: Layout, *, causal_too: bool) -> Mask:
-    """The mask of this call's rows over all keys: causal if the module is, behind registers and memories."""
+def agreed(user: Mask | None, own: Mask, *, causal_too: bool) -> Mask:
+    """The mask of a call whose cache keeps what `own` lets it; the caller passed `user`, the same one, or none."""
+    if user is None or user is own:
+        return own
     if torch.compiler.is_dynamo_compiling():
-        return _combine_later(user, layout.numbers, causal_too)
+        return _agreed_later(user, own, causal_too)
+    if user != own and not (causal_too and _causal_too(user) == own):
+        raise MaskError(
+            f"the cache keeps what queries see under `{own}`, and the call is under `{user}`: pass the cache's mask or "
+            "none, or make a cache without mask=, which keeps every key"
+        )
+    return user
+
+
+@deferrable
+def _agreed_later(user: Mask, own: Mask, causal_too: bool) -> Mask:
+    return agreed(user, own, causal_too=causal_too)
+
+
+@lru_cache(maxsize=64)
+def _causal_too(user: Mask) -> Mask:
+    return conjunction(causal, user)
+
+
+def combine(user: Mask, layout: Layout, *, causal_too: bool, placed: Callable[[Mask, int], Mask] | None = None) -> Mask:
+    """The mask of this call's rows over all keys: causal if the module is, behind registers and memories.
+
+    `placed` makes the mask of all keys one of those that a cache has, given how many tokens the call brings.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        mask = _combine_later(user, layout.numbers, causal_too)
+        return mask if placed is None else placed(mask, layout.new)
     if causal_too and layout.past == 0:
         _warn_if_ahead(user, layout)
     mask = conjunction(causal, user) if causal_too else user
     mask = with_registers(mask, layout.registers, layout.memories)
+    if placed is not None:
+        mask = placed(mask, layout.new)
     return mask.at(q_start=layout.first_row) if layout.first_row else mask
 
 

@@ -16,7 +16,7 @@ from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention, LayerCache
 from truemask.nn.config import LayersConfig, reject_keywords
 from truemask.nn.feedforward import FeedForward
-from truemask.nn.forward_mask import Layout, combine, positions_with_registers, read_masks, token_positions
+from truemask.nn.forward_mask import Layout, agreed, combine, positions_with_registers, read_masks, token_positions
 from truemask.nn.norms import LayerNorm, RMSNorm
 from truemask.nn.positions import RotaryEmbedding, Rotation
 from truemask.nn.x_transformers_names import LAYERS_CALL
@@ -26,12 +26,30 @@ class Cache(Protocol):
     """Keys and values of all layers; the layers append, the owner advances."""
 
     @property
-    def length(self) -> int:
-        """How many keys each layer holds, registers and memories included."""
+    def begun(self) -> bool:
+        """Whether something was read, so that registers and memories are there."""
+        ...
+
+    @property
+    def past(self) -> int:
+        """How many tokens were read, those included whose keys are not kept any more."""
+        ...
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask of every call, if it decides what is kept."""
         ...
 
     def layer(self, index: int) -> LayerCache:
         """The cache of one layer."""
+        ...
+
+    def check_call(self, layers: AttentionLayers, batch: int, new: int, registers: int) -> None:
+        """Raise ValueError if `new` tokens of `batch` samples cannot be read by these layers into this cache."""
+        ...
+
+    def placed(self, mask: Mask, new: int) -> Mask:
+        """The mask of all keys as one of those that are kept, and of the new ones."""
         ...
 
 
@@ -91,17 +109,22 @@ class AttentionLayers(nn.Module):
         )
 
     def layout(self, batch: int, rows: int, cache: Cache | None, registers: int = 0) -> Layout:
-        """Where `rows` rows, registers included, lie among the tokens, given what the cache holds."""
-        stored = cache.length if cache is not None else 0
-        memories = self.config.attn.num_mem_kv
+        """Where `rows` rows, registers included, lie among the tokens, given what the cache has read.
+
+        Raises ValueError if they are not for this cache.
+        """
+        begun = cache is not None and cache.begun
+        new = rows if begun else rows - registers
+        if cache is not None:
+            cache.check_call(self, batch, new, registers)
         return Layout(
             batch=batch,
             heads=self.config.heads,
-            new=rows if stored else rows - registers,
-            past=stored - memories - registers if stored else 0,
+            new=new,
+            past=cache.past if cache is not None else 0,
             registers=registers,
-            memories=memories,
-            begun=stored > 0,
+            memories=self.config.attn.num_mem_kv,
+            begun=begun,
         )
 
     @traceable
@@ -120,8 +143,12 @@ class AttentionLayers(nn.Module):
         reject_keywords(f"{type(self).__name__}.forward", AttentionLayers.forward, unknown, LAYERS_CALL)
         self._check_input(x, registers, cache)
         layout = self.layout(x.shape[0], x.shape[1], cache, registers)
+        causal_too = self.causal if causal is None else causal
         user = read_masks(mask, attn_mask, layout, x)
-        full = combine(user, layout, causal_too=self.causal if causal is None else causal)  # n j, for all layers
+        if cache is not None and cache.mask is not None:
+            given = None if mask is None and attn_mask is None else user
+            user = agreed(given, cache.mask, causal_too=causal_too)
+        full = combine(user, layout, causal_too=causal_too, placed=None if cache is None else cache.placed)  # n j
         rotation = None
         if self.rotary is not None:
             positions = positions_with_registers(token_positions(user, layout, pos), layout)  # (b) n
@@ -139,7 +166,7 @@ class AttentionLayers(nn.Module):
                 + ("; token ids go through a TransformerWrapper" if not x.is_floating_point() else "")
             )
         self._check_place(x)
-        if registers and (cache is None or cache.length == 0) and x.shape[1] < registers:
+        if registers and (cache is None or not cache.begun) and x.shape[1] < registers:
             raise ValueError(f"registers={registers}, but the input has only {x.shape[1]} rows")
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache is for inference: call the model under torch.no_grad() or inference_mode()")

@@ -16,7 +16,7 @@ from truemask.common.formatting import describe
 from truemask.common.real_tensors import cannot_look, traceable
 from truemask.masks.core.mask import Mask
 from truemask.nn.config import LayersConfig, check_needs, check_rate, check_type, reject_keywords
-from truemask.nn.forward_mask import read_masks, token_positions
+from truemask.nn.forward_mask import agreed, read_masks, token_positions
 from truemask.nn.layers import AttentionLayers, Cache, layers_from_config
 from truemask.nn.positions import AbsolutePositionalEmbedding
 from truemask.nn.x_transformers_names import WRAPPER, WRAPPER_CALL
@@ -99,10 +99,13 @@ class TransformerWrapper(nn.Module):
         reject_keywords("TransformerWrapper.forward", TransformerWrapper.forward, unknown, WRAPPER_CALL)
         self._check_ids(ids)
         registers = self.num_memory_tokens
-        begins = cache is None or cache.length == 0  # then registers and memories come first
+        begins = cache is None or not cache.begun  # then registers and memories come first
         layout = self.attn_layers.layout(len(ids), ids.shape[1] + (registers if begins else 0), cache, registers)
         x = self.token_emb(ids)  # b n d
         user = read_masks(mask, attn_mask, layout, x)
+        if cache is not None and cache.mask is not None:
+            given = None if mask is None and attn_mask is None else user
+            user = agreed(given, cache.mask, causal_too=self.attn_layers.causal if causal is None else causal)
         if self.pos_emb is not None:
             x = x + self.pos_emb(token_positions(user, layout, pos))  # b n d
         x = self.emb_dropout(x)

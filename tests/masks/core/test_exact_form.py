@@ -201,6 +201,26 @@ def test_live_keys_up_to_a_query(drawn: Drawn, data: st.DataObject) -> None:
     assert same_as(kept, cells[:, :, start:].any(2))
 
 
+@given(expressions())
+def test_the_last_query_of_each_key(drawn: Drawn) -> None:
+    cells, r = picture(drawn), drawn.reach
+    rows = np.where(cells, np.arange(r.q)[:, None], -1).max(axis=(0, 1, 2))
+    found = queries.last_seen(drawn.mask, queries.sizes_of(drawn.mask, r.q, r.k, r.batch, r.heads), MILLION)
+    assert found is not None
+    assert found.tolist() == rows.tolist()
+
+
+def test_the_last_query_of_each_key_by_tiles() -> None:
+    mask = (tm.causal & tm.predicate(lambda b, h, q, k: (q * q + k) % 7 == 1)) | tm.blocks(100)
+    sizes = queries.sizes_of(mask, 389, 401, None, None)
+    rows = np.where(mask.to_dense(389, 401)[0, 0].numpy(), np.arange(389)[:, None], -1).max(axis=0)
+    found = queries.last_seen(mask, sizes, MILLION)
+    assert found is not None
+    assert found.tolist() == rows.tolist()
+    assert queries.last_seen(mask, sizes, 10) is None
+    assert queries.last_seen(tm.causal, sizes, 10) is None
+
+
 HORIZON = 211  # rows after which every mask drawn here has canonical
 
 

@@ -1,4 +1,4 @@
-"""What slabs answer without looking at a cell: pairs, dead rows, keys seen, a witness, and tiles.
+"""What slabs answer without looking at a cell: pairs, dead rows, keys seen and by whom last, a witness, and tiles.
 
 The slabs are cut to the keys `[0, width)` that are asked about, and their rows start at 0.
 """
@@ -38,6 +38,25 @@ def seen_keys(x: Slabs, width: int) -> Flags:
     np.add.at(steps, x.at(0, x.first), 1)
     np.add.at(steps, x.at(1, x.last), -1)
     return steps.cumsum()[:width] > 0
+
+
+def keys_in_runs(x: Slabs) -> int:
+    """How many keys the runs reach, each run counted for itself: what `last_rows` looks at."""
+    return int((x.at(1, x.last) - x.at(0, x.first)).sum())
+
+
+def last_rows(x: Slabs, width: int) -> Ints:
+    """The last row that sees each key, -1 for none: that of its run, or where the run's first key moves past it.
+
+    >>> from truemask.geometry.slabs.slabs import bands
+    >>> last_rows(bands(0, 5, -1, 1, 1, 1), 5)  # a window of two
+    array([1, 2, 3, 4, 4])
+    """
+    last = np.full(width, -1, np.int64)
+    run, key = spans(x.at(0, x.first), x.at(1, x.last))
+    row = x.last[run]
+    np.maximum.at(last, key, np.where(x.slopes[0, run] == 1, np.minimum(row, key - x.ends[0, run]), row))
+    return last
 
 
 def first_cell(x: Slabs) -> tuple[int, int] | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from truemask.geometry.ranges import spans
 from truemask.geometry.slabs.slabs import Flags
-from truemask.geometry.tiles.tile_map import TileMap
+from truemask.geometry.tiles.tile_map import Ints, TileMap
 
 
 def pairs_in(tiles: TileMap) -> int:
@@ -29,6 +30,21 @@ def live_in(tiles: TileMap, axis: int) -> Flags:
         place = tile[part.tiles][:, None] * block + np.arange(some.shape[1])
         np.logical_or.at(alive, place, some[part.which])
     return alive[:size]
+
+
+def last_rows_in(tiles: TileMap) -> Ints:
+    """The last row of a map of one sample and head that sees each key, -1 for none."""
+    full, (height, width) = tiles.full(), tiles.block
+    last = np.full(tiles.kv_len + width, -1, np.int64)
+    run, key = spans(full.k0, full.k1)
+    np.maximum.at(last, key, full.q1[run] - 1)
+    _, _, i, j = tiles.mixed()
+    for part in tiles.patterns():
+        rows = part.cells.shape[1]
+        within = np.where(part.cells.any(axis=1), rows - 1 - part.cells[:, ::-1].argmax(axis=1), -1 - tiles.q_len)
+        place = j[part.tiles][:, None] * width + np.arange(within.shape[1])
+        np.maximum.at(last, place, within[part.which] + i[part.tiles][:, None] * height)
+    return last[: tiles.kv_len]
 
 
 def first_cell_in(tiles: TileMap) -> tuple[int, int] | None:

@@ -145,7 +145,8 @@ class Take(Mask):
         """Runs of positions that follow each other are shifts of the base; there must be few of keys."""
         rows = _consecutive(self.q, r.b, r.q0, r.q1)
         columns = _consecutive(self.k, r.b, r.k0, r.k1)
-        if len(rows) * len(columns) > FEW_SHIFTS and (r.q1 - r.q0) * (r.k1 - r.k0) <= FEW_CELLS:
+        shifts, cells = len(rows) * len(columns), (r.q1 - r.q0) * (r.k1 - r.k0)
+        if (shifts > FEW_SHIFTS and cells <= FEW_CELLS) or (shifts > 1 and cells <= FEWEST_CELLS):
             return self._looked_at_whole(r)
         if len(columns) > MAX_MOVES or len(rows) * len(columns) > MAX_SHIFTS:
             raise NoExactFormError(f"`{self}` takes positions in {len(rows)} x {len(columns)} runs")
@@ -248,6 +249,7 @@ class Transposed(Mask):
 
 MAX_MOVES, MAX_SHIFTS = 64, 1024  # runs of keys, and of rows times keys, that are worth shifting one by one
 FEW_SHIFTS, FEW_CELLS = 4, 1 << 14  # above so many, so few cells are looked at instead
+FEWEST_CELLS = 1 << 11  # and these instead of any two: the row of a step of decoding
 
 
 def _consecutive(taken: Data | None, b: int, first: int, stop: int) -> list[tuple[int, int, int]]:

@@ -16,10 +16,10 @@ from truemask.common.arguments import MAX_POSITION, whole
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.geometry.slabs.algebra import cropped
-from truemask.geometry.slabs.measure import first_cell, live_rows, pairs, seen_keys
+from truemask.geometry.slabs.measure import first_cell, keys_in_runs, last_rows, live_rows, pairs, seen_keys
 from truemask.geometry.slabs.slabs import NoExactFormError, Region
-from truemask.geometry.tiles.measure import first_cell_in, live_in, pairs_in
-from truemask.geometry.tiles.tile_map import BATCH_CELLS, TileMap, shared
+from truemask.geometry.tiles.measure import first_cell_in, last_rows_in, live_in, pairs_in
+from truemask.geometry.tiles.tile_map import BATCH_CELLS, Ints, TileMap, shared
 from truemask.masks.core.exact_form import exact_slabs, for_each, searched_tiles, tile_map, unmerged_slabs, variants
 from truemask.masks.core.slab_tensors import SlabTensors, slab_tensors
 from truemask.masks.core.value import ANY, Value
@@ -176,6 +176,29 @@ def seen(mask: Value, sizes: Sizes) -> Tensor:
         return live_in(searched_tiles(mask, b, h, q_len, kv_len), 1) if form is None else seen_keys(form, kv_len)
 
     return for_each(mask, live, samples, heads, kv_len).bool()
+
+
+def last_seen(mask: Value, sizes: Sizes, most_cells: int) -> Ints | None:
+    """The last query, over all samples and heads, that sees each key: int64 `[k]`, -1 for none.
+
+    None if more than `most_cells` cells of one sample and head would have to be looked at.
+    """
+    samples, heads, q_len, kv_len = sizes
+    last = np.full(kv_len, -1, np.int64)
+    for b, h in variants(mask, samples, heads)[0]:
+        own = _last_seen_by(mask, Region(b, h, 0, q_len, 0, kv_len), most_cells)
+        if own is None:
+            return None
+        last = np.maximum(last, own)
+    return last
+
+
+def _last_seen_by(mask: Value, r: Region, most_cells: int) -> Ints | None:
+    form = exact_slabs(mask, r.b, r.h, r.q1, r.k1)
+    if form is not None:
+        return last_rows(form, r.k1) if keys_in_runs(form) <= most_cells else None
+    tiles = tile_map(mask, r.b, r.h, r.q1, r.k1, (128, 128))
+    return last_rows_in(tiles) if tiles.cells_to_evaluate <= most_cells else None
 
 
 def first(mask: Value, sizes: Sizes) -> Cell | None:

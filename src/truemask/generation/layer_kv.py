@@ -1,0 +1,55 @@
+"""The memory of one layer's keys and values: written behind what is kept, read as one piece.
+
+Shapes: b batch, g key heads, n new rows, j keys stored and new, e features of a head.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class LayerKV:
+    """Keys and values of one layer: `length` are kept, those up to `stop` were appended and wait for `advance`."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory  # 2 b g room e
+        self.length = 0
+        self.stop = 0
+        self._apart: Tensor | None = None  # 2 b g j e: kept and new, where the memory has no room for both
+
+    @property
+    def room(self) -> int:
+        """How many keys fit."""
+        return self.memory.shape[3]
+
+    @property
+    def bytes(self) -> int:
+        """What the memory takes."""
+        return self.memory.nbytes
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values (b, g, n, e) behind the kept ones; return all of them (b, g, j, e)."""
+        self.stop = stop = self.length + k.shape[2]
+        if stop > self.room:
+            self._apart = held = self.memory.new_empty((*self.memory.shape[:3], stop, self.memory.shape[4]))
+            held[:, :, :, : self.length] = self.memory[:, :, :, : self.length]
+        else:
+            self._apart, held = None, self.memory
+        held[0, :, :, self.length : stop] = k
+        held[1, :, :, self.length : stop] = v
+        return held[0, :, :, :stop], held[1, :, :, :stop]
+
+    def keep(self, which: Tensor) -> None:
+        """Keep these of the keys that are there, in this order, at the front."""
+        held = self.memory if self._apart is None else self._apart
+        self.memory[:, :, :, : len(which)] = held.index_select(3, which.to(held.device))
+        self.length = self.stop = len(which)
+        self._apart = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these samples, in this order; what waits for `advance` is dropped."""
+        kept = self.memory[:, :, :, : self.length].index_select(1, rows.to(self.memory.device))
+        if len(rows) != self.memory.shape[1]:
+            self.memory = self.memory.new_empty((2, len(rows), *self.memory.shape[2:]))
+        self.memory[:, :, :, : self.length] = kept
+        self.stop, self._apart = self.length, None
