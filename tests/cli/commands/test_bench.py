@@ -283,7 +283,7 @@ def test_entries_of_other_machines_stay(costs_file: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 3, "entries": []}', '{"format": 2, "entries": [3]}', '{"format": 2}', "\x00"],
+    ["", "{", "[]", "null", '{"format": 4, "entries": []}', '{"format": 3, "entries": [3]}', '{"format": 3}', "\x00"],
 )
 def test_a_broken_file_is_a_warning_and_the_shipped_costs(costs_file: Path, text: str) -> None:
     costs_file.parent.mkdir()
@@ -298,10 +298,11 @@ def test_a_broken_file_is_a_warning_and_the_shipped_costs(costs_file: Path, text
     assert costs.table().sdpa.call == 5e-3
 
 
-def test_a_file_of_the_first_format_says_so(costs_file: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_of_an_earlier_format_says_so(number: int, costs_file: Path) -> None:
     costs_file.parent.mkdir()
-    costs_file.write_text('{"format": 1, "entries": []}')
-    with pytest.warns(UserWarning, match=r"is in format 1, .* dtypes and head sizes; .*`truemask bench --calibrate`"):
+    costs_file.write_text(f'{{"format": {number}, "entries": []}}')
+    with pytest.warns(UserWarning, match=rf"is in format {number}, .* earlier version; .*`truemask bench --calibrate`"):
         assert costs.table() == costs.shipped()[0]
 
 

@@ -22,7 +22,7 @@ import torch
 from truemask.backends.costs.shipped import TORCH
 from truemask.errors import TruemaskError
 
-VARIABLE, FORMAT = "TRUEMASK_COSTS", 2
+VARIABLE, FORMAT = "TRUEMASK_COSTS", 3
 OFF = ("off", *TORCH)  # no file: the shipped costs that fit, or those of one name
 AGAIN = "`truemask bench --calibrate` measures this machine"
 
@@ -132,8 +132,8 @@ def writable_file() -> Path:
 
 def _checked(content: Any) -> list[Any]:
     number = content.get("format") if isinstance(content, dict) else None
-    if number == 1:
-        raise ValueError("it is in format 1, which had one pace for all dtypes and head sizes; this is format 2")
+    if number in range(1, FORMAT):
+        raise ValueError(f"it is in format {number}, of an earlier version; this is format {FORMAT}")
     if number != FORMAT or not isinstance(content.get("entries"), list):
         raise ValueError(f"not a file of costs in format {FORMAT}")
     return content["entries"]

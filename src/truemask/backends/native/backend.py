@@ -2,8 +2,9 @@
 
 What is EMPTY costs nothing, what is FULL runs without a mask. What a row sees of a MIXED tile is worked out from the
 ends of its slab's runs, or else read: 64 words, identical tiles once. fp32, bf16 and fp16 are computed in fp32, or bf16
-in products of pairs or tiles where the processor is quick at those. Laws 5 and 6 hold inside: what is masked is
-selected away rather than multiplied by zero. Results are bit for bit the same whatever the number of threads.
+in products of pairs or tiles where the processor is quick at those, and the others as sums of bf16 (`parts.py`). Laws 5
+and 6 hold inside: what is masked is selected away rather than multiplied by zero. Results are bit for bit the same
+whatever the number of threads.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def bench(
     if calibrate:
         _calibrate(console)
         return
-    measure_what_nobody_has(console)
     masks = {text: parse(text) for text in expressions} if expressions else race_masks(length)
+    measure_what_nobody_has(console)
     workload = Workload.of(length, heads, head_dim, dtype=getattr(torch, dtype.value))
     direction = "forward and backward" if grad else "forward"
     plain(console, f"{length} tokens, {heads} heads of {head_dim}, {dtype.value}, {direction}; medians, taking turns\n")
