@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import truemask as tm
 from tests.backends.test_native import MASKS, OPTIONS, agree, results, tensors
 from tests.laws.test_precision import MASK, SCALES, assert_no_more_error, masked_sdpa
 from truemask.backends.base import Request
+from truemask.backends.costs import model
+from truemask.backends.costs.calibration_file import store
 from truemask.backends.costs.model import assumed, table
 from truemask.backends.costs.rates import Both, Pace
 from truemask.backends.isa import VARIABLE
-from truemask.backends.native.library import missing
+from truemask.backends.native.library import isa, missing
 from truemask.backends.native.parts import forced, in_parts, native_paces
 
 pytestmark = pytest.mark.filterwarnings("ignore::truemask.ConventionWarning")
@@ -176,6 +179,31 @@ def test_the_quicker_way_is_taken() -> None:
                 assert native_paces(rates, r) == parts
         with assumed(replace(table(), native=replace(rates, paces={"fp32": Both(slow, slow)}))):
             assert not in_parts(r)  # nothing is known
+
+
+def test_the_choice_knows_no_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured with two decides for one as well: results depend on no number of threads."""
+    monkeypatch.setenv("TRUEMASK_COSTS", str(tmp_path / "costs.json"))
+    slow, quick = Pace(1e11, 1e11), Pace(2e11, 2e11)
+    rates = replace(
+        table().native, paces={**table().native.paces, "fp32": Both(slow, slow), "fp32_parts": Both(quick, quick)}
+    )
+    costs = {name: getattr(model.shipped()[0], name).numbers() for name in model.BACKENDS}
+    r = Request(1, 8, 8, 64, 64, 64, 64, torch.float32, torch.device("cpu"), True)
+    before = torch.get_num_threads()
+    model.forget()
+    try:
+        torch.set_num_threads(2)
+        store(costs | {"native": {isa(): rates.numbers()}})
+        model.forget()
+        with forced(None):
+            for threads in (2, 1, 4):
+                torch.set_num_threads(threads)
+                assert in_parts(r)
+    finally:
+        torch.set_num_threads(before)
+        monkeypatch.undo()
+        model.forget()
 
 
 def test_a_block_leaves_nothing_behind() -> None:

@@ -57,6 +57,7 @@ class Table:
 
 _entries: list[Entry] | None = None  # of the file, once it has been read
 _tables: dict[tuple[Machine, str], tuple[Table, str]] = {}  # what was made of them, by machine and instruction set
+_natives: dict[tuple[Machine, str], NativeRates] = {}  # by machine of no threads and instruction set
 _assumed: Table | None = None
 
 
@@ -74,12 +75,13 @@ def native_of_any_threads() -> NativeRates:
     """The native kernel's constants by which what does not depend on threads is decided."""
     if _assumed:
         return _assumed.native
-    machine = this_machine()
-    for entry in _stored_entries():
-        if entry.machine._replace(threads=machine.threads) == machine:
-            with suppress(ValueError):
-                return table_of(entry.costs).native
-    return shipped()[0].native
+    key = this_machine()._replace(threads=0), isa_in_use()
+    if key not in _natives:
+        entries = [entry for entry in _stored_entries() if entry.machine._replace(threads=0) == key[0]]
+        _natives[key] = shipped()[0].native
+        with suppress(ValueError):
+            _natives[key] = table_of(entries[0].costs).native if entries else _natives[key]
+    return _natives[key]
 
 
 @contextmanager
@@ -98,6 +100,7 @@ def forget() -> None:
     global _entries
     _entries = None
     _tables.clear()
+    _natives.clear()
 
 
 def _in_force() -> tuple[Table, str]:

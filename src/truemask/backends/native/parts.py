@@ -42,11 +42,11 @@ def in_parts(r: Request) -> bool:
     Never where there are no tiles, or that pace is not known; and whatever the number of threads, which no result
     depends on: by what was measured with another one, if there is nothing else.
     """
+    if not isa().startswith("amx"):
+        return False
     rates = native_of_any_threads()
     parts = rates.paces.get(pace_name(r) + PARTS)
-    if parts is None or not isa().startswith("amx"):
-        return False
-    return _seconds(parts, r) < _seconds(paces(rates, r), r)
+    return parts is not None and _seconds(parts, r) < _seconds(paces(rates, r), r)
 
 
 def _seconds(both: Both, r: Request) -> float:
