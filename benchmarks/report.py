@@ -1,8 +1,8 @@
 """Runs the benchmarks and writes `README.md` of this folder: what `make bench` does.
 
-python benchmarks/report.py [--quick] [--page FILE] [--only TITLE ...] [--json FOLDER] [--resume FOLDER]
+python benchmarks/report.py [--quick] [--page FILE] [--json FOLDER] [--resume FOLDER]
 
-Pages of other machines lie in `machines/`: `--page benchmarks/machines/NAME.md`, of some sections with `--only`.
+Pages of other machines lie in `machines/`, and are shorter: `--page benchmarks/machines/NAME.md` takes ten minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from harness import options
 import train
 
 PAGE = Path(__file__).with_name("README.md")
-MACHINES = Path(__file__).with_name("machines")
+MACHINES = PAGE.resolve().with_name("machines")
 HEAD = """\
 # Benchmarks
 
@@ -63,6 +63,17 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "A real model under `tm.use`": (huggingface, ()),
     "Random calls of the native kernel": (soak, ()),
 }
+BRIEF: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
+    "Attention": (
+        attend,
+        (
+            *("--parts", "masks", "plain", "decode", "--lengths", "4096"),
+            "--dtypes",
+            *attend.DTYPES,
+            *("--seconds", "1"),
+        ),
+    ),
+}
 TINY = "**This run was made at tiny sizes (`--quick`), to see that the scripts run. Its numbers say nothing.**\n"
 
 
@@ -73,12 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
         "metavar": "FOLDER",
         "help": "keep each section here, and take those that are there already",
     }
-    only = {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "metavar": "TITLE", "help": "these sections"}
-    given = options(__doc__, arguments, page={"type": Path, "default": PAGE}, only=only, resume=folder)
-    parts = [HEAD if given.page.parent != MACHINES else MACHINE_HEAD, *([TINY] if given.quick else [])]
-    for number, (title, (script, words)) in enumerate(SECTIONS.items()):
-        if title not in given.only:
-            continue
+    given = options(__doc__, arguments, page={"type": Path, "default": PAGE}, resume=folder)
+    is_other = given.page.resolve().parent == MACHINES
+    parts = [MACHINE_HEAD if is_other else HEAD, *([TINY] if given.quick else [])]
+    for number, (title, (script, words)) in enumerate((BRIEF if is_other else SECTIONS).items()):
         command = " ".join(["python", f"benchmarks/{Path(str(script.__file__)).name}", *map(quote, words)])
         parts.append(f"## {title}\n\n```text\n$ {command}\n{section(script, words, number, given)}\n```\n")
     text = "\n".join(parts)
