@@ -29,7 +29,10 @@ from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.structure.data import cells_held
 
 UNPACKED_ROWS = 32  # up to which keys are read as they lie, for more they are packed before: `csrc/reading_cut.h`
-LAID_OUT_BACKWARD = 3  # times the bytes of keys and values: laid out in two ways, and their gradients written
+LAID_OUT_BACKWARD = {
+    4: 3,
+    2: 7,
+}  # times the bytes of keys and values, by those of a number: two layouts, fp32 gradients
 MAX_WORD_BYTES = 1 << 28  # bytes of the cells of MIXED tiles
 
 
@@ -108,7 +111,7 @@ class TilesProposal(Proposal):
         if not r.grad:
             return cost
         cells = BACKWARD_PRODUCTS * work.backward_cells * cell_seconds(backward, r)
-        cells += LAID_OUT_BACKWARD * work.key_bytes / pack
+        cells += LAID_OUT_BACKWARD[r.dtype.itemsize] * work.key_bytes / pack
         return cost + rates.call_backward + share * (cells + work.units * backward.step / rates.threads)
 
     @property
