@@ -11,6 +11,7 @@ namespace {
 template <class Kind>
 Left_out unsaid(const Call& c, const Packed<Kind>& k, const Packed<Kind>& v, bool backward) {
   Left_out rows(c.b * c.hq * c.tiles_q(), 0);
+  const bool all_keys = k.is_said() && v.is_said();
   each(rows.size(), c.threads, [&] {
     return [&, numbers = std::make_shared<Buffer<float>>(std::max(c.d, c.dv)), strip = std::make_shared<Strip>(c)](int64_t i) {
       const int64_t head = i / c.tiles_q();
@@ -21,7 +22,7 @@ Left_out unsaid(const Call& c, const Packed<Kind>& k, const Packed<Kind>& v, boo
       };
       for (int64_t r = 0; r < strip->m; ++r)
         if (!said(c.q, c.d, r) || (backward && !said(c.dout, c.dv, r))) rows[i] |= 1ull << r;
-      if (k.is_said() && v.is_said()) return;
+      if (all_keys) return;
       uint64_t word[TILE];
       tiles_in(c, strip->range, 0, c.tiles_k(), [&](int64_t j, int32_t kind) {
         const uint64_t keys = k.unsaid(strip->b, strip->hk, j) | v.unsaid(strip->b, strip->hk, j);

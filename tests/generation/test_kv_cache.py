@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.chunks import read
 from tests.support.equality import assert_same
 from tests.support.nn_models import FEATURES, TOKENS, encoder, featured, ids, wrapped
 from truemask.attention.planning.cache import CACHE
@@ -36,13 +37,7 @@ MASKS: list[Mask] = [
 
 def cached(net: TransformerWrapper, tokens: torch.Tensor, sizes: list[int], **options: object) -> torch.Tensor:
     """The logits of tokens that arrive in chunks."""
-    cache = KVCache(net, batch=len(tokens), tokens=tokens.shape[1])
-    parts = []
-    with torch.no_grad():
-        for chunk in tokens.split(sizes, dim=1):
-            parts.append(net(chunk, cache=cache, **options))
-            cache.advance()
-    return torch.cat(parts, dim=1)
+    return read(net, KVCache(net, batch=len(tokens), tokens=tokens.shape[1]), tokens, sizes, **options)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)

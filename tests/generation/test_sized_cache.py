@@ -15,6 +15,7 @@ from torch import Tensor
 
 import truemask as tm
 from tests.support.cases import CASES, Case
+from tests.support.chunks import read
 from tests.support.equality import assert_same
 from tests.support.nn_models import HEADS, decoder, featured, ids, wrapped
 from tests.support.strategies import Drawn, Reach, expressions
@@ -44,16 +45,6 @@ FEATURED = ["absolute", "rotary", "registers", "registers, absolute", "grouped",
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small memories, so that small models forget."""
     monkeypatch.setattr(kv_cache, "LEAST_ROOM", 2)
-
-
-def read(net: TransformerWrapper, cache: KVCache, tokens: Tensor, sizes: int | list[int], **options: Any) -> Tensor:
-    """The logits of tokens that arrive in chunks."""
-    parts = []
-    with torch.no_grad():
-        for chunk in tokens.split(sizes, dim=1):
-            parts.append(net(chunk, cache=cache, **options))
-            cache.advance()
-    return torch.cat(parts, dim=1)
 
 
 def sized(net: TransformerWrapper, mask: Mask, batch: int = 3, tokens: int = N) -> KVCache:
