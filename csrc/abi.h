@@ -30,6 +30,7 @@ struct Call {
 
   // The mask: rows of tiles as runs of key tiles, (first, end, kind): the number of a pattern, or ALL, or SLABS.
   int64_t mask_b, mask_h;
+  int64_t mask_row;       // the row of the mask that the first query has; not 0 only in its first row of tiles
   const int64_t* starts;  // [mask_b * mask_h * rows of tiles + 1]
   const int32_t* runs;    // [runs, 3]
   const uint64_t* words;  // [patterns, 64]: bit j of word i is cell (i, j)
@@ -76,7 +77,7 @@ inline std::string layout() {
   TM_FIELD(Array, data) TM_FIELD(Array, sample) TM_FIELD(Array, head) TM_FIELD(Array, row)
   TM_CALL(b) TM_CALL(hq) TM_CALL(hk) TM_CALL(nq) TM_CALL(nk) TM_CALL(d) TM_CALL(dv) TM_CALL(dtype) TM_CALL(threads) TM_CALL(in_parts)
   TM_CALL(scale) TM_CALL(softcap) TM_CALL(q) TM_CALL(k) TM_CALL(v) TM_CALL(out) TM_CALL(lse) TM_CALL(sinks) TM_CALL(base) TM_CALL(log_total)
-  TM_CALL(mask_b) TM_CALL(mask_h) TM_CALL(starts) TM_CALL(runs) TM_CALL(words) TM_CALL(order)
+  TM_CALL(mask_b) TM_CALL(mask_h) TM_CALL(mask_row) TM_CALL(starts) TM_CALL(runs) TM_CALL(words) TM_CALL(order)
   TM_CALL(slab_first) TM_CALL(slab_rows) TM_CALL(slab_starts) TM_CALL(slab_lo) TM_CALL(slab_hi)
   TM_CALL(bias_kind) TM_CALL(bias) TM_CALL(bias_strides) TM_CALL(reach)
   TM_CALL(q_positions) TM_CALL(k_positions) TM_CALL(q_stride) TM_CALL(k_stride)
@@ -92,10 +93,10 @@ inline std::string layout() {
   return text;
 }
 
-// FNV-1a of that.
-inline uint64_t abi() {
+// FNV-1a.
+inline uint64_t hash_of(const std::string& text) {
   uint64_t hash = 14695981039346656037u;
-  for (const unsigned char c : layout()) hash = (hash ^ c) * 1099511628211u;
+  for (const unsigned char c : text) hash = (hash ^ c) * 1099511628211u;
   return hash;
 }
 

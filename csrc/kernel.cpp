@@ -1,5 +1,6 @@
 // Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; its only state is who starts threads.
 #include "backward.h"
+#include "decoding/step.h"
 #include "forward.h"
 #include "isa/usable.h"
 #include "parts.h"
@@ -159,12 +160,15 @@ int tm_products_of_bf16() {  // 0: of floats, 1: of pairs, 2: of tiles
 #endif
 }
 int tm_usable() { return usable(); }  // asked before all else: 1, or why this process may not use this library
-uint64_t tm_abi() { return abi(); }  // Python looks whether its structure and constants are these
+uint64_t tm_abi() { return hash_of(layout() + step_layout()); }  // Python looks whether its structure and constants are these
 int tm_forward(const Call* c) {
   return guarded([&] {
     if (reads_as_it_lies(*c)) return read_forward(*c);
     with_kind(*c, [&](auto* kind) { forward<std::remove_pointer_t<decltype(kind)>>(*c); });
   });
+}
+int tm_step(const Step* s) {
+  return guarded([&] { decode(*s); });
 }
 int tm_backward(const Call* c) {
   return guarded([&] { with_kind(*c, [&](auto* kind) { backward<std::remove_pointer_t<decltype(kind)>>(*c); }); });

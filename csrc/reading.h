@@ -96,7 +96,7 @@ class Reading {
     for (int64_t r = strip_.range[0], seen = 0; r < strip_.range[1] && seen < end; ++r) {
       const int32_t* run = c_.runs + 3 * r;
       const int64_t from = run[0] + std::max<int64_t>(first - seen, 0);
-      const int64_t stop = std::min<int64_t>(run[1], run[0] + end - seen);
+      const int64_t stop = std::min({int64_t(run[1]), run[0] + end - seen, c_.tiles_k()});
       for (int64_t j = from; j < stop; ++j) tiles_.push_back({j, run[2], false});
       seen += run[1] - run[0];
     }
@@ -236,20 +236,23 @@ class Reading {
   uint64_t words_[CHUNK][FEW];  // what each row sees of the tiles that are masked
 };
 
+// Part i of all strips; whoever does the last one that is `missing` of a strip joins them.
+inline void read_part(Reading& run, const ReadingCut& cut, const Parts& parts, std::atomic<int64_t>* missing, int64_t i) {
+  const int64_t strip = i / cut.parts, first = strip * cut.parts;
+  run.at(strip);
+  run.attend(i % cut.parts, parts[i]);
+  if (--missing[strip] > 0) return;
+  for (int64_t p = 1; p < cut.parts; ++p) parts.join(parts[first], parts[first + p]);  // always in this order
+  run.finish(parts[first]);
+}
+
 inline void read_forward(const Call& c) {
   const ReadingCut cut(c);
   const Parts parts(c, cut);
   std::vector<std::atomic<int64_t>> missing(cut.strips);
   for (auto& count : missing) count = cut.parts;
   each(cut.strips * cut.parts, c.threads, [&] {
-    return [&, run = std::make_shared<Reading>(c, cut)](int64_t i) {
-      const int64_t strip = i / cut.parts, first = strip * cut.parts;
-      run->at(strip);
-      run->attend(i % cut.parts, parts[i]);
-      if (--missing[strip] > 0) return;
-      for (int64_t p = 1; p < cut.parts; ++p) parts.join(parts[first], parts[first + p]);  // always in this order
-      run->finish(parts[first]);
-    };
+    return [&, run = std::make_shared<Reading>(c, cut)](int64_t i) { read_part(*run, cut, parts, missing.data(), i); };
   });
 }
 

@@ -69,7 +69,7 @@ struct Strip {
     const int64_t keys = c.keys(j);
     if (kind == ALL && keys == TILE) return false;
     if (kind == SLABS) cut_slabs(j, word);
-    else for (int64_t r = 0; r < each; ++r) word[r] = kind == ALL ? ~0ull : c.words[kind * TILE + r];
+    else for (int64_t r = 0; r < each; ++r) word[r] = kind == ALL ? ~0ull : c.words[kind * TILE + c.mask_row + r];
     for (int64_t r = 0; r < each; ++r) word[r] &= below(keys);
     for (int64_t r = each; r < m; ++r) word[r] = word[r % each];
     return true;
@@ -137,7 +137,7 @@ struct Strip {
 
   // The words of tile j from the ends of the slabs' runs.
   void cut_slabs(int64_t j, uint64_t* word) const {
-    const int64_t first = tile * TILE, stop = first + each, left = j * TILE;
+    const int64_t first = tile * TILE + c.mask_row, stop = first + each, left = j * TILE;
     std::fill(word, word + each, 0);
     for (int64_t s = c.slab_first[place]; c.slab_rows[s] < stop; ++s) {
       const int64_t begin = std::max(c.slab_rows[s], first), end = std::min(c.slab_rows[s + 1], stop);

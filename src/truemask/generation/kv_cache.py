@@ -79,6 +79,7 @@ class KVCache:
         self._layers = [LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)]
         self._owner: weakref.ref[AttentionLayers] | None = weakref.ref(net.attn_layers)
         self.past = 0
+        self.moves = 0  # how often keys were moved, or samples: what is known of their places counts no more then
         self._kept, self._since = torch.empty(0, dtype=torch.int64), 0  # kept by the last move; all later ones follow
         self._ahead: Tensor | None = None  # the places of all keys until the next move
         self._reach = 0  # of how many tokens these are
@@ -186,6 +187,7 @@ class KVCache:
     def _begin(self, kept: Tensor, since: int) -> None:
         """From token `since` on, keys stand behind those of the `kept` positions."""
         self._kept, self._since, self._placed = kept, since, None
+        self.moves += 1
         self._reach = min(self.tokens, since + self._layers[0].room - self._fixed - len(kept))
         in_a_row = since - len(kept)  # where keys that leave out none begin
         is_row = not len(kept) or int(kept[0]) == in_a_row
@@ -253,6 +255,7 @@ class KVCache:
 
     def _take_samples(self, rows: Tensor) -> None:
         self._rows, self.batch = self._rows[rows], len(rows)
+        self.moves += 1
         if self._base is not None and self._base.batch_size != 1:
             self.mask, self._placed = _of_samples(self._base, self._rows.tolist()), None
         for layer in self._layers:

@@ -31,7 +31,7 @@ class CallStruct(ctypes.Structure):
         *((name, c_float) for name in ("scale", "softcap")),
         *((name, ArrayStruct) for name in ("q", "k", "v", "out")),
         *((name, c_void_p) for name in ("lse", "sinks", "base", "log_total")),
-        *((name, c_int64) for name in ("mask_b", "mask_h")),
+        *((name, c_int64) for name in ("mask_b", "mask_h", "mask_row")),
         *((name, c_void_p) for name in ("starts", "runs", "words", "order", *ENDS)),
         ("bias_kind", c_int64),
         ("bias", c_void_p),
@@ -46,18 +46,30 @@ class CallStruct(ctypes.Structure):
     )
 
 
-def abi() -> int:
-    """The hash (FNV-1a) of `layout`."""
+def hash_of(text: str) -> int:
+    """Its hash (FNV-1a)."""
     value = 14695981039346656037
-    for byte in layout().encode():
+    for byte in text.encode():
         value = (value ^ byte) * 1099511628211 % (1 << 64)
     return value
 
 
+Line = tuple[str, int, int]
+
+
+def fields_of(*structures: type[ctypes.Structure]) -> list[Line]:
+    """The names of their fields, with places and sizes."""
+    fields = [(struct, name) for struct in structures for name, *_ in struct._fields_]
+    return [(name, getattr(struct, name).offset, getattr(struct, name).size) for struct, name in fields]
+
+
+def lines(said: list[Line]) -> str:
+    """As text, one a line."""
+    return "".join(f"{name} {a} {b}\n" for name, a, b in said)
+
+
 def layout() -> str:
     """The fields with their places and sizes, and the constants, as `layout` of `csrc/abi.h` writes them."""
-    fields = [(struct, name) for struct in (ArrayStruct, CallStruct) for name, *_ in struct._fields_]
-    places = [(name, getattr(struct, name).offset, getattr(struct, name).size) for struct, name in fields]
     floats, brains, halves = DTYPES.values()
     constants = [
         ("bytes", ctypes.sizeof(ArrayStruct), ctypes.sizeof(CallStruct)),
@@ -68,4 +80,4 @@ def layout() -> str:
         ("biases", TENSOR, ALIBI),
         ("biases", ALIBI, RELATIVE),
     ]
-    return "".join(f"{name} {a} {b}\n" for name, a, b in (*places, *constants))
+    return lines([*fields_of(ArrayStruct, CallStruct), *constants])

@@ -22,7 +22,8 @@ from truemask.backends.isa import (
     runs_on,
     wanted,
 )
-from truemask.backends.native.abi import CallStruct, abi
+from truemask.backends.native.abi import CallStruct, hash_of, layout
+from truemask.backends.native.step_abi import StepStruct, step_layout
 from truemask.common.formatting import suggest
 from truemask.errors import PlanError
 
@@ -40,6 +41,12 @@ def run(name: str, call: CallStruct) -> None:
     if getattr(library(), name)(ctypes.byref(call)):
         sizes = f"q [{call.b}, {call.hq}, {call.nq}, {call.d}], {call.nk} keys"
         raise MemoryError(f"attend: the native kernel found no memory for {sizes}")
+
+
+def run_step(step: StepStruct) -> None:
+    """Call `tm_step`; MemoryError if it finds no room."""
+    if library().tm_step(ctypes.byref(step)):
+        raise MemoryError(f"a step of decoding for {step.b} samples of {step.n} tokens found no memory")
 
 
 def missing() -> str:
@@ -92,9 +99,9 @@ def _loaded(named: str) -> tuple[ctypes.CDLL | None, str]:
         kernel = ctypes.CDLL(str(file_of(name)))
     except OSError as error:
         return None, f"{file_of(name).name} cannot be loaded ({error})"
-    if _abi_of(kernel) != abi():
+    if _abi_of(kernel) != hash_of(layout() + step_layout()):
         return None, "it was built from other sources than these: install truemask again"
-    for name in ("tm_forward", "tm_backward"):
+    for name in ("tm_forward", "tm_backward", "tm_step"):
         getattr(kernel, name).restype = ctypes.c_int
         getattr(kernel, name).argtypes = [ctypes.c_void_p]
     kernel.tm_peak.restype, kernel.tm_peak.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int, c_int64]

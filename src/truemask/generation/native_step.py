@@ -1,0 +1,255 @@
+"""A step of decoding by the native kernel: from a few new tokens to their logits in one call.
+
+Torch runs some hundred operations for a token, whose threads fall asleep in between; the kernel reads every weight once
+and needs about the time that memory takes. What many steps have in common (mask, positions, angles) is worked out for
+up to 64 tokens ahead. Models, numbers and calls that it does not know go through `net(...)`, to the same result.
+
+Shapes: b batch, n new tokens, j keys, v vocabulary, r features of a head that are rotated.
+"""
+
+from __future__ import annotations
+
+from ctypes import POINTER, addressof, cast, memmove, sizeof
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truemask.backends.base import Job, Request
+from truemask.backends.context import named_here
+from truemask.backends.native.abi import DTYPES, TILE, ArrayStruct, CallStruct
+from truemask.backends.native.backend import TilesProposal
+from truemask.backends.native.library import missing, run_step
+from truemask.backends.native.step_abi import GELU, RELU_SQUARED, SILU, LayerStruct, StepStruct
+from truemask.generation.kv_cache import KVCache
+from truemask.masks.core.mask import Mask
+from truemask.nn.attention import Attention
+from truemask.nn.feedforward import FeedForward
+from truemask.nn.forward_mask import Layout, combine, token_positions
+from truemask.nn.layers import AttentionLayers, Block, Decoder
+from truemask.nn.norms import HeadRMSNorm, LayerNorm, RMSNorm
+from truemask.nn.positions import AbsolutePositionalEmbedding, RotaryEmbedding
+from truemask.nn.wrappers import TransformerWrapper
+
+MOST_ROWS = 16  # tokens of all samples; for more, products that pack the weights are quicker
+MOST_STACKED = 32  # rows of heads that share keys: `FEW` of csrc/reading_cut.h
+THREAD_BYTES = 1 << 19  # of weights, that are worth a thread
+LANES = 16  # what sizes must be a multiple of, whatever the instruction set
+KNOWN = (
+    *(TransformerWrapper, Decoder, AttentionLayers, Block, Attention, FeedForward, LayerNorm, RMSNorm, HeadRMSNorm),
+    *(RotaryEmbedding, AbsolutePositionalEmbedding, nn.ModuleList, nn.Linear, nn.Embedding, nn.Dropout, nn.Identity),
+)
+
+
+def objection(net: TransformerWrapper) -> str:
+    """Why the kernel cannot run the steps of a model; empty if it can."""
+    weight = net.token_emb.weight
+    if why := missing():
+        return f"there is no native kernel: {why}"
+    if named_here(None) not in (None, "native"):
+        return f"attention is to run on {named_here(None)}"
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        return f"the model is {weight.dtype} on {weight.device}: the kernel knows fp32, bf16 and fp16 on the CPU"
+    for name, module in net.named_modules():
+        if type(module) not in KNOWN:
+            return f"`{name}` is a {type(module).__name__}, which the kernel does not know"
+        if any(len(hooks) for hooks in _hooks(module)):
+            return f"`{name}` has hooks, which the kernel would not call"
+    for name, parameter in net.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype != weight.dtype or not parameter.is_contiguous():
+            return f"`{name}` is no plain contiguous parameter of {weight.dtype}"
+    return _sizes_objection(net)
+
+
+def _sizes_objection(net: TransformerWrapper) -> str:
+    config = net.attn_layers.config
+    inner = int(config.dim * config.ff.mult)
+    sizes = {"dim": config.dim, "heads times attn_dim_head": config.heads * config.attn.dim_head, "the inner size": inner}
+    for name, size in sizes.items():
+        if size % LANES:
+            return f"{name} is {size}, no multiple of {LANES}"
+    if not config.attn.flash:
+        return "attn_flash=False asks for dense attention"
+    return ""
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [module._forward_hooks, module._forward_pre_hooks]
+
+
+@dataclass
+class Ahead:
+    """What some rows of tokens to come have in common: rows `start` to `stop`, of a cache that has moved `moves` times."""
+
+    start: int
+    stop: int
+    moves: int
+    keys: int  # that were kept at the start
+    held: list[Any]  # tensors and arrays that the structures point to
+
+
+class NativeStep:
+    """The steps of one model and cache, under one mask."""
+
+    def __init__(self, net: TransformerWrapper, cache: KVCache, user: Mask, causal: bool | None) -> None:
+        self._net, self._cache, self._user = net, cache, user
+        self._causal = net.attn_layers.causal if causal is None else causal
+        self._config = net.attn_layers.config
+        self._layers = (LayerStruct * self._config.depth)()
+        self._calls = [layer.attention for layer in self._layers]
+        self._step = _described(net)
+        self._step.layers = cast(self._layers, POINTER(LayerStruct))
+        self._weights = _weights(net, self._step, self._layers)
+        self._addresses: list[int] = []
+        self._ahead: Ahead | None = None
+
+    def fits(self, new: int) -> bool:
+        """Whether a call with so many new tokens of each sample is one for the kernel."""
+        cache, config = self._cache, self._config
+        rows, group = cache.batch * new, config.heads // config.kv_heads
+        return (
+            cache.begun
+            and 0 < rows <= MOST_ROWS
+            and group * new <= MOST_STACKED
+            and cache.past + new <= cache.tokens
+            and all(cache.length + new <= cache.layer(i).room for i in range(config.depth))
+            and not torch.is_grad_enabled()
+        )
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [b, n, v] in fp32 of new tokens [b, n], whose keys the cache then has; the caller advances it."""
+        cache, step = self._cache, self._step
+        b, n = tokens.shape
+        ahead = self._prepared(n)
+        row = cache.past - ahead.start
+        self._point_at_weights()
+        tokens = tokens.contiguous()
+        logits = torch.empty(b, n, self._net.num_tokens)
+        step.b, step.n, step.tokens, step.logits = b, n, tokens.data_ptr(), logits.data_ptr()
+        step.threads = max(1, min(torch.get_num_threads(), self._bytes // THREAD_BYTES))
+        self._begin_at(row)
+        for call in self._calls:
+            call.b, call.nq, call.nk, call.mask_row = b, n, cache.length + n, row
+        run_step(step)
+        for index in range(self._config.depth):
+            layer = cache.layer(index)
+            layer.stop = layer.length + n
+        return logits
+
+    # -- what many steps have in common ------------------------------------------------------------------------------
+
+    def _prepared(self, new: int) -> Ahead:
+        cache, ahead = self._cache, self._ahead
+        if ahead is None or ahead.moves != cache.moves or not ahead.start <= cache.past <= ahead.stop - new:
+            ahead = self._ahead = self._prepare(new)
+        return ahead
+
+    def _prepare(self, new: int) -> Ahead:
+        cache = self._cache
+        room = min(cache.layer(i).room for i in range(self._config.depth)) - cache.length
+        rows = max(new, min(TILE, cache.tokens - cache.past, room))
+        layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
+        held = [*self._place(layout), self._read_mask(layout)]
+        return Ahead(cache.past, cache.past + rows, cache.moves, cache.length, held)
+
+    def _read_mask(self, layout: Layout) -> Any:
+        """The mask of the rows to come, in the structures of all layers."""
+        cache, config = self._cache, self._config
+        mask = combine(self._user, layout, causal_too=self._causal, placed=cache.placed)
+        memory = cache.layer(0).memory  # 2 b g room e
+        keys = cache.length + layout.new
+        sizes = (cache.batch, config.heads, config.kv_heads, layout.new, keys, config.attn.dim_head, memory.shape[-1])
+        job = Job(mask, Request(*sizes, memory.dtype, memory.device))
+        tiles = TilesProposal(job).lower().data[0]
+        for index, call in enumerate(self._calls):
+            _fill(call, tiles.template, config, cache.layer(index).memory)
+        return tiles
+
+    def _place(self, layout: Layout) -> list[Tensor]:
+        """Positions and angles of the rows to come; what the structure points to."""
+        net, step = self._net, self._step
+        positions = token_positions(self._user, layout, None)
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._positions = positions.contiguous()
+        if net.attn_layers.rotary is not None:
+            cos, sin = net.attn_layers.rotary(positions, torch.float32)
+            self._angles = cos.contiguous(), sin.contiguous()
+            step.angles_stride = cos.stride(0) if len(cos) > 1 else 0
+        step.positions_stride = positions.shape[-1] if positions.ndim == 2 and len(positions) > 1 else 0
+        return [self._positions, *(self._angles or ())]
+
+    def _begin_at(self, row: int) -> None:
+        step = self._step
+        if self._net.pos_emb is not None:
+            step.positions = self._positions.data_ptr() + 8 * row
+        if self._angles is not None:
+            step.cos, step.sin = (x.data_ptr() + 4 * row * x.shape[-1] for x in self._angles)
+
+    def _point_at_weights(self) -> None:
+        addresses = [parameter.data_ptr() for _, _, parameter in self._weights]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._bytes = sum(parameter.nbytes for _, _, parameter in self._weights)
+            for (struct, name, _), address in zip(self._weights, addresses, strict=True):
+                setattr(struct, name, address)
+
+
+Weight = tuple[LayerStruct | StepStruct, str, Tensor]
+
+
+def _weights(net: TransformerWrapper, step: StepStruct, layers: Any) -> list[Weight]:
+    """Where the address of each parameter goes."""
+    norm: Any = net.attn_layers.final_norm
+    head = net.token_emb if net.tie_embedding else net.project_out
+    found: list[Weight] = [
+        (step, "embedding", net.token_emb.weight),
+        (step, "final_gain", norm.gain),
+        (step, "to_logits", head.weight),
+    ]
+    if net.pos_emb is not None:
+        found.append((step, "position_embedding", net.pos_emb.emb.weight))
+    for struct, block in zip(layers, net.attn_layers.layers, strict=True):
+        found.extend((struct, name, weight) for name, weight in _weights_of(block).items() if weight is not None)
+    return found
+
+
+def _weights_of(block: Any) -> dict[str, Tensor | None]:
+    attn, ff = block.attn, block.ff
+    return {
+        "attn_gain": block.attn_norm.gain,
+        "to_q": attn.to_q.weight,
+        "to_k": attn.to_k.weight,
+        "to_v": attn.to_v.weight,
+        "q_gain": getattr(attn.q_norm, "gain", None),
+        "k_gain": getattr(attn.k_norm, "gain", None),
+        "to_out": attn.to_out.weight,
+        "ff_gain": block.ff_norm.gain,
+        "ff_in": ff.proj_in.weight,
+        "ff_in_bias": ff.proj_in.bias,
+        "ff_out": ff.proj_out.weight,
+        "ff_out_bias": ff.proj_out.bias,
+    }
+
+
+def _described(net: TransformerWrapper) -> StepStruct:
+    """The structure with what no step changes."""
+    config, norm = net.attn_layers.config, net.attn_layers.final_norm
+    step = StepStruct(dim=config.dim, inner=int(config.dim * config.ff.mult), depth=config.depth)
+    step.vocabulary, step.dtype = net.num_tokens, DTYPES[net.token_emb.weight.dtype]
+    step.activation = RELU_SQUARED if config.ff.relu_squared else SILU if config.ff.swish else GELU
+    step.gated, step.rms, step.normed_heads = config.ff.glu, config.use_rmsnorm, config.attn.qk_norm
+    step.rotary = config.rotary_dim if net.attn_layers.rotary is not None else 0
+    step.eps, step.offset = norm.eps, norm.offset
+    step.positions_scale = net.pos_emb.scale if net.pos_emb is not None else 0.0
+    step.logits_scale = net.tie_embedding_scale if net.tie_embedding else 1.0
+    return step
+
+
+def _fill(call: CallStruct, template: CallStruct, config: Any, memory: Tensor) -> None:
+    """What the steps of one layer have in common: its mask, sizes, and where its keys and values lie."""
+    memmove(addressof(call), addressof(template), sizeof(CallStruct))
+    call.hq, call.hk, call.d, call.dv = config.heads, config.kv_heads, config.attn.dim_head, config.attn.dim_head
+    call.dtype, call.scale = DTYPES[memory.dtype], config.attn.scale
+    _, sample, head, row, _ = memory.stride()
+    call.k, call.v = (ArrayStruct(part.data_ptr(), sample, head, row) for part in memory)
