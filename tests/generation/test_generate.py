@@ -11,7 +11,8 @@ import torch
 
 from tests.support.nn_models import DIM, FEATURES, TOKENS, decoder, encoder, featured, ids, wrapped
 from truemask.errors import MaskError
-from truemask.generation.autoregressive import AutoregressiveWrapper, evaluating
+from truemask.generation.autoregressive import AutoregressiveWrapper
+from truemask.generation.decoding import evaluating
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, window

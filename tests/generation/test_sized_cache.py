@@ -19,7 +19,7 @@ from tests.support.chunks import read
 from tests.support.equality import assert_same
 from tests.support.nn_models import HEADS, decoder, featured, ids, wrapped
 from tests.support.strategies import Drawn, Reach, expressions
-from truemask.generation import autoregressive, kv_cache
+from truemask.generation import decoding, kv_cache
 from truemask.generation.kv_cache import KVCache
 from truemask.masks.core.mask import Mask
 from truemask.nn.layers import Decoder
@@ -166,7 +166,7 @@ def test_steps_between_two_moves_share_one_mask(monkeypatch: pytest.MonkeyPatch)
 )
 def test_generating_keeps_what_the_mask_lets_it(mask: Mask, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[KVCache] = []
-    monkeypatch.setattr(autoregressive, "KVCache", lambda *a, **k: made.append(KVCache(*a, **k)) or made[-1])
+    monkeypatch.setattr(decoding, "KVCache", lambda *a, **k: made.append(KVCache(*a, **k)) or made[-1])
     model = tm.AutoregressiveWrapper(featured("rotary"))
     prompts = [ids(5, seed=1), ids(3, seed=2), ids(11, seed=3)]
     answer = model.generate(prompts, 40, temperature=0.0, mask=mask)

@@ -6,7 +6,6 @@ Shapes: b batch, n tokens, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,13 +15,12 @@ from torch.nn import functional as F
 from truemask.common.formatting import describe
 from truemask.common.warning import warn
 from truemask.errors import MaskError
-from truemask.generation.kv_cache import KVCache
+from truemask.generation.decoding import Reader, cache_for, evaluating
 from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
 from truemask.generation.sampling import Filter, Sampler
-from truemask.masks.compose.boolean import conjunction, everything
+from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
-from truemask.masks.structure.order import looks_back
 from truemask.masks.structure.padding import marks_queries
 from truemask.nn.config import check_type, reject_keywords
 from truemask.nn.forward_mask import Layout, pairs_ahead, read_masks, token_positions
@@ -184,31 +182,22 @@ class AutoregressiveWrapper(nn.Module):
         cache_kv: bool,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
-        tokens = start.tokens  # b n: what the model has not been given yet, or all of it without a cache
-        batch = len(tokens)
-        cache = self._cache(start, seq_len, causal) if cache_kv else None
-        ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+        batch, width = start.tokens.shape
+        tokens = width + max(0, seq_len - 1)  # the last new token is never read
+        cache = cache_for(self.net, start.mask, batch=batch, tokens=tokens, causal_too=causal) if cache_kv else None
+        ended = torch.zeros(batch, dtype=torch.bool, device=start.tokens.device)
+        read, new = None, start.tokens  # b n
         for _ in range(seq_len):
             with evaluating(self.net):
-                x = self.net(tokens, start.mask, causal=causal, cache=cache, return_embeddings=True)
-                if cache is not None:
-                    cache.advance()
-                token = sampler(self.net.to_logits(x[:, -1]), generator)  # b
+                read = read or Reader(self.net, start.mask, causal_too=causal, cache=cache)
+                token = sampler(read(new), generator)  # b
             token = token.masked_fill(ended, self.pad_value)
             yield token
             if eos_token is not None:
                 ended = ended | (token == eos_token)
                 if bool(ended.all()):
                     return
-            tokens = token[:, None] if cache_kv else torch.cat((tokens, token[:, None]), dim=1)
-
-    def _cache(self, start: Prompts, seq_len: int, causal_too: bool | None) -> KVCache:
-        """A cache that keeps what the mask lets it; all, if the mask looks ahead."""
-        batch, width = start.tokens.shape
-        mask = start.mask if causal_too is False else conjunction(causal, start.mask)
-        sized = mask if mask != causal and looks_back(mask) else None
-        tokens = width + max(0, seq_len - 1)  # the last new token is never read
-        return KVCache(self.net, batch=batch, tokens=tokens, mask=sized)
+            new = token[:, None]
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.flatten(0, 1)  # b*n v
@@ -289,17 +278,3 @@ def _warn_if_seen(user: Mask, layout: Layout) -> None:
             f"with causal=False the mask `{user}` lets {pairs:,} pairs look ahead, at the tokens that the loss asks "
             "for: pass labels= with ignore_index at the tokens that may be seen"
         )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; every submodule is back in its own mode afterwards."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True

@@ -22,6 +22,7 @@ from truemask.backends.native.abi import DTYPES, TILE, ArrayStruct, CallStruct
 from truemask.backends.native.backend import TilesProposal
 from truemask.backends.native.library import missing, run_step
 from truemask.backends.native.step_abi import GELU, RELU_SQUARED, SILU, LayerStruct, StepStruct
+from truemask.common.real_tensors import cannot_look
 from truemask.generation.kv_cache import KVCache
 from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention
@@ -47,8 +48,6 @@ def objection(net: TransformerWrapper) -> str:
     weight = net.token_emb.weight
     if why := missing():
         return f"there is no native kernel: {why}"
-    if named_here(None) not in (None, "native"):
-        return f"attention is to run on {named_here(None)}"
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"the model is {weight.dtype} on {weight.device}: the kernel knows fp32, bf16 and fp16 on the CPU"
     for name, module in net.named_modules():
@@ -65,7 +64,11 @@ def objection(net: TransformerWrapper) -> str:
 def _sizes_objection(net: TransformerWrapper) -> str:
     config = net.attn_layers.config
     inner = int(config.dim * config.ff.mult)
-    sizes = {"dim": config.dim, "heads times attn_dim_head": config.heads * config.attn.dim_head, "the inner size": inner}
+    sizes = {
+        "dim": config.dim,
+        "heads times attn_dim_head": config.heads * config.attn.dim_head,
+        "the inner size": inner,
+    }
     for name, size in sizes.items():
         if size % LANES:
             return f"{name} is {size}, no multiple of {LANES}"
@@ -80,12 +83,14 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 @dataclass
 class Ahead:
-    """What some rows of tokens to come have in common: rows `start` to `stop`, of a cache that has moved `moves` times."""
+    """What the tokens `start` to `stop` have in common, as long as the cache has moved keys `moves` times."""
 
     start: int
     stop: int
     moves: int
-    keys: int  # that were kept at the start
+    known: int  # of how many of them, from the first on, the model has learned the positions
+    positions: Tensor  # (b) n
+    angles: tuple[Tensor, ...]
     held: list[Any]  # tensors and arrays that the structures point to
 
 
@@ -102,40 +107,45 @@ class NativeStep:
         self._step.layers = cast(self._layers, POINTER(LayerStruct))
         self._weights = _weights(net, self._step, self._layers)
         self._addresses: list[int] = []
+        self._bytes = 0
         self._ahead: Ahead | None = None
 
-    def fits(self, new: int) -> bool:
-        """Whether a call with so many new tokens of each sample is one for the kernel."""
-        cache, config = self._cache, self._config
-        rows, group = cache.batch * new, config.heads // config.kv_heads
-        return (
-            cache.begun
-            and 0 < rows <= MOST_ROWS
-            and group * new <= MOST_STACKED
-            and cache.past + new <= cache.tokens
-            and all(cache.length + new <= cache.layer(i).room for i in range(config.depth))
-            and not torch.is_grad_enabled()
-        )
+    def __call__(self, tokens: Tensor) -> Tensor | None:
+        """Logits [b, n, v] in fp32 of new tokens [b, n], whose keys the cache then has; the caller advances it.
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits [b, n, v] in fp32 of new tokens [b, n], whose keys the cache then has; the caller advances it."""
-        cache, step = self._cache, self._step
-        b, n = tokens.shape
-        ahead = self._prepared(n)
+        None if this is no call for the kernel, before anything was done.
+        """
+        if not self._takes(tokens):
+            return None
+        (b, n), cache, ahead = tokens.shape, self._cache, self._prepared(tokens.shape[1])
         row = cache.past - ahead.start
-        self._point_at_weights()
-        tokens = tokens.contiguous()
-        logits = torch.empty(b, n, self._net.num_tokens)
-        step.b, step.n, step.tokens, step.logits = b, n, tokens.data_ptr(), logits.data_ptr()
-        step.threads = max(1, min(torch.get_num_threads(), self._bytes // THREAD_BYTES))
-        self._begin_at(row)
+        if row + n > ahead.known:
+            return None
+        tokens, logits = tokens.contiguous(), torch.empty(b, n, self._net.num_tokens)
+        self._point_at(row, tokens, logits)
         for call in self._calls:
             call.b, call.nq, call.nk, call.mask_row = b, n, cache.length + n, row
-        run_step(step)
+        run_step(self._step)
         for index in range(self._config.depth):
             layer = cache.layer(index)
             layer.stop = layer.length + n
         return logits
+
+    def _takes(self, tokens: Tensor) -> bool:
+        cache, config = self._cache, self._config
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or not (rows := tokens.numel()):
+            return False
+        new, group = tokens.shape[1], config.heads // config.kv_heads
+        small = rows <= MOST_ROWS and group * new <= MOST_STACKED and len(tokens) == cache.batch
+        fits = cache.past + new <= cache.tokens and cache.length + new <= self._room()
+        return cache.begun and small and fits and _may_run() and self._are_words(tokens)
+
+    def _are_words(self, tokens: Tensor) -> bool:
+        low, high = tokens.aminmax()
+        return int(low) >= 0 and int(high) < self._net.num_tokens
+
+    def _room(self) -> int:
+        return min(self._cache.layer(index).room for index in range(self._config.depth))
 
     # -- what many steps have in common ------------------------------------------------------------------------------
 
@@ -147,11 +157,24 @@ class NativeStep:
 
     def _prepare(self, new: int) -> Ahead:
         cache = self._cache
-        room = min(cache.layer(i).room for i in range(self._config.depth)) - cache.length
-        rows = max(new, min(TILE, cache.tokens - cache.past, room))
+        rows = max(new, min(TILE, cache.tokens - cache.past, self._room() - cache.length))
         layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
-        held = [*self._place(layout), self._read_mask(layout)]
-        return Ahead(cache.past, cache.past + rows, cache.moves, cache.length, held)
+        positions = token_positions(self._user, layout, None).contiguous()  # (b) n
+        angles = self._angles_of(positions)
+        held = [*angles, self._read_mask(layout)]
+        return Ahead(cache.past, cache.past + rows, cache.moves, self._known(positions), positions, angles, held)
+
+    def _known(self, positions: Tensor) -> int:
+        """Of how many rows, from the first on, the model has learned the positions."""
+        if self._net.pos_emb is None:
+            return positions.shape[-1]
+        beyond = (positions >= self._net.max_seq_len).reshape(-1, positions.shape[-1]).any(dim=0)
+        return int((beyond.cumsum(0) == 0).sum())
+
+    def _angles_of(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines [b|1, 1, n, r/2]; nothing if the model does not rotate."""
+        rotary = self._net.attn_layers.rotary
+        return () if rotary is None else tuple(x.contiguous() for x in rotary(positions, torch.float32))
 
     def _read_mask(self, layout: Layout) -> Any:
         """The mask of the rows to come, in the structures of all layers."""
@@ -166,33 +189,40 @@ class NativeStep:
             _fill(call, tiles.template, config, cache.layer(index).memory)
         return tiles
 
-    def _place(self, layout: Layout) -> list[Tensor]:
-        """Positions and angles of the rows to come; what the structure points to."""
-        net, step = self._net, self._step
-        positions = token_positions(self._user, layout, None)
-        self._angles: tuple[Tensor, Tensor] | None = None
-        self._positions = positions.contiguous()
-        if net.attn_layers.rotary is not None:
-            cos, sin = net.attn_layers.rotary(positions, torch.float32)
-            self._angles = cos.contiguous(), sin.contiguous()
-            step.angles_stride = cos.stride(0) if len(cos) > 1 else 0
-        step.positions_stride = positions.shape[-1] if positions.ndim == 2 and len(positions) > 1 else 0
-        return [self._positions, *(self._angles or ())]
-
-    def _begin_at(self, row: int) -> None:
-        step = self._step
+    def _point_at(self, row: int, tokens: Tensor, logits: Tensor) -> None:
+        """What the structure points to, for a step whose first token is so many rows ahead."""
+        step, ahead = self._step, self._ahead
+        assert ahead is not None
+        step.b, step.n = tokens.shape
+        step.tokens, step.logits = tokens.data_ptr(), logits.data_ptr()
         if self._net.pos_emb is not None:
-            step.positions = self._positions.data_ptr() + 8 * row
-        if self._angles is not None:
-            step.cos, step.sin = (x.data_ptr() + 4 * row * x.shape[-1] for x in self._angles)
+            step.positions = ahead.positions.data_ptr() + ahead.positions.element_size() * row
+            step.positions_stride = _apart(ahead.positions)
+        if ahead.angles:
+            step.cos, step.sin = (x.data_ptr() + x.element_size() * x.stride(2) * row for x in ahead.angles)
+            step.angles_stride = _apart(ahead.angles[0][:, 0])
+        self._point_at_weights()
+        step.threads = max(1, min(torch.get_num_threads(), self._bytes // THREAD_BYTES))
 
     def _point_at_weights(self) -> None:
         addresses = [parameter.data_ptr() for _, _, parameter in self._weights]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._bytes = sum(parameter.nbytes for _, _, parameter in self._weights)
-            for (struct, name, _), address in zip(self._weights, addresses, strict=True):
-                setattr(struct, name, address)
+        if addresses == self._addresses:
+            return
+        self._addresses = addresses
+        self._bytes = sum(parameter.nbytes for _, _, parameter in self._weights)
+        for (struct, name, _), address in zip(self._weights, addresses, strict=True):
+            setattr(struct, name, address)
+
+
+def _may_run() -> bool:
+    """Whether nothing around the call asks for another way."""
+    free = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or cannot_look())
+    return free and named_here(None) in (None, "native")
+
+
+def _apart(x: Tensor) -> int:
+    """From one sample's numbers to the next one's, of a tensor [(b,) ...]; 0 if all have the same."""
+    return x.stride(0) if x.ndim > 1 and len(x) > 1 else 0
 
 
 Weight = tuple[LayerStruct | StepStruct, str, Tensor]

@@ -36,7 +36,7 @@ class StepStruct(ctypes.Structure):
 
 
 def step_layout() -> str:
-    """The fields with their places and sizes, and the constants, as `step_layout` of `csrc/decoding/structures.h` writes them."""
+    """The fields with their places and sizes, and the constants, as `csrc/decoding/structures.h` writes them."""
     constants = [
         ("bytes", ctypes.sizeof(LayerStruct), ctypes.sizeof(StepStruct)),
         ("activations", GELU, SILU),
