@@ -113,13 +113,13 @@ class Behind:
         self.cache = cache_for(net, mask, batch=1, tokens=tokens + steps, causal_too=None)
         self.read = Reader(net, mask, cache=self.cache)
         self.net = net
-        with evaluating(net):
+        with evaluating(net.modules()):
             for chunk in torch.randint(TOKENS, (1, tokens)).split(1024, dim=1):
                 self.read(chunk)
 
     def steps(self, count: int) -> None:
         """So many greedy tokens; then back, where nothing is lost."""
-        with evaluating(self.net):
+        with evaluating(self.net.modules()):
             token = torch.zeros(1, 1, dtype=torch.int64)
             for _ in range(count):
                 token = self.read(token).argmax(-1, keepdim=True)

@@ -14,6 +14,7 @@ from shlex import quote
 from types import ModuleType
 
 import attend
+import decode
 import huggingface
 import plan
 import soak
@@ -61,6 +62,7 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Attention at 16,384 tokens": (attend, LONG),
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
     "A real model under `tm.use`": (huggingface, ()),
+    "Generation": (decode, ()),
     "Random calls of the native kernel": (soak, ()),
 }
 BRIEF: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
@@ -73,6 +75,7 @@ BRIEF: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
             *("--seconds", "1"),
         ),
     ),
+    "Generation": (decode, ("--turns", "5")),
 }
 TINY = "**This run was made at tiny sizes (`--quick`), to see that the scripts run. Its numbers say nothing.**\n"
 

@@ -127,7 +127,26 @@ def test_what_holds_no_tokens_is_refused(prompts: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"eos_token": "x"}, TypeError, "eos_token is str 'x'; expected a whole number or None"),
+        ({"eos_token": "x"}, TypeError, "eos_token is str 'x'; expected a token id, several of them, or None"),
+        ({"eos_token": [3, True]}, TypeError, "eos_token is list .*; expected a token id, several of them, or None"),
+        ({"eos_token": 2.5}, TypeError, "eos_token is float 2.5"),
+        ({"eos_token": [3, TOKENS]}, ValueError, "eos_token is 31, which the model never gives"),
+        ({"stop": [3]}, TypeError, r"stop has 3; it is a list of sequences of tokens: stop=\[\[3\]\], or eos_token=3"),
+        ({"stop": ["."]}, TypeError, "stop has str '.'; expected sequences of token ids"),
+        ({"stop": [[]]}, ValueError, "stop has an empty sequence"),
+        ({"stop": [[3, 0.5]]}, TypeError, "stop has 0.5 in a sequence"),
+        ({"stop": [[3, TOKENS]]}, ValueError, "stop has 31, which the model never gives"),
+        (
+            {"min_tokens": ANSWER + 100},
+            ValueError,
+            "min_tokens is .*; it counts tokens of the answer, from 0",
+        ),
+        ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0; it divides logits"),
+        ({"presence_penalty": 3.0}, ValueError, "presence_penalty is 3.0; it is taken off logits, from -2 to 2"),
+        ({"samples_per_prompt": 0}, ValueError, "samples_per_prompt is 0; it counts answers"),
+        ({"seed": "x"}, TypeError, "seed is 'x'; expected a whole number, or one for each prompt"),
+        ({"seed": [1, 2, 3, 4, 5, 6, 7]}, ValueError, "seed has 7 numbers for . prompts"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed= and generator= both say how tokens are drawn"),
         ({"eos_token": TOKENS}, ValueError, "eos_token is 31, which the model never gives: num_tokens=31"),
         ({"eos_token": -1}, ValueError, "eos_token is -1"),
         ({"cache_kv": "no"}, TypeError, "cache_kv is str 'no'; expected True or False"),
@@ -265,7 +284,7 @@ def test_generation_does_not_drop() -> None:
     net = wrapped(decoder(attn_dropout=0.5, ff_dropout=0.5), emb_dropout=0.5)
     expected = greedy(model(net), PROMPTS)
     assert torch.equal(greedy(model(net).train(), PROMPTS), expected)
-    with evaluating(net):
+    with evaluating(net.modules()):
         assert not net.training
 
 

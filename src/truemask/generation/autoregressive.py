@@ -5,27 +5,28 @@ Shapes: b batch, n tokens, v vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from truemask.common.formatting import describe
-from truemask.common.warning import warn
-from truemask.errors import MaskError
+from truemask.generation.beams import Beams, Search, searched
+from truemask.generation.choosing import Chooser, Chosen, Ways
 from truemask.generation.decoding import Reader, cache_for, evaluating
+from truemask.generation.loss import check_length, check_tokens, follows, next_token_loss, warn_if_seen
+from truemask.generation.options import Options
 from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
-from truemask.generation.sampling import Filter, Sampler
+from truemask.generation.stopping import Stops, Tokens
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
-from truemask.masks.structure.padding import marks_queries
 from truemask.nn.config import check_type, reject_keywords
-from truemask.nn.forward_mask import Layout, pairs_ahead, read_masks, token_positions
+from truemask.nn.forward_mask import Layout, read_masks, token_positions
 from truemask.nn.wrappers import TransformerWrapper
-from truemask.nn.x_transformers_names import AUTOREGRESSIVE, GENERATE, LOSS
+from truemask.nn.x_transformers_names import AUTOREGRESSIVE, LOSS
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -73,155 +74,132 @@ class AutoregressiveWrapper(nn.Module):
         decides instead: the token to predict at each place, `ignore_index` for none. No target at all gives 0.
         """
         reject_keywords("AutoregressiveWrapper.forward", AutoregressiveWrapper.forward, unknown, LOSS)
-        self._check_tokens(tokens, labels)
-        _check_length("mask", mask, tokens)
-        _check_length("attn_mask", attn_mask, tokens)
+        check_tokens(tokens, labels)
+        check_length("mask", mask, tokens)
+        check_length("attn_mask", attn_mask, tokens)
         batch, n = tokens.shape
         inputs = tokens.masked_fill(tokens == self.ignore_index, self.pad_value)
         layout = Layout(batch=batch, heads=self.net.attn_layers.config.heads, new=n)
         user = read_masks(mask, attn_mask, layout, tokens)
         if causal is False and labels is None:
-            _warn_if_seen(user, layout)
+            warn_if_seen(user, layout)
         logits = self.net(inputs[:, :-1], user, causal=causal)  # b n v
         targets = tokens if labels is None else labels
         if labels is None and user != everything:
             targets = targets.masked_fill(~follows(user, layout).to(tokens.device), self.ignore_index)
-        return self._loss(logits, targets[:, 1:])
+        return next_token_loss(logits, targets[:, 1:], self.ignore_index)
 
     def generate(
-        self,
-        prompts: PromptLike,
-        seq_len: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        filter_logits_fn: Filter | None = None,
-        eos_token: int | None = None,
-        mask: Mask | Tensor | str | None = None,
-        causal: bool | None = None,
-        cache_kv: bool = True,
-        generator: torch.Generator | None = None,
-        **unknown: Any,
-    ) -> Tensor:
+        self, prompts: PromptLike, seq_len: int, *, return_logprobs: bool = False, **options: Any
+    ) -> Tensor | Chosen:
         """`seq_len` new tokens for each prompt, without the prompt: int64 [b, seq_len], or [seq_len] for one [n].
 
-        `prompts`: token ids [n], [b, n], or a list of [n] of different lengths, which are left padded through
-        `mask.padded`, so that each row is what it would be alone; lists of ints do too. `mask`: an expression, over
-        prompt and answer at
-        positions counted from each prompt's first token; or bool flags over the prompt's tokens, where False at the
-        ends is padding and False inside hides a token. After `eos_token` a row is `pad_value`; one in the prompt
-        stops nothing. For the filters see `Sampler`. `cache_kv=False` recomputes everything in each step, with the
-        same result. With absolute positions, prompt and answer must fit max_seq_len; rotary ones have no limit.
-        """
-        reject_keywords("generate", AutoregressiveWrapper.generate, unknown, GENERATE)
-        prompts = as_tensors(prompts, self.net.token_emb.weight.device)
-        steps = self.stream(
-            prompts,
-            seq_len,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            filter_logits_fn=filter_logits_fn,
-            eos_token=eos_token,
-            mask=mask,
-            causal=causal,
-            cache_kv=cache_kv,
-            generator=generator,
-        )
-        with evaluating(self.net):  # once, rather than in each step
-            tokens = list(steps)
-        single = isinstance(prompts, Tensor) and prompts.ndim == 1
-        like = prompts if isinstance(prompts, Tensor) else prompts[0]
-        batch = 1 if single else len(prompts)
-        answer = torch.full((batch, seq_len), self.pad_value, dtype=torch.int64, device=like.device)
-        if tokens:
-            answer[:, : len(tokens)] = torch.stack(tokens, dim=1)
-        return answer[0] if single else answer
+        Args:
+            prompts: token ids [n], [b, n], or a list of [n] of different lengths, which are left padded through
+                `mask.padded`, so that each row is what it would be alone; lists of ints do too.
+            seq_len: how many tokens at most; behind its end an answer is `pad_value`.
+            options: how they are chosen, the mask, seeds and more: see `Options`. With `samples_per_prompt` rows are
+                those of prompt 0, then of prompt 1.
+            return_logprobs: also how likely the model found each token: a `Chosen` of tokens and log-probabilities
+                [b, seq_len] (fp32, of the model's own logits, before penalties, filters and temperature), 0 behind
+                the end.
 
-    def stream(
+        With absolute positions, prompt and answer must fit max_seq_len; rotary ones have no limit. Raises ValueError,
+        TypeError or MaskError before the first token on what cannot be done.
+        """
+        given = Options.of("generate", options)
+        prompts = as_tensors(prompts, self.net.token_emb.weight.device)
+        steps = self._begin(prompts, seq_len, given)
+        with evaluating(self.net.modules()):  # once, rather than in each step
+            chosen = list(steps)
+        one = isinstance(prompts, Tensor) and prompts.ndim == 1
+        batch = (1 if one else len(prompts)) * given.samples_per_prompt
+        answer = torch.full((batch, seq_len), self.pad_value, dtype=torch.int64, device=prompts[0].device)
+        logprobs = torch.zeros(batch, seq_len, device=answer.device)
+        for step, (tokens, likely) in enumerate(chosen):
+            answer[:, step], logprobs[:, step] = tokens, likely
+        single = one and given.samples_per_prompt == 1
+        found = Chosen(answer[0], logprobs[0]) if single else Chosen(answer, logprobs)
+        return found if return_logprobs else found.tokens
+
+    def stream(self, prompts: PromptLike, seq_len: int, **options: Any) -> Iterator[Tensor]:
+        """As `generate`, one step at a time: an iterator of tokens [b]; it ends early when every row has ended."""
+        steps = self._begin(prompts, seq_len, Options.of("stream", options))
+        return (step.tokens for step in steps)
+
+    def beam_search(
         self,
         prompts: PromptLike,
         seq_len: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        filter_logits_fn: Filter | None = None,
-        eos_token: int | None = None,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        return_n: int = 1,
+        eos_token: Tokens = None,
         mask: Mask | Tensor | str | None = None,
         causal: bool | None = None,
         cache_kv: bool = True,
-        generator: torch.Generator | None = None,
-        **unknown: Any,
-    ) -> Iterator[Tensor]:
-        """As `generate`, one step at a time: an iterator of tokens [b]; it ends early when every row has ended."""
-        reject_keywords("stream", AutoregressiveWrapper.stream, unknown, GENERATE)
-        sampler = Sampler(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, filter_logits_fn=filter_logits_fn
-        )
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
-            raise ValueError(f"seq_len is {seq_len!r}; it counts the new tokens, so a whole number, 0 or more")
-        self._check_eos(eos_token)
+    ) -> Beams:
+        """The likeliest answers that a search with so many beams finds for each prompt; see `Beams`.
+
+        `length_penalty` above 0 favours long answers, below 0 short ones; without `eos_token` all have `seq_len`
+        tokens. Prompts, masks and errors are those of `generate`; behind its end an answer is `pad_value`. One beam is
+        greedy.
+        """
+        check_type("beams", beams, "int")
+        check_type("return_n", return_n, "int")
+        check_type("length_penalty", length_penalty, "float")
         check_type("cache_kv", cache_kv, "bool")
+        if not 1 <= return_n <= beams:
+            raise ValueError(f"beams={beams} and return_n={return_n}: at least one answer, and no more than beams")
+        _check_seq_len(seq_len)
+        stops = Stops.read(eos_token, None, 0, seq_len, self.net.num_tokens)
+        start = self._start(prompts, seq_len, mask, causal, cache_kv)
+        search = Search(beams, length_penalty, tuple(end for (end,) in stops.sequences))
+        with evaluating(self.net.modules()):
+            found = searched(self._reader(start, seq_len, causal, cache_kv), start.tokens, seq_len, search)
+        tokens = torch.full((len(found), return_n, seq_len), self.pad_value, dtype=torch.int64)
+        scores = torch.full((len(found), return_n), -math.inf)
+        for i, answers in enumerate(found):
+            for j, (score, answer) in enumerate(answers[:return_n]):
+                tokens[i, j, : len(answer)], scores[i, j] = torch.tensor(answer), score
+        both = tokens.to(start.tokens.device), scores.to(start.tokens.device)
+        return Beams(both[0][0], both[1][0]) if start.single else Beams(*both)
+
+    def _begin(self, prompts: PromptLike, seq_len: int, options: Options) -> Iterator[Chosen]:
+        _check_seq_len(seq_len)
+        start = self._start(prompts, seq_len, options.mask, options.causal, options.cache_kv)
+        ways = options.ways(seq_len, self.net.num_tokens, len(start.tokens))
+        return self._steps(start, seq_len, ways, options)
+
+    def _start(self, prompts: PromptLike, seq_len: int, mask: Any, causal: bool | None, cache_kv: bool) -> Prompts:
         prompts = as_tensors(prompts, self.net.token_emb.weight.device)
         start = read_prompts(prompts, mask, pad_value=self.pad_value, answer=seq_len)
         self._check_room(start, seq_len, causal, cache_kv)
-        return self._steps(start, seq_len, sampler, eos_token, causal, cache_kv, generator)
+        return start
 
-    def _steps(
-        self,
-        start: Prompts,
-        seq_len: int,
-        sampler: Sampler,
-        eos_token: int | None,
-        causal: bool | None,
-        cache_kv: bool,
-        generator: torch.Generator | None,
-    ) -> Iterator[Tensor]:
+    def _steps(self, start: Prompts, seq_len: int, ways: Ways, options: Options) -> Iterator[Chosen]:
+        rows = [i for i in range(len(start.tokens)) for _ in range(options.samples_per_prompt)]
+        choose = Chooser(ways, start.tokens[rows], start.real[rows], self.net.num_tokens, self.pad_value)
+        modules, read, new = list(self.net.modules()), None, start.tokens  # b n
+        for _ in range(seq_len):
+            with evaluating(modules):
+                read = read or self._reader(start, seq_len, options.causal, options.cache_kv)
+                logits = read(new)
+                if new is start.tokens and len(rows) > len(new):
+                    read.select(rows)
+                    logits = logits[rows]
+                step = choose(logits)
+            yield step
+            if ways.stops and bool(choose.ended.all()):
+                return
+            new = step.tokens[:, None]
+
+    def _reader(self, start: Prompts, seq_len: int, causal: bool | None, cache_kv: bool) -> Reader:
         batch, width = start.tokens.shape
         tokens = width + max(0, seq_len - 1)  # the last new token is never read
         cache = cache_for(self.net, start.mask, batch=batch, tokens=tokens, causal_too=causal) if cache_kv else None
-        ended = torch.zeros(batch, dtype=torch.bool, device=start.tokens.device)
-        read, new = None, start.tokens  # b n
-        for _ in range(seq_len):
-            with evaluating(self.net):
-                read = read or Reader(self.net, start.mask, causal_too=causal, cache=cache)
-                token = sampler(read(new), generator)  # b
-            token = token.masked_fill(ended, self.pad_value)
-            yield token
-            if eos_token is not None:
-                ended = ended | (token == eos_token)
-                if bool(ended.all()):
-                    return
-            new = token[:, None]
-
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = logits.flatten(0, 1)  # b*n v
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        targets = targets.flatten()
-        total = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
-        return total / (targets != self.ignore_index).sum().clamp(min=1)
-
-    def _check_tokens(self, tokens: Tensor, labels: Tensor | None) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens are {describe(tokens)}; expected ids [b, n + 1] with at least two tokens a row")
-        if labels is not None and labels.shape != tokens.shape:
-            raise ValueError(
-                f"labels are {describe(labels)}; expected one for each token, {list(tokens.shape)}, not shifted: "
-                "the label of token i is predicted from the tokens before it"
-            )
-
-    def _check_eos(self, eos_token: int | None) -> None:
-        check_type("eos_token", eos_token, "int | None")
-        if eos_token is not None and not 0 <= eos_token < self.net.num_tokens:
-            raise ValueError(
-                f"eos_token is {eos_token}, which the model never gives: num_tokens={self.net.num_tokens}, so tokens "
-                f"are 0 to {self.net.num_tokens - 1}"
-            )
+        return Reader(self.net, start.mask, causal_too=causal, cache=cache)
 
     def _check_room(self, start: Prompts, seq_len: int, causal_too: bool | None, cache_kv: bool) -> None:
         """Everything that would only fail in the middle of the answer."""
@@ -246,35 +224,6 @@ class AutoregressiveWrapper(nn.Module):
                 )
 
 
-def follows(user: Mask, layout: Layout) -> Tensor:
-    """Whether each token follows the one before it, bool [b|1, n]: both real, at neighbouring positions."""
-    n = layout.new
-    positions = token_positions(user, layout, None)
-    positions = positions[None] if positions.ndim == 1 else positions
-    real = torch.ones_like(positions, dtype=torch.bool)
-    if any(map(marks_queries, user.walk())):
-        real = ~user.dead_queries(n, n, batch=layout.batch, heads=layout.heads).all(dim=1)  # b|1 n
-    follow = torch.zeros(torch.broadcast_shapes(positions.shape, real.shape), dtype=torch.bool)
-    follow[:, 1:] = (positions[:, 1:] == positions[:, :-1] + 1) & real[:, 1:] & real[:, :-1]
-    return follow
-
-
-def _check_length(name: str, value: object, tokens: Tensor) -> None:
-    """Say what a tensor for the n tokens that the model reads misses: the loss masks speak of n + 1."""
-    n = tokens.shape[1]
-    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != n - 1:
-        return
-    if name == "mask" or n > 2:  # one key fits any number of them in attn_mask
-        raise MaskError(
-            f"{name}= is {describe(value)} and tokens are {describe(tokens)}: the mask speaks of all n + 1 = {n} "
-            f"tokens, of which the model reads the first {n - 1}; make it for all of them"
-        )
-
-
-def _warn_if_seen(user: Mask, layout: Layout) -> None:
-    pairs = pairs_ahead(user, layout.new, layout.batch, layout.heads)
-    if pairs:
-        warn(
-            f"with causal=False the mask `{user}` lets {pairs:,} pairs look ahead, at the tokens that the loss asks "
-            "for: pass labels= with ignore_index at the tokens that may be seen"
-        )
+def _check_seq_len(seq_len: int) -> None:
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
+        raise ValueError(f"seq_len is {seq_len!r}; it counts the new tokens, so a whole number, 0 or more")

@@ -5,7 +5,7 @@ Shapes: b batch, n new tokens, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,10 +40,23 @@ class Reader:
             return self._again(tokens, every)
         logits = None if self._step is None else self._step(tokens)
         if logits is None:
-            x = self.net(tokens, self.mask, causal=self._causal, cache=self.cache, return_embeddings=True)
+            mask = self.mask if self.cache.mask is None else None  # or the cache's own
+            x = self.net(tokens, mask, causal=self._causal, cache=self.cache, return_embeddings=True)
             logits = self.net.to_logits(x if every else x[:, -1:])
         self.cache.advance()
         return logits if every else logits[:, -1]
+
+    def select(self, samples: Sequence[int]) -> None:
+        """Go on with these samples, in this order; one may come several times."""
+        rows = list(samples)
+        if self.mask.batch_size != 1:
+            self.mask = self.mask.select(samples=rows)
+        if self._read is not None:
+            self._read = self._read[rows]
+        if self.cache is not None:
+            self.cache.select(rows)
+        if self._step is not None:
+            self._step.mask = self.mask
 
     def _again(self, tokens: Tensor, every: bool) -> Tensor:
         new = tokens.shape[1]
@@ -60,9 +73,9 @@ def cache_for(net: TransformerWrapper, mask: Mask, *, batch: int, tokens: int, c
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; every submodule is back in its own mode afterwards."""
-    training = [part for part in module.modules() if part.training]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode without gradients inside: `net.modules()`; each of them is back in its own mode afterwards."""
+    training = [part for part in modules if part.training]
     for part in training:
         part.training = False
     try:

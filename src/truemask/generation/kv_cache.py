@@ -254,9 +254,10 @@ class KVCache:
         return rows.long()
 
     def _take_samples(self, rows: Tensor) -> None:
+        own = self._base is not None and self._base.batch_size != 1
+        self.moves += own or len(rows) != self.batch
         self._rows, self.batch = self._rows[rows], len(rows)
-        self.moves += 1
-        if self._base is not None and self._base.batch_size != 1:
+        if self._base is not None and own:
             self.mask, self._placed = _of_samples(self._base, self._rows.tolist()), None
         for layer in self._layers:
             layer.select(rows)

@@ -95,10 +95,10 @@ class Ahead:
 
 
 class NativeStep:
-    """The steps of one model and cache, under one mask."""
+    """The steps of one model and cache, under the cache's mask or, if it has none, `mask`."""
 
-    def __init__(self, net: TransformerWrapper, cache: KVCache, user: Mask, causal: bool | None) -> None:
-        self._net, self._cache, self._user = net, cache, user
+    def __init__(self, net: TransformerWrapper, cache: KVCache, mask: Mask, causal: bool | None) -> None:
+        self._net, self._cache, self.mask = net, cache, mask
         self._causal = net.attn_layers.causal if causal is None else causal
         self._config = net.attn_layers.config
         self._layers = (LayerStruct * self._config.depth)()
@@ -159,9 +159,10 @@ class NativeStep:
         cache = self._cache
         rows = max(new, min(TILE, cache.tokens - cache.past, self._room() - cache.length))
         layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
-        positions = token_positions(self._user, layout, None).contiguous()  # (b) n
+        mask = self.mask if cache.mask is None else cache.mask
+        positions = token_positions(mask, layout, None).contiguous()  # (b) n
         angles = self._angles_of(positions)
-        held = [*angles, self._read_mask(layout)]
+        held = [*angles, self._read_mask(mask, layout)]
         return Ahead(cache.past, cache.past + rows, cache.moves, self._known(positions), positions, angles, held)
 
     def _known(self, positions: Tensor) -> int:
@@ -176,10 +177,10 @@ class NativeStep:
         rotary = self._net.attn_layers.rotary
         return () if rotary is None else tuple(x.contiguous() for x in rotary(positions, torch.float32))
 
-    def _read_mask(self, layout: Layout) -> Any:
+    def _read_mask(self, mask: Mask, layout: Layout) -> Any:
         """The mask of the rows to come, in the structures of all layers."""
         cache, config = self._cache, self._config
-        mask = combine(self._user, layout, causal_too=self._causal, placed=cache.placed)
+        mask = combine(mask, layout, causal_too=self._causal, placed=cache.placed)
         memory = cache.layer(0).memory  # 2 b g room e
         keys = cache.length + layout.new
         sizes = (cache.batch, config.heads, config.kv_heads, layout.new, keys, config.attn.dim_head, memory.shape[-1])

@@ -27,6 +27,7 @@ class Prompts:
     """Tokens (b, n) with pads on the left, the mask of prompt and answer, and how they were given."""
 
     tokens: Tensor
+    real: Tensor  # bool (b, n): which are no pads
     mask: Mask
     single: bool  # one prompt without a batch axis
 
@@ -66,7 +67,8 @@ def read_prompts(
         base = base & keys(_left_aligned(flags, width + answer))
     starts = [width - len(row) for row in rows]
     tokens = torch.stack([F.pad(row, (width - len(row), 0), value=pad_value) for row in rows])
-    return Prompts(tokens, base.padded(starts) if any(starts) else base, single)
+    real = torch.arange(width, device=tokens.device) >= torch.tensor(starts, device=tokens.device)[:, None]
+    return Prompts(tokens, real, base.padded(starts) if any(starts) else base, single)
 
 
 def _read_tensor(prompts: Tensor, mask: Mask | Tensor | None) -> tuple[list[Tensor], list[Tensor] | None, bool]:

@@ -49,8 +49,10 @@ class Sampler:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it is a share of the best token's probability, in [0, 1]")
 
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens (b) from logits (b, v)."""
+    def __call__(
+        self, logits: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (b) from logits (b, v): drawn by numbers of [0, 1), `uniform` (b), or else by the generator."""
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         if self.filter_logits_fn is not None:
             logits = self.filter_logits_fn(logits)
@@ -62,6 +64,8 @@ class Sampler:
             logits = keep_top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = keep_min_p(logits, self.min_p)
+        if uniform is not None:
+            return drawn((logits.double() / self.temperature).softmax(dim=-1), uniform)
         probabilities = (logits / self.temperature).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
@@ -71,6 +75,18 @@ def _not_a_function(value: object) -> str:
     if not isinstance(value, str):
         return text
     return f"{text}. Filters with a name are arguments: pass {value if value in FILTER_NAMES else 'top_k'}=..."
+
+
+def drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens (b), each where its number of [0, 1) falls among the sums of probabilities (b, v) in fp64.
+
+    >>> drawn(torch.tensor([[0.2, 0.0, 0.8]] * 3, dtype=torch.float64), torch.tensor([0.0, 0.19, 0.2])).tolist()
+    [0, 0, 2]
+    """
+    sums = probabilities.cumsum(dim=-1)
+    found = torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)[:, 0]
+    last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)  # that can be drawn
+    return torch.minimum(found, last)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
