@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from truemask.generation.kv_cache import KVCache
+from truemask.generation.kv_cache import KVCache, of_samples
 from truemask.generation.native_step import NativeStep, objection
 from truemask.masks.compose.boolean import conjunction
 from truemask.masks.core.mask import Mask
@@ -31,6 +31,7 @@ class Reader:
     ) -> None:
         self.net, self.mask, self.cache, self._causal = net, mask, cache, causal_too
         self._read: Tensor | None = None
+        self._first, self._rows = mask, list[int]()  # that of the first batch, whose samples are here since `select`
         steps = cache is not None and not objection(net)
         self._step = NativeStep(net, cache, mask, causal_too) if cache is not None and steps else None
 
@@ -49,8 +50,9 @@ class Reader:
     def select(self, samples: Sequence[int]) -> None:
         """Go on with these samples, in this order; one may come several times."""
         rows = list(samples)
-        if self.mask.batch_size != 1:
-            self.mask = self.mask.select(samples=rows)
+        before, self._rows = self._rows, [self._rows[row] for row in rows] if self._rows else rows
+        if self._first.batch_size != 1 and self._rows != before:
+            self.mask = of_samples(self._first, self._rows)  # of the first mask: not deeper with every step
         if self._read is not None:
             self._read = self._read[rows]
         if self.cache is not None:

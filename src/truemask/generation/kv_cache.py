@@ -254,11 +254,12 @@ class KVCache:
         return rows.long()
 
     def _take_samples(self, rows: Tensor) -> None:
-        own = self._base is not None and self._base.batch_size != 1
-        self.moves += own or len(rows) != self.batch
-        self._rows, self.batch = self._rows[rows], len(rows)
-        if self._base is not None and own:
-            self.mask, self._placed = _of_samples(self._base, self._rows.tolist()), None
+        before, self._rows = self._rows, self._rows[rows]
+        others = self._base is not None and self._base.batch_size != 1 and not torch.equal(before, self._rows)
+        self.moves += others or len(rows) != self.batch
+        self.batch = len(rows)
+        if self._base is not None and others:
+            self.mask, self._placed = of_samples(self._base, self._rows.tolist()), None
         for layer in self._layers:
             layer.select(rows)
 
@@ -274,7 +275,7 @@ def _checked(mask: Mask | str, tokens: int, batch: int, heads: int) -> Mask:
     return read
 
 
-def _of_samples(mask: Mask, rows: list[int]) -> Mask:
+def of_samples(mask: Mask, rows: list[int]) -> Mask:
     """The mask of these samples: itself, if each is like the one whose place it takes."""
     same = mask.batch_size in (0, len(rows)) and all(
         mask._distinct_key(row, head) == mask._distinct_key(place, head)

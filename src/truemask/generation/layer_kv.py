@@ -5,6 +5,7 @@ Shapes: b batch, g key heads, n new rows, j keys stored and new, e features of a
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -48,8 +49,11 @@ class LayerKV:
 
     def select(self, rows: Tensor) -> None:
         """Keep these samples, in this order; what waits for `advance` is dropped."""
-        kept = self.memory[:, :, :, : self.length].index_select(1, rows.to(self.memory.device))
+        held, rows = self.memory[:, :, :, : self.length], rows.to(self.memory.device)
         if len(rows) != self.memory.shape[1]:
             self.memory = self.memory.new_empty((2, len(rows), *self.memory.shape[2:]))
-        self.memory[:, :, :, : self.length] = kept
+            self.memory[:, :, :, : self.length] = held.index_select(1, rows)
+        else:
+            others = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]  # the rest is in its place
+            held.index_copy_(1, others, held.index_select(1, rows[others]))
         self.stop, self._apart = self.length, None

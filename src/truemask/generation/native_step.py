@@ -85,6 +85,7 @@ def _hooks(module: nn.Module) -> list[Any]:
 class Ahead:
     """What the tokens `start` to `stop` have in common, as long as the cache has moved keys `moves` times."""
 
+    mask: Mask
     start: int
     stop: int
     moves: int
@@ -151,19 +152,25 @@ class NativeStep:
 
     def _prepared(self, new: int) -> Ahead:
         cache, ahead = self._cache, self._ahead
-        if ahead is None or ahead.moves != cache.moves or not ahead.start <= cache.past <= ahead.stop - new:
+        stays = ahead is not None and ahead.moves == cache.moves and ahead.mask is self._own_mask
+        if ahead is None or not stays or not ahead.start <= cache.past <= ahead.stop - new:
             ahead = self._ahead = self._prepare(new)
         return ahead
+
+    @property
+    def _own_mask(self) -> Mask:
+        return self.mask if self._cache.mask is None else self._cache.mask
 
     def _prepare(self, new: int) -> Ahead:
         cache = self._cache
         rows = max(new, min(TILE, cache.tokens - cache.past, self._room() - cache.length))
         layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
-        mask = self.mask if cache.mask is None else cache.mask
+        mask = self._own_mask
         positions = token_positions(mask, layout, None).contiguous()  # (b) n
         angles = self._angles_of(positions)
         held = [*angles, self._read_mask(mask, layout)]
-        return Ahead(cache.past, cache.past + rows, cache.moves, self._known(positions), positions, angles, held)
+        known = self._known(positions)
+        return Ahead(mask, cache.past, cache.past + rows, cache.moves, known, positions, angles, held)
 
     def _known(self, positions: Tensor) -> int:
         """Of how many rows, from the first on, the model has learned the positions."""
