@@ -92,6 +92,12 @@ def test_seeds_differ_and_do_not_follow_torch_s() -> None:
     assert torch.equal(wrapper.generate(given, ANSWER, seed=3), first)
 
 
+def test_all_bits_of_a_seed_count_for_every_sample() -> None:
+    seeds = [3, 3 + (1 << 32), 3 - (1 << 63), 4]
+    assert len(set(seeds_of(seeds, 4, 5))) == 20
+    assert len({uniform(seed, 0) for seed in seeds_of(seeds, 4, 5)}) == 20
+
+
 def test_numbers_of_seeds_are_uniform() -> None:
     numbers = [uniform(seed, step) for seed in range(40) for step in range(50)]
     places = torch.arange(len(numbers)) / len(numbers)
@@ -127,6 +133,7 @@ def test_several_tokens_and_sequences_end_an_answer() -> None:
     for row, cut in zip(free, greedy(wrapper, given, eos_token=ends).tolist(), strict=True):
         stop = next(i for i, token in enumerate(row) if token in ends)
         assert cut == row[: stop + 1] + [0] * (ANSWER - stop - 1)
+    assert torch.equal(greedy(wrapper, given, stop=torch.tensor([ends]).T), greedy(wrapper, given, eos_token=ends))
     pair = free[0][2:4]
     for row, cut in zip(free, greedy(wrapper, given, stop=[pair, [1, 2, 3, 4]]).tolist(), strict=True):
         stop = next((i for i in range(1, ANSWER) if row[i - 1 : i + 1] == pair), ANSWER)

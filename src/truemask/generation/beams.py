@@ -19,7 +19,7 @@ class Beams(NamedTuple):
     """The best answers of each prompt, the best first: tokens `[p, return_n, n]`, scores `[p, return_n]`.
 
     Of one prompt `[n]` they are without p. A score is the sum of the tokens' log-probabilities, the end's included,
-    divided by their number to the power of `length_penalty`.
+    divided by their number to the power of `length_penalty`; -inf where there are fewer answers than were asked for.
     """
 
     tokens: Tensor

@@ -48,8 +48,9 @@ class Chooser:
         self._answer = prompt[:, :0]
         self._step = 0
         if ways.penalties:
-            self._seen = torch.zeros(len(prompt), words, dtype=torch.bool, device=prompt.device)
-            self._seen.scatter_reduce_(1, prompt, real, "amax")
+            places = torch.where(real, prompt.long(), words)  # pads are none of the words
+            seen = torch.zeros(len(prompt), words + 1, dtype=torch.bool, device=prompt.device)
+            self._seen = seen.scatter_(1, places, True)[:, :words]
             self._counts = torch.zeros(len(prompt), words, dtype=torch.int64, device=prompt.device)
 
     def __call__(self, logits: Tensor) -> Chosen:
@@ -108,7 +109,17 @@ def seeds_of(seed: int | Sequence[int] | None, prompts: int, each: int) -> tuple
     own = [seed + i for i in range(prompts)] if isinstance(seed, int) else list(seed)
     if len(own) != prompts:
         raise ValueError(f"seed has {len(own)} numbers for {prompts} prompts: pass one for each, or one for all")
-    return tuple(hash32(one, sample) << 32 | one & WORD if sample else one for one in own for sample in range(each))
+    for one in own:
+        if not -(1 << 63) <= one < 1 << 64:
+            raise ValueError(
+                f"seed is {one}; it counts in 64 bits, so others would draw the same: from -2**63 to 2**64 - 1"
+            )
+    return tuple(_of_sample(one, sample) if sample else one for one in own for sample in range(each))
+
+
+def _of_sample(seed: int, sample: int) -> int:
+    """The seed of a later sample of a prompt, of all bits of the prompt's own."""
+    return hash32(seed, seed >> 32, sample) << 32 | seed & WORD
 
 
 def _are_whole(seed: object) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from truemask.common.formatting import describe
 from truemask.generation.choosing import Ways, seeds_of
 from truemask.generation.penalties import Penalties
 from truemask.generation.sampling import Filter, Sampler
@@ -69,6 +70,10 @@ class Options:
         check_type("samples_per_prompt", self.samples_per_prompt, "int")
         if self.samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt is {self.samples_per_prompt}; it counts answers, so 1 or more")
+        if not (self.generator is None or isinstance(self.generator, torch.Generator)):
+            raise TypeError(
+                f"generator is {describe(self.generator)}; expected a torch.Generator, or seed= for a number"
+            )
         if self.seed is not None and self.generator is not None:
             raise ValueError("seed= and generator= both say how tokens are drawn: pass one of them")
 

@@ -5,12 +5,12 @@ Shapes: b samples, v vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from truemask.nn.config import check_fields
+from truemask.nn.config import check_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Penalties:
     presence: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        for item in fields(self):
+            check_type(f"{item.name}_penalty", getattr(self, item.name), "float")
         if self.repetition <= 0:
             raise ValueError(
                 f"repetition_penalty is {self.repetition}; it divides logits, so it is above 0: 1 changes nothing, "

@@ -41,10 +41,14 @@ class Stops:
             raise TypeError(f"eos_token is {describe(eos)}; expected a token id, several of them, or None")
         for token in ends:
             _check_word("eos_token is", token, words)
-        sequences = tuple(_sequence(one, words) for one in stop or ())
         if isinstance(least, bool) or not isinstance(least, int) or not 0 <= least <= seq_len:
             raise ValueError(f"min_tokens is {least!r}; it counts tokens of the answer, from 0 to seq_len={seq_len}")
-        return cls((*((token,) for token in ends), *sequences), least)
+        sequences = (*((token,) for token in ends), *_sequences(stop, words))
+        if least and len({sequence for sequence in sequences if len(sequence) == 1}) == words:
+            raise ValueError(
+                f"min_tokens is {least}, and every one of {words} tokens ends an answer: none may come first"
+            )
+        return cls(sequences, least)
 
     def __bool__(self) -> bool:
         """Whether anything ends an answer."""
@@ -74,6 +78,13 @@ def _ends_with(answer: Tensor, sequence: Sequence[int]) -> Tensor:
         return torch.zeros(len(answer), dtype=torch.bool, device=answer.device)
     tail = answer[:, answer.shape[1] - len(sequence) :]
     return (tail == torch.tensor(sequence, dtype=torch.int64, device=answer.device)).all(dim=1)
+
+
+def _sequences(stop: object, words: int) -> list[tuple[int, ...]]:
+    given = stop.tolist() if isinstance(stop, Tensor) else [] if stop is None else stop
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise TypeError(f"stop is {describe(stop)}; expected a list of sequences of token ids, such as stop=[[7, 2]]")
+    return [_sequence(one.tolist() if isinstance(one, Tensor) else one, words) for one in given]
 
 
 def _sequence(given: object, words: int) -> tuple[int, ...]:
