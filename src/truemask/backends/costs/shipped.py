@@ -7,8 +7,7 @@ sdpa: with 1e12 nobody waits. `copy` was measured on none of them; `truemask ben
 Those of the AMD with AVX2 and of the Intel come from older runs (kernel 0.1), which had one factor for half precision:
 shares of few rows, steps, fp16, `few`, `pack` and `mixed` are guesses there.
 
-Nobody has measured the native kernel with `amx`: a prototype reached 1,000 to 1,200 GF/s forward and 1,450 to 1,800
-backward in bf16 on two cores, which is no price.
+Intel's were calibrated with every instruction set.
 """
 
 from __future__ import annotations
@@ -111,34 +110,34 @@ TORCH = {
             "fp16": Both(Pace(5.92e10, 5.92e10), Pace(3.5e10, 3.5e10)),
         }),
     )),
-    "amx": TorchCosts("Intel Xeon with AMX, torch 2.13.0", "Intel", ("avx512_bf16", "Intel"), (
+    "amx": TorchCosts("Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", ("amx", "Intel"), (
         SdpaRates(
-            call=5e-5, call_backward=0.00015, threads=2, join=3.3e9, masked=4e9, read=1e12,
+            call=2.98e-5, call_backward=6.7e-5, threads=2, join=4.76e9, masked=1.08e10, read=7.46e10,
             paces={
-            "fp32": Both(Pace(2.4e11, 2.5e11, 1e-6, 0.05, 0.68, 0.8),
-                         Pace(2.54e11, 2.65e11, 4e-6, 0.1, 0.75, 0.72)),
-            "fp64": Both(Pace(1.03e11, 1.07e11, 1e-6, 0.05, 0.68, 0.8),
-                         Pace(1.09e11, 1.14e11, 4e-6, 0.1, 0.75, 0.72)),
-            "bf16": Both(Pace(7.4e11, 1.1e12, 2.4e-6, 0.05, 0.8, 0.82),
-                         Pace(3.4e11, 5.3e11, 9e-5, 0.1, 1, 1)),
-            "fp16": Both(Pace(2.25e11, 2.4e11, 1e-6, 0.03, 0.68, 0.8),
-                         Pace(2.45e11, 2.6e11, 4e-6, 0.1, 0.75, 0.72)),
+            "fp32": Both(Pace(3.29e11, 3.65e11, 1.76e-6, 0.0832, 0.923, 0.953),
+                         Pace(3.31e11, 3.35e11, 9.37e-6, 0.166, 0.773, 0.96)),
+            "fp64": Both(Pace(1.42e11, 1.48e11, 1.76e-6, 0.0832, 0.923, 0.953),
+                         Pace(1.43e11, 1.5e11, 9.37e-6, 0.166, 0.773, 0.96)),
+            "bf16": Both(Pace(8.58e11, 1.25e12, 3.02e-6, 0.0615, 1.32, 0.985),
+                         Pace(5.01e11, 7.77e11, 7e-5, 0.123, 0.78, 1.12)),
+            "fp16": Both(Pace(3.13e11, 3.34e11, 1.76e-6, 0.0499, 0.923, 0.953),
+                         Pace(3.22e11, 3.41e11, 9.37e-6, 0.166, 0.773, 0.96)),
         }),
         StripRates(
-            call=8.5e-5, call_backward=0.000247, threads=2, call_group=3.7e-5, copy=4.3e10, join=1.3e9,
+            call=4.21e-5, call_backward=0.000125, threads=2, call_group=1.83e-5, copy=2.28e10, join=1.88e9,
             paces={
-            "fp32": Both(Pace(1.81e11, 1.85e11, 6e-6), Pace(9.9e10, 1.1e11, 1.5e-5)),
-            "fp64": Both(Pace(7.5e10, 7.7e10, 6e-6), Pace(4.1e10, 4.5e10, 1.5e-5)),
-            "bf16": Both(Pace(1.45e11, 1.6e11, 6e-6), Pace(9.2e10, 1.03e11, 1.5e-5)),
-            "fp16": Both(Pace(1.45e11, 1.6e11, 6e-6), Pace(9.2e10, 1.03e11, 1.5e-5)),
+            "fp32": Both(Pace(3.26e11, 3.07e11, 1.07e-5), Pace(2.2e11, 1.97e11, 1.72e-5)),
+            "fp64": Both(Pace(1.09e11, 1.12e11, 1.07e-5), Pace(8.71e10, 9.56e10, 1.72e-5)),
+            "bf16": Both(Pace(2.9e11, 3.2e11, 1.07e-5), Pace(1.88e11, 2.1e11, 1.72e-5)),
+            "fp16": Both(Pace(2.91e11, 3.21e11, 1.07e-5), Pace(1.98e11, 2.21e11, 1.72e-5)),
         }),
         Rates(
-            call=0.000329, call_backward=0.000695, threads=2,
+            call=0.0002, call_backward=0.000434, threads=2,
             paces={
-            "fp32": Both(Pace(3.6e10, 3.6e10), Pace(3.1e10, 3.1e10)),
-            "fp64": Both(Pace(2.3e10, 2.3e10), Pace(1.98e10, 1.98e10)),
-            "bf16": Both(Pace(3.46e10, 3.46e10), Pace(2.98e10, 2.98e10)),
-            "fp16": Both(Pace(3.46e10, 3.46e10), Pace(2.98e10, 2.98e10)),
+            "fp32": Both(Pace(1.01e11, 1.01e11), Pace(7.97e10, 7.97e10)),
+            "fp64": Both(Pace(5.46e10, 5.46e10), Pace(3e10, 3e10)),
+            "bf16": Both(Pace(9.4e10, 9.4e10), Pace(6.71e10, 6.71e10)),
+            "fp16": Both(Pace(9.72e10, 9.72e10), Pace(6.79e10, 6.79e10)),
         }),
     )),
 }
@@ -196,39 +195,47 @@ NATIVES = (
         "bf16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
         "fp16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
     })),
-    NativeCosts("avx512_bf16", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=2e10, read_halves=2.1e10, few=2.52e11, few_halves=1.2e11,
-        pack=4e10, pack_halves=4e10, mixed=1.75, lanes=16, peak=2.27e11,
+    NativeCosts("amx", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
+        call=3.83e-5, call_backward=9.51e-5, threads=2, read=8.85e10, read_halves=2.1e11, few=2.61e11,
+        few_halves=2.07e11, pack=1.79e10, pack_halves=5.14e9, mixed=0.942, lanes=16, peak=2.39e11,
         paces={
-        "fp32": Both(Pace(2.8e11, 2.85e11), Pace(2.9e11, 2.85e11, 3e-6)),
-        "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),  # in floats, as with avx512
-        "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
-        # With amx: the prototype's 1.6 times sdpa forward at heads of 64; the rest is unknown, so never chosen.
-        "fp32_parts": Both(Pace(3.8e11, 2.85e11), Pace(1.5e11, 1.5e11, 3e-6)),
+        "fp32": Both(Pace(3.56e11, 3.77e11, 3.93e-6), Pace(3.93e11, 3.88e11, 1e-7)),
+        "bf16": Both(Pace(1.36e12, 1.74e12, 2.25e-6), Pace(2.6e12, 3.36e12, 1e-7)),
+        "fp16": Both(Pace(3.58e11, 3.65e11, 3.93e-6), Pace(4.47e11, 4.56e11, 1e-7)),
+        "fp32_parts": Both(Pace(3.34e11, 3.85e11), Pace(3.22e11, 3.01e11, 3e-6)),
+        "fp16_parts": Both(Pace(4.3e11, 4.39e11), Pace(6.4e11, 6.53e11, 3e-6)),
     })),
-    NativeCosts("avx512", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=1.9e10, read_halves=2e10, few=2.38e11, few_halves=1.2e11,
-        pack=3.8e10, pack_halves=3.8e10, mixed=1.75, lanes=16, peak=2.27e11,
+    NativeCosts("avx512_bf16", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
+        call=3.4e-5, call_backward=9.32e-5, threads=2, read=8.65e10, read_halves=1.9e11, few=2.63e11,
+        few_halves=2.08e11, pack=1.77e10, pack_halves=8.33e9, mixed=0.951, lanes=16, peak=2.39e11,
         paces={
-        "fp32": Both(Pace(2.65e11, 2.7e11), Pace(2.85e11, 2.8e11, 3e-6)),
-        "bf16": Both(Pace(2.8e11, 2.85e11), Pace(2.7e11, 2.7e11, 3e-6)),
-        "fp16": Both(Pace(2.4e11, 2.45e11), Pace(2.4e11, 2.45e11, 3e-6)),
+        "fp32": Both(Pace(3.62e11, 3.73e11, 3.88e-6), Pace(3.6e11, 3.78e11, 1e-7)),
+        "bf16": Both(Pace(3.48e11, 3.56e11, 2.89e-6), Pace(4.23e11, 3.95e11, 1e-7)),
+        "fp16": Both(Pace(3.49e11, 3.56e11, 3.88e-6), Pace(4.19e11, 4.27e11, 1e-7)),
     })),
-    NativeCosts("avx2", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=1.5e10, read_halves=1.4e10, few=1.76e11, few_halves=9.5e10,
-        pack=3e10, pack_halves=3e10, mixed=1.6, lanes=8, peak=1.1e11,
+    NativeCosts("avx512", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
+        call=3.5e-5, call_backward=9.34e-5, threads=2, read=8.76e10, read_halves=1.23e11, few=2.64e11,
+        few_halves=2.06e11, pack=1.73e10, pack_halves=7.69e9, mixed=0.997, lanes=16, peak=2.39e11,
         paces={
-        "fp32": Both(Pace(1.95e11, 2e11), Pace(1.65e11, 1.7e11, 3e-6)),
-        "bf16": Both(Pace(1.92e11, 1.97e11), Pace(1.63e11, 1.68e11, 3e-6)),
-        "fp16": Both(Pace(1.9e11, 1.95e11), Pace(1.6e11, 1.65e11, 3e-6)),
+        "fp32": Both(Pace(3.53e11, 3.7e11, 3.51e-6), Pace(3.45e11, 3.77e11, 1e-7)),
+        "bf16": Both(Pace(3.45e11, 3.58e11, 2.69e-6), Pace(4.24e11, 4.29e11, 1e-7)),
+        "fp16": Both(Pace(3.45e11, 3.52e11, 3.51e-6), Pace(4.23e11, 4.31e11, 1e-7)),
     })),
-    NativeCosts("base", "Intel Xeon with AMX, kernel 0.1", "Intel", NativeRates(
-        call=5e-5, call_backward=0.00014, threads=2, read=8e9, read_halves=6e9, few=6.57e10, few_halves=3.5e10,
-        pack=1.1e10, pack_halves=1.1e10, mixed=1.3, lanes=4, peak=2.8e10,
+    NativeCosts("avx2", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
+        call=3.5e-5, call_backward=8.65e-5, threads=2, read=1.21e11, read_halves=2.44e11, few=1.54e11,
+        few_halves=1.25e11, pack=3.14e10, pack_halves=1.26e10, mixed=0.702, lanes=8, peak=1.26e11,
         paces={
-        "fp32": Both(Pace(7.3e10, 7.5e10), Pace(6.9e10, 7.1e10, 3e-6)),
-        "bf16": Both(Pace(7.2e10, 7.4e10), Pace(6.8e10, 7e10, 3e-6)),
-        "fp16": Both(Pace(7e10, 7.2e10), Pace(6.7e10, 6.9e10, 3e-6)),
+        "fp32": Both(Pace(1.85e11, 1.94e11, 1.95e-6), Pace(2.08e11, 2.12e11, 4.21e-7)),
+        "bf16": Both(Pace(1.83e11, 1.92e11, 1.13e-6), Pace(2.13e11, 2.18e11, 1e-7)),
+        "fp16": Both(Pace(1.72e11, 1.76e11, 1.95e-6), Pace(2e11, 2.06e11, 4.21e-7)),
+    })),
+    NativeCosts("base", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
+        call=2.95e-5, call_backward=8.7e-5, threads=2, read=1.25e11, read_halves=1.8e11, few=6.55e10,
+        few_halves=6.39e10, pack=2.06e10, pack_halves=1.08e10, mixed=0.565, lanes=4, peak=4.47e10,
+        paces={
+        "fp32": Both(Pace(6.37e10, 6.76e10, 6.62e-6), Pace(6.76e10, 6.92e10, 1e-7)),
+        "bf16": Both(Pace(6.38e10, 6.71e10, 6.71e-6), Pace(6.92e10, 7.13e10, 1e-7)),
+        "fp16": Both(Pace(6.07e10, 6.24e10, 6.62e-6), Pace(6.67e10, 6.87e10, 1e-7)),
     })),
 )
 NATIVE = {(one.isa, one.vendor): one for one in NATIVES}
