@@ -1,13 +1,12 @@
 """The constants that ship, each with the machine it belongs to; `benchmarks/costs.py --as-table` prints them so.
 
-Zen 4's were calibrated. `read` of its sdpa, and few rows, packing and steps of its native kernel with `avx512_bf16`,
-were set by hand between what 1 to 192 rows took, of both head sizes, with one thread. Elsewhere nobody knows `read` of
-sdpa: with 1e12 nobody waits. `copy` was measured on none of them; `truemask bench --calibrate` measures it.
+Those of Zen 4 and of the Intel Xeon with AMX were calibrated. On Zen 4, `read` of its sdpa, and few rows, packing and
+steps of its native kernel with `avx512_bf16`, were set by hand between what 1 to 192 rows took, of both head sizes, with
+one thread. `copy` was not measured on Zen 4 and the AMD with AVX2; `truemask bench --calibrate` measures it.
 
-Those of the AMD with AVX2 and of the Intel come from older runs (kernel 0.1), which had one factor for half precision:
-shares of few rows, steps, fp16, `few`, `pack` and `mixed` are guesses there.
-
-Intel's were calibrated with every instruction set.
+Those of the AMD with AVX2 come from older runs (kernel 0.1), which had one factor for half precision: shares of few
+rows, steps, fp16, `few`, `pack` and `mixed` are guesses there, and nobody knows `read` of its sdpa: with 1e12 nobody
+waits.
 """
 
 from __future__ import annotations
