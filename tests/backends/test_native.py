@@ -426,7 +426,7 @@ print(mapped() - before, largest)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not say how much memory is used")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory is used")
 @pytest.mark.skipif(
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="the move is nobody's: sanitizers keep memory themselves"
 )

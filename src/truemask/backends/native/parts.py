@@ -1,4 +1,4 @@
-"""Whether fp32 and fp16 are multiplied as sums of bf16 in tiles: where that pace is known to be clearly the quicker one.
+"""Whether fp32 and fp16 are multiplied as sums of bf16 in tiles: where that is known to be clearly quicker.
 
 The kernel splits a float into three bf16 and a number of fp16 into two, and adds up the products that are not below its
 last digit. Rows that have, see or get back what bf16 cannot say (infinity, NaN, numbers beyond 2^60 or very small ones)
@@ -39,8 +39,8 @@ def or_forced(planned: bool, r: Request) -> bool:
 
 
 def in_parts(r: Request) -> bool:
-    """By the paces of both ways, which parts must beat by `LEAST_GAIN`, forward and backward together: a backward weighs
-    by what its forward summed.
+    """By the paces of both ways, forward and backward together: a backward weighs by what its forward summed. Parts
+    must win by `LEAST_GAIN`.
 
     Never where there are no tiles, or that pace is not known; and whatever the number of threads, which no result
     depends on: by what was measured with another one, if there is nothing else.
