@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -72,11 +71,11 @@ def _self_attention(model: Any, mask: Any, layers: Any) -> tuple[Any, dict[nn.Mo
     """The model, and the layers whose keys a cache holds."""
     from truemask.interop.huggingface.switch import HuggingFaceSwitch
 
-    inner: Any = None
-    with suppress(MaskError):
-        inner, switch = switch_for(model) if isinstance(model, nn.Module) else (None, None)
-        inner = inner if switch is HuggingFaceSwitch else None
-    if inner is None:
+    try:
+        inner, switch = switch_for(model) if isinstance(model, nn.Module) else (model, None)
+    except MaskError:
+        switch = None
+    if switch is not HuggingFaceSwitch:
         raise MaskError(
             f"cache_for takes a model of transformers, got {describe(model)}: models of truemask have KVCache(net, ...)"
         )

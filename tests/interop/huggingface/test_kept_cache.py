@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,10 +24,11 @@ PADS[0, :7] = PADS[1, :2] = 0
 
 
 @pytest.fixture(autouse=True)
-def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def little_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keys move every few steps, as they do in long texts."""
     monkeypatch.setattr(kept_keys, "LEAST_ROOM", 2)
     monkeypatch.setattr(kept_keys, "TAKEN_BACK", 3)
+    yield
 
 
 def read(model: Any, cache: Any, ids: Tensor, chunks: list[int], pads: Tensor | None) -> Tensor:
@@ -187,8 +188,7 @@ def test_encoder_decoders_keep_little_of_their_own_tokens(beams: int) -> None:
         found = model.generate(source, max_new_tokens=45, num_beams=beams, past_key_values=cache)
     assert isinstance(cache, EncoderDecoderCache)
     assert found.tolist() == expected.tolist()
-    own: Any = cache.self_attention_cache
-    assert own.kept[0].places.since > 0
+    assert cache.self_attention_cache.kept[0].places.since > 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_what_a_cache_does_not_fit_is_refused_before_anything_is_read() -> None:
     with tm.use(model, "window(6) | prefix(2)"):
         refused(cache, lambda: model(ids[:, :1], past_key_values=cache), tm.MaskError, "mask in use is `window.6.")
     with tm.use(model, text):
-        with pytest.raises(ValueError, match=r"use torch\.no_grad"):
+        with pytest.raises(ValueError, match="use torch.no_grad"):
             model(ids[:, :1], past_key_values=cache)
         read(model, cache, ids, [5], None)
 
@@ -318,10 +318,10 @@ class Rounded(QuantizedLayer):
     def __init__(self) -> None:
         super().__init__(residual_length=4)
 
-    def _quantize(self, tensor: Tensor, axis: int) -> Any:
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
         return (tensor * 64).round()
 
-    def _dequantize(self, q_tensor: Tensor) -> Any:
+    def _dequantize(self, q_tensor: Tensor) -> Tensor:
         return q_tensor / 64
 
 

@@ -259,8 +259,8 @@ def _bias_of_all(module: Any, model_mask: ModelMask, layer: AttentionLayer, q_le
         model_mask.position_bias = bias
     if model_mask.position_bias is None:
         raise MaskError(
-            f"`{layer.path}` adds a bias by the number of keys that it is given, and a cache sized by a mask keeps few: "
-            "pass one that keeps all, such as transformers' DynamicCache()"
+            f"`{layer.path}` adds a bias by the number of keys that it is given, of which a cache sized by a mask keeps "
+            "some: pass one that keeps all, such as transformers' DynamicCache()"
         )
     return model_mask.position_bias
 

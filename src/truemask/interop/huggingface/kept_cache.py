@@ -86,8 +86,7 @@ class KeptCache(Cache):
         self._checked: object = None
         self._places: list[Places] = []
         depth = 1 + max((layer.index for layer in layers.values()), default=-1)
-        self.kept = [KeptKeys(tokens, static, self._shared) for _ in range(depth)]  # what each layer keeps
-        super().__init__(layers=[KeptLayer(kept) for kept in self.kept])
+        super().__init__(layers=[KeptLayer(KeptKeys(tokens, static, self._shared)) for _ in range(depth)])
 
     def _shared(self, places: Places) -> Places:
         found = next((one for one in self._places if one == places), places)
@@ -95,6 +94,11 @@ class KeptCache(Cache):
         return found
 
     # -- what it holds -----------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> list[KeptKeys]:
+        """What each layer keeps."""
+        return [layer.kept for layer in self.layers]
 
     @property
     def bytes(self) -> int:
@@ -125,7 +129,7 @@ class KeptCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """The keys and values of a call of one layer."""
         self._check()
-        return self.kept[layer_idx].append(key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def _check(self) -> None:
         """Raise if the masks in use are not those that the cache was made for."""

@@ -10,7 +10,6 @@ Shapes: b batch, g key heads, n new tokens, j keys, e features of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -111,7 +110,7 @@ class KeptKeys:
         """All keys and values of a call, `[b, g, j, e]`: the kept ones, and the new ones `[b, g, n, e]` behind them."""
         self._check(k)
         stop = self.count + k.shape[2]
-        if self.memory is None or (not self.count and self.memory[0].shape[0] != k.shape[0]):
+        if self.memory is None or not self.count and self.memory[0].shape[0] != k.shape[0]:
             self.memory, self._waiting = None, (k, v)
         elif stop > self.room:
             held = [part[:, :, : self.count] for part in self.memory]
@@ -142,46 +141,55 @@ class KeptKeys:
         """Behind the attention: keep what the call appended, and move what is needed if there is no room for more."""
         if self._waiting is None:
             return
-        (keys, values), self._waiting = self._waiting, None
-        count, past = keys.shape[2], self.past + keys.shape[2] - self.count
-        in_place = self.memory is not None and count <= self.room
-        if in_place and (count < self.room or past == self.tokens):
-            self.past, self.count = past, count
-        else:
-            self._hold(keys, values, past, retention())
+        keys, values = self._waiting
+        new, self._waiting = keys.shape[2] - self.count, None
+        in_place = self.memory is not None and keys.shape[2] <= self.room
+        self.past, self.count = self.past + new, keys.shape[2]
+        if in_place and (self.count < self.room or self.past == self.tokens):
+            return
+        self._retention = retention()
+        self._hold(self._needed(), keys, values)
 
-    def _hold(self, keys: Tensor, values: Tensor, past: int, retention: Retention | None) -> None:
-        """Keep what queries to come may see of all keys, behind token `past`."""
-        positions = self.places.positions(keys.shape[2])
-        which = _needed(positions, past, retention)
-        room = self._room_for(len(which), past, retention)
+    def _needed(self) -> Tensor:
+        """Which of the keys queries to come may see, some being taken back."""
+        positions = self.positions.numpy()
+        first = max(0, self.past - TAKEN_BACK)
+        if self._retention is None:
+            return torch.arange(self.count)
+        keep = self._retention.needed(positions, first, self.past) | (positions >= first)
+        return torch.from_numpy(np.flatnonzero(keep))
+
+    def _hold(self, which: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep these of the keys of a call."""
+        kept, room = len(which), self._room_for(len(which))
         memory = self.memory
         if memory is None or room > self.room:
-            memory = _empty(keys, room), _empty(values, room)
+            memory = tuple(part.new_empty((*part.shape[:2], room, part.shape[3])) for part in (keys, values))  # type: ignore[assignment]
+        assert memory is not None
         for part, held in zip(memory, (keys, values), strict=True):
             move(held, which, part)
-        self.places = self._shared(Places(positions[which], past, self.tokens))
-        self.memory, self._retention, self.past, self.count = memory, retention, past, len(which)
+        self.places = self._shared(Places(self.positions[which], self.past, self.tokens))
+        self.memory, self.count = memory, kept
 
-    def _room_for(self, kept: int, past: int, retention: Retention | None) -> int:
+    def _room_for(self, kept: int) -> int:
         """How many keys there must be memory for: more than there is only where it may grow."""
-        if self.memory is not None and kept + min(LEAST_ROOM, self.tokens - past) <= self.room:
+        if self.memory is not None and kept + min(LEAST_ROOM, self.tokens - self.past) <= self.room:
             return self.room
-        capacity = self.tokens if retention is None else retention.capacity
+        capacity = self.tokens if self._retention is None else self._retention.capacity
         if not self._fixed:
             return min(self.tokens, kept + max(min(kept, capacity) // 2, LEAST_ROOM) + TAKEN_BACK)
         room = min(self.tokens, 2 * (capacity + TAKEN_BACK))
         if self.memory is not None and room > self.room:
             raise ValueError(
-                f"the static cache has memory for {self.room} keys of a layer, and this batch needs {capacity} and "
-                "some room: its padding is another one than that of the first call. Make a cache for it, or static=False"
+                f"the static cache has memory for {self.room} keys of a layer, and this batch needs {capacity} and some "
+                "room: its padding is another one than that of the first call. Make a cache for it, or static=False"
             )
         return max(room, self.room)
 
     # -- other ends, other samples -----------------------------------------------------------------------------------
 
     def crop(self, length: int) -> None:
-        """Forget all tokens but the first `length`. Raises ValueError if those need a key that is gone."""
+        """Forget all tokens but the first `length`. Raises ValueError if a key that those need is not there any more."""
         kept = self.positions.numpy()
         if length < self.places.since and self._retention is not None:
             lost = self._retention.lost(kept, length)
@@ -208,23 +216,12 @@ class KeptKeys:
             )
         taken = [part[:, :, : self.count].index_select(0, rows.to(part.device)) for part in self.memory]
         if len(rows) != self.memory[0].shape[0]:
-            self.memory = _empty(taken[0], self.room), _empty(taken[1], self.room)
+            self.memory = (  # as much room for each
+                taken[0].new_empty((len(rows), *self.memory[0].shape[1:])),
+                taken[1].new_empty((len(rows), *self.memory[1].shape[1:])),
+            )
         for part, held in zip(self.memory, taken, strict=True):
             part[:, :, : self.count] = held
-
-
-def _needed(positions: Tensor, past: int, retention: Retention | None) -> Tensor:
-    """Which of these keys queries to come may see, if some of `past` tokens are taken back."""
-    if retention is None:
-        return torch.arange(len(positions))
-    places, first = positions.numpy(), max(0, past - TAKEN_BACK)
-    keep = retention.needed(places, first, past) | (places >= first)
-    return torch.from_numpy(np.flatnonzero(keep))
-
-
-def _empty(like: Tensor, room: int) -> Tensor:
-    """Memory for so many keys of the samples and heads of others."""
-    return like.new_empty((*like.shape[:2], room, like.shape[3]))
 
 
 def kept_keys_of(key: Tensor) -> KeptKeys | None:
@@ -235,7 +232,7 @@ def kept_keys_of(key: Tensor) -> KeptKeys | None:
 def move(held: Tensor, which: Tensor, to: Tensor) -> None:
     """Copy some keys, increasing, to the front of a memory, which they may lie in: run by run, from the front on."""
     ends = [0, *(torch.nonzero(which.diff() != 1)[:, 0] + 1).tolist(), len(which)]
-    for at, end in pairwise(ends):
+    for at, end in zip(ends, ends[1:], strict=False):
         if at == end:
             continue
         first = int(which[at])
