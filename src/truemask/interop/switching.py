@@ -24,7 +24,7 @@ class Switch(ABC):
     def __init__(self, model: nn.Module, mask: object, layers: object, replace: bool, backend: str | None) -> None:
         self.model, self._backend = model, backend
         self._arguments = mask, layers, replace
-        layer_masks = self.layer_masks()
+        layer_masks = self._assigned(*self._arguments)
         if replace and all(layer.mask is None for layer in layer_masks.values()):
             raise MaskError(
                 "use: replace=True says that a mask takes the place of the model's own, but there is no mask"
@@ -33,7 +33,7 @@ class Switch(ABC):
 
     def apply(self, everywhere: bool = False) -> None:
         """Switch the model over, as it is by now, for this context or for all."""
-        layer_masks = self.layer_masks()
+        layer_masks = self._assigned(*self._arguments)
         active_use = self._active_use = ActiveUse(everywhere)
         mark = partial(changed, used=active_use.number, backend=self._backend)
         try:
@@ -42,10 +42,6 @@ class Switch(ABC):
             active_use.abandon()  # the error remembers the use, and with it all that it changed
             self._active_use = None
             raise
-
-    def layer_masks(self) -> dict[nn.Module, AttentionLayer]:
-        """The layers of the model, as it is by now, with their masks."""
-        return self._assigned(*self._arguments)
 
     def undo(self) -> None:
         """End the use; nothing if that is done. Uses of a model may end in any order."""

@@ -108,7 +108,7 @@ def _use(
     if not isinstance(replace, bool):
         raise MaskError(f"use: replace is True or False, got {describe(replace)}")
     check_backend(backend)
-    inner, switch = switch_for(model)
+    inner, switch = _switch(model)
     return InUse(model, switch(inner, mask, layers, replace, backend), everywhere)
 
 
@@ -127,7 +127,7 @@ def enable(
     truemask.errors.MaskError: use takes a model of transformers or x-transformers, got NoneType None
     """
     new = _use(model, mask, layers, replace, backend, everywhere=True)
-    enabled = kept(switch_for(model)[0], "_truemask_enabled")
+    enabled = kept(_switch(model)[0], "_truemask_enabled")
     new.__enter__()
     earlier, enabled.value = enabled.value, new
     if earlier is not None:
@@ -135,7 +135,7 @@ def enable(
     return new
 
 
-def switch_for(model: nn.Module) -> tuple[nn.Module, type[Switch]]:
+def _switch(model: nn.Module) -> tuple[nn.Module, type[Switch]]:
     """The model inside its wrappers, and what puts it to use, by the library that the model is from."""
     inside = _outermost(model)
     if len(inside) == 1:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from truemask.attention.attend import attend
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.generation.retention import Retention
 from truemask.interop.checkpointing import checkpoints
 from truemask.interop.huggingface.configs import account_of
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
 from truemask.interop.huggingface.forward_context import ForwardContext, forward_context
 from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
-from truemask.interop.huggingface.kept_keys import KeptKeys, kept_keys_of
 from truemask.interop.huggingface.layers import ScopedLayer, scoped_layer_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import ModelMask
@@ -129,9 +127,8 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
-    context, around, kept = forward_context(), checkpoints(), None if layer.cross else kept_keys_of(key)
-    k_len = key.shape[2] if kept is None else kept.past + query.shape[2]
-    model_mask = _model_mask_for(context, module, layer, attention_mask, query, k_len, is_causal)
+    context, around = forward_context(), checkpoints()
+    model_mask = _model_mask_for(context, module, layer, attention_mask, query, key, is_causal)
     model_mask.note(module, layer)
     model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
     _refuse(options, model_mask)
@@ -139,22 +136,18 @@ def attention(
         rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
         mask = model_mask.combined_across(layer.mask, rows, layer.replace)
     else:
-        mask = _self_attention_mask(layer, model_mask, options, query.shape[1], kept, key.shape[2])
+        mask = _self_attention_mask(layer, model_mask, options, heads=query.shape[1])
         context.rows = layer, model_mask
     keys = model_mask.keys_written
-    if kept is None and keys < key.shape[2]:
+    if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
-    if kept is not None and position_bias is not None:
-        position_bias = _bias_of_all(module, model_mask, layer, query.shape[2])
-    bias, weights = _bias(position_bias, model_mask.bias, keys), _wants_weights(module, options)
-    if kept is not None and bias is not None:
-        bias = bias.index_select(-1, kept.places.positions(key.shape[2]).to(bias.device))
+    weights = _wants_weights(module, options)
     result = attend(
         query,
         key,
         value,
         mask,
-        bias=bias,
+        bias=_bias(position_bias, model_mask.bias, keys),
         scale=scaling,
         softcap=softcap,
         sink_logits=s_aux,
@@ -162,35 +155,19 @@ def attention(
         backend=layer.backend,
         return_weights=weights,
     )
-    if kept is not None:
-        kept.settle(partial(_retention, layer, model_mask, kept.tokens, query.shape[1]))
     out, shares = result if isinstance(result, tuple) else (result, None)
     return out.transpose(1, 2).contiguous(), shares
 
 
-def _self_attention_mask(
-    layer: AttentionLayer,
-    model_mask: ModelMask,
-    options: dict[str, Any],
-    heads: int,
-    kept: KeptKeys | None,
-    keys: int,
-) -> Mask:
+def _self_attention_mask(layer: AttentionLayer, model_mask: ModelMask, options: dict[str, Any], heads: int) -> Mask:
     """The model's own mask with the user's; says what of the user's the model's rule removes."""
     user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
     model_mask.warn_of_documents(user_mask)
-    places = None if kept is None else kept.places
-    mask = model_mask.combined_with(user_mask, layer.replace, positions, places, keys)
+    mask = model_mask.combined_with(user_mask, layer.replace, positions)
     if user_mask is not None and not layer.replace:
         rule, length = model_mask.rule_beside(user_mask, positions)
         warn_of_removed_pairs(layer.used, layer.path, user_mask, rule, length, model_mask.batch, heads)
     return mask
-
-
-def _retention(layer: AttentionLayer, model_mask: ModelMask, tokens: int, heads: int) -> Retention | None:
-    """What later tokens need of the keys under the mask of a call; None: nobody knows, so all."""
-    mask = model_mask.over_all(layer.mask, layer.replace, tokens)
-    return None if mask is None else Retention(mask, tokens, model_mask.batch, heads)
 
 
 def _with_batch(user_mask: Mask | None, batch_mask: object) -> Mask | None:
@@ -206,11 +183,11 @@ def _model_mask_for(
     layer: AttentionLayer,
     mask: Any,
     query: Tensor,
-    k_len: int,
+    key: Tensor,
     is_causal: bool | None,
 ) -> ModelMask:
     """The model's own mask, whatever came: an expression, a 4-D tensor, or nothing."""
-    batch, q_len = query.shape[0], query.shape[2]
+    batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
         looks_back = (
             not layer.cross and q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -246,23 +223,6 @@ def _bias(position_bias: Tensor | None, added: Tensor | None, keys: int) -> Tens
     """What is added to the scores, for the keys that exist."""
     bias = position_bias if added is None else added if position_bias is None else position_bias + added
     return bias[..., :keys] if bias is not None and bias.shape[-1] > keys else bias
-
-
-def _bias_of_all(module: Any, model_mask: ModelMask, layer: AttentionLayer, q_len: int) -> Tensor:
-    """T5's bias of relative positions for all keys: it counts those that a cache gave it, some of which may be missing.
-
-    The first layer's counts for those behind it.
-    """
-    if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
-        past, weight = model_mask.k_len - q_len, module.relative_attention_bias.weight
-        bias = module.compute_bias(q_len, model_mask.k_len, device=weight.device, past_seen_tokens=past)
-        model_mask.position_bias = bias
-    if model_mask.position_bias is None:
-        raise MaskError(
-            f"`{layer.path}` adds a bias by the number of keys that it is given, of which a cache sized by a mask keeps "
-            "some: pass one that keeps all, such as transformers' DynamicCache()"
-        )
-    return model_mask.position_bias
 
 
 def _wants_weights(module: nn.Module, options: dict[str, Any]) -> bool:

@@ -6,14 +6,13 @@ The mask function makes a `ModelMask`; transformers carries it to every attentio
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
-from truemask.interop.huggingface.kept_keys import Places
 from truemask.interop.huggingface.mask_checks import (
     check_kept_keys,
     check_samples,
@@ -64,8 +63,7 @@ class ModelMask(MaskPlaceholder):
         self.device = torch.device(device)
         self._real, self._visible, self._warned = real, visible, False
         self._caller_positions: CallerPositions | None = None
-        self.position_bias: Tensor | None = None  # of all keys, as its first layer counts it
-        self._masks: dict[tuple[Mask | None, bool, Places | None], Mask] = {}
+        self._masks: dict[tuple[Mask | None, bool], Mask] = {}
         self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
     # -- as transformers sees it -------------------------------------------------------------------------------------
@@ -131,49 +129,21 @@ class ModelMask(MaskPlaceholder):
             return Placement(self.q_start, self.k_start, self._real)
         return placement_of(sizes, self._real, caller_positions)
 
-    def combined_with(
-        self,
-        user_mask: Mask | None,
-        replace: bool = False,
-        position_ids: object = None,
-        places: Places | None = None,
-        keys: int = 0,
-    ) -> Mask:
+    def combined_with(self, user_mask: Mask | None, replace: bool = False, position_ids: object = None) -> Mask:
         """The mask of the call: the model's own and the user's, or with `replace` the user's instead of the own rule.
 
         Padding and documents are facts about the batch: they stay, unless the user's mask says which documents there
-        are. `position_ids`, if the layer was given them, then say where in its document a token stands. `places`: the
-        first so many `keys` of a cache that keeps some, which the call attends to.
+        are. `position_ids`, if the layer was given them, then say where in its document a token stands.
         """
-        if (user_mask, replace, places) not in self._masks:
+        if (user_mask, replace) not in self._masks:
             check_samples(user_mask, self.batch)
             rules = [] if replace and user_mask is not None else [self._rule_for(user_mask, position_ids)]
             user_masks = [] if user_mask is None else [self._placed(user_mask)]
             if replace and user_mask is not None and self.k_start:
                 visible = conjunction(*user_masks, self._padding.keys)
                 check_kept_keys(user_mask, visible, self.batch, self.q_start, self.q_len, self.k_start)
-            at = _at if places is None else partial(_at_places, places, keys)
-            self._masks[user_mask, replace, places] = self._in_call(rules, user_masks, user_mask, at)
-        return self._masks[user_mask, replace, places]
-
-    def over_all(self, user_mask: Mask | None, replace: bool, tokens: int) -> Mask | None:
-        """The same over all tokens, read and to come, pads left out of account; None where that is not known."""
-        if self._visible is not None or self.packing is not None or not self._same_axis:
-            return None
-        rule = [] if replace and user_mask is not None else [self.lifted.mask]
-        if user_mask is None:
-            return conjunction(*rule)
-        placement = self.placement
-        if placement.problem or placement.taken is not None or placement[:2] != (self.q_start, self.k_start):
-            return None
-        if lies_in_rows(user_mask, packed=False) or self._padding.positions is None:
-            return conjunction(*rule, user_mask)
-        if self._padding.starts is not None:
-            return conjunction(*rule, user_mask.padded(self._padding.starts))
-        read = self._padding.positions[..., : self._stop]
-        to_come = read[..., -1:] + 1 + torch.arange(tokens - self._stop)
-        positions = torch.cat((read, to_come), -1)
-        return conjunction(*rule, user_mask.take(q=positions, k=positions))
+            self._masks[user_mask, replace] = self._in_call(rules, user_masks, user_mask)
+        return self._masks[user_mask, replace]
 
     def rule_beside(self, user_mask: Mask, position_ids: object) -> tuple[Mask, int]:
         """The model's own rule, and the number of positions that it and a mask are about in this call."""
@@ -186,22 +156,16 @@ class ModelMask(MaskPlaceholder):
         positions = self._padding.positions
         return self.lifted.bare, self._stop if positions is None else int(positions[..., : self._stop].max()) + 1
 
-    def _in_call(
-        self,
-        rules: list[Mask],
-        user_masks: list[Mask],
-        user_mask: Mask | None,
-        at: Callable[[Mask, tuple[int, ...]], Mask],
-    ) -> Mask:
+    def _in_call(self, rules: list[Mask], user_masks: list[Mask], user_mask: Mask | None) -> Mask:
         """The mask of the call's rows and keys, of what the model says and what is asked, each where it counts from."""
         starts = self.q_start, self.k_start
         user_starts = starts if user_mask is None else self.placement[:2]
         if user_mask is not None and self.placement.as_they_lie(user_mask):
-            terms = [at(conjunction(*rules, self._padding.keys), starts), *user_masks]
+            terms = [_at(conjunction(*rules, self._padding.keys), starts), *user_masks]
         elif user_starts == starts:
-            terms = [at(conjunction(*rules, *user_masks, self._padding.keys), starts)]
+            terms = [_at(conjunction(*rules, *user_masks, self._padding.keys), starts)]
         else:
-            terms = [at(conjunction(*rules), starts), at(conjunction(*user_masks, self._padding.keys), user_starts)]
+            terms = [_at(conjunction(*rules), starts), _at(conjunction(*user_masks, self._padding.keys), user_starts)]
         return conjunction(*terms)
 
     def _rule_for(self, user_mask: Mask | None, position_ids: object) -> Mask:
@@ -323,7 +287,3 @@ def _answers_for(mask: Mask, length: int) -> bool:
 
 def _at(mask: Mask, starts: tuple[int, ...]) -> Mask:
     return mask.at(q_start=starts[0], k_start=starts[1])
-
-
-def _at_places(places: Places, keys: int, mask: Mask, starts: tuple[int, ...]) -> Mask:
-    return places.of(mask, starts[0], starts[1], keys)
