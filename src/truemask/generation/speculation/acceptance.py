@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from truemask.generation.choosing import Chooser, Chosen
+from truemask.generation.choosing import Chooser, Chosen, Pick
 from truemask.generation.speculation.trees import Draft
 
 
@@ -30,13 +30,19 @@ def walked(draft: Draft, logits: Tensor, choose: Chooser, most: int) -> tuple[li
     path: list[int] = []
     chosen: list[Chosen] = []
     while node is not None and len(chosen) < most and not bool(choose.ended.any()):
-        q = draft.drawn.get(node)
-        guesses = [draft.tokens[child] for child in draft.children(node)]
-        step = choose(logits[node][None]) if q is None else choose(logits[node][None], guesses=guesses, drawn_from=q)
+        step = choose(logits[node][None], _rule(draft, node))
         path.append(node)
         chosen.append(step)
         node = draft.child(node, int(step.tokens))
     return path, chosen
+
+
+def _rule(draft: Draft, node: int) -> Pick | None:
+    """How a token is chosen behind a node, if its guesses were drawn."""
+    if node not in draft.drawn:
+        return None
+    guesses = [draft.tokens[child] for child in draft.children(node)]
+    return lambda p, generator: right_or_drawn(p, guesses, draft.drawn[node], generator)
 
 
 def right_or_drawn(p: Tensor, guesses: Sequence[int], q: Tensor, generator: torch.Generator | None = None) -> int:
