@@ -61,7 +61,8 @@ class ModelDrafter:
             q = self._sampler.probabilities(logits[None])[0].cpu()
             guesses = torch.multinomial(q, min(many, int((q > 0).sum())), generator=self._generator)
             draft.drawn[node] = q
-        return [draft.add(node, token) for token in guesses.tolist()][0]
+        first, *_ = [draft.add(node, token) for token in guesses.tolist()]
+        return first
 
 
 def _length(most: int) -> int:

@@ -26,9 +26,9 @@ from truemask.masks.leaves.tree import tree
 
 
 class Places:
-    """Which token lies where, for `batch` samples that have read `width` tokens each.
+    """Which token lies where, for `batch` samples that have read `width` tokens each, of `tokens` in all.
 
-    >>> places = Places(2, 3)
+    >>> places = Places(2, 3, 9)
     >>> nodes = Nodes(*torch.tensor([[[5, 6, 6]] * 2, [[-1, 0, 0]] * 2, [[0, 1, 1]] * 2]))
     >>> places.positions_of(nodes)[0].tolist()
     [3, 4, 4]
@@ -38,9 +38,10 @@ class Places:
     ([5, 4], 5, [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]])
     """
 
-    def __init__(self, batch: int, width: int) -> None:
+    def __init__(self, batch: int, width: int, tokens: int) -> None:
         self.positions = torch.arange(width).repeat(batch, 1)  # b s; 0 in gaps
         self.kept = [width] * batch
+        self.tokens = tokens
         self.read = [width] * batch  # tokens, those included that were forgotten since
 
     @property
@@ -49,25 +50,25 @@ class Places:
         return max(self.kept, default=0)
 
     def positions_of(self, nodes: Nodes) -> Tensor:
-        """Positions of the nodes, int64 [b, n]; a node that fills up has that of its sample's next token."""
-        return torch.tensor(self.read)[:, None] + nodes.depths
+        """Positions of the nodes, int64 [b, n]; a node that fills up has one of some token."""
+        return (torch.tensor(self.read)[:, None] + nodes.depths).clamp(max=self.tokens - 1)
 
-    def mask(self, mask: Mask, nodes: Nodes, *, rows: int = 0, keys: int = 0, fixed: int = 0) -> Mask:
+    def mask(self, mask: Mask, nodes: Nodes, *, rows: int = 0, keys: int = 0, first: int = 0) -> Mask:
         """A mask of all tokens, for the rows of the nodes and all keys: those that lie here, and the nodes'.
 
         `rows` and `keys` stand before the tokens of `mask`, seen by all (registers and memories). The result's rows
-        begin behind `fixed` rows that say nothing.
+        begin at row `first`; those before say nothing.
         """
         batch, new = nodes.tokens.shape
         at = self.positions_of(nodes)
-        q = torch.cat((torch.zeros(batch, fixed, dtype=torch.int64), at + rows), dim=1)
+        q = torch.cat((torch.zeros(batch, first, dtype=torch.int64), at + rows), dim=1)
         before = torch.arange(keys).expand(batch, -1)
         k = torch.cat((before, self.positions[:, : self.stop] + keys, at + keys), dim=1)
         kept = torch.tensor(self.kept)[:, None]
         parents = torch.cat((torch.full((batch, 2), -1), torch.where(nodes.depths > 0, nodes.parents + 2, -1)), dim=1)
         parents[:, 2][nodes.parents[:, 0] < 0] = 0
         lengths = torch.cat((kept + keys, self.stop - kept, torch.ones(batch, new, dtype=torch.int64)), dim=1)
-        branches = tree(_alike(parents), lengths=_alike(lengths)).at(q_start=keys + self.stop - fixed)
+        branches = tree(_alike(parents), lengths=_alike(lengths)).at(q_start=keys + self.stop - first)
         return mask.take(q=_alike(q), k=_alike(k)) & branches
 
     def accept(self, paths: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:

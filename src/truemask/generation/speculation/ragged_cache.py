@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from truemask.generation.layer_kv import LayerKV
 from truemask.generation.retention import Retention
@@ -42,7 +41,7 @@ class RaggedCache:
         self.room = min(tokens, needed + max(needed, LEAST_ROOM)) + most
         shape = (2, batch, config.kv_heads, self._fixed + self.room, config.attn.dim_head)  # keys and values
         self._layers = [LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)]
-        self.places = Places(batch, 0)
+        self.places = Places(batch, 0, tokens)
         self.begun = False
         self._nodes: Nodes | None = None
         self._sure = [0] * batch  # tokens that are not taken back any more
@@ -50,8 +49,8 @@ class RaggedCache:
 
     @property
     def past(self) -> int:
-        """How many places are taken, in the sample that has most: where the rows of a call stand for the layers."""
-        return self.places.stop
+        """One token in place of all: rows and keys are placed here, and samples have read different numbers of them."""
+        return int(self.begun)
 
     @property
     def length(self) -> int:
@@ -77,21 +76,20 @@ class RaggedCache:
 
     def check_call(self, layers: AttentionLayers, batch: int, new: int, registers: int) -> None:
         """Only the reader that owns it calls with it, and brings what it expects."""
-        assert registers == self._registers and (batch, new) == self._shape(batch, new)
+        assert registers == self._registers
+        assert self._nodes is None or (batch, new) == self._nodes.tokens.shape
 
     def placed(self, mask: Mask, new: int) -> Mask:
         """The mask of all tokens, of the call's rows and of what lies in the places and is new."""
         if self._nodes is None:
             return mask  # a prompt, whose rows are the first that there are
-        memories = self._fixed - self._registers
-        return self.places.mask(
-            mask, self._nodes, rows=self._registers, keys=self._fixed, fixed=self._fixed - memories + self.past
-        )
+        first = self._registers + self.past  # the row that the layers think is the first of the call
+        return self.places.mask(mask, self._nodes, rows=self._registers, keys=self._fixed, first=first)
 
     def begin(self, width: int) -> None:
         """Keep a prompt of so many tokens, which every sample has read."""
         batch = len(self.places.kept)
-        self.places, self.begun, self._sure = Places(batch, width), True, [width] * batch
+        self.places, self.begun, self._sure = Places(batch, width, self.places.tokens), True, [width] * batch
         for layer in self._layers:
             layer.length = layer.stop
         if width + self.most > self.room:
@@ -140,6 +138,3 @@ class RaggedCache:
         for layer in self._layers:
             layer.keep_each(torch.cat((fixed, torch.stack(rows)), dim=1))
         self.moves += 1
-
-    def _shape(self, batch: int, new: int) -> tuple[int, int]:
-        return (batch, new) if self._nodes is None else tuple(self._nodes.tokens.shape)

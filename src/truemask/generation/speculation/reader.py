@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from truemask.generation.retention import Retention
@@ -89,5 +88,5 @@ class OwnReader:
         """The logical positions of the nodes, [b, n]; None if the model knows no positions."""
         if self._positions is None:
             return None
-        rows = self.cache.places.positions_of(nodes).clamp(max=self._positions.shape[-1] - 1)
+        rows = self.cache.places.positions_of(nodes)
         return self._positions.expand(len(rows), -1).gather(1, rows)
