@@ -17,7 +17,6 @@ from truemask.generation.sampling import Sampler
 from truemask.generation.stopping import Stops
 from truemask.masks.hashing import WORD, hash32
 
-
 Pick = Callable[[Tensor, torch.Generator | None], int]  # a token, with the probabilities [v]
 
 

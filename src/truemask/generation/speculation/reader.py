@@ -40,10 +40,6 @@ class DraftReader(Protocol):
         """Forget of each sample all tokens but the first `read`, pads included; what is left is sure."""
         ...
 
-    def select(self, samples: Sequence[int]) -> None:
-        """Go on with these samples, in this order; one may come several times."""
-        ...
-
 
 class OwnReader:
     """Our own models; `tokens` is what prompt and answer have at most, `most` the nodes of a call."""
@@ -78,6 +74,7 @@ class OwnReader:
         self.cache.rewind(read)
 
     def select(self, samples: Sequence[int]) -> None:
+        """Go on with these samples, in this order; one may come several times."""
         self.cache.select(samples)
         if self.cache.mask.batch_size > 1:
             self.cache.mask = self.cache.mask.select(samples=list(samples))
