@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import truemask as tm
-from tests.support.huggingface_models import asks_beyond_the_window, model_of, other_of, tokens
+from tests.support.huggingface_models import asks_beyond_the_window, model_of, tokens
 from truemask.errors import MaskError
+from truemask.generation.speculation.trees import Draft, side_by_side
 from truemask.interop.huggingface.configs import account_of
+from truemask.interop.huggingface.draft_reader import HuggingFaceReader
 from truemask.interop.speculate import speculate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
@@ -42,9 +44,7 @@ def batch() -> dict[str, Tensor]:
 
 def generated(net: Any, given: dict[str, Tensor], mask: tm.Mask | None = None, **use: Any) -> Tensor:
     with tm.use(net, mask, **use):  # a cache of its own choice would forget what a wider mask sees
-        return net.generate(
-            **given, max_new_tokens=NEW, do_sample=False, past_key_values=transformers.DynamicCache()
-        )
+        return net.generate(**given, max_new_tokens=NEW, do_sample=False, past_key_values=transformers.DynamicCache())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,13 +62,31 @@ def test_greedy_text_is_that_of_generate(name: str, mask: tm.Mask | None) -> Non
             assert found.per_forward > 1.3
 
 
-def test_a_branch_beside_the_first_guess_is_kept_too() -> None:
-    net, given = model("llama"), {"input_ids": batch()["input_ids"][1:2]}
-    once = speculate(net, **given, max_new_tokens=9).tokens[0]
-    wrong, right = [*once[9:11].tolist(), 7], once[9:].tolist()
-    text = torch.tensor([[*right, *wrong, *once[:12].tolist()]])
-    plain = generated(net, {"input_ids": text, "attention_mask": torch.ones_like(text)})
-    assert torch.equal(speculate(net, text, max_new_tokens=NEW).tokens, plain)
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4", "gpt2"])
+@asks_beyond_the_window
+@torch.no_grad()
+def test_nodes_of_a_draft_are_read_as_their_paths(name: str) -> None:
+    net, given = model(name), batch()
+    drafts = [Draft([7]), Draft([8]), Draft([9])]
+    for paths in ([1, 2, 3], [1, 4, 5], [6]):
+        drafts[0].add_path(paths)
+        drafts[1].add_path(paths[::-1])
+    texts = [row[real == 1].tolist() for row, real in zip(given["input_ids"], given["attention_mask"], strict=True)]
+    with tm.use(net, SINKS):
+        read = HuggingFaceReader("model", net, given["attention_mask"].bool(), 40)
+        read.begin(given["input_ids"])
+        for accepted in ([[0, 1, 4, 5], [0, 6], [0]], [[0, 6], [], [0]], [[0], [0], [0]]):
+            logits = read(side_by_side(drafts))
+            for sample, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
+                for node in range(len(draft.tokens)):
+                    path, at = [], node
+                    while at >= 0:
+                        path, at = [draft.tokens[at], *path], draft.parents[at]
+                    expected = net(torch.tensor([[*text, *path]]), use_cache=False).logits[0, -1]
+                    torch.testing.assert_close(logits[sample, node], expected, rtol=0, atol=1e-9)
+            read.accept(accepted)
+            for text, draft, path in zip(texts, drafts, accepted, strict=True):
+                text += [draft.tokens[node] for node in path if node < len(draft.tokens)]
 
 
 def test_inside_a_use_its_mask_holds_and_outside_nothing_stays() -> None:
