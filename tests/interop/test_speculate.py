@@ -67,6 +67,7 @@ def test_greedy_text_is_that_of_generate(name: str, mask: tm.Mask | None) -> Non
 @torch.no_grad()
 def test_nodes_of_a_draft_are_read_as_their_paths(name: str) -> None:
     net, given = model(name), batch()
+    near = 1e-5 if name == "llama4" else 1e-9  # its angles are fp32
     drafts = [Draft([7]), Draft([8]), Draft([9])]
     for paths in ([1, 2, 3], [1, 4, 5], [6]):
         drafts[0].add_path(paths)
@@ -75,7 +76,7 @@ def test_nodes_of_a_draft_are_read_as_their_paths(name: str) -> None:
     with tm.use(net, SINKS):
         read = HuggingFaceReader("model", net, given["attention_mask"].bool(), 40)
         read.begin(given["input_ids"])
-        for accepted in ([[0, 1, 4, 5], [0, 6], [0]], [[0, 6], [], [0]], [[0], [0], [0]]):
+        for accepted in ([[0, 1, 4, 5], [0, 7], [0]], [[0, 6], [], [0]], [[0], [0], [0]]):
             logits = read(side_by_side(drafts))
             for sample, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
                 for node in range(len(draft.tokens)):
@@ -83,10 +84,10 @@ def test_nodes_of_a_draft_are_read_as_their_paths(name: str) -> None:
                     while at >= 0:
                         path, at = [draft.tokens[at], *path], draft.parents[at]
                     expected = net(torch.tensor([[*text, *path]]), use_cache=False).logits[0, -1]
-                    torch.testing.assert_close(logits[sample, node], expected, rtol=0, atol=1e-9)
+                    torch.testing.assert_close(logits[sample, node], expected, rtol=0, atol=near)
             read.accept(accepted)
             for text, draft, path in zip(texts, drafts, accepted, strict=True):
-                text += [draft.tokens[node] for node in path if node < len(draft.tokens)]
+                text += [draft.tokens[node] for node in path]
 
 
 def test_inside_a_use_its_mask_holds_and_outside_nothing_stays() -> None:
@@ -174,7 +175,7 @@ def test_what_cannot_be_is_said_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "bert"])
 def test_models_that_cannot_take_guesses_back(name: str) -> None:
-    with pytest.raises(MaskError, match="model is a .*speculate takes decoders"):
+    with pytest.raises(MaskError, match=r"model is a .*speculate takes decoders"):
         speculate(model_of(name), tokens(1, 5), max_new_tokens=3)
 
 
