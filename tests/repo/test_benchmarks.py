@@ -72,7 +72,7 @@ def test_the_page_is_written_from_what_the_scripts_print(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = script("report")
-    for name in ("plan", "attend", "soak", "train", "huggingface", "speculate"):
+    for name in ("plan", "attend", "soak", "train", "huggingface", "decode", "speculate"):
         monkeypatch.setattr(script(name), "main", lambda wanted, name=name: f"{name} {' '.join(wanted)}")
     page, kept = tmp_path / "page.md", tmp_path / "kept"
     kept.mkdir()
