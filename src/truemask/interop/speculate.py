@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.generation.choosing import Ways
 from truemask.generation.options import Options
-from truemask.generation.speculation.loop import Drafter, Speculated, gathered, samples_of, speculated
+from truemask.generation.speculation.loop import Drafter, Sample, Speculated, gathered, samples_of, speculated
 from truemask.generation.speculation.model_drafter import ModelDrafter
 from truemask.generation.speculation.ngram import NgramDrafter
 from truemask.interop.use import use
@@ -65,31 +65,50 @@ def speculate(
     Traceback (most recent call last):
     truemask.errors.MaskError: model is NoneType None; speculate takes a decoder of transformers with a language head
     """
-    from truemask.interop.huggingface.draft_reader import HuggingFaceReader, check_readable
+    from truemask.interop.huggingface.draft_reader import check_readable
 
     check_readable("model", model)
     guesser = _guesser(model, draft)
-    given, ways, pad = _options(model, input_ids, max_new_tokens, draft, options)
+    given, ways, pad = _options(model, input_ids, max_new_tokens, options)
     real = _real(input_ids, attention_mask)
     samples = samples_of(ways, input_ids, real, _words(model), pad, with_prompts=guesser is None)
-    width = input_ids.shape[1]
-    tokens = width + max(0, max_new_tokens - 1)  # the last new token is never read
-    _check_length("model", model, tokens)
-    with ExitStack() as stack:
-        stack.enter_context(_used(model, mask))
-        read = HuggingFaceReader("model", model, real, tokens)
-        drafter: Drafter = NgramDrafter()
-        if guesser is not None:
-            _check_length("draft", guesser, tokens)
-            stack.enter_context(_used(guesser, mask))
-            guesses = HuggingFaceReader("draft", guesser, real, tokens)
-            guesses.begin(input_ids)
-            draws = ways.sampler.temperature > 0 and not ways.seeds
-            drafter = ModelDrafter(guesses, width, ways.sampler if draws else None, ways.generator)
-        speculated(read, drafter, read.begin(input_ids), samples, max_new_tokens, given.draft_tokens)
+    for name, each in {"model": model, "draft": guesser or model}.items():
+        _check_length(name, each, _read(input_ids, max_new_tokens))
+    with _used(model, mask), nullcontext() if guesser is None else _used(guesser, mask):
+        _generate(model, guesser, input_ids, real, samples, max_new_tokens, ways, given.draft_tokens)
     found = gathered(samples, max_new_tokens, pad, input_ids.device)
     new = max(len(sample.chosen) for sample in samples)
     return Speculated(torch.cat((input_ids, found.tokens[:, :new]), 1), found.logprobs[:, :new], found.accepted)
+
+
+def _generate(
+    model: Any,
+    guesser: Any,
+    input_ids: Tensor,
+    real: Tensor,
+    samples: list[Sample],
+    new: int,
+    ways: Ways,
+    most: int,
+) -> None:
+    """Go on with each sample, in models that are in use."""
+    from truemask.interop.huggingface.draft_reader import HuggingFaceReader
+
+    tokens = _read(input_ids, new)
+    read = HuggingFaceReader("model", model, real, tokens)
+    logits = read.begin(input_ids)
+    drafter: Drafter = NgramDrafter()
+    if guesser is not None:
+        guesses = HuggingFaceReader("draft", guesser, real, tokens)
+        guesses.begin(input_ids)
+        draws = ways.sampler.temperature > 0 and not ways.seeds
+        drafter = ModelDrafter(guesses, input_ids.shape[1], ways.sampler if draws else None, ways.generator)
+    speculated(read, drafter, logits, samples, new, most)
+
+
+def _read(input_ids: Tensor, new: int) -> int:
+    """How many tokens are read at most: the last new one never is."""
+    return input_ids.shape[1] + max(0, new - 1)
 
 
 @contextmanager
@@ -122,9 +141,7 @@ def _guesser(model: Any, draft: Any) -> Any:
     return draft
 
 
-def _options(
-    model: Any, input_ids: Tensor, max_new_tokens: int, draft: Any, options: dict[str, Any]
-) -> tuple[Options, Ways, int]:
+def _options(model: Any, input_ids: Tensor, max_new_tokens: int, options: dict[str, Any]) -> tuple[Options, Ways, int]:
     """How tokens are chosen, and the pad token; ends and the penalty of repetition are the model's by default."""
     for name in options:
         if name in NOT_HERE:
