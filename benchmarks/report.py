@@ -18,6 +18,7 @@ import decode
 import huggingface
 import plan
 import soak
+import speculate
 from harness import options
 
 import train
@@ -63,6 +64,7 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
     "A real model under `tm.use`": (huggingface, ()),
     "Generation": (decode, ()),
+    "Speculation": (speculate, ()),
     "Random calls of the native kernel": (soak, ()),
 }
 BRIEF: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
