@@ -194,12 +194,9 @@ class KeptLayer(SizedLayer, DynamicLayer):
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, of {self.past} that were read; got {tokens_to_remove}"
             )
-        needs = self.kept.needs
-        lost = None if needs is None or not tokens_to_remove else self.kept.lost(needs, stays)
-        if needs is not None and lost is not None:
+        if not self._whole_from(stays):
             raise MaskError(
-                f"crop: the first {stays} tokens cannot be gone on from: key {lost}, which later queries see under "
-                f"`{needs.mask}`, is forgotten. The last {SLACK} tokens can always be taken back, and what the last call "
+                f"crop: the first {stays} tokens cannot be gone on from: keys that later queries see are forgotten. The last {SLACK} tokens can always be taken back, and what the last call "
                 "brought after `cache.activate_past_recording()`; a DynamicCache keeps every key"
             )
 
@@ -213,12 +210,15 @@ class KeptLayer(SizedLayer, DynamicLayer):
     def leave(self, past: int) -> bool:
         """Give up a call that was broken off, and what it brought; whether that could be."""
         self._leave_call()
-        if self.past > past:
-            needs = self.kept.needs
-            if needs is not None and self.kept.lost(needs, past) is not None:
-                return False
+        whole = self._whole_from(past)
+        if self.past > past and whole:
             self.past, self.kept = past, self.kept.cut(past)
-        return True
+        return whole
+
+    def _whole_from(self, past: int) -> bool:
+        """Whether all that queries from there on need is there."""
+        needs = self.kept.needs
+        return past >= self.kept.query or (needs is not None and self.kept.lost(needs, past) is None)
 
     def _leave_call(self) -> None:
         self.new, self._apart, self._shown = 0, None, None

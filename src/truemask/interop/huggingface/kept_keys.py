@@ -60,12 +60,12 @@ class Needs:
 class Kept:
     """The keys that are there: those at `places`, int64 `[n]`, increasing, and every one from `since` on.
 
-    `needs`: by which the others were forgotten; None if nothing was, or if the samples are others now. Layers whose
-    masks agree share these values, and so what is worked out once for each.
+    `needs`: by which the others were forgotten; None if nothing was, or if the samples are others now. `query`: from
+    which query on nothing is missing. Layers whose masks agree share these values, and what is worked out once for each.
     """
 
-    def __init__(self, places: Ints, since: int, needs: Needs | None = None) -> None:
-        self.places, self.since, self.needs = places, since, needs
+    def __init__(self, places: Ints, since: int, needs: Needs | None = None, query: int = 0) -> None:
+        self.places, self.since, self.needs, self.query = places, since, needs, query
         self._placed: tuple[Mask, int, Mask] | None = None
         self._left: dict[tuple[Needs, int, int], tuple[Ints, Kept]] = {}
 
@@ -112,22 +112,24 @@ class Kept:
             which = np.flatnonzero(needs.of(places, query, past) | (places >= query))
             if len(self._left) > 2:
                 self._left.clear()
-            known = self._left[needs, past, query] = which, Kept(places[which], past, needs)
+            known = self._left[needs, past, query] = which, Kept(places[which], past, needs, query)
         return known
 
     def lost(self, needs: Needs, past: int) -> int | None:
         """A key that queries from `past` on need and that is not there any more."""
+        if needs == self.needs and past >= self.query:
+            return None
         gone = np.setdiff1d(np.arange(min(past, self.since)), self.places)
         needed = gone[needs.of(gone, past, past)] if len(gone) else gone
         return int(needed[-1]) if len(needed) else None
 
     def cut(self, past: int) -> Kept:
         """After only so many tokens."""
-        return self if past >= self.since else Kept(self.places[self.places < past], past, self.needs)
+        return self if past >= self.since else Kept(self.places[self.places < past], past, self.needs, self.query)
 
     def of_other_samples(self) -> Kept:
         """The same places for samples in another order: the mask of what comes may be written in another way."""
-        return Kept(self.places, self.since)
+        return Kept(self.places, self.since, None, self.query)
 
 
 def all_keys() -> Kept:
@@ -135,6 +137,8 @@ def all_keys() -> Kept:
     return Kept(np.empty(0, np.int64), 0)
 
 
-def of_places(bias: Tensor | None, places: Ints) -> Tensor | None:
-    """The columns of the keys that are there, of a tensor about all keys."""
-    return None if bias is None else bias[..., torch.from_numpy(places).to(bias.device)]
+def of_places(bias: Tensor | None, kept: Kept, past: int) -> Tensor | None:
+    """The columns of the keys that are there, of a tensor about all of them; one column stands for each."""
+    if bias is None or not kept.forgotten or bias.shape[-1] == 1:
+        return bias
+    return bias[..., torch.from_numpy(kept.all_places(past)).to(bias.device)]

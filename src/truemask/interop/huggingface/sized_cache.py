@@ -15,6 +15,7 @@ class SizedLayer(ABC):
 
     kept: Kept
     past: int
+    tokens: int | None
 
     @property
     @abstractmethod
