@@ -26,7 +26,7 @@ from truemask.interop.huggingface.sized_cache import SizedCache, SizedLayer
 from truemask.interop.layer_masks import AttentionLayer
 
 LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
-SLACK = 32  # tokens of the last call that can be taken back, whatever was forgotten
+SLACK = 32  # the last tokens, which can be taken back whatever was forgotten
 
 
 class KeptLayer(SizedLayer, DynamicLayer):
@@ -143,11 +143,12 @@ class KeptLayer(SizedLayer, DynamicLayer):
 
     def _forget(self, needs: Needs, before: int) -> None:
         held = self._apart if self._apart is not None else (self.keys, self.values)
-        slack = before if self.record_past else max(before, self.past - SLACK)
+        slack = max(0, self.past - SLACK)
+        earliest = min(before, slack) if self.record_past else slack
         if self.static:
-            which, kept = self._fitting(needs, [before, slack, self.past], held)
+            which, kept = self._fitting(needs, [earliest, slack, self.past], held)
         else:
-            which, kept = self.kept.left(needs, self.past, slack)
+            which, kept = self.kept.left(needs, self.past, earliest)
             room = self.keys.shape[2] if self.keys is not None else 0
             if len(which) + LEAST_ROOM // 2 > room or 3 * (len(which) + LEAST_ROOM) < room:
                 self.keys = self.values = None

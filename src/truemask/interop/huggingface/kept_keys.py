@@ -106,6 +106,7 @@ class Kept:
 
     def left(self, needs: Needs, past: int, query: int) -> tuple[Ints, Kept]:
         """Which of the keys there are after `past` tokens `query` or a later one needs, by number, and those alone."""
+        query = max(query, self.query)
         known = self._left.get((needs, past, query))
         if known is None:
             places = self.all_places(past)
