@@ -49,7 +49,7 @@ def cache_for(
     Returns:
         A transformers `Cache`. `cache.bytes` is what keys and values take, `cache.full_bytes` what those of all tokens
         read would take, `cache.positions(layer)` of which tokens there are keys. `cache.crop(-n)` takes back the last n
-        tokens, of at least the last 32, or what the last call brought after `cache.activate_past_recording()`.
+        tokens, of at least the last 32; after `cache.activate_past_recording()`, as drafts have it, of the last 256.
 
     Raises:
         MaskError: the mask lets queries see later keys, or its data end before `tokens`; the model's layers keep

@@ -296,9 +296,9 @@ def test_generation_is_that_of_all_keys(name: str, way: str, static: bool) -> No
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", MODELS)
 def test_rejected_drafts_are_taken_back(name: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_cache, "SLACK", 20 if static else 2)  # as many as an assistant drafts
+    monkeypatch.setattr(kept_cache, "SLACK" if static else "DRAFTS", 20)  # as many as an assistant drafts
     model, assistant = model_of(name), model_of(name, seed=3)
-    named: dict[str, Any] = {"input_ids": tokens(1, 9), "max_new_tokens": 40, "do_sample": False}
+    named: dict[str, Any] = {"input_ids": tokens(1, 9), "max_new_tokens": 50, "do_sample": False}
     with tm.use(model, MASK, **side(model, MASK)):
         expected = model.generate(**named, past_key_values=full(model))
         for drafts in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):

@@ -27,6 +27,7 @@ from truemask.interop.layer_masks import AttentionLayer
 
 LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
 SLACK = 32  # the last tokens, which can be taken back whatever was forgotten
+DRAFTS = 256  # as many where drafts may be rejected
 
 
 class KeptLayer(SizedLayer, DynamicLayer):
@@ -41,7 +42,7 @@ class KeptLayer(SizedLayer, DynamicLayer):
         super().__init__()
         self.tokens, self.static = tokens, static
         self._admitted, self._scratch = admitted, scratch
-        self.record_past = False  # drafts may be rejected: what the last call brought stays
+        self.record_past = False  # drafts may be rejected
         self._begin()
 
     def _begin(self) -> None:
@@ -137,18 +138,17 @@ class KeptLayer(SizedLayer, DynamicLayer):
 
     def advance(self, needs: Needs) -> None:
         """Take over what the call brought; when the memory is full, forget what is needed no more."""
-        before, self.past, self.new, self._shown = self.past, self.total, 0, None
+        self.past, self.new, self._shown = self.total, 0, None
         if self._apart is not None or (self.keys is not None and self.kept.count(self.past) == self.keys.shape[2]):
-            self._forget(needs, before)
+            self._forget(needs)
 
-    def _forget(self, needs: Needs, before: int) -> None:
+    def _forget(self, needs: Needs) -> None:
         held = self._apart if self._apart is not None else (self.keys, self.values)
-        slack = max(0, self.past - SLACK)
-        earliest = min(before, slack) if self.record_past else slack
+        slack = max(0, self.past - (DRAFTS if self.record_past else SLACK))
         if self.static:
-            which, kept = self._fitting(needs, [earliest, slack, self.past], held)
+            which, kept = self._fitting(needs, [slack, max(0, self.past - SLACK), self.past], held)
         else:
-            which, kept = self.kept.left(needs, self.past, earliest)
+            which, kept = self.kept.left(needs, self.past, slack)
             room = self.keys.shape[2] if self.keys is not None else 0
             if len(which) + LEAST_ROOM // 2 > room or 3 * (len(which) + LEAST_ROOM) < room:
                 self.keys = self.values = None
@@ -185,7 +185,7 @@ class KeptLayer(SizedLayer, DynamicLayer):
     # -- other ends, other samples -----------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
-        """Drafts may be rejected: from now on all that the last call brought can be taken back."""
+        """Drafts may be rejected: from now on more tokens can be taken back."""
         self.record_past = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -197,8 +197,9 @@ class KeptLayer(SizedLayer, DynamicLayer):
             )
         if not self._whole_from(stays):
             raise MaskError(
-                f"crop: the first {stays} tokens cannot be gone on from: keys that later queries see are forgotten. The last {SLACK} tokens can always be taken back, and what the last call "
-                "brought after `cache.activate_past_recording()`; a DynamicCache keeps every key"
+                f"crop: the first {stays} tokens cannot be gone on from: keys that later queries see are forgotten. The "
+                f"last {SLACK} tokens can always be taken back, after `cache.activate_past_recording()` the last {DRAFTS} of "
+                "what comes; a DynamicCache keeps every key"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
