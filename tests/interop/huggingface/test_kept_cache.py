@@ -140,17 +140,22 @@ def test_left_padding_moves_what_is_kept(name: str, mask: tm.Mask | None) -> Non
     assert mask is None or len(cache.positions()) < N
 
 
+def with_pads(ids: Tensor, start: int) -> Tensor:
+    """Flags of real tokens, of which three are missing from `start` on in the first sample."""
+    real = torch.ones_like(ids)
+    real[0, start : start + 3] = 0
+    return real
+
+
 def test_pads_elsewhere_keep_every_key() -> None:
     model, ids = model_of("llama"), tokens(2, N)
-    real = torch.ones_like(ids)
-    real[0, 9:13] = 0
+    early, late = with_pads(ids, 4), with_pads(ids, 21)
     with tm.use(model, MASK):
-        whole = read(model, ids, full(model), N, real)[real == 1]
-        cache, late = tm.cache_for(model), tm.cache_for(model)
-        assert_same(read(model, ids, cache, 14, real)[real == 1], whole)
-        with pytest.raises(MaskError, match=r"`model.layers.0.self_attn` sees key 4 now, .* forgotten under"):
-            read(model, ids, late, 1, real)
-    assert len(cache.positions()) == N
+        whole, cache = read(model, ids, full(model), N, early)[early == 1], tm.cache_for(model)
+        assert_same(read(model, ids, cache, 7, early)[early == 1], whole)
+        assert len(cache.positions()) == N
+        with pytest.raises(MaskError, match=r"`model.layers.0.self_attn` may need key \d+ now, .* forgotten under"):
+            read(model, ids, tm.cache_for(model), 1, late)
 
 
 def test_a_mask_in_the_place_of_the_models_window_keeps_what_it_sees() -> None:
@@ -334,6 +339,16 @@ def test_a_copy_goes_on_by_itself() -> None:
         copied = copy.deepcopy(cache)
         read(model, tokens(1, 9, seed=4), cache, 1)
         assert_same(read(model, ids[:, 20:], copied, 1), whole[:, 20:])
+
+
+def test_a_quantised_cache_of_transformers_runs_in_use() -> None:
+    model, named = model_of("llama"), {"input_ids": tokens(1, 9), "max_new_tokens": 9, "do_sample": False}
+    named |= {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    expected = model.generate(**named)
+    with tm.use(model):
+        assert torch.equal(model.generate(**named), expected)
+        with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
+            model.generate(**named, past_key_values=tm.cache_for(model))
 
 
 def test_samples_change_places_and_numbers() -> None:

@@ -28,7 +28,7 @@ def needs_of(
     lost = kept.kept.lost(needs, kept.past) if before is not None and before != needs else None
     if before is not None and lost is not None:
         raise MaskError(
-            f"`{layer.path}` sees key {lost} now, under `{mask}`, which was forgotten under `{before.mask}`: begin "
+            f"`{layer.path}` may need key {lost} now, under `{mask}`, which was forgotten under `{before.mask}`: begin "
             "again with `cache.reset()`, or use a DynamicCache"
         )
     return needs
