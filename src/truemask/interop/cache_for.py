@@ -10,6 +10,7 @@ from truemask.common.arguments import whole
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.generation.retention import check_cacheable
+from truemask.interop.huggingface.expected_masks import Expected
 from truemask.interop.huggingface.layers import attention_layers, scoped_layer_of
 from truemask.interop.layer_masks import AttentionLayer, assigned
 from truemask.interop.use import huggingface_model
@@ -67,7 +68,7 @@ def cache_for(
     tokens = None if tokens is None else whole(tokens, "tokens", 1)
     if static and tokens is None:
         raise MaskError("cache_for: static=True sets memory aside, whose size follows from tokens=: pass it")
-    from truemask.interop.huggingface.kept_cache import Expected, KeptCache, KeptEncoderDecoderCache
+    from truemask.interop.huggingface.kept_cache import KeptCache, KeptEncoderDecoderCache
 
     depth = _depth(inner)
     meant = _layers_of_decoder(inner, mask, layers, replace)
@@ -81,9 +82,7 @@ def cache_for(
     return KeptEncoderDecoderCache(cache, DynamicCache(config=inner.config.get_text_config(decoder=True)))
 
 
-def _layers_of_decoder(
-    model: nn.Module, mask: object, where: object, replace: bool
-) -> dict[nn.Module, AttentionLayer]:
+def _layers_of_decoder(model: nn.Module, mask: object, where: object, replace: bool) -> dict[nn.Module, AttentionLayer]:
     """The self-attention layers that have a cache, with the masks under which they will run."""
     layers = attention_layers(model)
     part = "decoder" if any(layer.part == "encoder" for layer in layers.values()) else None
@@ -121,8 +120,8 @@ def _check_mask(layer: AttentionLayer, tokens: int | None) -> None:
         check_cacheable(mask if layer.replace else causal & mask, tokens, batch, heads)
     elif layer.replace and not looks_back(mask):
         raise MaskError(
-            f"cache_for: `{mask}` takes the place of the model's own mask and may let queries see later keys, which are "
-            "not there yet when a query is computed: pass `tm.causal & ...`"
+            f"cache_for: `{mask}` takes the place of the model's own mask and may let queries see later keys, "
+            "which are not there yet when a query is computed: pass `tm.causal & ...`"
         )
 
 

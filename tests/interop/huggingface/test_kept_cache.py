@@ -21,7 +21,7 @@ from truemask.errors import MaskError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
 
-from truemask.interop.huggingface import kept_cache  # noqa: E402  (it needs transformers)
+from truemask.interop.huggingface import kept_layer  # noqa: E402  (it needs transformers)
 
 pytestmark = asks_beyond_the_window
 N = 29
@@ -41,8 +41,8 @@ SIZES = (1, 7, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, N)  # MASK's window i
 @pytest.fixture(autouse=True)
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small memories, so that small models forget."""
-    monkeypatch.setattr(kept_cache, "LEAST_ROOM", 2)
-    monkeypatch.setattr(kept_cache, "SLACK", 2)
+    monkeypatch.setattr(kept_layer, "LEAST_ROOM", 2)
+    monkeypatch.setattr(kept_layer, "SLACK", 2)
 
 
 def side(model: Any, mask: tm.Mask | None) -> dict[str, Any]:
@@ -192,7 +192,10 @@ def test_random_masks_and_chunks(pair: tuple[Drawn, list[int]], name: str, stati
     (drawn, sizes), model = pair, model_of(name).double()
     mask, ids = tm.causal & drawn.mask, tokens(drawn.reach.batch, drawn.reach.q)
     with tm.use(model, mask, **side(model, mask)):
-        whole, cache = read(model, ids, full(model), ids.shape[1]), tm.cache_for(model, tokens=ids.shape[1], static=static)
+        whole, cache = (
+            read(model, ids, full(model), ids.shape[1]),
+            tm.cache_for(model, tokens=ids.shape[1], static=static),
+        )
         parts = [read(model, part, cache, part.shape[1]) for part in ids.split(sizes, 1)]
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
 
@@ -301,7 +304,7 @@ def test_generation_is_that_of_all_keys(name: str, way: str, static: bool) -> No
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", MODELS)
 def test_rejected_drafts_are_taken_back(name: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_cache, "SLACK" if static else "DRAFTS", 20)  # as many as an assistant drafts
+    monkeypatch.setattr(kept_layer, "SLACK" if static else "DRAFTS", 20)  # as many as an assistant drafts
     model, assistant = model_of(name), model_of(name, seed=3)
     named: dict[str, Any] = {"input_ids": tokens(1, 9), "max_new_tokens": 50, "do_sample": False}
     with tm.use(model, MASK, **side(model, MASK)):

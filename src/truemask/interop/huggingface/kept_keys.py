@@ -61,7 +61,7 @@ class Kept:
     """The keys that are there: those at `places`, int64 `[n]`, increasing, and every one from `since` on.
 
     `needs`: by which the others were forgotten; None if nothing was, or if the samples are others now. `query`: from
-    which query on nothing is missing. Layers whose masks agree share these values, and what is worked out once for each.
+    which query on nothing is missing. Layers whose masks agree share these values.
     """
 
     def __init__(self, places: Ints, since: int, needs: Needs | None = None, query: int = 0) -> None:

@@ -16,7 +16,7 @@ from truemask.masks.core.mask import Mask
 def needs_of(
     kept: SizedLayer, key: Tensor, layer: AttentionLayer, model_mask: ModelMask, user_mask: Mask | None, heads: int
 ) -> Needs:
-    """What queries of a layer see. Raises MaskError if `key` is not the cache's, or a key that is needed is forgotten."""
+    """What queries of a layer see. Raises MaskError if `key` is not the cache's, or one is forgotten."""
     if not kept.gave(key):
         raise MaskError(
             f"`{layer.path}` does not attend to the keys as its cache gave them, so a cache of `tm.cache_for` cannot "
