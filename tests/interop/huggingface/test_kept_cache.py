@@ -14,8 +14,9 @@ from torch import Tensor
 
 import truemask as tm
 from tests.support.cases import CASES, Case
-from tests.support.equality import assert_same, assert_tokens_equal_up_to_tie
+from tests.support.equality import assert_same
 from tests.support.huggingface_models import WINDOW, asks_beyond_the_window, model_of, tokens
+from tests.support.kept_caches import MASK, MODELS, encodes, full, read, side
 from tests.support.strategies import Drawn, Reach, expressions
 from truemask.errors import MaskError
 
@@ -25,9 +26,7 @@ from truemask.interop.huggingface import kept_layer  # noqa: E402  (it needs tra
 
 pytestmark = asks_beyond_the_window
 N = 29
-MODELS = ["llama", "mistral", "gemma3", "gpt2", "t5"]
 OTHERS = ["gemma2", "llama4", "gpt_oss", "qwen3", "bart"]
-MASK = tm.causal & (tm.window(4) | tm.prefix(2))
 MASKS: list[tm.Mask | None] = [
     MASK,
     tm.causal & tm.blocks(5),
@@ -43,40 +42,6 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small memories, so that small models forget."""
     monkeypatch.setattr(kept_layer, "LEAST_ROOM", 2)
     monkeypatch.setattr(kept_layer, "SLACK", 2)
-
-
-def side(model: Any, mask: tm.Mask | None) -> dict[str, Any]:
-    """Where the mask applies: in the decoder, if there is an encoder too."""
-    return {"layers": "decoder"} if model.config.is_encoder_decoder and mask is not None else {}
-
-
-def read(model: Any, ids: Tensor, cache: Any, size: int, real: Tensor | None = None) -> Tensor:
-    """The logits of all tokens, read in chunks with one cache."""
-    parts: list[Tensor] = []
-    for start in range(0, ids.shape[1], size):
-        named: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        chunk, stop = ids[:, start : start + size], min(start + size, ids.shape[1])
-        if real is not None:
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, start:stop]
-            named |= {"attention_mask": real[:, :stop], "position_ids": positions}
-        if model.config.is_encoder_decoder:
-            context = torch.randn(len(ids), 5, 32, generator=torch.Generator().manual_seed(1))
-            named |= {"decoder_input_ids": chunk, "encoder_outputs": (context.to(model.dtype),)}
-        else:
-            named["input_ids"] = chunk
-        with torch.no_grad():
-            parts.append(model(**named).logits)
-    return torch.cat(parts, 1)
-
-
-def full(model: Any) -> Any:
-    """A cache that keeps every key."""
-    cache = transformers.DynamicCache()
-    return transformers.EncoderDecoderCache(cache, transformers.DynamicCache()) if encodes(model) else cache
-
-
-def encodes(model: Any) -> bool:
-    return model.config.is_encoder_decoder
 
 
 # -- the same logits ---------------------------------------------------------------------------------------------------
@@ -255,83 +220,7 @@ def test_a_long_text_keeps_constant_memory() -> None:
     assert most * 20 < cache.full_bytes
 
 
-# -- generation --------------------------------------------------------------------------------------------------------
-
-
-def given_to(model: Any, **options: Any) -> dict[str, Any]:
-    """A batch, left-padded where the model is a decoder, and how to go on."""
-    ids = tokens(2, 11)
-    real = torch.ones_like(ids)
-    real[0, :4] = 0
-    named = {"attention_mask": real} if not encodes(model) else {}
-    return {"input_ids": ids, "max_new_tokens": 24, "do_sample": False, **named, **options}
-
-
-def choices(model: Any, row: Tensor) -> Tensor:
-    """The logits `[v]` from which the token behind a row is chosen."""
-    with torch.no_grad():
-        return model(row[None]).logits[0, -1]
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "chunks": {"prefill_chunk_size": 3},
-    "beams": {"num_beams": 3},
-    "sampling": {"do_sample": True},
-    "sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beams and sequences": {"num_beams": 3, "num_return_sequences": 2},
-}
-
-
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("name", MODELS)
-def test_generation_is_that_of_all_keys(name: str, way: str, static: bool) -> None:
-    model = model_of(name)
-    named = given_to(model, **WAYS[way])
-    if encodes(model):
-        named.pop("prefill_chunk_size", None)
-    with tm.use(model, MASK, **side(model, MASK)):
-        torch.manual_seed(0)
-        expected = model.generate(**named, past_key_values=full(model))
-        torch.manual_seed(0)
-        cache = tm.cache_for(model, tokens=40, static=static)
-        found = model.generate(**named, past_key_values=cache)
-    assert torch.equal(found, expected)
-    assert cache.bytes < cache.full_bytes
-
-
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("name", MODELS)
-def test_rejected_drafts_are_taken_back(name: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_layer, "SLACK" if static else "DRAFTS", 20)  # as many as an assistant drafts
-    model, assistant = model_of(name), model_of(name, seed=3)
-    named: dict[str, Any] = {"input_ids": tokens(1, 9), "max_new_tokens": 50, "do_sample": False}
-    with tm.use(model, MASK, **side(model, MASK)):
-        expected = model.generate(**named, past_key_values=full(model))
-        for drafts in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):
-            cache = tm.cache_for(model, tokens=80, static=static)
-            found = model.generate(**named, **drafts, past_key_values=cache)
-            if encodes(model):
-                assert torch.equal(found, expected)
-            else:
-                assert_tokens_equal_up_to_tie(found, expected, lambda row, step: choices(model, expected[row, :step]))
-            assert len(cache.positions()) < cache.get_seq_length()
-
-
-def test_a_chat_goes_on_with_its_cache() -> None:
-    model = model_of("mistral")
-    caches = [full(model), None]
-    texts = []
-    with tm.use(model, MASK):
-        caches[1] = tm.cache_for(model)
-        for cache in caches:
-            text = tokens(1, 9)
-            for turn in range(4):
-                text = model.generate(input_ids=text, max_new_tokens=7, do_sample=False, past_key_values=cache)
-                text = torch.cat((text, tokens(1, 5, seed=turn)), 1)
-            texts.append(text)
-    assert torch.equal(*texts)
+# -- other samples, other ends -----------------------------------------------------------------------------------------
 
 
 def test_a_copy_goes_on_by_itself() -> None:
@@ -342,16 +231,6 @@ def test_a_copy_goes_on_by_itself() -> None:
         copied = copy.deepcopy(cache)
         read(model, tokens(1, 9, seed=4), cache, 1)
         assert_same(read(model, ids[:, 20:], copied, 1), whole[:, 20:])
-
-
-def test_a_quantised_cache_of_transformers_runs_in_use() -> None:
-    model, named = model_of("llama"), {"input_ids": tokens(1, 9), "max_new_tokens": 9, "do_sample": False}
-    named |= {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
-    expected = model.generate(**named)
-    with tm.use(model):
-        assert torch.equal(model.generate(**named), expected)
-        with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
-            model.generate(**named, past_key_values=tm.cache_for(model))
 
 
 def test_samples_change_places_and_numbers() -> None:
