@@ -15,6 +15,7 @@ from types import ModuleType
 
 import attend
 import decode
+import endless
 import huggingface
 import plan
 import soak
@@ -63,6 +64,7 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
     "A real model under `tm.use`": (huggingface, ()),
     "Generation": (decode, ()),
+    "A text without end": (endless, ()),
     "Random calls of the native kernel": (soak, ()),
 }
 BRIEF: dict[str, tuple[ModuleType, tuple[str, ...]]] = {

@@ -49,12 +49,13 @@ kernel = pytest.mark.skipif(bool(missing()), reason=f"the move is whoever instal
         "huggingface",
         "soak_use",
         "decode",
+        "endless",
     ],
 )
 def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp_path: Path) -> None:
     if name in ("train", "soak_use", "decode"):
         pytest.importorskip("x_transformers", reason=PEERS)
-    if name in ("huggingface", "soak_use", "decode"):
+    if name in ("huggingface", "soak_use", "decode", "endless"):
         pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
     file = tmp_path / "numbers.json"
     text = script(name).main(["--quick", "--json", str(file)])

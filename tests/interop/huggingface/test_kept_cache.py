@@ -86,9 +86,8 @@ def test_every_mask_of_the_catalogue(case: Case) -> None:
     ids = tokens(case.batch, n)
     with tm.use(model, mask):
         whole = read(model, ids, full(model), n)
-        for size in (1, 3, n):
-            assert_same(read(model, ids, tm.cache_for(model, tokens=n), size), whole)
-            assert_same(read(model, ids, tm.cache_for(model), size), whole)
+        for size, known in ((1, n), (3, n), (1, None)):
+            assert_same(read(model, ids, tm.cache_for(model, tokens=known), size), whole)
 
 
 @pytest.mark.parametrize("mask", [MASK, MASKS[2], tm.causal & tm.blocks(5), None], ids=str)
