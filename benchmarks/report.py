@@ -15,6 +15,7 @@ from types import ModuleType
 
 import attend
 import decode
+import endless
 import huggingface
 import plan
 import soak
@@ -65,6 +66,7 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "A real model under `tm.use`": (huggingface, ()),
     "Generation": (decode, ()),
     "Speculation": (speculate, ()),
+    "A text without end": (endless, ()),
     "Random calls of the native kernel": (soak, ()),
 }
 BRIEF: dict[str, tuple[ModuleType, tuple[str, ...]]] = {

@@ -36,6 +36,7 @@ NAMES = """
     backends
     block_pattern
     blocks
+    cache_for
     causal
     dense
     diagnose

@@ -70,6 +70,7 @@ STAIRS = """
     interop/x_transformers
     interop/use.py
     interop/speculate.py
+    interop/cache_for.py
     interop/active_masks.py
     auditing
     train

@@ -19,12 +19,13 @@ class BatchPadding(NamedTuple):
     """The real keys; logical positions `[n]` or `[b, n]` where pads move them; how many pads begin each sample.
 
     A token's position counts on behind the last key. `starts` are known if pads stand nowhere else but before and
-    behind.
+    behind. `lasts`: there are none but those before, so that it holds for tokens that come.
     """
 
     keys: Mask = everything
     positions: Tensor | None = None
     starts: list[int] | None = None
+    lasts: bool = True
 
 
 def batch_padding(real: Tensor | None, stop: int) -> BatchPadding:
@@ -43,8 +44,10 @@ def batch_padding(real: Tensor | None, stop: int) -> BatchPadding:
     real_keys = padding(starts=starts if len(starts) > 1 else starts[0], on="keys") if only_left else keys(alike(real))
     positions = alike(token_positions(real).clamp(min=0))
     if not solid:
-        return BatchPadding(real_keys, positions)
-    return BatchPadding(real_keys, positions, starts) if any(starts) else BatchPadding(real_keys)
+        return BatchPadding(real_keys, positions, lasts=False)
+    if any(starts):
+        return BatchPadding(real_keys, positions, starts, only_left)
+    return BatchPadding(real_keys, lasts=False)
 
 
 def alike(rows: Tensor) -> Tensor:

@@ -160,6 +160,12 @@ def _switch(model: nn.Module) -> tuple[nn.Module, type[Switch]]:
     )
 
 
+def huggingface_model(model: object) -> Any:
+    """The one model of transformers inside its wrappers, or None."""
+    inside = list(_outermost(model).values()) if isinstance(model, nn.Module) else []
+    return inside[0] if len(inside) == 1 else None
+
+
 def _outermost(model: nn.Module) -> dict[str, nn.Module]:
     """The models of transformers that are part of no other one, by their path in wrappers of whatever kind."""
     models: dict[str, nn.Module] = {}

@@ -22,6 +22,7 @@ from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
 from truemask.interop.huggingface.layers import ScopedLayer, scoped_layer_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import ModelMask
+from truemask.interop.huggingface.sized_attention import from_kept, needs_of, of_all_keys
 from truemask.interop.huggingface.tensor_masks import of_tensor
 from truemask.interop.layer_masks import AttentionLayer
 from truemask.interop.removed_pairs import warn_of_removed_pairs
@@ -137,14 +138,21 @@ def attention(
     model_mask.note(module, layer)
     model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
     _refuse(options, model_mask)
+    user_mask = None
     if layer.cross:
         rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
         mask = model_mask.combined_across(layer.mask, rows, layer.replace)
     else:
-        mask = _self_attention_mask(layer, model_mask, options, heads=query.shape[1])
+        user_mask = _with_batch(layer.mask, options.get("mask"))
+        mask = _self_attention_mask(layer, model_mask, user_mask, options.get("position_ids"), heads=query.shape[1])
         context.rows = layer, model_mask
     keys = model_mask.keys_written
-    if keys < key.shape[2]:
+    bias, kept, needs = _bias(position_bias, model_mask.bias, keys), None, None
+    if context.cache is not None and not layer.cross:
+        kept = context.cache.layer_of(module)
+        needs = needs_of(kept, key, layer, model_mask, user_mask, heads=query.shape[1])
+        key, value, mask, bias = from_kept(kept, needs, bias)
+    elif keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
     weights = _wants_weights(module, options)
     result = attend(
@@ -152,7 +160,7 @@ def attention(
         key,
         value,
         mask,
-        bias=_bias(position_bias, model_mask.bias, keys),
+        bias=bias,
         scale=scaling,
         softcap=softcap,
         sink_logits=s_aux,
@@ -161,12 +169,16 @@ def attention(
         return_weights=weights,
     )
     out, shares = result if isinstance(result, tuple) else (result, None)
+    if kept is not None and needs is not None:
+        shares = None if shares is None else of_all_keys(shares, kept)
+        kept.advance(needs)
     return out.transpose(1, 2).contiguous(), shares
 
 
-def _self_attention_mask(layer: AttentionLayer, model_mask: ModelMask, options: dict[str, Any], heads: int) -> Mask:
+def _self_attention_mask(
+    layer: AttentionLayer, model_mask: ModelMask, user_mask: Mask | None, positions: object, heads: int
+) -> Mask:
     """The model's own mask with the user's; says what of the user's the model's rule removes."""
-    user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
     model_mask.warn_of_documents(user_mask)
     mask = model_mask.combined_with(user_mask, layer.replace, positions)
     if user_mask is not None and not layer.replace:

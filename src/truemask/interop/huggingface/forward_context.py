@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from truemask.interop.checkpointing import in_backward
 from truemask.interop.huggingface.masks import ModelMask
+from truemask.interop.huggingface.sized_cache import SizedCache
 from truemask.interop.layer_masks import AttentionLayer
 from truemask.interop.positions import CallerPositions
 
@@ -26,7 +27,7 @@ class ForwardContext:
 
     `outer`: the forward in which this one runs. `rows`: the self-attention that ran last, and its mask, by which the
     cross-attention behind it knows where the rows stand. `tensor`: a 4-D mask, its version, and what it was read as,
-    which the layers share.
+    which the layers share. `cache`: that of the forward, if masks size it.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ForwardContext:
         self._whole: ForwardContext | None = None  # None for itself: a circle would outlive the forward
         self.rows: tuple[AttentionLayer, ModelMask] | None = None
         self.tensor: tuple[weakref.ref[Tensor], int, ModelMask] | None = None
+        self.cache: SizedCache | None = None
 
     @property
     def whole(self) -> ForwardContext:
@@ -80,7 +82,7 @@ class ForwardContext:
 
     def finish(self) -> None:
         """The end of the forward; what the caller said is kept for layers that `backward` computes once more."""
-        self.running, self.rows, self.tensor = False, None, None
+        self.running, self.rows, self.tensor, self.cache = False, None, None, None
 
 
 CONTEXT: ContextVar[ForwardContext | None] = ContextVar("truemask_forward", default=None)
@@ -98,6 +100,14 @@ def begin_forward(model: nn.Module, caller_positions: CallerPositions) -> Forwar
     return context
 
 
+def give_cache(context: ForwardContext, model: nn.Module, cache: SizedCache | None) -> None:
+    """The cache that a forward was given. Raises MaskError if it is not for this model and its masks."""
+    around = context.outer
+    if cache is not None and (around is None or not around.running or around.cache is not cache):
+        cache.admit(model)
+    context.cache = cache
+
+
 def end_forward(model: nn.Module) -> None:
     """The end of that forward: the layers that come next are those of the one around it."""
     context = CONTEXT.get()
@@ -105,7 +115,10 @@ def end_forward(model: nn.Module) -> None:
         context = context.outer
     if context is None:
         return  # it began before it was watched
+    cache, around = context.cache, context.outer
     context.finish()
+    if cache is not None and (around is None or around.cache is not cache):
+        cache.finish()
     CONTEXT.set(context.outer or context)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from truemask.common.warning import warn
-from truemask.interop.huggingface.forward_context import begin_forward, end_forward
+from truemask.interop.huggingface.forward_context import begin_forward, end_forward, give_cache
+from truemask.interop.huggingface.sized_cache import sized_cache
 from truemask.interop.positions import CallerPositions, first_position
 from truemask.interop.scopes import Kept, install, uninstall
 
@@ -33,6 +34,7 @@ class BeforeForward:
         positions = arguments.get("position_ids")
         caller_positions = CallerPositions(_two_axes(positions), _length(arguments.get("past_key_values")), self.first)
         context = begin_forward(module, caller_positions)
+        give_cache(context, module, sized_cache(arguments.get("past_key_values")))
         if context.whole is context and self.first and isinstance(positions, Tensor) and not self.warned:
             self._warn_if_smaller(module, positions, arguments.get("input_ids"))
 

@@ -31,6 +31,9 @@ from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal
 from truemask.masks.structure.data import lies_in_rows
 from truemask.masks.structure.documents import depths, lists_documents, packed_like
+from truemask.masks.structure.order import looks_back
+
+NOT_SIZED = "a cache of `tm.cache_for` cannot forget by it: use a DynamicCache"
 
 
 class ModelMask(MaskPlaceholder):
@@ -64,6 +67,7 @@ class ModelMask(MaskPlaceholder):
         self._real, self._visible, self._warned = real, visible, False
         self._caller_positions: CallerPositions | None = None
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
+        self._over_places: dict[tuple[Mask | None, bool], tuple[Mask, bool]] = {}
         self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
     # -- as transformers sees it -------------------------------------------------------------------------------------
@@ -144,6 +148,30 @@ class ModelMask(MaskPlaceholder):
                 check_kept_keys(user_mask, visible, self.batch, self.q_start, self.q_len, self.k_start)
             self._masks[user_mask, replace] = self._in_call(rules, user_masks, user_mask)
         return self._masks[user_mask, replace]
+
+    def over_places(self, user_mask: Mask | None, replace: bool) -> tuple[Mask, bool]:
+        """The mask of all tokens so far by where they lie in the batch, of which the call's rows are the last.
+
+        With it, whether it holds for the tokens that come, as far as padding goes. Raises MaskError where it cannot.
+        """
+        if (user_mask, replace) not in self._over_places:
+            self._over_places[user_mask, replace] = self._find_over_places(user_mask, replace)
+        return self._over_places[user_mask, replace]
+
+    def _find_over_places(self, user_mask: Mask | None, replace: bool) -> tuple[Mask, bool]:
+        if self._visible is not None:
+            raise MaskError(f"a 4-D attention_mask does not say what later queries see, so {NOT_SIZED}")
+        placement = self.placement
+        clear = placement[:2] == (self.q_start, self.k_start) and placement.taken is None and not placement.moved
+        if self.packing is not None or (user_mask is not None and (placement.as_they_lie(user_mask) or not clear)):
+            reason = placement.problem or "the model packs documents, or does not say where its rows stand"
+            raise MaskError(f"{reason}, so {NOT_SIZED}")
+        rules = [] if replace and user_mask is not None else [self.lifted.mask]
+        user_masks = [] if user_mask is None else [self._placed(user_mask)]
+        mask = conjunction(*rules, *user_masks, self._padding.keys)
+        if not self.lifted.looks_back and not looks_back(mask):
+            raise MaskError(f"`{mask}` lets queries see later keys, so {NOT_SIZED}")
+        return mask, self._padding.lasts
 
     def rule_beside(self, user_mask: Mask, position_ids: object) -> tuple[Mask, int]:
         """The model's own rule, and the number of positions that it and a mask are about in this call."""
