@@ -134,9 +134,9 @@ class ScopedValue(Generic[T]):
         self._entries.pop(number, None)
         self._everywhere = tuple(other for other in self._everywhere if other != number)
 
-    def here(self) -> T | None:
+    def here(self, around: Checkpoints | None = None) -> T | None:
         """The value that counts in this context, or did in the forward that is recomputed; None if no use holds."""
-        entry = self.entry()
+        entry = self.entry(around)
         return None if entry is None else entry.value
 
     def entry(self, around: Checkpoints | None = None) -> ScopedEntry[T] | None:

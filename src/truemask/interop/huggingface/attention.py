@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from truemask.attention.attend import attend
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.interop.checkpointing import checkpoints
+from truemask.interop.checkpointing import Checkpoints, checkpoints
 from truemask.interop.huggingface.configs import account_of
 from truemask.interop.huggingface.drafted import DRAFTED, DraftedMask, refuse_other
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
@@ -63,10 +63,10 @@ def mask_here(*, config: Any = None, **arguments: Any) -> Any:
 
 def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
     """The attention function: ours in a layer in use, else the one that the layer runs without us."""
-    scoped_layer = scoped_layer_of(module)
-    layer = None if scoped_layer is None else scoped_layer.here()
+    scoped_layer, around = scoped_layer_of(module), checkpoints()
+    layer = None if scoped_layer is None else scoped_layer.here(around)
     if layer is not None:
-        return attention(layer, module, *tensors, **options)
+        return attention(layer, around, module, *tensors, **options)
     name = named(getattr(module, "config", None), scoped_layer) or EAGER
     if name == KEY or any(isinstance(argument, ModelMask) for argument in (*tensors, options.get("attention_mask"))):
         refuse_unknown(module)
@@ -75,7 +75,7 @@ def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
         return original(module, *tensors, **options)
     if scoped_layer is None:
         refuse_unknown(module)
-    return attention(scoped_layer.plain, module, *tensors, **options)
+    return attention(scoped_layer.plain, around, module, *tensors, **options)
 
 
 # -- the mask function -------------------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ def model_mask(
 
 def attention(
     layer: AttentionLayer,
+    around: Checkpoints,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -132,7 +133,7 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
-    context, around = forward_context(), checkpoints()
+    context = forward_context()
     model_mask = _model_mask_for(context, module, layer, attention_mask, query, key, is_causal)
     refuse_other(model_mask, layer.path)
     model_mask.note(module, layer)
@@ -181,7 +182,7 @@ def _self_attention_mask(
     """The model's own mask with the user's; says what of the user's the model's rule removes."""
     model_mask.warn_of_documents(user_mask)
     mask = model_mask.combined_with(user_mask, layer.replace, positions)
-    if user_mask is not None and not layer.replace:
+    if user_mask is not None and not layer.replace and model_mask.is_first_with(user_mask, layer.used):
         rule, length = model_mask.rule_beside(user_mask, positions)
         warn_of_removed_pairs(layer.used, layer.path, user_mask, rule, length, model_mask.batch, heads)
     return mask

@@ -67,6 +67,7 @@ class Kept:
     def __init__(self, places: Ints, since: int, needs: Needs | None = None, query: int = 0) -> None:
         self.places, self.since, self.needs, self.query = places, since, needs, query
         self._placed: tuple[Mask, int, Mask] | None = None
+        self._call: tuple[Mask, int, int, Mask] | None = None
         self._left: dict[tuple[Needs, int, int], tuple[Ints, Kept]] = {}
 
     @property
@@ -93,6 +94,13 @@ class Kept:
             places = torch.from_numpy(self.all_places(reach))
             self._placed = needs.mask, reach, needs.mask.take(k=places)
         return self._placed[2]
+
+    def placed_for(self, needs: Needs, past: int, query: int) -> Mask:
+        """The same for rows from `query` on: one object for all layers that ask in a call."""
+        call = self._call
+        if call is None or call[1:3] != (past, query) or call[0] != needs.mask:
+            call = self._call = needs.mask, past, query, self.placed(needs, past).at(q_start=query)
+        return call[3]
 
     def _reach(self, needs: Needs, past: int) -> int:
         """Up to which place the next steps may ask: some ahead, as far as the mask has data."""

@@ -68,6 +68,7 @@ class ModelMask(MaskPlaceholder):
         self._caller_positions: CallerPositions | None = None
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
         self._over_places: dict[tuple[Mask | None, bool], tuple[Mask, bool]] = {}
+        self._met: set[tuple[Mask, int]] = set()
         self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
     # -- as transformers sees it -------------------------------------------------------------------------------------
@@ -96,6 +97,12 @@ class ModelMask(MaskPlaceholder):
     def packing(self) -> Packing | None:
         """The documents that it keeps apart."""
         return self.lifted.packing
+
+    def is_first_with(self, user_mask: Mask, used: int) -> bool:
+        """Whether no layer has met this mask of a use yet: what is to be said of both is said once."""
+        is_first = (user_mask, used) not in self._met
+        self._met.add((user_mask, used))
+        return is_first
 
     def read_by(self, module: nn.Module) -> bool:
         """Whether a layer has read it already."""

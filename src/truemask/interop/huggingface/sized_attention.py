@@ -37,7 +37,7 @@ def needs_of(
 def from_kept(kept: SizedLayer, needs: Needs, bias: Tensor | None) -> tuple[Tensor, Tensor, Mask, Tensor | None]:
     """Keys and values that are there, the mask for the call's rows and them, and their columns of the bias."""
     key, value = kept.read()
-    mask = kept.kept.placed(needs, kept.total).at(q_start=kept.past)
+    mask = kept.kept.placed_for(needs, kept.total, kept.past)
     return key, value, mask, of_places(bias, kept.kept, kept.total)
 
 

@@ -263,7 +263,8 @@ class Value(ABC):
     def __eq__(self, other: object) -> bool:
         if self is other or not isinstance(other, Value) or self.kind != other.kind:
             return self is other
-        if self.is_late or other.is_late:  # which have no hash
+        hashes = vars(self).get("_hash"), vars(other).get("_hash")
+        if None in hashes and (self.is_late or other.is_late):  # which have no hash
             return self.is_late and other.is_late and self._key == other._key
         return hash(self) == hash(other) and self._key == other._key
 
