@@ -19,6 +19,7 @@ import endless
 import huggingface
 import plan
 import soak
+import speculate
 from harness import options
 
 import train
@@ -64,6 +65,7 @@ SECTIONS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "Steps of training": (train, ("--plot", "docs/pictures/training.svg")),
     "A real model under `tm.use`": (huggingface, ()),
     "Generation": (decode, ()),
+    "Speculation": (speculate, ()),
     "A text without end": (endless, ()),
     "Random calls of the native kernel": (soak, ()),
 }

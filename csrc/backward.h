@@ -22,35 +22,36 @@ struct BackwardCut {
   }
 };
 
-// What comes back to keys or values [b, h, n, d]: summed in the tensor itself if its rows are floats that vectors fit and that
-// lie one after the other, or else beside it, as always for tiles, which have rows that are not there.
+// What comes back to the keys or values of an item, tiles from `begin` to `finish`: summed in the tensor [b, h, n, d] itself if
+// its rows are floats that vectors fit and that lie one after the other, or else beside it, as always for tiles, which have
+// rows that are not there.
 class KeyGradient {
  public:
-  KeyGradient(const Call& c, const Array& x, int64_t d, bool in_tiles)
+  KeyGradient(const Call& c, const Array& x, int64_t d, int64_t tiles, bool in_tiles)
       : c_(c), x_(x), d_(d), width_(padded(d)), direct_(!in_tiles && c.dtype == FLOAT && d == width_ && x.row == d),
-        beside_(direct_ ? 0 : c.b * c.hk * c.tiles_k() * TILE * width_) {}
+        beside_(direct_ ? 0 : tiles * TILE * width_) {}
 
-  float* tile(int64_t b, int64_t h, int64_t j) {
-    if (direct_) return reinterpret_cast<float*>(row_of(c_, x_, b, h, j * TILE));
-    return beside_ + ((b * c_.hk + h) * c_.tiles_k() + j) * TILE * width_;
+  void begin(int64_t b, int64_t h, Range tiles) {
+    b_ = b, h_ = h, tiles_ = tiles;
+    if (!direct_) std::memset(beside_, 0, (tiles.end - tiles.first) * TILE * width_ * sizeof(float));
+    else for (int64_t j = tiles.first; j < tiles.end; ++j) std::memset(tile(j), 0, c_.keys(j) * width_ * sizeof(float));
   }
-  Ahead next_tile(int64_t b, int64_t h, int64_t j) {
-    return j + 1 < c_.tiles_k() ? Ahead(tile(b, h, j + 1), c_.keys(j + 1) * width_) : Ahead();
-  }
+  float* tile(int64_t j) { return direct_ ? reinterpret_cast<float*>(row(j)) : beside_ + (j - tiles_.first) * TILE * width_; }
+  Ahead next_tile(int64_t j) { return j + 1 < tiles_.end ? Ahead(tile(j + 1), c_.keys(j + 1) * width_) : Ahead(); }
   int64_t width() const { return width_; }
 
-  void clear(int64_t b, int64_t h, int64_t first, int64_t end) {
-    for (int64_t j = first; j < end; ++j) std::memset(tile(b, h, j), 0, (direct_ ? c_.keys(j) : TILE) * width_ * sizeof(float));
-  }
-  void finish(int64_t b, int64_t h, int64_t j, float by) {
-    for (int64_t n = 0; n < c_.keys(j); ++n)
-      write(tile(b, h, j) + n * width_, by, d_, c_.dtype, row_of(c_, x_, b, h, j * TILE + n));
+  void finish(float by) {
+    for (int64_t j = tiles_.first; j < tiles_.end; ++j)
+      for (int64_t n = 0; n < c_.keys(j); ++n) write(tile(j) + n * width_, by, d_, c_.dtype, row(j, n));
   }
 
  private:
+  char* row(int64_t j, int64_t n = 0) const { return row_of(c_, x_, b_, h_, j * TILE + n); }
+
   const Call& c_;
   const Array& x_;
-  int64_t d_, width_;
+  int64_t d_, width_, b_ = 0, h_ = 0;
+  Range tiles_{};
   bool direct_;
   Buffer<float> beside_;
 };
@@ -100,8 +101,9 @@ class Backward {
 
  public:
   Backward(const Call& c, const BackwardCut& cut, const Packed<Kind>& k, const Packed<Kind>& v, const QueryGradient<Kind>& dq,
-           KeyGradient& dk, KeyGradient& dv, const Left_out& left_out)
-      : c_(c), cut_(cut), k_(k), v_(v), left_out_(left_out), strip_(c), dq_(dq), dk_(dk), dv_(dv), q_(c.d, true), dout_(c.dv, true),
+           const Left_out& left_out)
+      : c_(c), cut_(cut), k_(k), v_(v), left_out_(left_out), strip_(c), dq_(dq), dk_(c, c.dk, c.d, cut.size, Kind::ROWS > 1),
+        dv_(c, c.dv_out, c.dv, cut.size, Kind::ROWS > 1), q_(c.d, true), dout_(c.dv, true),
         scores_(TILE * Kind::UNIT), dp_(TILE * Kind::UNIT), slopes_(c.softcap != 0 ? TILE * Kind::UNIT : 0),
         weights_(PAIRED ? Kind::PARTS * PART : 0), ds_(PAIRED ? Kind::PARTS * PART : 0), ds_right_(PAIRED ? Kind::PARTS * PART : 0),
         sums_(cut.parts > 1 ? 0 : dq.size() * (cut.span < cut.size ? c.tiles_q() : 1)), spare_(TILE * padded(std::max(c.d, c.dv))) {}
@@ -109,11 +111,13 @@ class Backward {
   void operator()(int64_t item) {
     const int64_t part = item / (c_.b * c_.hk), b = item % (c_.b * c_.hk) / c_.hk, hk = item % c_.hk;
     const int64_t first = part * cut_.size, end = std::min(first + cut_.size, c_.tiles_k());
-    dk_.clear(b, hk, first, end);
-    dv_.clear(b, hk, first, end);
+    dk_.begin(b, hk, {first, end});
+    dv_.begin(b, hk, {first, end});
     for (int64_t head = hk * c_.group(); head < (hk + 1) * c_.group(); ++head)
       for (int64_t from = first; from < end; from += cut_.span)
         for (int64_t i = 0; i < c_.tiles_q(); ++i) strip(part, b, head, i, from == first, {from, std::min(from + cut_.span, end)}, end);
+    dk_.finish(c_.scale);
+    dv_.finish(1);
   }
 
  private:
@@ -171,10 +175,8 @@ class Backward {
     }
     if (masked && !(q_.is_finite() && dout_.is_finite() && k_.is_finite(b, hk, j))) return add_chosen(j);
     const int64_t queries = multiple(strip_.m, Kind::PER_STEP * Kind::STEPS);
-    add_to_keys(kind_, keys, dv_.width(), queries, left(weights_, scores_), dout_.rows(), seen, dv_.tile(b, hk, j), dv_.width(),
-                dv_.next_tile(b, hk, j));
-    add_to_keys(kind_, keys, dk_.width(), queries, left(ds_, dp_), q_.rows(), seen, dk_.tile(b, hk, j), dk_.width(),
-                dk_.next_tile(b, hk, j));
+    add_to_keys(kind_, keys, dv_.width(), queries, left(weights_, scores_), dout_.rows(), seen, dv_.tile(j), dv_.width(), dv_.next_tile(j));
+    add_to_keys(kind_, keys, dk_.width(), queries, left(ds_, dp_), q_.rows(), seen, dk_.tile(j), dk_.width(), dk_.next_tile(j));
     add_to_queries(kind_, c_.d, keys, k_.turned(b, hk, j), right(), {0, lanes_}, seen, to_queries_, TILE, k_.next_turned(b, hk, j));
   }
 
@@ -247,7 +249,7 @@ class Backward {
     const int64_t b = strip_.b, hk = strip_.hk, m = strip_.m, keys = c_.keys(j);
     const auto of_keys = [&](const Array& x, int64_t d, Left<E> weights, KeyGradient& to) {
       for (int64_t r = 0; r < m; ++r) floats(strip_.row(x, r), c_.dtype, d, padded(d), spare_ + r * padded(d));
-      add_chosen_to_keys(keys, to.width(), m, weights, spare_, padded(d), seen_, to.tile(b, hk, j), to.width());
+      add_chosen_to_keys(keys, to.width(), m, weights, spare_, padded(d), seen_, to.tile(j), to.width());
     };
     of_keys(c_.dout, c_.dv, left(weights_, scores_), dv_);
     of_keys(c_.q, c_.d, left(ds_, dp_), dk_);
@@ -262,7 +264,7 @@ class Backward {
   Kind kind_;
   Strip strip_;
   const QueryGradient<Kind>& dq_;
-  KeyGradient &dk_, &dv_;
+  KeyGradient dk_, dv_;
   Queries<Kind> q_, dout_;
   Buffer<float> scores_, dp_, slopes_;  // [keys, queries]; floats become weights and gradients of scores in their place
   Buffer<E> weights_, ds_, ds_right_;   // those of pairs

@@ -1,4 +1,5 @@
-// Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; its only state is who starts threads.
+// Exact attention under a mask, forward and backward, for one instruction set. Plain C to the outside; its only state is who starts
+// threads, and some memory that is kept.
 #include "backward.h"
 #include "decoding/step.h"
 #include "forward.h"
@@ -85,9 +86,8 @@ template <class Kind>
 void backward(const Call& c, const Packed<Kind>& k, const Packed<Kind>& v, const Left_out& left_out) {
   const BackwardCut cut(c, Kind::SPAN);
   const QueryGradient<Kind> dq(c, cut.parts);
-  KeyGradient dk(c, c.dk, c.d, Kind::ROWS > 1), dv(c, c.dv_out, c.dv, Kind::ROWS > 1);
   each(cut.parts * c.b * c.hk, c.threads, [&] {
-    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, dk, dv, left_out)](int64_t i) { (*run)(i); };
+    return [run = std::make_shared<Backward<Kind>>(c, cut, k, v, dq, left_out)](int64_t i) { (*run)(i); };
   });
   if (cut.parts > 1)
     each(c.b * c.hq * c.tiles_q(), c.threads, [&] {
@@ -96,13 +96,6 @@ void backward(const Call& c, const Packed<Kind>& k, const Packed<Kind>& v, const
         dq.finish(h / c.hq, h % c.hq, i % c.tiles_q(), *spare);
       };
     });
-  each(c.b * c.hk * c.tiles_k(), c.threads, [&] {
-    return [&](int64_t i) {
-      const int64_t h = i / c.tiles_k(), j = i % c.tiles_k();
-      dk.finish(h / c.hk, h % c.hk, j, c.scale);
-      dv.finish(h / c.hk, h % c.hk, j, 1);
-    };
-  });
 }
 
 template <class Kind>

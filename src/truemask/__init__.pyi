@@ -22,6 +22,7 @@ from truemask.generation.kv_cache import KVCache as KVCache
 from truemask.geometry.tiles.tile_map import Rectangles as Rectangles
 from truemask.geometry.tiles.tile_map import TileMap as TileMap
 from truemask.interop.cache_for import cache_for as cache_for
+from truemask.interop.speculate import speculate as speculate
 from truemask.interop.use import enable as enable
 from truemask.interop.use import use as use
 from truemask.masks.compose.boolean import everything as everything

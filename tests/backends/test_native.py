@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import runpy
 import shutil
@@ -402,6 +403,41 @@ def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "library", Full)
     with pytest.raises(MemoryError, match=r"found no memory for q \[1, 2, 100, 16\], 100 keys"):
         tm.attend(*tensors(1, 2, 2, 100, 100, 16, 16)[:3], tm.causal, backend="native")
+
+
+KEEPS = """
+import torch, truemask as tm
+
+def mapped():  # MiB
+    return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+
+torch.set_num_threads(2)
+def call(tokens):
+    q = torch.randn(1, 8, tokens, 128, dtype=torch.bfloat16, requires_grad=True)
+    tm.attend(q, q, q, tm.causal & tm.window(16), backend="native").sum().backward()
+    size = q.numel() * q.element_size() / 2**20
+    del q
+    return size
+
+call(64)
+before = mapped()
+largest = max(call(tokens) for tokens in (512, 1024, 4096, 8192))
+print(mapped() - before, largest)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory is used")
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the move is nobody's: sanitizers keep memory themselves"
+)
+def test_memory_that_is_kept_is_bounded() -> None:
+    """Calls of 16 MiB tensors pack and sum up more than 64 MiB, of which no more than 64 MiB may stay."""
+    trimmed = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", KEEPS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **trimmed})
+    grown, largest = map(float, done.stdout.split())
+    assert largest == 16
+    assert grown < 64 + 24
 
 
 def test_plans_keep_nothing_large() -> None:

@@ -49,13 +49,14 @@ kernel = pytest.mark.skipif(bool(missing()), reason=f"the move is whoever instal
         "huggingface",
         "soak_use",
         "decode",
+        "speculate",
         "endless",
     ],
 )
 def test_every_script_runs_and_writes_its_numbers(script: Script, name: str, tmp_path: Path) -> None:
     if name in ("train", "soak_use", "decode"):
         pytest.importorskip("x_transformers", reason=PEERS)
-    if name in ("huggingface", "soak_use", "decode", "endless"):
+    if name in ("huggingface", "soak_use", "decode", "speculate", "endless"):
         pytest.importorskip("transformers", reason="transformers is not installed (the extra `models` has it)")
     file = tmp_path / "numbers.json"
     text = script(name).main(["--quick", "--json", str(file)])
@@ -72,7 +73,7 @@ def test_the_page_is_written_from_what_the_scripts_print(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = script("report")
-    for name in ("plan", "attend", "soak", "train", "huggingface"):
+    for name in ("plan", "attend", "soak", "train", "huggingface", "decode", "speculate", "endless"):
         monkeypatch.setattr(script(name), "main", lambda wanted, name=name: f"{name} {' '.join(wanted)}")
     page, kept = tmp_path / "page.md", tmp_path / "kept"
     kept.mkdir()

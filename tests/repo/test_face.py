@@ -73,6 +73,7 @@ NAMES = """
     relative
     same
     save_mask
+    speculate
     strided
     to_additive
     to_flashmask

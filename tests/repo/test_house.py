@@ -69,6 +69,7 @@ STAIRS = """
     interop/huggingface
     interop/x_transformers
     interop/use.py
+    interop/speculate.py
     interop/cache_for.py
     interop/active_masks.py
     auditing

@@ -19,12 +19,14 @@ from truemask.generation.decoding import Reader, cache_for, evaluating
 from truemask.generation.loss import check_length, check_tokens, follows, next_token_loss, warn_if_seen
 from truemask.generation.options import Options
 from truemask.generation.prompts import PromptLike, Prompts, as_tensors, read_prompts
+from truemask.generation.room import check_room
+from truemask.generation.speculation.loop import Speculated
+from truemask.generation.speculation.own import draft_model, generated
 from truemask.generation.stopping import Stops, Tokens
 from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
-from truemask.masks.leaves.bands import causal
 from truemask.nn.config import check_type, reject_keywords
-from truemask.nn.forward_mask import Layout, read_masks, token_positions
+from truemask.nn.forward_mask import Layout, read_masks
 from truemask.nn.wrappers import TransformerWrapper
 from truemask.nn.x_transformers_names import AUTOREGRESSIVE, LOSS
 
@@ -90,8 +92,14 @@ class AutoregressiveWrapper(nn.Module):
         return next_token_loss(logits, targets[:, 1:], self.ignore_index)
 
     def generate(
-        self, prompts: PromptLike, seq_len: int, *, return_logprobs: bool = False, **options: Any
-    ) -> Tensor | Chosen:
+        self,
+        prompts: PromptLike,
+        seq_len: int,
+        *,
+        return_logprobs: bool = False,
+        return_accepted: bool = False,
+        **options: Any,
+    ) -> Tensor | Chosen | Speculated:
         """`seq_len` new tokens for each prompt, without the prompt: int64 [b, seq_len], or [seq_len] for one [n].
 
         Args:
@@ -103,28 +111,52 @@ class AutoregressiveWrapper(nn.Module):
             return_logprobs: also how likely the model found each token: a `Chosen` of tokens and log-probabilities
                 [b, seq_len] (fp32, of the model's own logits, before penalties, filters and temperature), 0 behind
                 the end.
+            return_accepted: with `draft`, also how many guesses each forward accepted: a `Speculated`, which has
+                tokens, log-probabilities and these.
 
         With absolute positions, prompt and answer must fit max_seq_len; rotary ones have no limit. Raises ValueError,
         TypeError or MaskError before the first token on what cannot be done.
         """
         given = Options.of("generate", options)
+        if return_accepted and given.draft is None:
+            raise ValueError("return_accepted=True tells how many guesses were accepted, and draft= says who guesses")
         prompts = as_tensors(prompts, self.net.token_emb.weight.device)
-        steps = self._begin(prompts, seq_len, given)
+        found = self._guessed(prompts, seq_len, given) if given.draft is not None else None
+        found = found or self._chosen(prompts, seq_len, given)
+        one = _is_one(prompts) and given.samples_per_prompt == 1
+        found = type(found)(*(part[0] for part in found)) if one else found
+        chosen = Chosen(found.tokens, found.logprobs) if return_logprobs else found.tokens
+        return found if return_accepted else chosen
+
+    def _chosen(self, prompts: Tensor | list[Any], seq_len: int, options: Options) -> Chosen:
+        """Token by token: [b, seq_len] both."""
+        steps = self._begin(prompts, seq_len, options)
         with evaluating(self.net.modules()):  # once, rather than in each step
             chosen = list(steps)
-        one = isinstance(prompts, Tensor) and prompts.ndim == 1
-        batch = (1 if one else len(prompts)) * given.samples_per_prompt
+        batch = (1 if _is_one(prompts) else len(prompts)) * options.samples_per_prompt
         answer = torch.full((batch, seq_len), self.pad_value, dtype=torch.int64, device=prompts[0].device)
         logprobs = torch.zeros(batch, seq_len, device=answer.device)
         for step, (tokens, likely) in enumerate(chosen):
             answer[:, step], logprobs[:, step] = tokens, likely
-        single = one and given.samples_per_prompt == 1
-        found = Chosen(answer[0], logprobs[0]) if single else Chosen(answer, logprobs)
-        return found if return_logprobs else found.tokens
+        return Chosen(answer, logprobs)
+
+    def _guessed(self, prompts: Tensor | list[Any], seq_len: int, options: Options) -> Speculated:
+        """The same with guesses, of which one forward checks several."""
+        guesser = draft_model(options.draft, self.net.num_tokens)
+        start, ways = self._read(prompts, seq_len, options)
+        if guesser is not None:
+            check_room("draft", guesser, start, seq_len, options.causal, cache_kv=True)
+        return generated(self.net, start, seq_len, ways, options, self.pad_value)
 
     def stream(self, prompts: PromptLike, seq_len: int, **options: Any) -> Iterator[Tensor]:
         """As `generate`, one step at a time: an iterator of tokens [b]; it ends early when every row has ended."""
-        steps = self._begin(prompts, seq_len, Options.of("stream", options))
+        given = Options.of("stream", options)
+        if given.draft is not None:
+            raise ValueError(
+                "stream gives a token of every sample at a time, and with draft= each gets its own number of them: "
+                "use generate, or leave draft= out"
+            )
+        steps = self._begin(prompts, seq_len, given)
         return (step.tokens for step in steps)
 
     def beam_search(
@@ -167,15 +199,18 @@ class AutoregressiveWrapper(nn.Module):
         return Beams(both[0][0], both[1][0]) if start.single else Beams(*both)
 
     def _begin(self, prompts: PromptLike, seq_len: int, options: Options) -> Iterator[Chosen]:
+        start, ways = self._read(prompts, seq_len, options)
+        return self._steps(start, seq_len, ways, options)
+
+    def _read(self, prompts: PromptLike, seq_len: int, options: Options) -> tuple[Prompts, Ways]:
         _check_seq_len(seq_len)
         start = self._start(prompts, seq_len, options.mask, options.causal, options.cache_kv)
-        ways = options.ways(seq_len, self.net.num_tokens, len(start.tokens))
-        return self._steps(start, seq_len, ways, options)
+        return start, options.ways(seq_len, self.net.num_tokens, len(start.tokens))
 
     def _start(self, prompts: PromptLike, seq_len: int, mask: Any, causal: bool | None, cache_kv: bool) -> Prompts:
         prompts = as_tensors(prompts, self.net.token_emb.weight.device)
         start = read_prompts(prompts, mask, pad_value=self.pad_value, answer=seq_len)
-        self._check_room(start, seq_len, causal, cache_kv)
+        check_room("the model", self.net, start, seq_len, causal, cache_kv)
         return start
 
     def _steps(self, start: Prompts, seq_len: int, ways: Ways, options: Options) -> Iterator[Chosen]:
@@ -201,29 +236,12 @@ class AutoregressiveWrapper(nn.Module):
         cache = cache_for(self.net, start.mask, batch=batch, tokens=tokens, causal_too=causal) if cache_kv else None
         return Reader(self.net, start.mask, causal_too=causal, cache=cache)
 
-    def _check_room(self, start: Prompts, seq_len: int, causal_too: bool | None, cache_kv: bool) -> None:
-        """Everything that would only fail in the middle of the answer."""
-        batch, width = start.tokens.shape
-        total = width + max(0, seq_len - 1)  # the last new token is never read
-        layout = Layout(batch=batch, heads=self.net.attn_layers.config.heads, new=total)
-        start.mask.check(total, total, batch=batch, heads=layout.heads)
-        if self.net.pos_emb is not None:
-            last = int(token_positions(start.mask, layout, None).max())
-            if last >= self.net.max_seq_len:
-                raise ValueError(
-                    f"the prompt and {seq_len} new tokens reach position {last}, and the model learned absolute "
-                    f"positions 0 to {self.net.max_seq_len - 1} (max_seq_len={self.net.max_seq_len}): ask for fewer, "
-                    "cut the prompt, or train with rotary_pos_emb=True, which has no limit"
-                )
-        if cache_kv and causal_too is False:
-            later = (start.mask - causal).at(k_start=width).count(total, total - width, batch=batch, heads=layout.heads)
-            if bool(later.any()):
-                raise ValueError(
-                    f"the mask `{start.mask}` lets earlier tokens read new ones, so what the cache keeps of them would "
-                    "have to change with every token: pass cache_kv=False"
-                )
-
 
 def _check_seq_len(seq_len: int) -> None:
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
         raise ValueError(f"seq_len is {seq_len!r}; it counts the new tokens, so a whole number, 0 or more")
+
+
+def _is_one(prompts: Tensor | list[Any]) -> bool:
+    """Whether it is one prompt [n]."""
+    return isinstance(prompts, Tensor) and prompts.ndim == 1

@@ -5,7 +5,7 @@ Shapes: b samples, n tokens of the answer, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from truemask.generation.penalties import Penalties
 from truemask.generation.sampling import Sampler
 from truemask.generation.stopping import Stops
 from truemask.masks.hashing import WORD, hash32
+
+Pick = Callable[[Tensor, torch.Generator | None], int]  # a token, with the probabilities [v]
 
 
 class Chosen(NamedTuple):
@@ -53,15 +55,22 @@ class Chooser:
             self._seen = seen.scatter_(1, places, True)[:, :words]
             self._counts = torch.zeros(len(prompt), words, dtype=torch.int64, device=prompt.device)
 
-    def __call__(self, logits: Tensor) -> Chosen:
-        """The next tokens; `pad_value`, with the log-probability 0, where an answer has ended."""
+    def __call__(self, logits: Tensor, pick: Pick | None = None) -> Chosen:
+        """The next tokens; `pad_value`, with the log-probability 0, where an answer has ended.
+
+        `pick` draws them instead, of each sample with the probabilities that it would be drawn with here.
+        """
         ways, given = self._ways, logits
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         if ways.penalties:
             logits = ways.penalties.apply(logits, seen=self._seen, counts=self._counts)
         if ways.stops.least:
             logits = ways.stops.held_back(logits, self._answer)
-        tokens = ways.sampler(logits, ways.generator, self._uniform(logits.device))
+        if pick is None:
+            tokens = ways.sampler(logits, ways.generator, self._uniform(logits.device))
+        else:
+            rows = ways.sampler.probabilities(logits)
+            tokens = torch.tensor([pick(row, ways.generator) for row in rows], device=logits.device)
         logprobs = _logprobs(given, tokens).masked_fill(self.ended, 0.0)
         tokens = tokens.masked_fill(self.ended, self._pad)
         self._note(tokens)

@@ -57,3 +57,16 @@ class LayerKV:
             others = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]  # the rest is in its place
             held.index_copy_(1, others, held.index_select(1, rows[others]))
         self.stop, self._apart = self.length, None
+
+    def move(self, sample: int, places: list[int], to: list[int]) -> None:
+        """Bring keys of one sample, those that wait for `advance` included, to other places."""
+        held = self.memory if self._apart is None else self._apart
+        held[:, sample, :, to] = held[:, sample, :, places]
+
+    def keep_each(self, which: Tensor) -> None:
+        """Keep of each sample these of the keys that are there, [b, m], in this order, at the front."""
+        held = self.memory if self._apart is None else self._apart
+        places = which.to(held.device)[None, :, None, :, None].expand(2, -1, held.shape[2], -1, held.shape[4])
+        self.memory[:, :, :, : which.shape[1]] = held.gather(3, places)
+        self.length = self.stop = which.shape[1]
+        self._apart = None

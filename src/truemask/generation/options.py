@@ -18,6 +18,8 @@ from truemask.masks.core.mask import Mask
 from truemask.nn.config import check_type, reject_unknown
 from truemask.nn.x_transformers_names import GENERATE
 
+DRAFT_TOKENS = 12  # guesses that are checked at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -38,6 +40,11 @@ class Options:
                         batch nor on its neighbours: one number for each prompt, or one that counts up with the
                         prompts; of several samples of a prompt the first is the one that is drawn alone
     generator           draws by it instead
+    draft               guesses several tokens ahead, which one forward checks: "ngram" looks up the last tokens in what
+                        stands before, and a model of the same vocabulary (TransformerWrapper) goes on by itself, under
+                        the same mask. What is generated stays what it is: greedy and seeded text is the same, and
+                        drawn text has the same distribution (docs/generation.md)
+    draft_tokens        so many guesses at most are checked at once, along all the ways on
     """
 
     temperature: float = 1.0
@@ -57,6 +64,8 @@ class Options:
     samples_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
+    draft: Any = None
+    draft_tokens: int = DRAFT_TOKENS
 
     @classmethod
     def of(cls, caller: str, keywords: Mapping[str, Any]) -> Options:
@@ -70,6 +79,13 @@ class Options:
         check_type("samples_per_prompt", self.samples_per_prompt, "int")
         if self.samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt is {self.samples_per_prompt}; it counts answers, so 1 or more")
+        check_type("draft_tokens", self.draft_tokens, "int")
+        if self.draft_tokens < 1:
+            raise ValueError(f"draft_tokens is {self.draft_tokens}; it counts guesses, so 1 or more")
+        if self.draft is not None and not self.cache_kv:
+            raise ValueError(
+                "draft= keeps the keys of guesses that were right, and cache_kv=False keeps none: leave one of them out"
+            )
         if not (self.generator is None or isinstance(self.generator, torch.Generator)):
             raise TypeError(
                 f"generator is {describe(self.generator)}; expected a torch.Generator, or seed= for a number"

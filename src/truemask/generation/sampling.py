@@ -53,21 +53,35 @@ class Sampler:
         self, logits: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None
     ) -> Tensor:
         """Tokens (b) from logits (b, v): drawn by numbers of [0, 1), `uniform` (b), or else by the generator."""
+        logits = self.filtered(logits)
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        if uniform is not None:
+            return drawn((logits.double() / self.temperature).softmax(dim=-1), uniform)
+        probabilities = (logits / self.temperature).softmax(dim=-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from, fp64 (b, v); at temperature 0 the best one has all."""
+        logits = self.filtered(logits).double()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+        return (logits / self.temperature).softmax(dim=-1)
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Logits (b, v) with -inf where a filter forbids a token; those with names filter only what is drawn."""
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         if self.filter_logits_fn is not None:
             logits = self.filter_logits_fn(logits)
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return logits
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = keep_min_p(logits, self.min_p)
-        if uniform is not None:
-            return drawn((logits.double() / self.temperature).softmax(dim=-1), uniform)
-        probabilities = (logits / self.temperature).softmax(dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return logits
 
 
 def _not_a_function(value: object) -> str:

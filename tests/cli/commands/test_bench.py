@@ -186,8 +186,7 @@ def test_calibration_predicts_what_it_measured(backend: Any) -> None:
     """Of seconds that these constants would take, multiplied by what the two directions and head sizes differ by."""
     if backend.unavailable():
         pytest.skip("the kernel is missing here: it was not built")
-    start = costs.shipped()[0]
-    name = backend.name
+    start, name = calibrate._start(1e9, 2e9), backend.name
     times = {"call": 1.7, "call_backward": 0.6, "fp32.forward.d64": 0.5, "fp32.backward.d64": 1.9}
     truth = replace(start, **{name: getattr(start, name).scaled(times)})
     found = []
@@ -216,7 +215,7 @@ def test_nothing_is_kept_where_it_cannot_be(costs_file: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda costs: _with_shares(costs, 1.51), r"sdpa: fp32\.forward\.rows1 = 1\.51 of full speed is more than"),
+        (lambda costs: _with_shares(costs, 2.01), r"sdpa: fp32\.forward\.rows1 = 2\.01 of full speed is more than"),
         (lambda costs: costs | {"sdpa": costs["sdpa"] | {"call": 1e999}}, r"sdpa: call = inf is no constant above 0:"),
         (lambda costs: costs | {"sdpa": costs["sdpa"] | {"masked": float("nan")}}, r"sdpa: masked = nan is no"),
         (lambda costs: costs | {"reference": costs["reference"] | {"call": -1e-6}}, r"reference: call = -1e-06 is no"),
@@ -325,8 +324,8 @@ def test_a_wrong_constant_is_a_warning(costs_file: Path, changes: dict[str, Any]
 
 def test_a_share_that_no_machine_has_is_a_warning(costs_file: Path) -> None:
     costs_file.parent.mkdir()
-    calibration.store(_with_shares(_stored(), 2.0))
-    with pytest.warns(UserWarning, match=r"are wrong \(sdpa: fp32\.forward\.rows1 = 2\.00 of full speed"):
+    calibration.store(_with_shares(_stored(), 2.5))
+    with pytest.warns(UserWarning, match=r"are wrong \(sdpa: fp32\.forward\.rows1 = 2\.50 of full speed"):
         assert costs.table() == costs.shipped()[0]
 
 

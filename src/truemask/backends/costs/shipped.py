@@ -1,13 +1,12 @@
 """The constants that ship, each with the machine it belongs to; `benchmarks/costs.py --as-table` prints them so.
 
-Zen 4's were calibrated. `read` of its sdpa, and few rows, packing and steps of its native kernel with `avx512_bf16`,
-were set by hand between what 1 to 192 rows took, of both head sizes, with one thread. Elsewhere nobody knows `read` of
-sdpa: with 1e12 nobody waits. `copy` was measured on none of them; `truemask bench --calibrate` measures it.
+Those of Zen 4 and of the Intel Xeon with AMX were calibrated. On Zen 4, `read` of its sdpa, and few rows, packing and
+steps of its native kernel with `avx512_bf16`, were set by hand between what 1 to 192 rows took, of both head sizes,
+with one thread. `copy` was not measured on Zen 4 and the AMD with AVX2; `truemask bench --calibrate` measures it.
 
-Those of the AMD with AVX2 and of the Intel come from older runs (kernel 0.1), which had one factor for half precision:
-shares of few rows, steps, fp16, `few`, `pack` and `mixed` are guesses there.
-
-Intel's were calibrated with every instruction set.
+Those of the AMD with AVX2 come from older runs (kernel 0.1), which had one factor for half precision: shares of few
+rows, steps, fp16, `few`, `pack` and `mixed` are guesses there, and nobody knows `read` of its sdpa: with 1e12 nobody
+waits.
 """
 
 from __future__ import annotations
@@ -112,32 +111,32 @@ TORCH = {
     )),
     "amx": TorchCosts("Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", ("amx", "Intel"), (
         SdpaRates(
-            call=2.98e-5, call_backward=6.7e-5, threads=2, join=4.76e9, masked=1.08e10, read=7.46e10,
+            call=3.05e-5, call_backward=6.54e-5, threads=2, join=4.01e9, masked=1.55e10, read=6.69e10,
             paces={
-            "fp32": Both(Pace(3.29e11, 3.65e11, 1.76e-6, 0.0832, 0.923, 0.953),
-                         Pace(3.31e11, 3.35e11, 9.37e-6, 0.166, 0.773, 0.96)),
-            "fp64": Both(Pace(1.42e11, 1.48e11, 1.76e-6, 0.0832, 0.923, 0.953),
-                         Pace(1.43e11, 1.5e11, 9.37e-6, 0.166, 0.773, 0.96)),
-            "bf16": Both(Pace(8.58e11, 1.25e12, 3.02e-6, 0.0615, 1.32, 0.985),
-                         Pace(5.01e11, 7.77e11, 7e-5, 0.123, 0.78, 1.12)),
-            "fp16": Both(Pace(3.13e11, 3.34e11, 1.76e-6, 0.0499, 0.923, 0.953),
-                         Pace(3.22e11, 3.41e11, 9.37e-6, 0.166, 0.773, 0.96)),
+            "fp32": Both(Pace(3.04e11, 3.25e11, 1.99e-6, 0.0905, 1.02, 1.02),
+                         Pace(3.21e11, 3.03e11, 9.49e-6, 0.181, 0.698, 0.843)),
+            "fp64": Both(Pace(1.29e11, 1.35e11, 1.99e-6, 0.0905, 1.02, 1.02),
+                         Pace(1.35e11, 1.42e11, 9.49e-6, 0.181, 0.698, 0.843)),
+            "bf16": Both(Pace(7.81e11, 1.18e12, 3.02e-6, 0.0631, 1.55, 1.03),
+                         Pace(4.5e11, 6.67e11, 7.12e-5, 0.126, 0.718, 1.25)),
+            "fp16": Both(Pace(2.82e11, 3.01e11, 1.99e-6, 0.0543, 1.02, 1.02),
+                         Pace(2.83e11, 3e11, 9.49e-6, 0.181, 0.698, 0.843)),
         }),
         StripRates(
-            call=4.21e-5, call_backward=0.000125, threads=2, call_group=1.83e-5, copy=2.28e10, join=1.88e9,
+            call=4.23e-5, call_backward=0.000119, threads=2, call_group=1.84e-5, copy=2.12e10, join=1.58e9,
             paces={
-            "fp32": Both(Pace(3.26e11, 3.07e11, 1.07e-5), Pace(2.2e11, 1.97e11, 1.72e-5)),
-            "fp64": Both(Pace(1.09e11, 1.12e11, 1.07e-5), Pace(8.71e10, 9.56e10, 1.72e-5)),
-            "bf16": Both(Pace(2.9e11, 3.2e11, 1.07e-5), Pace(1.88e11, 2.1e11, 1.72e-5)),
-            "fp16": Both(Pace(2.91e11, 3.21e11, 1.07e-5), Pace(1.98e11, 2.21e11, 1.72e-5)),
+            "fp32": Both(Pace(2.41e11, 2.3e11, 1.11e-5), Pace(2.28e11, 2.27e11, 1.95e-5)),
+            "fp64": Both(Pace(9.27e10, 9.52e10, 1.11e-5), Pace(9.18e10, 1.01e11, 1.95e-5)),
+            "bf16": Both(Pace(2.18e11, 2.41e11, 1.11e-5), Pace(2.08e11, 2.32e11, 1.95e-5)),
+            "fp16": Both(Pace(2.04e11, 2.25e11, 1.11e-5), Pace(2.16e11, 2.41e11, 1.95e-5)),
         }),
         Rates(
-            call=0.0002, call_backward=0.000434, threads=2,
+            call=0.000202, call_backward=0.000436, threads=2,
             paces={
-            "fp32": Both(Pace(1.01e11, 1.01e11), Pace(7.97e10, 7.97e10)),
-            "fp64": Both(Pace(5.46e10, 5.46e10), Pace(3e10, 3e10)),
-            "bf16": Both(Pace(9.4e10, 9.4e10), Pace(6.71e10, 6.71e10)),
-            "fp16": Both(Pace(9.72e10, 9.72e10), Pace(6.79e10, 6.79e10)),
+            "fp32": Both(Pace(8.98e10, 8.98e10), Pace(5.91e10, 5.91e10)),
+            "fp64": Both(Pace(5.02e10, 5.02e10), Pace(3.04e10, 3.04e10)),
+            "bf16": Both(Pace(8.95e10, 8.95e10), Pace(5.27e10, 5.27e10)),
+            "fp16": Both(Pace(8.73e10, 8.73e10), Pace(6.71e10, 6.71e10)),
         }),
     )),
 }
@@ -196,46 +195,46 @@ NATIVES = (
         "fp16": Both(Pace(1.26e11, 1.3e11), Pace(1.5e11, 1.5e11, 3e-6)),
     })),
     NativeCosts("amx", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
-        call=3.83e-5, call_backward=9.51e-5, threads=2, read=8.85e10, read_halves=2.1e11, few=2.61e11,
-        few_halves=2.07e11, pack=1.79e10, pack_halves=5.14e9, mixed=0.942, lanes=16, peak=2.39e11,
+        call=3.89e-5, call_backward=9.75e-5, threads=2, read=9.4e10, read_halves=1.42e11, few=2.25e11,
+        few_halves=2.05e11, pack=1.56e10, pack_halves=1.21e10, mixed=0.942, lanes=16, peak=2.35e11,
         paces={
-        "fp32": Both(Pace(3.56e11, 3.77e11, 3.93e-6), Pace(3.93e11, 3.88e11, 1e-7)),
-        "bf16": Both(Pace(1.36e12, 1.74e12, 2.25e-6), Pace(2.6e12, 3.36e12, 1e-7)),
-        "fp16": Both(Pace(3.58e11, 3.65e11, 3.93e-6), Pace(4.47e11, 4.56e11, 1e-7)),
-        "fp32_parts": Both(Pace(3.34e11, 3.85e11), Pace(3.22e11, 3.01e11, 3e-6)),
-        "fp16_parts": Both(Pace(4.3e11, 4.39e11), Pace(6.4e11, 6.53e11, 3e-6)),
+        "fp32": Both(Pace(3.46e11, 3.57e11, 3.76e-6), Pace(3.85e11, 3.79e11, 1e-7)),
+        "bf16": Both(Pace(1.32e12, 1.63e12, 2.97e-6), Pace(1.65e12, 1.85e12, 1e-7)),
+        "fp16": Both(Pace(3.17e11, 3.23e11, 3.76e-6), Pace(3.75e11, 3.82e11, 1e-7)),
+        "fp32_parts": Both(Pace(3.41e11, 3.63e11), Pace(3.23e11, 3.28e11, 3e-6)),
+        "fp16_parts": Both(Pace(3.99e11, 4.07e11), Pace(5.49e11, 5.6e11, 3e-6)),
     })),
     NativeCosts("avx512_bf16", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
-        call=3.4e-5, call_backward=9.32e-5, threads=2, read=8.65e10, read_halves=1.9e11, few=2.63e11,
-        few_halves=2.08e11, pack=1.77e10, pack_halves=8.33e9, mixed=0.951, lanes=16, peak=2.39e11,
+        call=3.47e-5, call_backward=9.48e-5, threads=2, read=8.34e10, read_halves=1.02e11, few=2.6e11,
+        few_halves=2.14e11, pack=1.7e10, pack_halves=8.19e9, mixed=1, lanes=16, peak=2.34e11,
         paces={
-        "fp32": Both(Pace(3.62e11, 3.73e11, 3.88e-6), Pace(3.6e11, 3.78e11, 1e-7)),
-        "bf16": Both(Pace(3.48e11, 3.56e11, 2.89e-6), Pace(4.23e11, 3.95e11, 1e-7)),
-        "fp16": Both(Pace(3.49e11, 3.56e11, 3.88e-6), Pace(4.19e11, 4.27e11, 1e-7)),
+        "fp32": Both(Pace(3.52e11, 3.66e11, 3.61e-6), Pace(3.4e11, 3.4e11, 1e-7)),
+        "bf16": Both(Pace(3.4e11, 3.59e11, 2.79e-6), Pace(3.73e11, 3.69e11, 1e-7)),
+        "fp16": Both(Pace(3.39e11, 3.46e11, 3.61e-6), Pace(4.09e11, 4.17e11, 1e-7)),
     })),
     NativeCosts("avx512", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
-        call=3.5e-5, call_backward=9.34e-5, threads=2, read=8.76e10, read_halves=1.23e11, few=2.64e11,
-        few_halves=2.06e11, pack=1.73e10, pack_halves=7.69e9, mixed=0.997, lanes=16, peak=2.39e11,
+        call=3.65e-5, call_backward=9.52e-5, threads=2, read=8.56e10, read_halves=1.91e11, few=2.4e11,
+        few_halves=1.86e11, pack=1.58e10, pack_halves=7.91e9, mixed=1.04, lanes=16, peak=2.34e11,
         paces={
-        "fp32": Both(Pace(3.53e11, 3.7e11, 3.51e-6), Pace(3.45e11, 3.77e11, 1e-7)),
-        "bf16": Both(Pace(3.45e11, 3.58e11, 2.69e-6), Pace(4.24e11, 4.29e11, 1e-7)),
-        "fp16": Both(Pace(3.45e11, 3.52e11, 3.51e-6), Pace(4.23e11, 4.31e11, 1e-7)),
+        "fp32": Both(Pace(3.36e11, 3.28e11, 3.06e-6), Pace(3.53e11, 3.58e11, 1e-7)),
+        "bf16": Both(Pace(3.29e11, 3.23e11, 2.53e-6), Pace(3.82e11, 4.35e11, 1e-7)),
+        "fp16": Both(Pace(3.2e11, 3.26e11, 3.06e-6), Pace(4.42e11, 4.51e11, 1e-7)),
     })),
     NativeCosts("avx2", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
-        call=3.5e-5, call_backward=8.65e-5, threads=2, read=1.21e11, read_halves=2.44e11, few=1.54e11,
-        few_halves=1.25e11, pack=3.14e10, pack_halves=1.26e10, mixed=0.702, lanes=8, peak=1.26e11,
+        call=3.48e-5, call_backward=8.97e-5, threads=2, read=1.16e11, read_halves=1.88e11, few=1.44e11,
+        few_halves=1.26e11, pack=2.44e10, pack_halves=1.23e10, mixed=0.85, lanes=8, peak=1.26e11,
         paces={
-        "fp32": Both(Pace(1.85e11, 1.94e11, 1.95e-6), Pace(2.08e11, 2.12e11, 4.21e-7)),
-        "bf16": Both(Pace(1.83e11, 1.92e11, 1.13e-6), Pace(2.13e11, 2.18e11, 1e-7)),
-        "fp16": Both(Pace(1.72e11, 1.76e11, 1.95e-6), Pace(2e11, 2.06e11, 4.21e-7)),
+        "fp32": Both(Pace(1.9e11, 2.02e11, 8.51e-7), Pace(2.1e11, 2.09e11, 7.57e-7)),
+        "bf16": Both(Pace(1.86e11, 2e11, 4.9e-7), Pace(2.12e11, 2.16e11, 1e-7)),
+        "fp16": Both(Pace(1.71e11, 1.75e11, 8.51e-7), Pace(2e11, 2.06e11, 7.57e-7)),
     })),
     NativeCosts("base", "Intel Xeon (Sapphire Rapids), torch 2.13.0", "Intel", NativeRates(
-        call=2.95e-5, call_backward=8.7e-5, threads=2, read=1.25e11, read_halves=1.8e11, few=6.55e10,
-        few_halves=6.39e10, pack=2.06e10, pack_halves=1.08e10, mixed=0.565, lanes=4, peak=4.47e10,
+        call=3.11e-5, call_backward=8.94e-5, threads=2, read=2.18e11, read_halves=1.52e11, few=5.95e10,
+        few_halves=6.26e10, pack=1.91e10, pack_halves=1.21e10, mixed=0.602, lanes=4, peak=4.42e10,
         paces={
-        "fp32": Both(Pace(6.37e10, 6.76e10, 6.62e-6), Pace(6.76e10, 6.92e10, 1e-7)),
-        "bf16": Both(Pace(6.38e10, 6.71e10, 6.71e-6), Pace(6.92e10, 7.13e10, 1e-7)),
-        "fp16": Both(Pace(6.07e10, 6.24e10, 6.62e-6), Pace(6.67e10, 6.87e10, 1e-7)),
+        "fp32": Both(Pace(6.26e10, 6.62e10, 5.63e-6), Pace(6.79e10, 7.04e10, 1e-7)),
+        "bf16": Both(Pace(6.18e10, 6.61e10, 5.7e-6), Pace(6.87e10, 7.05e10, 1e-7)),
+        "fp16": Both(Pace(6.12e10, 6.29e10, 5.63e-6), Pace(6.64e10, 6.84e10, 1e-7)),
     })),
 )
 NATIVE = {(one.isa, one.vendor): one for one in NATIVES}

@@ -1,4 +1,4 @@
-"""Whether fp32 and fp16 are multiplied as sums of bf16 in tiles: where that pace is known to be the quicker one.
+"""Whether fp32 and fp16 are multiplied as sums of bf16 in tiles: where that is known to be clearly quicker.
 
 The kernel splits a float into three bf16 and a number of fp16 into two, and adds up the products that are not below its
 last digit. Rows that have, see or get back what bf16 cannot say (infinity, NaN, numbers beyond 2^60 or very small ones)
@@ -16,6 +16,8 @@ from truemask.backends.costs.model import native_of_any_threads
 from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, pace_name, paces
 from truemask.backends.costs.rates import PARTS, Both, NativeRates
 from truemask.backends.native.library import isa
+
+LEAST_GAIN = 1.15  # packing parts takes longer, which dense calls of 1,024 keys hardly show and sparse ones do
 
 _forced: ContextVar[bool | None] = ContextVar("in_parts", default=None)
 
@@ -37,7 +39,8 @@ def or_forced(planned: bool, r: Request) -> bool:
 
 
 def in_parts(r: Request) -> bool:
-    """By the paces of both ways, forward and backward together: a backward weighs by what its forward summed.
+    """By the paces of both ways, forward and backward together: a backward weighs by what its forward summed. Parts
+    must win by `LEAST_GAIN`.
 
     Never where there are no tiles, or that pace is not known; and whatever the number of threads, which no result
     depends on: by what was measured with another one, if there is nothing else.
@@ -46,7 +49,7 @@ def in_parts(r: Request) -> bool:
         return False
     rates = native_of_any_threads()
     parts = rates.paces.get(pace_name(r) + PARTS)
-    return parts is not None and _seconds(parts, r) < _seconds(paces(rates, r), r)
+    return parts is not None and _seconds(parts, r) * LEAST_GAIN < _seconds(paces(rates, r), r)
 
 
 def _seconds(both: Both, r: Request) -> float:

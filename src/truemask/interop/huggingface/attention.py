@@ -15,6 +15,7 @@ from truemask.common.formatting import describe
 from truemask.errors import MaskError
 from truemask.interop.checkpointing import checkpoints
 from truemask.interop.huggingface.configs import account_of
+from truemask.interop.huggingface.drafted import DRAFTED, DraftedMask, refuse_other
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
 from truemask.interop.huggingface.forward_context import ForwardContext, forward_context
 from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
@@ -106,7 +107,10 @@ def model_mask(
     if attention_mask is not None and attention_mask.is_meta:
         attention_mask = None  # shapes are all there is to compute
     real = None if attention_mask is None else attention_mask.bool()
-    return ModelMask(partial(lift, mask_function, cell_by_cell=use_vmap), sizes, starts, real=real, device=device)
+    rule = partial(lift, mask_function, cell_by_cell=use_vmap)
+    if (draft := DRAFTED.get()) is not None:
+        return DraftedMask(draft, rule, sizes, starts, device=device)
+    return ModelMask(rule, sizes, starts, real=real, device=device)
 
 
 # -- the attention function --------------------------------------------------------------------------------------------
@@ -130,6 +134,7 @@ def attention(
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
     context, around = forward_context(), checkpoints()
     model_mask = _model_mask_for(context, module, layer, attention_mask, query, key, is_causal)
+    refuse_other(model_mask, layer.path)
     model_mask.note(module, layer)
     model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
     _refuse(options, model_mask)
