@@ -144,6 +144,12 @@ def test_generate_is_refused_before_its_first_token(model: Any) -> None:
     assert cache.get_seq_length() == 0
 
 
+def test_a_model_inside_wrappers_is_found(model: Any) -> None:
+    wrapped = torch.nn.DataParallel(model)
+    with tm.use(wrapped, MASK):
+        assert call(model, tm.cache_for(wrapped)).shape == (1, 9, 61)
+
+
 def test_a_tensor_mask_is_refused_by_name(model: Any) -> None:
     seen = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     with tm.use(model, MASK):

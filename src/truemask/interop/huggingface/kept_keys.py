@@ -67,7 +67,8 @@ class Kept:
     def __init__(self, places: Ints, since: int, needs: Needs | None = None, query: int = 0) -> None:
         self.places, self.since, self.needs, self.query = places, since, needs, query
         self._placed: tuple[Mask, int, Mask] | None = None
-        self._call: tuple[Mask, int, int, Mask] | None = None
+        self._for_rows: tuple[Needs, int, Mask] | None = None  # those of one forward, which layers share
+        self._agreed: Needs | None = None
         self._left: dict[tuple[Needs, int, int], tuple[Ints, Kept]] = {}
 
     @property
@@ -83,6 +84,12 @@ class Kept:
         """Where they stand, int64 `[n]`."""
         return np.concatenate((self.places, np.arange(self.since, past)))
 
+    def for_rows(self, needs: Needs, start: int, past: int) -> Mask:
+        """The mask about the rows from `start` on and the keys that are there after `past` tokens."""
+        if self._for_rows is None or self._for_rows[0] is not needs or self._for_rows[1] != start:
+            self._for_rows = needs, start, self.placed(needs, past).at(q_start=start)
+        return self._for_rows[2]
+
     def placed(self, needs: Needs, past: int) -> Mask:
         """The mask about all rows, and of the keys about those that are there after `past` tokens."""
         if not self.forgotten:
@@ -94,13 +101,6 @@ class Kept:
             places = torch.from_numpy(self.all_places(reach))
             self._placed = needs.mask, reach, needs.mask.take(k=places)
         return self._placed[2]
-
-    def placed_for(self, needs: Needs, past: int, query: int) -> Mask:
-        """The same for rows from `query` on: one object for all layers that ask in a call."""
-        call = self._call
-        if call is None or call[1:3] != (past, query) or call[0] != needs.mask:
-            call = self._call = needs.mask, past, query, self.placed(needs, past).at(q_start=query)
-        return call[3]
 
     def _reach(self, needs: Needs, past: int) -> int:
         """Up to which place the next steps may ask: some ahead, as far as the mask has data."""
@@ -131,6 +131,14 @@ class Kept:
         gone = np.setdiff1d(np.arange(min(past, self.since)), self.places)
         needed = gone[needs.of(gone, past, past)] if len(gone) else gone
         return int(needed[-1]) if len(needed) else None
+
+    def lost_now(self, needs: Needs, past: int) -> int | None:
+        """The same, if what queries need is another thing than when keys were forgotten."""
+        if self.needs is None or self._agreed is needs:
+            return None
+        lost = None if needs == self.needs else self.lost(needs, past)
+        self._agreed = needs if lost is None else None
+        return lost
 
     def cut(self, past: int) -> Kept:
         """After only so many tokens."""

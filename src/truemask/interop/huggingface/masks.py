@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from truemask.errors import MaskError
+from truemask.interop.huggingface.kept_keys import Needs
 from truemask.interop.huggingface.mask_checks import (
     check_kept_keys,
     check_samples,
@@ -67,7 +68,7 @@ class ModelMask(MaskPlaceholder):
         self._real, self._visible, self._warned = real, visible, False
         self._caller_positions: CallerPositions | None = None
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
-        self._over_places: dict[tuple[Mask | None, bool], tuple[Mask, bool]] = {}
+        self._needs: dict[tuple[Mask | None, bool, int, int | None], Needs] = {}
         self._met: set[tuple[Mask, int]] = set()
         self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
@@ -156,16 +157,19 @@ class ModelMask(MaskPlaceholder):
             self._masks[user_mask, replace] = self._in_call(rules, user_masks, user_mask)
         return self._masks[user_mask, replace]
 
-    def over_places(self, user_mask: Mask | None, replace: bool) -> tuple[Mask, bool]:
-        """The mask of all tokens so far by where they lie in the batch, of which the call's rows are the last.
+    def needs(self, user_mask: Mask | None, replace: bool, heads: int, tokens: int | None) -> Needs:
+        """What queries see of all tokens by where they lie in the batch, of which the call's rows are the last.
 
-        With it, whether it holds for the tokens that come, as far as padding goes. Raises MaskError where it cannot.
+        Raises MaskError where that says nothing of the tokens that come.
         """
-        if (user_mask, replace) not in self._over_places:
-            self._over_places[user_mask, replace] = self._find_over_places(user_mask, replace)
-        return self._over_places[user_mask, replace]
+        key = user_mask, replace, heads, tokens
+        if key not in self._needs:
+            self._needs[key] = Needs(
+                self._over_places(user_mask, replace), self.batch, heads, tokens, self._padding.lasts
+            )
+        return self._needs[key]
 
-    def _find_over_places(self, user_mask: Mask | None, replace: bool) -> tuple[Mask, bool]:
+    def _over_places(self, user_mask: Mask | None, replace: bool) -> Mask:
         if self._visible is not None:
             raise MaskError(f"a 4-D attention_mask does not say what later queries see, so {NOT_SIZED}")
         placement = self.placement
@@ -178,7 +182,7 @@ class ModelMask(MaskPlaceholder):
         mask = conjunction(*rules, *user_masks, self._padding.keys)
         if not self.lifted.looks_back and not looks_back(mask):
             raise MaskError(f"`{mask}` lets queries see later keys, so {NOT_SIZED}")
-        return mask, self._padding.lasts
+        return mask
 
     def rule_beside(self, user_mask: Mask, position_ids: object) -> tuple[Mask, int]:
         """The model's own rule, and the number of positions that it and a mask are about in this call."""

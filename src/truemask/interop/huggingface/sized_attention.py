@@ -22,14 +22,12 @@ def needs_of(
             f"`{layer.path}` does not attend to the keys as its cache gave them, so a cache of `tm.cache_for` cannot "
             "serve it: use a DynamicCache"
         )
-    mask, lasts = model_mask.over_places(user_mask, layer.replace)
-    needs = Needs(mask, model_mask.batch, heads, kept.tokens, lasts)
-    before = kept.kept.needs
-    lost = kept.kept.lost(needs, kept.past) if before is not None and before != needs else None
+    needs = model_mask.needs(user_mask, layer.replace, heads, kept.tokens)
+    lost, before = kept.kept.lost_now(needs, kept.past), kept.kept.needs
     if before is not None and lost is not None:
         raise MaskError(
-            f"`{layer.path}` may need key {lost} now, under `{mask}`, which was forgotten under `{before.mask}`: begin "
-            "again with `cache.reset()`, or use a DynamicCache"
+            f"`{layer.path}` may need key {lost} now, under `{needs.mask}`, which was forgotten under `{before.mask}`: "
+            "begin again with `cache.reset()`, or use a DynamicCache"
         )
     return needs
 
@@ -37,7 +35,7 @@ def needs_of(
 def from_kept(kept: SizedLayer, needs: Needs, bias: Tensor | None) -> tuple[Tensor, Tensor, Mask, Tensor | None]:
     """Keys and values that are there, the mask for the call's rows and them, and their columns of the bias."""
     key, value = kept.read()
-    mask = kept.kept.placed_for(needs, kept.total, kept.past)
+    mask = kept.kept.for_rows(needs, kept.past, kept.total)
     return key, value, mask, of_places(bias, kept.kept, kept.total)
 
 
