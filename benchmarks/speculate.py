@@ -56,8 +56,8 @@ def guessed(model: Any, ids: Tensor, mask: tm.Mask | None, tokens: int, most: in
         return tm.speculate(model, ids, mask=mask, max_new_tokens=tokens, eos_token=[], draft_tokens=most)
 
 
-def measured(given: argparse.Namespace, table: Table, model: Any, file: str, name: str, answer: int) -> float:
-    """A row of one file under one mask: the ratio of the speeds."""
+def measured(given: argparse.Namespace, table: Table, model: Any, file: str, name: str, answer: int) -> list[float]:
+    """A row of one file under one mask; the speeds without guesses and with them."""
     ids, mask = prompt_of(file, model.config.vocab_size, given.quick), MASKS[name]
     runs: dict[str, Callable[[], object]] = {}
     for tokens in (1, answer + 1):
@@ -71,7 +71,7 @@ def measured(given: argparse.Namespace, table: Table, model: Any, file: str, nam
     ratio = speeds[1] / speeds[0]
     row = (f"{speeds[0]:.1f}", f"{speeds[1]:.1f}", f"{ratio:.2f}", f"{found.per_forward:.2f}", same)
     table.add(f"{file}, {name}", *row, speed=speeds, ratio=ratio, per_forward=found.per_forward, same=not differs)
-    return ratio
+    return speeds
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -89,8 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> str:
     title = f"SmolLM2 ({weights}): {answer} tokens, greedy, up to {given.draft_tokens} guesses a forward"
     table = Table(title, ("", "tokens/s plain", "with guesses", "ratio", "tokens a forward", "text"))
     files = given.files[:1] if given.quick else given.files
-    ratios = [measured(given, table, model, file, name, answer) for file in files for name in MASKS]
-    table.note = f"ratio {min(ratios):.2f} or more, at least {BAR}: {verdict(min(ratios), BAR, at_least=True)}"
+    notes = []
+    for name in MASKS:
+        speeds = [measured(given, table, model, file, name, answer) for file in files]
+        plain_time, guessed_time = (sum(1 / speed for speed in each) for each in zip(*speeds, strict=True))
+        ratio = plain_time / guessed_time
+        notes.append(
+            f"{name}: all files {ratio:.2f} times as fast, at least {BAR}: {verdict(ratio, BAR, at_least=True)}"
+        )
+    table.note = "\n".join(notes)
     return finish([table], given)
 
 

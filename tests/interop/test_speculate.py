@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import truemask as tm
+from tests.support.chance import assert_drawn_from
 from tests.support.huggingface_models import asks_beyond_the_window, model_of, tokens
 from truemask.errors import MaskError
 from truemask.generation.speculation.trees import Draft, side_by_side
@@ -146,9 +147,7 @@ def test_texts_are_drawn_as_the_model_draws_them(kind: str) -> None:
         texts = torch.cat((texts.repeat_interleave(kept, 0), best.indices.flatten()[:, None]), 1)
     counts = (found.tokens[:, None] == texts).all(-1).sum(0).double()
     assert counts.sum() == drawn
-    chi_square = float(((counts - shares * drawn).square() / (shares * drawn)).sum())
-    freedom = len(texts) - 1
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, chi_square
+    assert_drawn_from(counts, shares)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

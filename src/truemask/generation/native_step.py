@@ -24,6 +24,7 @@ from truemask.backends.native.library import missing, run_step
 from truemask.backends.native.step_abi import GELU, RELU_SQUARED, SILU, LayerStruct, StepStruct
 from truemask.common.real_tensors import cannot_look
 from truemask.generation.kv_cache import KVCache
+from truemask.generation.speculation.ragged_cache import RaggedCache
 from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention
 from truemask.nn.feedforward import FeedForward
@@ -98,7 +99,7 @@ class Ahead:
 class NativeStep:
     """The steps of one model and cache, under the cache's mask or, if it has none, `mask`."""
 
-    def __init__(self, net: TransformerWrapper, cache: KVCache, mask: Mask, causal: bool | None) -> None:
+    def __init__(self, net: TransformerWrapper, cache: KVCache | RaggedCache, mask: Mask, causal: bool | None) -> None:
         self._net, self._cache, self.mask = net, cache, mask
         self._causal = net.attn_layers.causal if causal is None else causal
         self._config = net.attn_layers.config
@@ -165,8 +166,11 @@ class NativeStep:
         cache = self._cache
         rows = max(new, min(TILE, cache.tokens - cache.past, self._room() - cache.length))
         layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
-        mask = self._own_mask
-        positions = token_positions(mask, layout, None).contiguous()  # (b) n
+        return self._prepared_at(layout, token_positions(self._own_mask, layout, None))
+
+    def _prepared_at(self, layout: Layout, positions: Tensor) -> Ahead:
+        """What the rows of a layout need, whose tokens stand at these positions [(b) n]."""
+        cache, mask, rows, positions = self._cache, self._own_mask, layout.new, positions.contiguous()
         angles = self._angles_of(positions)
         held = [*angles, self._read_mask(mask, layout)]
         known = self._known(positions)

@@ -44,7 +44,7 @@ class Options:
                         stands before, and a model of the same vocabulary (TransformerWrapper) goes on by itself, under
                         the same mask. What is generated stays what it is: greedy and seeded text is the same, and
                         drawn text has the same distribution (docs/generation.md)
-    draft_tokens        so many guesses at most are checked at once, along all the ways on
+    draft_tokens        so many guesses at most are checked at once, along all the ways on; fewer where they were wrong
     """
 
     temperature: float = 1.0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.chance import assert_drawn_from
 from tests.support.nn_models import FEATURES, TOKENS, decoder, featured, ids, wrapped
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.generation.choosing import Chosen
@@ -57,14 +58,15 @@ def accepted_by(wrapper: AutoregressiveWrapper, given: Any, seq_len: int, **opti
 )
 def test_greedy_text_is_that_without_guesses(name: str, kind: str) -> None:
     wrapper, given = model(name), prompts(3, 9, 5)
-    for options in [given_mask | {"temperature": 0.0} for given_mask in MASKS.values()]:
+    for mask in MASKS if name == "rotary" else ("sinks", "ahead in the prompt"):
+        options = MASKS[mask] | {"temperature": 0.0}
         plain = wrapper.generate(given, ANSWER, return_logprobs=True, **options)
         found = accepted_by(wrapper, given, ANSWER, draft=draft_of(kind, name), draft_tokens=5, **options)
         assert isinstance(plain, Chosen)
         assert torch.equal(found.tokens, plain.tokens)
         assert torch.allclose(found.logprobs, plain.logprobs, atol=1e-6)
         if kind == "itself":
-            assert found.accepted[0].tolist() == [4, 4, 4, 3, 0]  # a second guess beside chains of 4
+            assert found.accepted[0].tolist() == [3, 4, 4, 4, 0]  # a second guess beside each chain
         assert bool(((found.accepted + 1).sum(1) == ANSWER - 1).all())
 
 
@@ -165,7 +167,7 @@ def test_a_stream_has_no_guesses() -> None:
 
 # -- the distribution of what is drawn ---------------------------------------------------------------------------------
 
-DRAWN = 2000
+DRAWN = 1500
 KEPT = 4  # tokens that a filter leaves at each step: 64 texts of three tokens
 
 
@@ -183,10 +185,7 @@ def test_texts_are_drawn_as_the_model_draws_them(kind: str, mask: Mask | None) -
     texts, shares = texts_with_shares(wrapper, prompt, mask)
     counts = (found.tokens[:, None, :3] == texts).all(-1).sum(0).double()
     assert counts.sum() == DRAWN
-    expected = shares * DRAWN
-    chi_square = float(((counts - expected).square() / expected).sum())
-    freedom = len(texts) - 1
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, chi_square
+    assert_drawn_from(counts, shares)
 
 
 def texts_with_shares(wrapper: AutoregressiveWrapper, prompt: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from truemask.generation.speculation.acceptance import walked
 from truemask.generation.speculation.reader import DraftReader
 from truemask.generation.speculation.trees import Draft, side_by_side
 
+FIRST_GUESSES, LEAST_GUESSES = 4, 2  # of a sample, at its beginning; where its guesses are wrong
+
 
 class Speculated(NamedTuple):
     """What was generated: tokens and log-probabilities `[b, n]`, and how many guesses each forward accepted `[b, f]`.
@@ -46,17 +48,26 @@ class Drafter(Protocol):
 
 @dataclass
 class Sample:
-    """One sample on its way: how it is chosen, and what was."""
+    """One sample on its way: how it is chosen, what was, and how many guesses it is worth (`ahead`)."""
 
     choose: Chooser
     text: list[int]  # what its drafter looks at
     chosen: list[Chosen] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    ahead: int = FIRST_GUESSES
 
     def add(self, chosen: list[Chosen]) -> None:
         """What a forward gave."""
         self.chosen += chosen
         self.text += [int(step.tokens) for step in chosen]
+
+    def note(self, draft: Draft, path: list[int], most: int) -> None:
+        """How many guesses of a draft were right: twice as many may come if all were, else about as many as were."""
+        right = len(path) - 1  # -1: it had ended
+        self.accepted.append(right)
+        if len(draft.tokens) > 1 and path:
+            all_right = right > 0 and not draft.children(path[-1])
+            self.ahead = min(most, 2 * self.ahead if all_right else max(LEAST_GUESSES, right + 1))
 
     def left(self, seq_len: int) -> int:
         """How many tokens may still come."""
@@ -84,13 +95,14 @@ def speculated(
             sample.add([sample.choose(row[None])])
     while any(left := [sample.left(seq_len) for sample in samples]):
         # a forward gives at least one token, so that the last ones need no guesses
-        drafts = draft([sample.text for sample in samples], [max(0, min(most, many - 1)) for many in left])
+        room = [max(0, min(most, sample.ahead, many - 1)) for sample, many in zip(samples, left, strict=True)]
+        drafts = draft([sample.text for sample in samples], room)
         logits = read(side_by_side(drafts))
         paths: list[list[int]] = []
         for sample, guesses, rows, many in zip(samples, drafts, logits, left, strict=True):
             path, chosen = walked(guesses, rows, sample.choose, many)
             sample.add(chosen)
-            sample.accepted.append(len(chosen) - 1)
+            sample.note(guesses, path, most)
             paths.append(path)
         read.accept(paths)
 

@@ -35,6 +35,7 @@ class RaggedCache:
         device_type = weight.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         self.mask, self.most, self._retention = mask, most, retention
+        self.batch, self.tokens = batch, tokens
         self._registers = net.num_memory_tokens
         self._fixed = config.attn.num_mem_kv + self._registers  # keys that stand before all tokens
         needed = tokens if retention is None else retention.capacity + most
@@ -114,6 +115,7 @@ class RaggedCache:
     def select(self, samples: Sequence[int]) -> None:
         """Go on with these samples, in this order; one may come several times."""
         self.places.select(samples)
+        self.batch = len(samples)
         self._sure = [self._sure[sample] for sample in samples]
         self.moves += 1
         for layer in self._layers:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from truemask.generation.native_step import Ahead, NativeStep, objection
 from truemask.generation.retention import Retention
 from truemask.generation.speculation.ragged_cache import RaggedCache
 from truemask.generation.speculation.trees import Nodes
@@ -41,6 +43,21 @@ class DraftReader(Protocol):
         ...
 
 
+class NativeDraftStep(NativeStep):
+    """The nodes of a draft by the native kernel; nothing of it is worked out ahead, as drafts differ."""
+
+    def read(self, tokens: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Logits [b, n, v] after nodes [b, n] at these positions; None if this is no call for the kernel."""
+        self._positions = torch.zeros_like(tokens) if positions is None else positions
+        return self(tokens)
+
+    def _prepared(self, new: int) -> Ahead:
+        cache = self._cache
+        layout = self._net.attn_layers.layout(cache.batch, new, cache, self._net.num_memory_tokens)
+        self._ahead = self._prepared_at(layout, self._positions)
+        return self._ahead
+
+
 class OwnReader:
     """Our own models; `tokens` is what prompt and answer have at most, `most` the nodes of a call."""
 
@@ -56,6 +73,7 @@ class OwnReader:
         self._positions: Tensor | None = None  # [t] or [b, t]: logical ones of all tokens
         if net.pos_emb is not None or net.attn_layers.rotary is not None:
             self._positions = token_positions(mask, Layout(batch=batch, heads=heads, new=tokens), None)
+        self._step = None if objection(net) else NativeDraftStep(net, self.cache, mask, causal_too)
 
     def begin(self, tokens: Tensor) -> Tensor:
         x = self._net(tokens, causal=self._causal, cache=self.cache, return_embeddings=True)
@@ -64,8 +82,11 @@ class OwnReader:
 
     def __call__(self, nodes: Nodes) -> Tensor:
         self.cache.expect(nodes)
-        tokens = nodes.tokens.to(self._net.token_emb.weight.device)
-        return self._net(tokens, causal=self._causal, cache=self.cache, pos=self._logical(nodes))
+        tokens, positions = nodes.tokens.to(self._net.token_emb.weight.device), self._logical(nodes)
+        logits = None if self._step is None else self._step.read(tokens, positions)
+        if logits is None:
+            logits = self._net(tokens, causal=self._causal, cache=self.cache, pos=positions)
+        return logits
 
     def accept(self, paths: Sequence[Sequence[int]], *, sure: bool = True) -> None:
         self.cache.accept(paths, sure=sure)
