@@ -26,7 +26,7 @@ from huggingface import model as smollm2_model
 from torch import Tensor
 
 import truemask as tm
-from truemask.cli.tour import smollm
+from truemask.textmodels import smollm
 from truemask.generation.options import DRAFT_TOKENS
 from truemask.generation.speculation.loop import Speculated
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truemask.cli.tour import smollm
+from truemask.textmodels import smollm
 from truemask.cli.tour.stage import Act, Part, Stage
 from truemask.interop.use import use
 from truemask.masks.core.mask import Mask
