@@ -48,30 +48,19 @@ class ByteModel(TextModel):
         yield read
 
     def write(self, prompt: str, mask: Mask | None, how: Writing, show: Callable[[str], None]) -> Written:
-        mask = self.own_mask if mask is None else mask
-        start, count = time.perf_counter(), 0
-        most = len(prompt.encode(errors="replace")) + how.tokens
+        mask, start, content = self.own_mask if mask is None else mask, time.perf_counter(), bytearray()
+        options = {"temperature": how.temperature, "top_k": how.top_k, "seed": how.seed}
 
-        def counted() -> Iterator[int]:
-            nonlocal count
-            for count, byte in enumerate(  # noqa: B007
-                bytes_behind(
-                    self.model,
-                    mask,
-                    prompt,
-                    how.tokens,
-                    temperature=how.temperature,
-                    top_k=how.top_k,
-                    seed=how.seed,
-                ),
-                1,
-            ):
+        def made() -> Iterator[int]:
+            for byte in bytes_behind(self.model, mask, prompt, how.tokens, **options):
+                content.append(byte)
                 yield byte
 
-        for piece in as_text(counted()):
+        for piece in as_text(made()):
             show(piece)
-        seconds = time.perf_counter() - start
-        return Written(count, seconds, self._cache(mask, most).bytes, KVCache(self.model.net, batch=1, tokens=most).bytes)
+        seconds, tokens = time.perf_counter() - start, len(prompt.encode(errors="replace")) + how.tokens
+        full = KVCache(self.model.net, batch=1, tokens=tokens)
+        return Written(len(content), seconds, self._cache(mask, tokens).bytes, full.bytes)
 
     def _cache(self, mask: Mask, tokens: int) -> KVCache:
         return KVCache(self.model.net, batch=1, tokens=tokens, mask=causal & mask)
