@@ -34,7 +34,7 @@ class ByteModel(TextModel):
 
     def tokens(self, text: str) -> Tokens:
         content = text.encode()
-        return Tokens(torch.tensor([BOUNDARY, *content]), len(content))
+        return Tokens(torch.tensor([BOUNDARY, *content]), torch.arange(len(content) + 1))
 
     @contextmanager
     def reading(self, mask: Mask | None, tokens: int) -> Iterator[Reader]:

@@ -56,12 +56,15 @@ class HuggingFaceModel(TextModel):
             ) from error
 
     def tokens(self, text: str) -> Tokens:
-        encoded = self.tokenizer(text, return_offsets_mapping=self.tokenizer.is_fast)
+        fast = self.tokenizer.is_fast
+        encoded = self.tokenizer(text, return_offsets_mapping=fast)
         ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
-        if self.tokenizer.is_fast:
-            first = encoded.offset_mapping[0][1] if len(ids) else 0  # 0 for a token that stands for no text
-            return Tokens(ids, len(text[first:].encode()))
-        return Tokens(ids, len(text.encode()) - len(self.tokenizer.decode(ids[:1], skip_special_tokens=True).encode()))
+        if fast:
+            sizes = torch.tensor([0, *(len(sign.encode()) for sign in text)]).cumsum(0)
+            ends = sizes[torch.tensor([stop for _, stop in encoded.offset_mapping], dtype=torch.int64)]
+            return Tokens(ids, ends.cummax(0).values)  # a token that stands for no text ends at 0
+        pieces = (self.tokenizer.decode([token], skip_special_tokens=True) for token in encoded.input_ids)
+        return Tokens(ids, torch.tensor([len(piece.encode()) for piece in pieces], dtype=torch.int64).cumsum(0))
 
     @contextmanager
     def reading(self, mask: Mask | None, tokens: int) -> Iterator[Reader]:

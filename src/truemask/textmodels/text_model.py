@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -24,7 +25,34 @@ class Tokens:
     """A text as a model reads it."""
 
     ids: Tensor  # int64 [n]; the first is read, the others are judged
-    judged_bytes: int  # of the text, behind the first token
+    ends: Tensor  # int64 [n]: how many bytes of the text stand up to the end of each token
+
+    @property
+    def judged_bytes(self) -> int:
+        """Of the text, behind the first token."""
+        return int(self.ends[-1] - self.ends[0])
+
+    def first(self, count: int | None) -> Tokens:
+        """The same up to so many tokens; None takes all."""
+        return Tokens(self.ids[:count], self.ends[:count])
+
+
+def read_text(path: Path) -> str:
+    """A file as text. Raises TextModelError if there is none, or nothing in it, or it is no text."""
+    if not path.is_file():
+        raise TextModelError(f"there is no file {path}" + (", it is a folder: name a file" if path.is_dir() else ""))
+    content = path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise TextModelError(
+            f"{path} is not text in UTF-8: byte {error.start} is 0x{content[error.start]:02x}, {error.reason}"
+        ) from error
+    if "\0" in text:
+        raise TextModelError(f"{path} is not text: byte {content.index(0)} is 0")
+    if not text:
+        raise TextModelError(f"{path} is empty: there is nothing to judge")
+    return text
 
 
 @dataclass(frozen=True)

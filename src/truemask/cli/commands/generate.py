@@ -21,7 +21,10 @@ def generate(
     mask: Annotated[str | None, typer.Option(help="The mask to run it under; by default the model's own.")] = None,
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "def ",
     tokens: Annotated[
-        int, typer.Option("--tokens", "--max-new-tokens", min=1, help="How many tokens to write at most; a run's are bytes.")
+        int,
+        typer.Option(
+            "--tokens", "--max-new-tokens", min=1, help="How many tokens to write at most; a run's are bytes."
+        ),
     ] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")] = 50,
@@ -29,7 +32,9 @@ def generate(
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
     if (run is None) == (model is None):
-        raise TextModelError("give exactly one of RUN and --model: a run's folder, a Hugging Face folder or a GGUF file")
+        raise TextModelError(
+            "give exactly one of RUN and --model: a run's folder, a Hugging Face folder or a GGUF file"
+        )
     under = None if mask is None else parse(mask)
     opened = open_model(run or model or "")
     sys.stdout.write(prompt)
