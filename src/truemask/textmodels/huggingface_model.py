@@ -49,7 +49,7 @@ class HuggingFaceModel(TextModel):
             with redirect_stderr(io.StringIO()):  # progress bars that no setting turns off
                 model = AutoModelForCausalLM.from_pretrained(**where, **weights)
                 return cls(str(path), model, AutoTokenizer.from_pretrained(**where))
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a broken file shows in many ways, struct.error among them
             raise TextModelError(
                 f"transformers cannot load {path}: {' '.join(str(error).split())}\n"
                 "A folder needs config.json, weights in safetensors, and the files of the tokenizer"

@@ -19,8 +19,8 @@ from truemask.common.formatting import counted
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.parse import parse
 from truemask.textmodels.opening import open_model
-from truemask.textmodels.perplexity import Score, score
 from truemask.textmodels.perplexity import Progress as Heard
+from truemask.textmodels.perplexity import Score, score
 from truemask.textmodels.text_model import TextModelError, read_text
 
 CHUNK = 512  # tokens; more than this is hardly faster, and their logits take memory
