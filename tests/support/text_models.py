@@ -42,7 +42,7 @@ def gpt2_folder(path: Path, positions: int = 64) -> Path:
 def _saved(model: Any, words: Any, path: Path) -> Path:
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.mul_(8)  # far from uniform, so that masks show
+            parameter.data.mul_(16)  # far from uniform, so that masks show
     model.save_pretrained(path)
     words.save_pretrained(path)
     return path
