@@ -20,5 +20,7 @@ def test_a_run_writes_and_counts(run: Path) -> None:
 
 def test_another_mask_takes_the_place_of_its_own(run: Path) -> None:
     model = open_model(str(run))
-    narrow, all_keys = (model.write("a", parse(m), Writing(tokens=200), lambda _: None) for m in ("window(3)", "causal"))
+    narrow, all_keys = (
+        model.write("a", parse(m), Writing(tokens=200), lambda _: None) for m in ("window(3)", "causal")
+    )
     assert narrow.cache_bytes < all_keys.cache_bytes == all_keys.full_bytes

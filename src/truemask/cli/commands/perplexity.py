@@ -53,7 +53,9 @@ def perplexity(
 def _progress(masks: int, tokens: int) -> Iterator[Callable[[int], Heard]]:
     """A bar on standard error, gone when it is done: the i-th mask's reading, in tokens."""
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn(), console=make_console(stderr=True), transient=True) as bar:
+    console = make_console(stderr=True)
+    settings: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TimeRemainingColumn(), **settings) as bar:
         task = bar.add_task("", total=masks * tokens)
 
         def heard(index: int) -> Heard:
