@@ -9,8 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2}
-
 
 def tokenizer() -> Any:
     """A byte-level one of 256 signs and a few merges, without a token before the text."""
@@ -27,7 +25,8 @@ def llama_folder(path: Path) -> Path:
     """Rotary positions, which do not end."""
     torch.manual_seed(7)
     words = tokenizer()
-    config = LlamaConfig(vocab_size=len(words), intermediate_size=40, eos_token_id=None, bos_token_id=None, **SIZES)
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=len(words), intermediate_size=40, eos_token_id=None, bos_token_id=None, **sizes)
     return _saved(LlamaForCausalLM(config), words, path)
 
 
@@ -35,7 +34,7 @@ def gpt2_folder(path: Path, positions: int = 64) -> Path:
     """Learned positions, which end."""
     torch.manual_seed(8)
     words = tokenizer()
-    sizes = {"n_embd": 24, "n_head": 3, "n_layer": 2, "eos_token_id": None, "bos_token_id": None}
+    sizes: dict[str, Any] = {"n_embd": 24, "n_head": 3, "n_layer": 2, "eos_token_id": None, "bos_token_id": None}
     return _saved(GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=positions, **sizes)), words, path)
 
 
