@@ -22,12 +22,10 @@ from truemask.train.sample import as_text, bytes_behind
 class ByteModel(TextModel):
     """The newest checkpoint of a run, or the one that is named."""
 
-    own_mask: Mask
-
     def __init__(self, where: str) -> None:
         checkpoint = read_checkpoint(where)
         self.name = where
-        self.own_mask = checkpoint.config.expression()
+        self.own_mask = self.trained_mask = checkpoint.config.expression()
         self.model = build_model(checkpoint.config)
         load_model(checkpoint, self.model)
         self.model.eval()
@@ -38,7 +36,7 @@ class ByteModel(TextModel):
 
     @contextmanager
     def reading(self, mask: Mask | None, tokens: int) -> Iterator[Reader]:
-        cache = self._cache(self.own_mask if mask is None else mask, tokens)
+        cache = self._cache(self.trained_mask if mask is None else mask, tokens)
 
         def read(ids: Tensor) -> Tensor:
             logits = self.model.net(ids[None], cache=cache)
@@ -48,7 +46,7 @@ class ByteModel(TextModel):
         yield read
 
     def write(self, prompt: str, mask: Mask | None, how: Writing, show: Callable[[str], None]) -> Written:
-        mask, start, content = self.own_mask if mask is None else mask, time.perf_counter(), bytearray()
+        mask, start, content = self.trained_mask if mask is None else mask, time.perf_counter(), bytearray()
         options = {"temperature": how.temperature, "top_k": how.top_k, "seed": how.seed}
 
         def made() -> Iterator[int]:
