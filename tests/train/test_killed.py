@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.train.conftest import folder as folder
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this sys
 
 def train(arguments: list[str]) -> None:
     """One life, in a process of its own: `truemask train`."""
+    torch.set_num_threads(1)  # quicker for numbers as small as these
     result = CliRunner().invoke(app, ["train", *arguments])
     raise SystemExit(result.exit_code)
 
