@@ -97,7 +97,7 @@ class TransformerWrapper(nn.Module):
         **unknown: Any,
     ) -> Tensor:
         reject_keywords("TransformerWrapper.forward", TransformerWrapper.forward, unknown, WRAPPER_CALL)
-        self._check_ids(ids)
+        self.check_ids(ids)
         registers = self.num_memory_tokens
         begins = cache is None or not cache.begun  # then registers and memories come first
         layout = self.attn_layers.layout(len(ids), ids.shape[1] + (registers if begins else 0), cache, registers)
@@ -142,7 +142,8 @@ class TransformerWrapper(nn.Module):
         layers = layers_from_config(LayersConfig.from_dict(values["attn_layers"]))
         return cls(**{**values, "attn_layers": layers})
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError unless these are tokens (b, n) that the model knows, on its device."""
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"ids are {describe(ids)}; expected whole numbers, int64 [batch, tokens]"
