@@ -35,7 +35,7 @@ def test_flash_is_the_default() -> None:
         ({"ff_gelu": True}, "did you mean 'ff_glu'?"),
         ({"rotary": True}, "no keyword 'rotary', did you mean 'rotary_"),
         ({"xyzzy": 1}, r"Decoder\(\) has no keyword 'xyzzy'$"),
-        ({"alibi_pos_bias": True}, "x-transformers has it and this library does not have it yet"),
+        ({"rel_pos_bias": True}, "x-transformers has it and this library does not have it yet"),
         ({"attn_talking_heads": True}, "has no keyword 'attn_talking_heads'"),
         ({"attn_max_attend_past": 3}, r"yet; pass the mask `window\(size\)` in the call"),
         ({"cross_attn_dropout": 0.1}, "does not have it yet"),

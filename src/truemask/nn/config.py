@@ -139,6 +139,10 @@ class FeedForwardConfig:
 class LayersConfig:
     """A stack of layers: everything that `Decoder` and `Encoder` take, and `causal`, in which they differ.
 
+    `alibi_pos_bias` adds `-slope * distance` to the scores (ALiBi, arXiv 2108.12409), with the usual slopes of so many
+    heads (`alibi`). Distances are those of the mask's logical positions: in packed documents they restart, padding does
+    not count, and a cache keeps them. It stands beside rotary or absolute positions, or alone.
+
     >>> config = LayersConfig.from_keywords(dim=32, depth=2, attn_kv_heads=2, ff_glu=True)
     >>> config.attn.kv_heads, config.ff.glu
     (2, True)
@@ -160,6 +164,7 @@ class LayersConfig:
     rotary_emb_dim: int | None = None
     rotary_interpolation_factor: float | None = None  # 1
     rotary_base_rescale_factor: float | None = None  # 1
+    alibi_pos_bias: bool = False
     attn: AttentionConfig = field(default_factory=AttentionConfig)
     ff: FeedForwardConfig = field(default_factory=FeedForwardConfig)
 
@@ -179,6 +184,11 @@ class LayersConfig:
         )
         if self.rotary_pos_emb:
             self._check_rotary()
+        _require(
+            not (self.alibi_pos_bias and self.attn.num_mem_kv),
+            f"alibi_pos_bias counts distances, and the {self.attn.num_mem_kv} keys of attn_num_mem_kv stand nowhere: "
+            "leave one of them out",
+        )
 
     def _check_rotary(self) -> None:
         _require(

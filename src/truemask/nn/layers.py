@@ -144,6 +144,7 @@ class AttentionLayers(nn.Module):
         self._check_input(x, registers, cache)
         layout = self.layout(x.shape[0], x.shape[1], cache, registers)
         causal_too = self.causal if causal is None else causal
+        self.check_distances(pos, registers)
         user = read_masks(mask, attn_mask, layout, x)
         if cache is not None and cache.mask is not None:
             given = None if mask is None and attn_mask is None else user
@@ -170,6 +171,19 @@ class AttentionLayers(nn.Module):
             raise ValueError(f"registers={registers}, but the input has only {x.shape[1]} rows")
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache is for inference: call the model under torch.no_grad() or inference_mode()")
+
+    def check_distances(self, pos: Tensor | None, registers: int) -> None:
+        """Raise ValueError on what ALiBi has no distances of."""
+        if self.config.alibi_pos_bias and pos is not None:
+            raise ValueError(
+                "pos= was given, and alibi_pos_bias counts distances by the mask: say what restarts by the mask, such "
+                "as mask.packed(lengths) or mask.padded(starts)"
+            )
+        if self.config.alibi_pos_bias and registers:
+            raise ValueError(
+                f"registers={registers}, but alibi_pos_bias counts distances, and registers stand nowhere: use rotary "
+                "or absolute positions with registers"
+            )
 
     def _check_place(self, x: Tensor) -> None:
         """The device of `x` and, unless autocast chooses it, the dtype are the parameters'."""
