@@ -18,7 +18,7 @@ from truemask.generation.kv_cache import KVCache
 from truemask.masks.core.mask import Mask
 from truemask.nn.wrappers import TransformerWrapper
 
-FEATURED = ["absolute", "rotary", "registers", "memories"]
+FEATURED = ["absolute", "rotary", "alibi", "registers", "memories"]
 
 
 @pytest.fixture(autouse=True, scope="module")

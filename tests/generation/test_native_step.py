@@ -37,6 +37,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"tie_embedding": True},
     ),
     "plain gains, few turned": ({"norm_add_unit_offset": False, "rotary_pos_emb": True, "rotary_emb_dim": 4}, {}),
+    "alibi": ({"alibi_pos_bias": True, "attn_kv_heads": 2}, {"use_abs_pos_emb": False}),
+    "alibi, odd heads": ({"alibi_pos_bias": True, "dim": 80, "heads": 5, "attn_dim_head": 16}, {}),
     "no positions": ({}, {"use_abs_pos_emb": False}),
     "odd heads": ({"dim": 80, "attn_dim_head": 12, "rotary_pos_emb": True}, {}),
     "gated by squares": ({"ff_glu": True, "ff_relu_squared": True, "ff_mult": 2.5}, {}),
@@ -102,6 +104,12 @@ def test_every_option(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("new", [1, 3])
 def test_every_mask(name: str, new: int) -> None:
     agree(made(rotary_pos_emb=True, attn_kv_heads=2 if name != "heads" else 4), MASKS[name], new=new)
+
+
+@pytest.mark.parametrize("name", ["sinks", "packed", "heads", "samples", "padded"])
+@pytest.mark.parametrize("new", [1, 3])
+def test_alibi_counts_the_masks_positions(name: str, new: int) -> None:
+    agree(made(alibi_pos_bias=True, wrapper={"use_abs_pos_emb": False}), MASKS[name], new=new)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 16])

@@ -9,7 +9,7 @@ Shapes: b batch, n new tokens, j keys, v vocabulary, r features of a head that a
 
 from __future__ import annotations
 
-from ctypes import POINTER, addressof, cast, memmove, sizeof
+from ctypes import POINTER, addressof, c_int64, cast, memmove, sizeof
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from truemask.backends.base import Job, Request
 from truemask.backends.context import named_here
-from truemask.backends.native.abi import DTYPES, TILE, ArrayStruct, CallStruct
+from truemask.backends.native.abi import ALIBI, DTYPES, TILE, ArrayStruct, CallStruct
 from truemask.backends.native.backend import TilesProposal
 from truemask.backends.native.library import missing, run_step
 from truemask.backends.native.step_abi import GELU, RELU_SQUARED, SILU, LayerStruct, StepStruct
+from truemask.biases import usual_slopes
 from truemask.common.real_tensors import cannot_look
 from truemask.generation.kv_cache import KVCache
 from truemask.generation.speculation.ragged_cache import RaggedCache
@@ -93,6 +94,7 @@ class Ahead:
     known: int  # of how many of them, from the first on, the model has learned the positions
     positions: Tensor  # (b) n
     angles: tuple[Tensor, ...]
+    distances: tuple[Tensor, ...] | None  # positions of rows and keys, between which ALiBi counts; slopes
     held: list[Any]  # tensors and arrays that the structures point to
 
 
@@ -111,6 +113,7 @@ class NativeStep:
         self._addresses: list[int] = []
         self._bytes = 0
         self._ahead: Ahead | None = None
+        self._slopes = usual_slopes(self._config.heads)
 
     def __call__(self, tokens: Tensor) -> Tensor | None:
         """Logits [b, n, v] in fp32 of new tokens [b, n], whose keys the cache then has; the caller advances it.
@@ -125,8 +128,11 @@ class NativeStep:
             return None
         tokens, logits = tokens.contiguous(), torch.empty(b, n, self._net.num_tokens)
         self._point_at(row, tokens, logits)
+        distances = ahead.distances
         for call in self._calls:
             call.b, call.nq, call.nk, call.mask_row = b, n, cache.length + n, row
+            if distances is not None:
+                call.q_positions = distances[0].data_ptr() + distances[0].element_size() * row
         run_step(self._step)
         for index in range(self._config.depth):
             layer = cache.layer(index)
@@ -172,9 +178,10 @@ class NativeStep:
         """What the rows of a layout need, whose tokens stand at these positions [(b) n]."""
         cache, mask, rows, positions = self._cache, self._own_mask, layout.new, positions.contiguous()
         angles = self._angles_of(positions)
-        held = [*angles, self._read_mask(mask, layout)]
+        tiles, distances = self._read_mask(mask, layout)
         known = self._known(positions)
-        return Ahead(mask, cache.past, cache.past + rows, cache.moves, known, positions, angles, held)
+        held = [*angles, tiles]
+        return Ahead(mask, cache.past, cache.past + rows, cache.moves, known, positions, angles, distances, held)
 
     def _known(self, positions: Tensor) -> int:
         """Of how many rows, from the first on, the model has learned the positions."""
@@ -188,8 +195,8 @@ class NativeStep:
         rotary = self._net.attn_layers.rotary
         return () if rotary is None else tuple(x.contiguous() for x in rotary(positions, torch.float32))
 
-    def _read_mask(self, mask: Mask, layout: Layout) -> Any:
-        """The mask of the rows to come, in the structures of all layers."""
+    def _read_mask(self, mask: Mask, layout: Layout) -> tuple[Any, tuple[Tensor, ...] | None]:
+        """The mask of the rows to come, in the structures of all layers; what holds it, and what ALiBi counts by."""
         cache, config = self._cache, self._config
         mask = combine(mask, layout, causal_too=self._causal, placed=cache.placed)
         memory = cache.layer(0).memory  # 2 b g room e
@@ -197,9 +204,12 @@ class NativeStep:
         sizes = (cache.batch, config.heads, config.kv_heads, layout.new, keys, config.attn.dim_head, memory.shape[-1])
         job = Job(mask, Request(*sizes, memory.dtype, memory.device))
         tiles = TilesProposal(job).lower().data[0]
+        distances = (*_sides(mask.positions(layout.new, keys)), self._slopes) if config.alibi_pos_bias else None
         for index, call in enumerate(self._calls):
             _fill(call, tiles.template, config, cache.layer(index).memory)
-        return tiles
+            if distances is not None:
+                _fill_alibi(call, *distances)
+        return tiles, distances
 
     def _point_at(self, row: int, tokens: Tensor, logits: Tensor) -> None:
         """What the structure points to, for a step whose first token is so many rows ahead."""
@@ -286,6 +296,17 @@ def _described(net: TransformerWrapper) -> StepStruct:
     step.positions_scale = net.pos_emb.scale if net.pos_emb is not None else 0.0
     step.logits_scale = net.tie_embedding_scale if net.tie_embedding else 1.0
     return step
+
+
+def _sides(positions: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(side.to(torch.int64).contiguous() for side in positions)
+
+
+def _fill_alibi(call: CallStruct, rows: Tensor, keys: Tensor, slopes: Tensor) -> None:
+    """A penalty by the distance between these positions [(b) n] and [(b) j]."""
+    call.bias_kind, call.bias, call.bias_strides = ALIBI, slopes.data_ptr(), (c_int64 * 4)(0, slopes.stride(0), 0, 0)
+    call.q_positions, call.k_positions = rows.data_ptr(), keys.data_ptr()
+    call.q_stride, call.k_stride = _apart(rows), _apart(keys)
 
 
 def _fill(call: CallStruct, template: CallStruct, config: Any, memory: Tensor) -> None:
