@@ -73,6 +73,7 @@ def test_the_wrapper_refuses_unknown_keywords_too() -> None:
         ({"attn_kv_heads": 0}, "attn_kv_heads is 0; it must be a whole number above 0"),
         ({"ff_mult": 0}, "ff_mult is 0"),
         ({"attn_num_mem_kv": -1}, "attn_num_mem_kv is -1"),
+        ({"alibi_pos_bias": True, "attn_num_mem_kv": 2}, "counts distances, and the 2 keys of attn_num_mem_kv stand"),
         ({**ROTARY, "rotary_interpolation_factor": 0.5}, "rotary_interpolation_factor is 0.5"),
         ({**ROTARY, "rotary_base_rescale_factor": 0.0}, "rotary_base_rescale_factor is 0.0"),
     ],
