@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ctypes import POINTER, addressof, c_int64, cast, memmove, sizeof
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,14 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [module._forward_hooks, module._forward_pre_hooks]
 
 
+class Distances(NamedTuple):
+    """What ALiBi counts by: positions of rows [(b) n] and keys [(b) j], slopes [h]."""
+
+    rows: Tensor
+    keys: Tensor
+    slopes: Tensor
+
+
 @dataclass
 class Ahead:
     """What the tokens `start` to `stop` have in common, as long as the cache has moved keys `moves` times."""
@@ -94,7 +102,7 @@ class Ahead:
     known: int  # of how many of them, from the first on, the model has learned the positions
     positions: Tensor  # (b) n
     angles: tuple[Tensor, ...]
-    distances: tuple[Tensor, ...] | None  # positions of rows and keys, between which ALiBi counts; slopes
+    distances: Distances | None
     held: list[Any]  # tensors and arrays that the structures point to
 
 
@@ -132,7 +140,7 @@ class NativeStep:
         for call in self._calls:
             call.b, call.nq, call.nk, call.mask_row = b, n, cache.length + n, row
             if distances is not None:
-                call.q_positions = distances[0].data_ptr() + distances[0].element_size() * row
+                call.q_positions = distances.rows.data_ptr() + distances.rows.element_size() * row
         run_step(self._step)
         for index in range(self._config.depth):
             layer = cache.layer(index)
@@ -195,7 +203,7 @@ class NativeStep:
         rotary = self._net.attn_layers.rotary
         return () if rotary is None else tuple(x.contiguous() for x in rotary(positions, torch.float32))
 
-    def _read_mask(self, mask: Mask, layout: Layout) -> tuple[Any, tuple[Tensor, ...] | None]:
+    def _read_mask(self, mask: Mask, layout: Layout) -> tuple[Any, Distances | None]:
         """The mask of the rows to come, in the structures of all layers; what holds it, and what ALiBi counts by."""
         cache, config = self._cache, self._config
         mask = combine(mask, layout, causal_too=self._causal, placed=cache.placed)
@@ -204,11 +212,14 @@ class NativeStep:
         sizes = (cache.batch, config.heads, config.kv_heads, layout.new, keys, config.attn.dim_head, memory.shape[-1])
         job = Job(mask, Request(*sizes, memory.dtype, memory.device))
         tiles = TilesProposal(job).lower().data[0]
-        distances = (*_sides(mask.positions(layout.new, keys)), self._slopes) if config.alibi_pos_bias else None
+        distances = None
+        if config.alibi_pos_bias:
+            at, to = mask.positions(layout.new, keys)
+            distances = Distances(at.long().contiguous(), to.long().contiguous(), self._slopes)
         for index, call in enumerate(self._calls):
             _fill(call, tiles.template, config, cache.layer(index).memory)
             if distances is not None:
-                _fill_alibi(call, *distances)
+                _fill_alibi(call, distances)
         return tiles, distances
 
     def _point_at(self, row: int, tokens: Tensor, logits: Tensor) -> None:
@@ -298,12 +309,8 @@ def _described(net: TransformerWrapper) -> StepStruct:
     return step
 
 
-def _sides(positions: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(side.to(torch.int64).contiguous() for side in positions)
-
-
-def _fill_alibi(call: CallStruct, rows: Tensor, keys: Tensor, slopes: Tensor) -> None:
-    """A penalty by the distance between these positions [(b) n] and [(b) j]."""
+def _fill_alibi(call: CallStruct, by: Distances) -> None:
+    rows, keys, slopes = by
     call.bias_kind, call.bias, call.bias_strides = ALIBI, slopes.data_ptr(), (c_int64 * 4)(0, slopes.stride(0), 0, 0)
     call.q_positions, call.k_positions = rows.data_ptr(), keys.data_ptr()
     call.q_stride, call.k_stride = _apart(rows), _apart(keys)
