@@ -143,7 +143,7 @@ class KVCache:
                 "for all tokens that will come"
             )
 
-    def placed(self, mask: Mask, new: int) -> Mask:
+    def placed(self, mask: Mask, new: int, layer: int = 0) -> Mask:
         """The mask for the keys that a call with `new` tokens reads; registers and memories come first in both."""
         if self._ahead is None:
             return mask.at(k_start=self._begins) if self._begins else mask

@@ -14,11 +14,13 @@ from typing import Any
 
 from truemask.common.formatting import describe, suggest
 from truemask.nn import x_transformers_names as foreign_names
+from truemask.nn.layer_masks import texts_of_layers
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("True or False", (bool,)),
     "int": ("a whole number", (int,)),
     "float": ("a number", (int, float)),
+    "str": ("a text", (str,)),
     "None": ("None", (type(None),)),
 }
 
@@ -160,6 +162,8 @@ class LayersConfig:
     rotary_emb_dim: int | None = None
     rotary_interpolation_factor: float | None = None  # 1
     rotary_base_rescale_factor: float | None = None  # 1
+    layer_masks: Any = None  # tuple[str, ...], one for each layer, whatever was given
+    layer_pattern: str | None = None  # None, once it is read
     attn: AttentionConfig = field(default_factory=AttentionConfig)
     ff: FeedForwardConfig = field(default_factory=FeedForwardConfig)
 
@@ -179,6 +183,8 @@ class LayersConfig:
         )
         if self.rotary_pos_emb:
             self._check_rotary()
+        object.__setattr__(self, "layer_masks", texts_of_layers(self.layer_masks, self.layer_pattern, self.depth))
+        object.__setattr__(self, "layer_pattern", None)
 
     def _check_rotary(self) -> None:
         _require(

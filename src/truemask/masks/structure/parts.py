@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
+from truemask.errors import MaskError
+from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor, conjunction
 from truemask.masks.compose.packed import Packed, Padded, Prepended
 from truemask.masks.compose.per_axis import PerHead, PerSample, Select
+from truemask.masks.compose.reindex import At, Take, Transposed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import Dense, dense
 from truemask.masks.leaves.patterns import Random
@@ -155,3 +157,75 @@ def _in_each_term(mask: And | Or, head: int) -> Mask:
 @register(of_head, Dense)
 def _cut_out(mask: Dense, head: int) -> Mask:
     return mask if mask.head_count == 1 else dense(mask.tensor.tensor[:, head : head + 1])
+
+
+@open_function
+def with_term(mask: Mask, term: Mask) -> Mask:
+    """The mask AND a term that counts positions as the mask does: from the begin of each document, behind padding.
+
+    Raises MaskError where the mask does not say from where.
+
+    >>> from truemask.masks.leaves.bands import causal, window
+    >>> with_term(causal, window(3)), with_term(causal.packed([2, 2]), window(3))
+    (causal & window(3), (causal & window(3)).packed([2, 2]))
+    """
+    raise NotImplementedError
+
+
+@register(with_term, *CONSTANTS, *LEAVES, Transposed, Prepended)
+def _beside(mask: Mask, term: Mask) -> Mask:
+    return conjunction(mask, term)
+
+
+@register(with_term, Packed, Padded, At, Take)
+def _in_the_base(mask: Packed | Padded | At | Take, term: Mask) -> Mask:
+    return replace(mask, base=with_term(mask.base, term))
+
+
+@register(with_term, Select)
+def _of_the_chosen(mask: Select, term: Mask) -> Mask:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    if mask.heads is not None and term.head_count > 1:
+        raise MaskError(f"`{term}` differs from head to head and cannot go into `{mask}`, which chooses heads")
+    return replace(mask, base=with_term(mask.base, term))
+
+
+@register(with_term, And)
+def _in_laid_out_terms(mask: And, term: Mask) -> Mask:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    return joined(And, [with_term(part, term) if _is_laid_out(part) else part for part in mask.terms])
+
+
+@register(with_term, Or, Xor)
+def _in_each(mask: Or | Xor, term: Mask) -> Mask:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    return replace(mask, terms=tuple(with_term(part, term) for part in mask.terms))
+
+
+@register(with_term, *PER_AXIS)
+def _in_each_choice(mask: PerHead | PerSample, term: Mask) -> Mask:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    return replace(mask, masks=tuple(with_term(part, term) for part in mask.masks))
+
+
+@register(with_term, Minus)
+def _in_the_left(mask: Minus, term: Mask) -> Mask:
+    return conjunction(mask, term) if not _is_laid_out(mask) else replace(mask, left=with_term(mask.left, term))
+
+
+@register(with_term, Not)
+def _outside(mask: Not, term: Mask) -> Mask:
+    if _is_laid_out(mask):
+        raise MaskError(
+            f"`{term}` counts positions, and `{mask}` does not say from where outside of what it negates: "
+            "negate within `packed` or `padded`, as in `(~mask).packed(...)`"
+        )
+    return conjunction(mask, term)
+
+
+def _is_laid_out(mask: Mask) -> bool:
+    return any(isinstance(part, (Packed, Padded, At, Take)) for part in mask.walk())
