@@ -13,19 +13,25 @@ from truemask.generation.layer_kv import LayerKV
 from truemask.generation.retention import Retention
 from truemask.masks.core.mask import Mask
 
-LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
-
 
 class KeptTokens:
     """What some layers keep of up to `tokens` tokens, behind `fixed` keys that stand before all of them.
 
-    `mask` sizes them, as `retention` says; None: every key is kept.
+    `mask` sizes them, as `retention` says; None: every key is kept. `free` keys should fit behind the kept ones.
     """
 
     def __init__(
-        self, layers: list[LayerKV], mask: Mask | None, retention: Retention | None, tokens: int, fixed: int
+        self,
+        layers: list[LayerKV],
+        mask: Mask | None,
+        retention: Retention | None,
+        *,
+        tokens: int,
+        fixed: int,
+        free: int,
     ) -> None:
         self.layers, self.mask, self.retention, self.tokens, self.fixed = layers, mask, retention, tokens, fixed
+        self.free = free
         self.capacity = capacity_of(retention, tokens)
         self.moves = 0  # how often keys were moved
         self._kept, self._since = torch.empty(0, dtype=torch.int64), 0  # kept by the last move; all later ones follow
@@ -68,7 +74,7 @@ class KeptTokens:
         positions = held.numpy()
         room = self.layers[0].room - self.fixed
         keep = self.retention.needed(positions, before, past) | (positions >= before)
-        if keep.sum() + LEAST_ROOM // 2 > room:
+        if keep.sum() + self.free // 2 > room:
             keep = self.retention.needed(positions, past, past)
         which = torch.from_numpy(np.flatnonzero(keep))
         self._begin(held[which], past)

@@ -27,13 +27,15 @@ from torch import Tensor
 from truemask.common.arguments import whole
 from truemask.common.formatting import counted, memory
 from truemask.errors import MaskError
-from truemask.generation.kept_tokens import LEAST_ROOM, KeptTokens, capacity_of
+from truemask.generation.kept_tokens import KeptTokens, capacity_of
 from truemask.generation.layer_kv import LayerKV
 from truemask.generation.retention import Retention, check_cacheable
 from truemask.masks.core.mask import Mask
 from truemask.masks.formats.as_mask import from_text, not_a_mask
 from truemask.nn.layers import AttentionLayers
 from truemask.nn.wrappers import TransformerWrapper
+
+LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
 
 
 class KVCache:
@@ -45,8 +47,8 @@ class KVCache:
     `mask=` makes it as small as a causal mask allows: a key that no later query sees, in any sample or head, is
     overwritten. Every call then runs under this mask and need not repeat it; another one is an error. Of a mask whose
     forgetting would take long to find out (a function, random cells, of very many tokens) all is kept. Without `mask=`
-    all is kept, and calls may pass any. Layers that have masks of their own (`layer_masks`) keep what those let them, too,
-    each in memory of its own size; `mask=tm.causal` asks for nothing else.
+    all is kept, and calls may pass any. Under `mask=`, layers with masks of their own (`layer_masks`) keep what both let
+    them, each in memory of its own size; `mask=tm.causal` is enough for that.
 
     >>> from truemask.masks.leaves.bands import causal, window
     >>> from truemask.masks.leaves.per_token import prefix
@@ -81,7 +83,7 @@ class KVCache:
             shape = (2, self.batch, config.kv_heads, self._fixed + room, config.attn.dim_head)  # keys and values
             self._layers.append(LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)))
         self._parts = [
-            KeptTokens(self._of(term), own, retentions[term], self.tokens, self._fixed)
+            KeptTokens(self._of(term), own, retentions[term], tokens=self.tokens, fixed=self._fixed, free=LEAST_ROOM)
             for term, own in enumerate(self._masks())
         ]
         self._owner: weakref.ref[AttentionLayers] | None = weakref.ref(net.attn_layers)
