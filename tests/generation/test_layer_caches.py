@@ -66,7 +66,8 @@ def test_each_layer_has_its_own_size() -> None:
     assert cache.bytes == sum(alone) // 2
     read(net, cache, tokens, 1)
     kept = [cache.positions_of(i).tolist() for i in (0, 1)]
-    assert kept[0] != kept[1] and kept[0][0] == 0 and kept[1][0] >= 14
+    assert kept[0][0] == 0
+    assert kept[1][0] >= 14
     assert cache.positions.tolist() == sorted({*kept[0], *kept[1]})
     assert f"{len(kept[0])} kept in 1 layer, capacity 4; {len(kept[1])} kept in 1 layer, capacity 7, " in repr(cache)
 
@@ -100,11 +101,11 @@ def test_a_copy_and_a_pickle_go_on() -> None:
         assert_same(read(net, twin, tokens[:, 20:], 3), whole[:, 20:])
 
 
-@pytest.mark.parametrize("layers", [("window(3) | prefix(1)", "causal"), ("causal", "keys([True] * 7)")])
+@pytest.mark.parametrize("layers", [("window(3) | prefix(1)", "causal"), ("causal", "prefix(3).packed([3, 4])")])
 def test_layers_are_asked_about_all_tokens_at_the_door(layers: tuple[str, ...]) -> None:
     net = layered(layers=layers)
-    if "keys" in layers[1]:
-        with pytest.raises(tm.MaskError, match=r"tokens=31 under mask=`causal & keys"):
+    if "packed" in layers[1]:
+        with pytest.raises(tm.MaskError, match=r"tokens=31 under mask=`.causal & prefix.3..*packed"):
             KVCache(net, batch=1, tokens=N, mask=tm.causal)
     else:
         assert KVCache(net, batch=1, tokens=N, mask=tm.causal).capacities == (4, N)
@@ -113,7 +114,7 @@ def test_layers_are_asked_about_all_tokens_at_the_door(layers: tuple[str, ...]) 
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [None, tm.window(5), tm.window(6) | tm.prefix(2)], ids=str)
+@pytest.mark.parametrize("mask", [None, tm.window(6) | tm.prefix(2)], ids=str)
 @pytest.mark.parametrize("feature", ["absolute", "rotary", "registers"])
 def test_generation_is_that_of_all_keys(feature: str, mask: Mask | None) -> None:
     model = AutoregressiveWrapper(layered(feature))
@@ -151,7 +152,7 @@ def test_the_kernel_says_that_it_has_one_mask_for_all() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_whatever_happens_to_a_cache(data: st.DataObject) -> None:
     n, batch = data.draw(st.integers(4, 14)), data.draw(st.integers(1, 3))
     drawn: Drawn = data.draw(expressions(depth=2, reach=Reach(n, n, batch, HEADS)))

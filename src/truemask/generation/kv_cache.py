@@ -47,8 +47,8 @@ class KVCache:
     `mask=` makes it as small as a causal mask allows: a key that no later query sees, in any sample or head, is
     overwritten. Every call then runs under this mask and need not repeat it; another one is an error. Of a mask whose
     forgetting would take long to find out (a function, random cells, of very many tokens) all is kept. Without `mask=`
-    all is kept, and calls may pass any. Under `mask=`, layers with masks of their own (`layer_masks`) keep what both let
-    them, each in memory of its own size; `mask=tm.causal` is enough for that.
+    all is kept, and calls may pass any. Under `mask=`, layers with masks of their own (`layer_masks`) keep what both
+    let them, each in memory of its own size; `mask=tm.causal` is enough for that.
 
     >>> from truemask.masks.leaves.bands import causal, window
     >>> from truemask.masks.leaves.per_token import prefix
