@@ -92,5 +92,5 @@ def test_what_says_nothing_of_the_layers(given: Any, pattern: Any, error: type[E
 
 
 def test_positions_that_nobody_says_are_refused() -> None:
-    with pytest.raises(tm.MaskError, match="does not say from where outside of what it negates"):
+    with pytest.raises(tm.MaskError, match="does not say from where: negate within"):
         decoder(layer_masks=LAYERS)(features(1, N), ~tm.window(3).packed([6, 7]))

@@ -98,9 +98,19 @@ def _read(text: str) -> Mask:
 
 def with_layer(user: Mask, term: Mask) -> Mask:
     """The mask of a call ANDed with that of a layer, which counts positions as the call's does."""
-    return _with_layer_later(user, term) if torch.compiler.is_dynamo_compiling() else with_term(user, term)
+    return _with_layer_later(user, term) if torch.compiler.is_dynamo_compiling() else _with_layer(user, term)
+
+
+def _with_layer(user: Mask, term: Mask) -> Mask:
+    mask = with_term(user, term)
+    if mask is None:
+        raise MaskError(
+            f"the layers' mask `{term}` counts positions, and the call's `{user}` does not say from where: negate "
+            "within `packed` or `padded`, as in `(~mask).packed(...)`, and choose heads within, too"
+        )
+    return mask
 
 
 @deferrable
 def _with_layer_later(user: Mask, term: Mask) -> Mask:
-    return with_term(user, term)
+    return _with_layer(user, term)
