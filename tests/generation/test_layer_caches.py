@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import truemask as tm
 from tests.support.chunks import read
@@ -119,27 +120,29 @@ def test_layers_are_asked_about_all_tokens_at_the_door(layers: tuple[str, ...]) 
 def test_generation_is_that_of_all_keys(feature: str, mask: Mask | None) -> None:
     model = AutoregressiveWrapper(layered(feature))
     prompts = [ids(n, seed=n) for n in (3, 9, 1)]
-    for options in ({"temperature": 0.0}, {"seed": 3, "samples_per_prompt": 2}):
-        plain = model.generate(prompts, 20, mask=mask, cache_kv=False, **options)
-        assert torch.equal(model.generate(prompts, 20, mask=mask, **options), plain)
+    ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"seed": 3, "samples_per_prompt": 2}]
+    for options in ways:
+        plain = answer(model, prompts, mask=mask, cache_kv=False, **options)
+        assert torch.equal(answer(model, prompts, mask=mask, **options), plain)
         assert torch.equal(torch.stack(list(model.stream(prompts, 20, mask=mask, **options)), dim=1), plain)
         if feature != "absolute":
-            assert torch.equal(model.generate(prompts, 20, mask=mask, draft="ngram", **options), plain)
+            assert torch.equal(answer(model, prompts, mask=mask, draft="ngram", **options), plain)
+    together = answer(model, prompts, mask=mask, temperature=0.0)
     for i, prompt in enumerate(prompts):
-        assert torch.equal(model.generate(prompt, 20, mask=mask, temperature=0.0), _greedy(model, prompts, mask)[i])
+        assert torch.equal(answer(model, prompt, mask=mask, temperature=0.0), together[i])
     found = model.beam_search(prompts, 12, beams=3, return_n=2, mask=mask)
     again = model.beam_search(prompts, 12, beams=3, return_n=2, mask=mask, cache_kv=False)
     assert torch.equal(found.tokens, again.tokens)
 
 
-def _greedy(model: AutoregressiveWrapper, prompts: list[torch.Tensor], mask: Mask | None) -> torch.Tensor:
-    found = model.generate(prompts, 20, mask=mask, temperature=0.0)
-    assert isinstance(found, torch.Tensor)
+def answer(model: AutoregressiveWrapper, prompts: Any, **options: Any) -> Tensor:
+    found = model.generate(prompts, 20, **options)
+    assert isinstance(found, Tensor)
     return found
 
 
 def test_the_kernel_says_that_it_has_one_mask_for_all() -> None:
-    config = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16}
+    config: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16}
     nets = [
         tm.TransformerWrapper(num_tokens=16, max_seq_len=8, attn_layers=tm.Decoder(**config, layer_masks=masks)).eval()
         for masks in (None, LAYERS)
