@@ -94,3 +94,11 @@ def test_what_says_nothing_of_the_layers(given: Any, pattern: Any, error: type[E
 def test_positions_that_nobody_says_are_refused() -> None:
     with pytest.raises(tm.MaskError, match="does not say from where: negate within"):
         decoder(layer_masks=LAYERS)(features(1, N), ~tm.window(3).packed([6, 7]))
+
+
+def test_a_compiled_model_runs_each_layers_mask() -> None:
+    net, tokens = wrapped(decoder(rotary_pos_emb=True, rotary_emb_dim=4, layer_masks=LAYERS)), ids(2, N)
+    fn = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for mask in (None, tm.causal.packed([6, 7])):
+            assert_same(fn(tokens, mask), net(tokens, mask))
