@@ -15,7 +15,9 @@ from tests.support.equality import assert_same
 from tests.support.nn_models import TOKENS, featured, ids
 from truemask.generation import kv_cache
 from truemask.generation.autoregressive import AutoregressiveWrapper
+from truemask.generation.kept_tokens import KeptTokens
 from truemask.generation.kv_cache import KVCache
+from truemask.generation.layer_kv import LayerKV
 from truemask.masks.core.mask import Mask
 
 N = 31
@@ -63,7 +65,7 @@ def test_nothing_is_computed(
 ) -> None:
     net = featured("absolute").train()
     monkeypatch.setattr(net.attn_layers, "forward", lambda *_, **__: pytest.fail("the model was run"))
-    monkeypatch.setattr(kv_cache.LayerKV, "append", lambda *_: pytest.fail("keys were kept"))
+    monkeypatch.setattr(LayerKV, "append", lambda *_: pytest.fail("keys were kept"))
     drawn = torch.get_rng_state()
     with pytest.raises((ValueError, TypeError), match=message):
         METHODS[method](AutoregressiveWrapper(net), prompts, 5, **options)
@@ -80,7 +82,7 @@ def _state(value: object) -> object:
         return value.data_ptr(), tuple(value.shape), value.nan_to_num(7.5).tolist()
     if isinstance(value, (list, tuple)):
         return [_state(item) for item in value]
-    if isinstance(value, (KVCache, kv_cache.LayerKV)):
+    if isinstance(value, (KVCache, KeptTokens, LayerKV)):
         return {name: _state(item) for name, item in vars(value).items() if name not in REMEMBERED}
     return value
 

@@ -76,6 +76,8 @@ def _sizes_objection(net: TransformerWrapper) -> str:
             return f"{name} is {size}, no multiple of {LANES}"
     if not config.attn.flash:
         return "attn_flash=False asks for dense attention"
+    if config.layer_masks is not None:
+        return "its layers have masks of their own, and a step has one for all"
     return ""
 
 

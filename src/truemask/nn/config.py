@@ -14,11 +14,13 @@ from typing import Any
 
 from truemask.common.formatting import describe, suggest
 from truemask.nn import x_transformers_names as foreign_names
+from truemask.nn.layer_masks import texts_of_layers
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("True or False", (bool,)),
     "int": ("a whole number", (int,)),
     "float": ("a number", (int, float)),
+    "str": ("a text", (str,)),
     "None": ("None", (type(None),)),
 }
 
@@ -165,6 +167,8 @@ class LayersConfig:
     rotary_interpolation_factor: float | None = None  # 1
     rotary_base_rescale_factor: float | None = None  # 1
     alibi_pos_bias: bool = False
+    layer_masks: Any = None  # tuple[str, ...], one for each layer, whatever was given
+    layer_pattern: str | None = None  # None, once it is read
     attn: AttentionConfig = field(default_factory=AttentionConfig)
     ff: FeedForwardConfig = field(default_factory=FeedForwardConfig)
 
@@ -189,6 +193,8 @@ class LayersConfig:
             f"alibi_pos_bias counts distances, and the {self.attn.num_mem_kv} keys of attn_num_mem_kv stand nowhere: "
             "leave one of them out",
         )
+        object.__setattr__(self, "layer_masks", texts_of_layers(self.layer_masks, self.layer_pattern, self.depth))
+        object.__setattr__(self, "layer_pattern", None)
 
     def _check_rotary(self) -> None:
         _require(
