@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import truemask as tm
-from tests.support.nn_models import HEADS, featured, ids
+from tests.support.nn_models import FEATURES, HEADS, decoder, featured, ids, wrapped
 from tests.support.strategies import Drawn, Reach, expressions
 from truemask.generation import kv_cache
 from truemask.generation.kv_cache import KVCache
 from truemask.masks.core.mask import Mask
+from truemask.masks.structure.parts import with_term
 from truemask.nn.wrappers import TransformerWrapper
 
 FEATURED = ["absolute", "rotary", "alibi", "registers", "memories"]
+LAYERED = ["causal", "window(3)", "window(2) | prefix(1)", "blocks(4)", "window(6) & dilated(2)"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,6 +117,21 @@ def test_whatever_happens_to_a_cache(feature: str, sized: bool, history: tuple[D
     if feature == "alibi":
         assume(_has_positions(tm.causal & drawn.mask, drawn.reach.q))
     story = Story(featured(feature), tm.causal & drawn.mask, drawn.reach, sized=sized)
+    with torch.no_grad():
+        for step in steps:
+            story.go_on(step)
+    assert story.cache.past == story.n
+
+
+@pytest.mark.parametrize("feature", ["absolute", "rotary", "memories"])
+@given(history=histories(), masks=st.lists(st.sampled_from(LAYERED), min_size=2, max_size=2))
+@settings(max_examples=25)
+def test_layers_that_forget_each_their_own(feature: str, history: tuple[Drawn, list[Step]], masks: list[str]) -> None:
+    drawn, steps = history
+    layers, wrapper = FEATURES[feature]
+    mask = tm.causal & drawn.mask
+    assume(with_term(mask, tm.parse(masks[0])) is not None)  # it says from where positions count
+    story = Story(wrapped(decoder(**layers, layer_masks=masks), **wrapper), mask, drawn.reach, sized=True)
     with torch.no_grad():
         for step in steps:
             story.go_on(step)
