@@ -264,3 +264,16 @@ def test_generating_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = model.generate(prompts, 40, temperature=0.0, mask=SINKS)
     assert taken == [False] + [True] * 39
     assert torch.equal(found, model.generate(prompts, 40, temperature=0.0, mask=SINKS, cache_kv=False))
+
+
+def test_drafts_with_masks_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made(rotary_pos_emb=True, layer_masks=["window(9) | prefix(3)", "blocks(40)"])
+    model, calls = tm.AutoregressiveWrapper(net), []
+    whole = NativeStep.__call__
+    monkeypatch.setattr(NativeStep, "__call__", lambda self, tokens: calls.append(whole(self, tokens)) or calls[-1])
+    prompts = [torch.arange(n) % 7 for n in (20, 13)]
+    plain = model.generate(prompts, 60, mask=SINKS, temperature=0.0, cache_kv=False)
+    for draft in (None, "ngram"):
+        calls.clear()
+        assert torch.equal(model.generate(prompts, 60, mask=SINKS, temperature=0.0, draft=draft), plain)
+        assert sum(logits is not None for logits in calls) > 10
