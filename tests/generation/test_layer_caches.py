@@ -20,7 +20,6 @@ from tests.support.strategies import Drawn, Reach, expressions
 from truemask.generation import kv_cache
 from truemask.generation.autoregressive import AutoregressiveWrapper
 from truemask.generation.kv_cache import KVCache
-from truemask.generation.native_step import objection
 from truemask.masks.core.mask import Mask
 from truemask.nn.wrappers import TransformerWrapper
 
@@ -139,16 +138,6 @@ def answer(model: AutoregressiveWrapper, prompts: Any, **options: Any) -> Tensor
     found = model.generate(prompts, 20, **options)
     assert isinstance(found, Tensor)
     return found
-
-
-def test_the_kernel_says_that_it_has_one_mask_for_all() -> None:
-    config: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16}
-    nets = [
-        tm.TransformerWrapper(num_tokens=16, max_seq_len=8, attn_layers=tm.Decoder(**config, layer_masks=masks)).eval()
-        for masks in (None, LAYERS)
-    ]
-    assert "masks of their own" not in objection(nets[0])
-    assert "masks of their own" in objection(nets[1]) or "no native kernel" in objection(nets[1])
 
 
 # -- whatever happens --------------------------------------------------------------------------------------------------

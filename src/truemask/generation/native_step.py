@@ -29,7 +29,7 @@ from truemask.generation.speculation.ragged_cache import RaggedCache
 from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention
 from truemask.nn.feedforward import FeedForward
-from truemask.nn.forward_mask import Layout, combine, token_positions
+from truemask.nn.forward_mask import Layout, token_positions
 from truemask.nn.layers import AttentionLayers, Block, Decoder
 from truemask.nn.norms import HeadRMSNorm, LayerNorm, RMSNorm
 from truemask.nn.positions import AbsolutePositionalEmbedding, RotaryEmbedding
@@ -76,8 +76,6 @@ def _sizes_objection(net: TransformerWrapper) -> str:
             return f"{name} is {size}, no multiple of {LANES}"
     if not config.attn.flash:
         return "attn_flash=False asks for dense attention"
-    if config.layer_masks is not None:
-        return "its layers have masks of their own, and a step has one for all"
     return ""
 
 
@@ -139,8 +137,8 @@ class NativeStep:
         tokens, logits = tokens.contiguous(), torch.empty(b, n, self._net.num_tokens)
         self._point_at(row, tokens, logits)
         distances = ahead.distances
-        for call in self._calls:
-            call.b, call.nq, call.nk, call.mask_row = b, n, cache.length + n, row
+        for index, call in enumerate(self._calls):
+            call.b, call.nq, call.nk, call.mask_row = b, n, cache.layer(index).length + n, row
             if distances is not None:
                 call.q_positions = distances.rows.data_ptr() + distances.rows.element_size() * row
         run_step(self._step)
@@ -155,15 +153,17 @@ class NativeStep:
             return False
         new, group = tokens.shape[1], config.heads // config.kv_heads
         small = rows <= MOST_ROWS and group * new <= MOST_STACKED and len(tokens) == cache.batch
-        fits = cache.past + new <= cache.tokens and cache.length + new <= self._room()
+        fits = cache.past + new <= cache.tokens and new <= self._spare()
         return cache.begun and small and fits and _may_run() and self._are_words(tokens)
 
     def _are_words(self, tokens: Tensor) -> bool:
         low, high = tokens.aminmax()
         return int(low) >= 0 and int(high) < self._net.num_tokens
 
-    def _room(self) -> int:
-        return min(self._cache.layer(index).room for index in range(self._config.depth))
+    def _spare(self) -> int:
+        """How many keys fit behind those that there are, in every layer."""
+        layers = map(self._cache.layer, range(self._config.depth))
+        return min(layer.room - layer.length for layer in layers)
 
     # -- what many steps have in common ------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class NativeStep:
 
     def _prepare(self, new: int) -> Ahead:
         cache = self._cache
-        rows = max(new, min(TILE, cache.tokens - cache.past, self._room() - cache.length))
+        rows = max(new, min(TILE, cache.tokens - cache.past, self._spare()))
         layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
         return self._prepared_at(layout, token_positions(self._own_mask, layout, None))
 
@@ -190,7 +190,7 @@ class NativeStep:
         angles = self._angles_of(positions)
         tiles, distances = self._read_mask(mask, layout)
         known = self._known(positions)
-        held = [*angles, tiles]
+        held = [*angles, *tiles]
         return Ahead(mask, cache.past, cache.past + rows, cache.moves, known, positions, angles, distances, held)
 
     def _known(self, positions: Tensor) -> int:
@@ -205,24 +205,32 @@ class NativeStep:
         rotary = self._net.attn_layers.rotary
         return () if rotary is None else tuple(x.contiguous() for x in rotary(positions, torch.float32))
 
-    def _read_mask(self, mask: Mask, layout: Layout) -> tuple[Any, Distances | None]:
-        """The mask of the rows to come, in the structures of all layers; what holds it, and what ALiBi counts by."""
-        cache, config = self._cache, self._config
-        mask = combine(mask, layout, causal_too=self._causal, placed=cache.placed)
-        memory = cache.layer(0).memory  # 2 b g room e
-        keys = cache.length + layout.new
-        sizes = (cache.batch, config.heads, config.kv_heads, layout.new, keys, config.attn.dim_head, memory.shape[-1])
-        job = Job(mask, Request(*sizes, memory.dtype, memory.device))
-        tiles = TilesProposal(job).lower().data[0]
-        distances = None
+    def _read_mask(self, mask: Mask, layout: Layout) -> tuple[list[Any], Distances | None]:
+        """The masks of the rows to come, in the structures of their layers.
+
+        With what they point to, and what ALiBi counts rows by, which is the same in all layers.
+        """
+        layers, held = self._net.attn_layers, []
+        for term, own in enumerate(layers.combined(mask, layout, causal_too=self._causal, cache=self._cache)):
+            indices = [index for index, which in enumerate(layers.masks.which) if which == term]
+            held += self._read_one(own, layout.new, indices)
+        return held, next((part for part in held if isinstance(part, Distances)), None)
+
+    def _read_one(self, mask: Mask, new: int, indices: list[int]) -> list[Any]:
+        """The mask of `new` rows of these layers, over the keys that they have; what its structures point to."""
+        config, cache = self._config, self._cache.layer(indices[0])
+        memory, keys = cache.memory, cache.length + new  # 2 b g room e
+        sizes = (self._cache.batch, config.heads, config.kv_heads, new, keys, config.attn.dim_head, memory.shape[-1])
+        tiles = TilesProposal(Job(mask, Request(*sizes, memory.dtype, memory.device))).lower().data[0]
+        held = [tiles]
         if config.alibi_pos_bias:
-            at, to = mask.positions(layout.new, keys)
-            distances = Distances(at.long().contiguous(), to.long().contiguous(), self._slopes)
-        for index, call in enumerate(self._calls):
-            _fill(call, tiles.template, config, cache.layer(index).memory)
-            if distances is not None:
-                _fill_alibi(call, distances)
-        return tiles, distances
+            at, to = mask.positions(new, keys)
+            held.append(Distances(at.long().contiguous(), to.long().contiguous(), self._slopes))
+        for index in indices:
+            _fill(self._calls[index], tiles.template, config, self._cache.layer(index).memory)
+            if config.alibi_pos_bias:
+                _fill_alibi(self._calls[index], held[1])
+        return held
 
     def _point_at(self, row: int, tokens: Tensor, logits: Tensor) -> None:
         """What the structure points to, for a step whose first token is so many rows ahead."""
