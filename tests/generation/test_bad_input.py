@@ -145,17 +145,6 @@ def test_another_model_and_gradients_are_refused(mask: Mask | None) -> None:
     assert _state(cache) == before
 
 
-def test_a_cache_without_memory_says_what_one_costs_and_reads_nothing() -> None:
-    net = featured("rotary")
-    asked = KVCache(net, batch=3, tokens=10**5, mask=SIZED, device="meta")
-    made = KVCache(net, batch=3, tokens=10**5, mask=SIZED)
-    assert (repr(asked), asked.bytes, asked.capacities) == (repr(made), made.bytes, made.capacities)
-    assert KVCache(net, batch=3, tokens=10**5, device="meta").bytes == 2 * 2 * 3 * 4 * 6 * 8 * 10**5
-    with torch.no_grad(), pytest.raises(ValueError, match="the cache is on meta and the model on cpu: it says what"):
-        net(ids(3, 1), cache=asked)
-    assert (asked.past, asked.length) == (0, 0)
-
-
 @pytest.mark.parametrize("feature", ["absolute", "registers, absolute"])
 def test_positions_that_nobody_learned_are_refused(feature: str) -> None:
     net, tokens = featured(feature), ids(1, 50)

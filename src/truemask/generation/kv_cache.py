@@ -50,9 +50,6 @@ class KVCache:
     all is kept, and calls may pass any. Under `mask=`, layers with masks of their own (`layer_masks`) keep what both
     let them, each in memory of its own size; `mask=tm.causal` is enough for that.
 
-    It is on the device of the model. `device="meta"` sets no memory aside: such a cache reads nothing, and says before
-    what one costs (`bytes`, `capacities`, its printed form).
-
     >>> from truemask.masks.leaves.bands import causal, window
     >>> from truemask.masks.leaves.per_token import prefix
     >>> from truemask.nn.layers import Decoder
@@ -69,15 +66,7 @@ class KVCache:
     260
     """
 
-    def __init__(
-        self,
-        net: TransformerWrapper,
-        *,
-        batch: int,
-        tokens: int,
-        mask: Mask | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, net: TransformerWrapper, *, batch: int, tokens: int, mask: Mask | str | None = None) -> None:
         config, weight = net.attn_layers.config, net.token_emb.weight
         device_type = weight.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
@@ -92,7 +81,7 @@ class KVCache:
             capacity = capacity_of(retentions[index], self.tokens)
             room = min(self.tokens, capacity + max(capacity, LEAST_ROOM))
             shape = (2, self.batch, config.kv_heads, self._fixed + room, config.attn.dim_head)  # keys and values
-            self._layers.append(LayerKV(torch.empty(shape, dtype=dtype, device=device or weight.device)))
+            self._layers.append(LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)))
         self._parts = [
             KeptTokens(self._of(term), own, retentions[term], tokens=self.tokens, fixed=self._fixed, free=LEAST_ROOM)
             for term, own in enumerate(self._masks())
@@ -182,10 +171,6 @@ class KVCache:
                 "the cache was made for another model, whose keys mean nothing to this one: make one with "
                 "KVCache(net, batch=..., tokens=...) for each model"
             )
-        held = self._layers[0].memory.device
-        if held != layers.final_norm.gain.device:
-            way = "it says what one costs" if held.type == "meta" else "make one after moving the model"
-            raise ValueError(f"the cache is on {held} and the model on {layers.final_norm.gain.device}: {way}")
         if registers != self._registers:
             raise ValueError(
                 f"the cache is for a model with {self._registers} registers, and the call says registers={registers}: "
