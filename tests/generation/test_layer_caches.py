@@ -76,7 +76,7 @@ def test_each_layer_has_its_own_size() -> None:
 @pytest.mark.parametrize("feature", ["rotary", "registers", "memories"])
 def test_the_cost_is_known_before(feature: str, mask: Mask | None) -> None:
     net = layered(feature)
-    cost, cache = (make(net, batch=3, tokens=N, mask=mask) for make in (KVCache.cost, KVCache))
+    cost, cache = KVCache.cost(net, batch=3, tokens=N, mask=mask), KVCache(net, batch=3, tokens=N, mask=mask)
     assert (cost.capacities, cost.bytes) == (cache.capacities, cache.bytes)
     assert cost.full_bytes == KVCache(net, batch=3, tokens=N).bytes
     assert str(KVCache.cost(layered(), batch=1, tokens=N, mask="causal")).startswith("4 keys in 1 layer, 7 in 1; ")
