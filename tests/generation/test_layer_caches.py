@@ -72,6 +72,18 @@ def test_each_layer_has_its_own_size() -> None:
     assert f"{len(kept[0])} kept in 1 layer, capacity 4; {len(kept[1])} kept in 1 layer, capacity 7, " in repr(cache)
 
 
+@pytest.mark.parametrize("mask", [None, tm.causal, tm.causal & tm.window(5)], ids=str)
+@pytest.mark.parametrize("feature", ["rotary", "registers", "memories"])
+def test_the_cost_is_known_before(feature: str, mask: Mask | None) -> None:
+    net = layered(feature)
+    cost, cache = KVCache.cost(net, batch=3, tokens=N, mask=mask), KVCache(net, batch=3, tokens=N, mask=mask)
+    assert (cost.capacities, cost.bytes) == (cache.capacities, cache.bytes)
+    assert cost.full_bytes == KVCache(net, batch=3, tokens=N).bytes
+    assert str(KVCache.cost(layered(), batch=1, tokens=N, mask="causal")).startswith("4 keys in 1 layer, 7 in 1; ")
+    with pytest.raises(tm.MaskError, match="lets queries see later keys"):
+        KVCache.cost(net, batch=3, tokens=N, mask="causal | prefix(9)")
+
+
 def test_layers_that_see_alike_share_what_they_keep() -> None:
     net = layered(layers=("window(3)", "window(3)"))
     cache = KVCache(net, batch=1, tokens=N, mask="causal")

@@ -18,8 +18,9 @@ What is kept is in `kept_tokens.py`, the memory in `layer_kv.py`, what a mask le
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ from truemask.nn.layers import AttentionLayers
 from truemask.nn.wrappers import TransformerWrapper
 
 LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
+
+
+class CacheCost(NamedTuple):
+    """What a cache takes: how many keys of tokens each layer needs at most, bytes, and bytes if it kept all keys."""
+
+    capacities: tuple[int, ...]
+    bytes: int
+    full_bytes: int
+
+    def __str__(self) -> str:
+        counts = Counter(self.capacities)
+        (first, layers), *rest = counts.items()
+        kinds = [f"{first:,} keys in {counted(layers, 'layer')}", *(f"{keys:,} in {n}" for keys, n in rest)]
+        return f"{', '.join(kinds)}; {memory(self.bytes)} (all keys: {memory(self.full_bytes)})"
 
 
 class KVCache:
@@ -81,7 +96,7 @@ class KVCache:
             capacity = capacity_of(retentions[index], self.tokens)
             room = min(self.tokens, capacity + max(capacity, LEAST_ROOM))
             shape = (2, self.batch, config.kv_heads, self._fixed + room, config.attn.dim_head)  # keys and values
-            self._layers.append(LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)))
+            self._layers.append(LayerKV(self._memory(shape, dtype, weight.device)))
         self._parts = [
             KeptTokens(self._of(term), own, retentions[term], tokens=self.tokens, fixed=self._fixed, free=LEAST_ROOM)
             for term, own in enumerate(self._masks())
@@ -91,6 +106,26 @@ class KVCache:
         self._samples_moved = 0
         self._base = self.mask  # that of the first batch, whose samples `_rows` are here now
         self._rows = torch.arange(self.batch)
+
+    @staticmethod
+    def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def cost(net: TransformerWrapper, *, batch: int, tokens: int, mask: Mask | str | None = None) -> CacheCost:
+        """What such a cache would take, without taking it; the arguments and errors are those of `KVCache`.
+
+        >>> from truemask.nn.layers import Decoder
+        >>> masks = {"L": "window(64)", "G": "causal"}
+        >>> layers = Decoder(dim=16, depth=6, heads=2, attn_dim_head=8, layer_masks=masks, layer_pattern="LLG")
+        >>> net = TransformerWrapper(num_tokens=11, max_seq_len=0, attn_layers=layers)
+        >>> print(KVCache.cost(net, batch=1, tokens=1_000_000, mask="causal"))
+        64 keys in 4 layers, 1,000,000 in 2; 244 MiB (all keys: 732 MiB)
+        """
+        priced = _Priced(net, batch=batch, tokens=tokens, mask=mask)
+        room = priced._fixed + priced.tokens
+        full = sum(layer.bytes // layer.room * room for layer in priced._layers)
+        return CacheCost(priced.capacities, priced.bytes, full)
 
     def _masks(self) -> Sequence[Mask | None]:
         """What sizes the layers under each of the model's distinct masks."""
@@ -256,6 +291,14 @@ class KVCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_owner": None}  # whoever reads it back says for which model
+
+
+class _Priced(KVCache):
+    """A cache whose memory exists in name only."""
+
+    @staticmethod
+    def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _read(mask: Mask | str) -> Mask:
