@@ -37,6 +37,16 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"tie_embedding": True},
     ),
     "plain gains, few turned": ({"norm_add_unit_offset": False, "rotary_pos_emb": True, "rotary_emb_dim": 4}, {}),
+    "alibi": ({"alibi_pos_bias": True, "attn_kv_heads": 2}, {"use_abs_pos_emb": False}),
+    "alibi, odd heads": ({"alibi_pos_bias": True, "dim": 80, "heads": 5, "attn_dim_head": 16}, {}),
+    "masks of layers": (
+        {"rotary_pos_emb": True, "layer_masks": ["window(9) | prefix(3)", "blocks(40)"]},
+        {"num_memory_tokens": 2},
+    ),
+    "masks of layers, alibi": (
+        {"alibi_pos_bias": True, "layer_masks": ["causal", "window(20)"]},
+        {"use_abs_pos_emb": False},
+    ),
     "no positions": ({}, {"use_abs_pos_emb": False}),
     "odd heads": ({"dim": 80, "attn_dim_head": 12, "rotary_pos_emb": True}, {}),
     "gated by squares": ({"ff_glu": True, "ff_relu_squared": True, "ff_mult": 2.5}, {}),
@@ -82,7 +92,8 @@ def agree(net: Any, mask: Mask | None = None, *, batch: int = 2, new: int = 1) -
     for chunk, wanted in zip(ids[:, PROMPT:].split(new, 1), expected[:, PROMPT:].split(new, 1), strict=True):
         logits = step(chunk)
         if logits is None:  # there was no room behind the kept keys: the model moves them
-            assert cache.length + chunk.shape[1] > cache.layer(0).room
+            layers = map(cache.layer, range(net.attn_layers.depth))
+            assert any(layer.length + chunk.shape[1] > layer.room for layer in layers)
             logits = net(chunk, cache=cache)
         cache.advance()
         size = max(1.0, float(expected.abs().max()))
@@ -102,6 +113,21 @@ def test_every_option(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("new", [1, 3])
 def test_every_mask(name: str, new: int) -> None:
     agree(made(rotary_pos_emb=True, attn_kv_heads=2 if name != "heads" else 4), MASKS[name], new=new)
+
+
+@pytest.mark.parametrize("positions", ["rotary_pos_emb", "alibi_pos_bias"])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_with_those_of_layers(name: str, positions: str) -> None:
+    """Layers whose memories have different sizes, and move at different steps."""
+    layers: dict[str, Any] = {"layer_masks": ["window(9) | prefix(3)", "blocks(40)"], positions: True}
+    mask = MASKS[name]
+    agree(made(**layers, wrapper={"use_abs_pos_emb": False}), tm.causal if mask is None else mask)
+
+
+@pytest.mark.parametrize("name", ["sinks", "packed", "heads", "samples", "padded"])
+@pytest.mark.parametrize("new", [1, 3])
+def test_alibi_counts_the_masks_positions(name: str, new: int) -> None:
+    agree(made(alibi_pos_bias=True, wrapper={"use_abs_pos_emb": False}), MASKS[name], new=new)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 16])
@@ -238,3 +264,16 @@ def test_generating_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = model.generate(prompts, 40, temperature=0.0, mask=SINKS)
     assert taken == [False] + [True] * 39
     assert torch.equal(found, model.generate(prompts, 40, temperature=0.0, mask=SINKS, cache_kv=False))
+
+
+def test_drafts_with_masks_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made(rotary_pos_emb=True, layer_masks=["window(9) | prefix(3)", "blocks(40)"])
+    model, calls = tm.AutoregressiveWrapper(net), []
+    whole = NativeStep.__call__
+    monkeypatch.setattr(NativeStep, "__call__", lambda self, tokens: calls.append(whole(self, tokens)) or calls[-1])
+    prompts = [torch.arange(n) % 7 for n in (20, 13)]
+    plain = model.generate(prompts, 60, mask=SINKS, temperature=0.0, cache_kv=False)
+    for draft in (None, "ngram"):
+        calls.clear()
+        assert torch.equal(model.generate(prompts, 60, mask=SINKS, temperature=0.0, draft=draft), plain)
+        assert sum(logits is not None for logits in calls) > 10

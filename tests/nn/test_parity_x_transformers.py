@@ -27,6 +27,7 @@ KEYWORDS: list[dict[str, Any]] = [
         "rotary_interpolation_factor": 2.0,
         "rotary_base_rescale_factor": 3.0,
     },
+    {"alibi_pos_bias": True, "rotary_pos_emb": True, "rotary_emb_dim": 4},
     {"attn_kv_heads": 2, "ff_relu_squared": True},
     {"attn_one_kv_head": True, "ff_no_bias": True, "ff_mult": 3},
     {"attn_qk_norm": True, "attn_qk_norm_scale": 7},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.support.equality import assert_same
-from tests.support.nn_models import FEATURES, decoder, featured, features, ids, wrapped
+from tests.support.nn_models import FEATURES, decoder, encoder, featured, features, ids, wrapped
 from truemask.errors import MaskError
+from truemask.masks.compose.boolean import everything
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import blocks, causal, window
 from truemask.masks.leaves.patterns import dilated
@@ -147,6 +150,32 @@ def test_a_rotation_turns_pairs_and_leaves_the_rest() -> None:
 def test_interpolation_divides_positions() -> None:
     stretched = RotaryEmbedding(6, interpolation_factor=2.0)(torch.tensor([10]), torch.float64)
     assert_same(stretched.cos, RotaryEmbedding(6)(torch.tensor([5]), torch.float64).cos)
+
+
+@pytest.mark.parametrize("mask", [everything, causal.packed([4, 7]), causal.padded([0, 5])], ids=str)
+@pytest.mark.parametrize("kind", [decoder, encoder])
+def test_alibi_takes_slopes_times_distance_off_the_scores(kind: Any, mask: Mask) -> None:
+    """Every layer of every stack attends with this bias, and nothing else differs from a stack without it."""
+    x, heads = features(2, 11), torch.arange(4.0)
+    q, k = mask.positions(11)
+    distances = (q[..., :, None] - k[..., None, :]).abs().reshape(-1, 1, 11, 11).double()
+    penalty = -(0.25 ** (heads + 1))[:, None, None].double() * distances  # b|1 h q k
+    plain = kind()
+    for layer in plain.layers:
+        layer.attn.bias = penalty
+    assert_same(kind(alibi_pos_bias=True)(x, mask=mask), plain(x, mask=mask))
+
+
+def test_what_has_no_place_has_no_distance() -> None:
+    layers, x = decoder(alibi_pos_bias=True), features(2, 7)
+    with pytest.raises(ValueError, match=r"pos= was given, and alibi_pos_bias counts.*mask.packed\(lengths\)"):
+        layers(x, pos=torch.arange(7))
+    with pytest.raises(ValueError, match="registers=2, but alibi_pos_bias counts distances, and registers stand no"):
+        layers(x, registers=2)
+    with pytest.raises(ValueError, match="registers=3, but alibi_pos_bias"):
+        wrapped(layers, num_memory_tokens=3)
+    with pytest.raises(ValueError, match="pos= was given, and alibi_pos_bias"):
+        wrapped(layers)(ids(1, 3), pos=torch.arange(3))
 
 
 def test_positions_for_a_model_without_any_are_refused() -> None:

@@ -15,6 +15,7 @@ TOKENS, DIM, HEADS, DIM_HEAD, DEPTH = 31, 23, 4, 6, 2  # heads are even, so that
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "absolute": ({}, {}),
     "rotary": ({"rotary_pos_emb": True, "rotary_emb_dim": 4}, {}),
+    "alibi": ({"alibi_pos_bias": True}, {"max_seq_len": 0}),
     "no positions": ({}, {"use_abs_pos_emb": False}),
     "registers": ({"rotary_pos_emb": True, "rotary_emb_dim": 2}, {"num_memory_tokens": 3}),
     "registers, absolute": ({}, {"num_memory_tokens": 2}),

@@ -210,6 +210,7 @@ class AutoregressiveWrapper(nn.Module):
     def _start(self, prompts: PromptLike, seq_len: int, mask: Any, causal: bool | None, cache_kv: bool) -> Prompts:
         prompts = as_tensors(prompts, self.net.token_emb.weight.device)
         start = read_prompts(prompts, mask, pad_value=self.pad_value, answer=seq_len)
+        self.net.check_ids(start.tokens)
         check_room("the model", self.net, start, seq_len, causal, cache_kv)
         return start
 

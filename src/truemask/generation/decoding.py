@@ -70,7 +70,8 @@ class Reader:
 def cache_for(net: TransformerWrapper, mask: Mask, *, batch: int, tokens: int, causal_too: bool | None) -> KVCache:
     """A cache that keeps what the mask lets it; all, if the mask looks ahead."""
     mask = mask if causal_too is False else conjunction(causal, mask)
-    sized = mask if mask != causal and looks_back(mask) else None
+    forgets = mask != causal or net.attn_layers.config.layer_masks is not None
+    sized = mask if forgets and looks_back(mask) else None
     return KVCache(net, batch=batch, tokens=tokens, mask=sized)
 
 

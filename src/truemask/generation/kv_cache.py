@@ -9,24 +9,26 @@ about the positions of the keys that are there: `mask.take(k=positions)`, made o
 `mask.at(k_start=first)` where they follow each other.
 
 A call that brings more keys than there is room for reads the kept ones and its own from memory of its own; `advance`
-takes over what is needed. Layers share what they keep today; each has memory, and could have positions, of its own.
+takes over what is needed. Layers under one mask share what they keep; where a model has masks of its layers, those of
+each distinct one have memory of their own size, and positions of their own.
 
-The memory itself is in `layer_kv.py`, what a mask lets a cache forget in `retention.py`.
+What is kept is in `kept_tokens.py`, the memory in `layer_kv.py`, what a mask lets a cache forget in `retention.py`.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from truemask.common.arguments import whole
 from truemask.common.formatting import counted, memory
 from truemask.errors import MaskError
+from truemask.generation.kept_tokens import KeptTokens, capacity_of
 from truemask.generation.layer_kv import LayerKV
 from truemask.generation.retention import Retention, check_cacheable
 from truemask.masks.core.mask import Mask
@@ -35,6 +37,20 @@ from truemask.nn.layers import AttentionLayers
 from truemask.nn.wrappers import TransformerWrapper
 
 LEAST_ROOM = 32  # keys that fit behind the kept ones: moving is for many steps at once
+
+
+class CacheCost(NamedTuple):
+    """What a cache takes: how many keys of tokens each layer needs at most, bytes, and bytes if it kept all keys."""
+
+    capacities: tuple[int, ...]
+    bytes: int
+    full_bytes: int
+
+    def __str__(self) -> str:
+        counts = Counter(self.capacities)
+        (first, layers), *rest = counts.items()
+        kinds = [f"{first:,} keys in {counted(layers, 'layer')}", *(f"{keys:,} in {n}" for keys, n in rest)]
+        return f"{', '.join(kinds)}; {memory(self.bytes)} (all keys: {memory(self.full_bytes)})"
 
 
 class KVCache:
@@ -46,7 +62,8 @@ class KVCache:
     `mask=` makes it as small as a causal mask allows: a key that no later query sees, in any sample or head, is
     overwritten. Every call then runs under this mask and need not repeat it; another one is an error. Of a mask whose
     forgetting would take long to find out (a function, random cells, of very many tokens) all is kept. Without `mask=`
-    all is kept, and calls may pass any: a model has no mask of its own beyond being causal.
+    all is kept, and calls may pass any. Under `mask=`, layers with masks of their own (`layer_masks`) keep what both
+    let them, each in memory of its own size; `mask=tm.causal` is enough for that.
 
     >>> from truemask.masks.leaves.bands import causal, window
     >>> from truemask.masks.leaves.per_token import prefix
@@ -69,31 +86,81 @@ class KVCache:
         device_type = weight.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         self.batch, self.tokens = whole(batch, "batch"), whole(tokens, "tokens")
-        self.mask = None if mask is None else _checked(mask, self.tokens, self.batch, config.heads)
-        self._retention = None if self.mask is None else Retention(self.mask, self.tokens, self.batch, config.heads)
-        self.capacity = self.tokens if self._retention is None else self._retention.capacity
+        self.mask = None if mask is None else _read(mask)
+        self._layer_masks = net.attn_layers.masks
         self._registers = net.num_memory_tokens
         self._fixed = config.attn.num_mem_kv + self._registers  # keys that stand before all tokens
-        room = min(self.tokens, self.capacity + max(self.capacity, LEAST_ROOM))
-        shape = (2, self.batch, config.kv_heads, self._fixed + room, config.attn.dim_head)  # keys and values
-        self._layers = [LayerKV(torch.empty(shape, dtype=dtype, device=weight.device)) for _ in range(config.depth)]
+        self._layers: list[LayerKV] = []
+        retentions = [self._retention_of(own, config.heads) for own in self._masks()]
+        for index in self._layer_masks.which:
+            capacity = capacity_of(retentions[index], self.tokens)
+            room = min(self.tokens, capacity + max(capacity, LEAST_ROOM))
+            shape = (2, self.batch, config.kv_heads, self._fixed + room, config.attn.dim_head)  # keys and values
+            self._layers.append(LayerKV(self._memory(shape, dtype, weight.device)))
+        self._parts = [
+            KeptTokens(self._of(term), own, retentions[term], tokens=self.tokens, fixed=self._fixed, free=LEAST_ROOM)
+            for term, own in enumerate(self._masks())
+        ]
         self._owner: weakref.ref[AttentionLayers] | None = weakref.ref(net.attn_layers)
         self.past = 0
-        self.moves = 0  # how often keys were moved, or samples: what is known of their places counts no more then
-        self._kept, self._since = torch.empty(0, dtype=torch.int64), 0  # kept by the last move; all later ones follow
-        self._ahead: Tensor | None = None  # the places of all keys until the next move
-        self._reach = 0  # of how many tokens these are
-        self._begins = 0  # without them: the first key, of all that follow it
+        self._samples_moved = 0
         self._base = self.mask  # that of the first batch, whose samples `_rows` are here now
         self._rows = torch.arange(self.batch)
-        self._placed: tuple[Mask, Mask] | None = None  # a mask, and the same at these places
+
+    @staticmethod
+    def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def cost(net: TransformerWrapper, *, batch: int, tokens: int, mask: Mask | str | None = None) -> CacheCost:
+        """What such a cache would take, without taking it; the arguments and errors are those of `KVCache`.
+
+        >>> from truemask.nn.layers import Decoder
+        >>> masks = {"L": "window(64)", "G": "causal"}
+        >>> layers = Decoder(dim=16, depth=6, heads=2, attn_dim_head=8, layer_masks=masks, layer_pattern="LLG")
+        >>> net = TransformerWrapper(num_tokens=11, max_seq_len=0, attn_layers=layers)
+        >>> print(KVCache.cost(net, batch=1, tokens=1_000_000, mask="causal"))
+        64 keys in 4 layers, 1,000,000 in 2; 244 MiB (all keys: 732 MiB)
+        """
+        priced = _Priced(net, batch=batch, tokens=tokens, mask=mask)
+        room = priced._fixed + priced.tokens
+        full = sum(layer.bytes // layer.room * room for layer in priced._layers)
+        return CacheCost(priced.capacities, priced.bytes, full)
+
+    def _masks(self) -> Sequence[Mask | None]:
+        """What sizes the layers under each of the model's distinct masks."""
+        return [None] * len(self._layer_masks.terms) if self.mask is None else self._layer_masks.each(self.mask)
+
+    def _of(self, term: int) -> list[LayerKV]:
+        return [layer for layer, own in zip(self._layers, self._layer_masks.which, strict=True) if own == term]
+
+    def _retention_of(self, mask: Mask | None, heads: int) -> Retention | None:
+        if mask is None:
+            return None
+        check_cacheable(mask, self.tokens, self.batch, heads)
+        return Retention(mask, self.tokens, self.batch, heads)
 
     # -- what it holds -----------------------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
-        """How many keys each layer holds now, registers and memories included."""
+        """How many keys the first layer holds now, registers and memories included; others if masks differ."""
         return self._layers[0].length
+
+    @property
+    def capacity(self) -> int:
+        """How many keys of tokens a new token reads at most, its own included, in the layer that keeps most."""
+        return max(self.capacities)
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """The same of each layer."""
+        return tuple(self._parts[term].capacity for term in self._layer_masks.which)
+
+    @property
+    def moves(self) -> int:
+        """How often keys were moved, or samples: what is known of their places counts no more then."""
+        return self._samples_moved + sum(part.moves for part in self._parts)
 
     @property
     def begun(self) -> bool:
@@ -102,8 +169,13 @@ class KVCache:
 
     @property
     def positions(self) -> Tensor:
-        """Which tokens the layers hold keys of, int64 `[n]`, increasing; the last ones may be visible no more."""
-        return self._positions(self.past)
+        """Which tokens some layer holds keys of, int64 `[n]`, increasing; the last ones may be visible no more."""
+        held = [part.positions(self.past) for part in self._parts]
+        return held[0] if len(held) == 1 else torch.cat(held).unique()
+
+    def positions_of(self, layer: int) -> Tensor:
+        """The same of one layer, counted from 0."""
+        return self._parts[self._layer_masks.which[layer]].positions(self.past)
 
     @property
     def bytes(self) -> int:
@@ -116,10 +188,13 @@ class KVCache:
 
     def __repr__(self) -> str:
         mask = "" if self.mask is None else f", mask={self.mask}"
+        kinds = [
+            f"{len(part.positions(self.past))} kept in {counted(len(part.layers), 'layer')}, capacity {part.capacity}"
+            for part in self._parts
+        ]
         return (
             f"KVCache(batch={self.batch}, tokens={self.tokens}{mask}): {counted(self.past, 'token')} read, "
-            f"{len(self.positions)} kept in {counted(len(self._layers), 'layer')}, capacity {self.capacity}, "
-            f"{memory(self.bytes)}"
+            f"{'; '.join(kinds)}, {memory(self.bytes)}"
         )
 
     # -- a call ------------------------------------------------------------------------------------------------------
@@ -143,63 +218,21 @@ class KVCache:
                 "for all tokens that will come"
             )
 
-    def placed(self, mask: Mask, new: int) -> Mask:
+    def placed(self, mask: Mask, new: int, layer: int = 0) -> Mask:
         """The mask for the keys that a call with `new` tokens reads; registers and memories come first in both."""
-        if self._ahead is None:
-            return mask.at(k_start=self._begins) if self._begins else mask
-        fits = self.past + new <= self._reach
-        if not fits or torch.compiler.is_dynamo_compiling():
-            return mask.take(k=self._ahead if fits else self._places(self.past + new))
-        if self._placed is None or self._placed[0] != mask:
-            self._placed = mask, mask.take(k=self._ahead)
-        return self._placed[1]
+        return self._parts[self._layer_masks.which[layer]].placed(mask, self.past, new)
 
     def advance(self) -> None:
         """Keep what the last call appended. Raises ValueError if the layers did not append the same rows."""
-        stops = {layer.stop for layer in self._layers}
-        if len(stops) != 1:
-            raise ValueError(f"the layers appended different numbers of keys, up to {sorted(stops)}: run all of them")
-        before, new = self.past, self._layers[0].stop - max(self.length, self._fixed)
+        brought = {layer.stop - max(layer.length, self._fixed) for layer in self._layers}
+        if len(brought) != 1:
+            raise ValueError(f"the layers appended different numbers of keys, {sorted(brought)}: run all of them")
+        (new,) = brought
         if new < 0:
             return  # nothing was appended
-        self.past += new
-        for layer in self._layers:
-            layer.length = layer.stop
-        if self.length >= self._layers[0].room + (self.past == self.tokens):
-            self._forget(before)
-
-    def _forget(self, before: int) -> None:
-        """Move what is needed to the front; if it fits, what queries from `before` on need: calls may be cut."""
-        assert self._retention is not None, "a cache without a mask has room for all"
-        positions = self.positions.numpy()
-        room = self._layers[0].room - self._fixed
-        keep = self._retention.needed(positions, before, self.past) | (positions >= before)
-        if keep.sum() + LEAST_ROOM // 2 > room:
-            keep = self._retention.needed(positions, self.past, self.past)
-        self._hold(torch.from_numpy(np.flatnonzero(keep)), self.past)
-
-    def _hold(self, which: Tensor, since: int) -> None:
-        """Keep these of the tokens' keys, of `since` tokens."""
-        self._begin(self.positions[which], since)
-        for layer in self._layers:
-            layer.keep(torch.cat((torch.arange(self._fixed), which + self._fixed)))
-
-    def _begin(self, kept: Tensor, since: int) -> None:
-        """From token `since` on, keys stand behind those of the `kept` positions."""
-        self._kept, self._since, self._placed = kept, since, None
-        self.moves += 1
-        self._reach = min(self.tokens, since + self._layers[0].room - self._fixed - len(kept))
-        in_a_row = since - len(kept)  # where keys that leave out none begin
-        is_row = not len(kept) or int(kept[0]) == in_a_row
-        self._begins = in_a_row if is_row and not self._fixed else 0
-        self._ahead = None if in_a_row == self._begins else self._places(self._reach)
-
-    def _positions(self, stop: int) -> Tensor:
-        return torch.cat((self._kept, torch.arange(self._since, stop)))
-
-    def _places(self, stop: int) -> Tensor:
-        """The same among registers, memories and tokens."""
-        return torch.cat((torch.arange(self._fixed), self._positions(stop) + self._fixed))
+        before, self.past = self.past, self.past + new
+        for part in self._parts:
+            part.advance(before, self.past)
 
     # -- other samples, other ends -----------------------------------------------------------------------------------
 
@@ -228,20 +261,11 @@ class KVCache:
         length = whole(length, "length")
         if length > self.past:
             raise ValueError(f"truncate: {self.past} tokens were read, so there are no first {length} to keep")
-        kept = self.positions.numpy()
-        lost = self._retention.lost(kept, length) if self._retention is not None and length < self._since else None
-        if lost is not None and self._retention is not None:
-            raise ValueError(
-                f"truncate: the first {length} tokens cannot be gone on from: key {lost[0]}, which queries up to "
-                f"{lost[1]} see under `{self.mask}`, was overwritten. After {self.past} tokens at least the first "
-                f"{self._retention.least(kept, self._since)} stay; a cache without mask= keeps every key"
-            )
-        stored = int((kept < length).sum()) + self._fixed
-        if length < self._since:
-            self._begin(self._kept[self._kept < length], length)
+        for part in sorted(self._parts, key=lambda part: -part.least(self.past)):  # what says the most comes first
+            part.check_truncate(length, self.past)
+        for part in self._parts:
+            part.truncate(length, self.past)
         self.past = length
-        for layer in self._layers:
-            layer.length = layer.stop = min(stored, layer.length)
 
     def _read_samples(self, indices: Tensor | Sequence[int]) -> Tensor:
         rows = torch.as_tensor(indices, device="cpu")
@@ -256,10 +280,12 @@ class KVCache:
     def _take_samples(self, rows: Tensor) -> None:
         before, self._rows = self._rows, self._rows[rows]
         others = self._base is not None and self._base.batch_size != 1 and not torch.equal(before, self._rows)
-        self.moves += others or len(rows) != self.batch
+        self._samples_moved += others or len(rows) != self.batch
         self.batch = len(rows)
         if self._base is not None and others:
-            self.mask, self._placed = of_samples(self._base, self._rows.tolist()), None
+            self.mask = of_samples(self._base, self._rows.tolist())
+            for part, own in zip(self._parts, self._masks(), strict=True):
+                part.other_samples(own)
         for layer in self._layers:
             layer.select(rows)
 
@@ -267,11 +293,18 @@ class KVCache:
         return {**vars(self), "_owner": None}  # whoever reads it back says for which model
 
 
-def _checked(mask: Mask | str, tokens: int, batch: int, heads: int) -> Mask:
+class _Priced(KVCache):
+    """A cache whose memory exists in name only."""
+
+    @staticmethod
+    def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _read(mask: Mask | str) -> Mask:
     read = from_text(mask)
     if not isinstance(read, Mask):
         raise MaskError(not_a_mask("mask= of a cache must be a mask expression or its text", mask))
-    check_cacheable(read, tokens, batch, heads)
     return read
 
 

@@ -9,26 +9,27 @@ Shapes: b batch, n new tokens, j keys, v vocabulary, r features of a head that a
 
 from __future__ import annotations
 
-from ctypes import POINTER, addressof, cast, memmove, sizeof
+from ctypes import POINTER, addressof, c_int64, cast, memmove, sizeof
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from truemask.backends.base import Job, Request
 from truemask.backends.context import named_here
-from truemask.backends.native.abi import DTYPES, TILE, ArrayStruct, CallStruct
+from truemask.backends.native.abi import ALIBI, DTYPES, TILE, ArrayStruct, CallStruct
 from truemask.backends.native.backend import TilesProposal
 from truemask.backends.native.library import missing, run_step
 from truemask.backends.native.step_abi import GELU, RELU_SQUARED, SILU, LayerStruct, StepStruct
+from truemask.biases import usual_slopes
 from truemask.common.real_tensors import cannot_look
 from truemask.generation.kv_cache import KVCache
 from truemask.generation.speculation.ragged_cache import RaggedCache
 from truemask.masks.core.mask import Mask
 from truemask.nn.attention import Attention
 from truemask.nn.feedforward import FeedForward
-from truemask.nn.forward_mask import Layout, combine, token_positions
+from truemask.nn.forward_mask import Layout, token_positions
 from truemask.nn.layers import AttentionLayers, Block, Decoder
 from truemask.nn.norms import HeadRMSNorm, LayerNorm, RMSNorm
 from truemask.nn.positions import AbsolutePositionalEmbedding, RotaryEmbedding
@@ -82,6 +83,14 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [module._forward_hooks, module._forward_pre_hooks]
 
 
+class Distances(NamedTuple):
+    """What ALiBi counts by: positions of rows [(b) n] and keys [(b) j], slopes [h]."""
+
+    rows: Tensor
+    keys: Tensor
+    slopes: Tensor
+
+
 @dataclass
 class Ahead:
     """What the tokens `start` to `stop` have in common, as long as the cache has moved keys `moves` times."""
@@ -93,6 +102,7 @@ class Ahead:
     known: int  # of how many of them, from the first on, the model has learned the positions
     positions: Tensor  # (b) n
     angles: tuple[Tensor, ...]
+    distances: Distances | None
     held: list[Any]  # tensors and arrays that the structures point to
 
 
@@ -111,6 +121,7 @@ class NativeStep:
         self._addresses: list[int] = []
         self._bytes = 0
         self._ahead: Ahead | None = None
+        self._slopes = usual_slopes(self._config.heads)
 
     def __call__(self, tokens: Tensor) -> Tensor | None:
         """Logits [b, n, v] in fp32 of new tokens [b, n], whose keys the cache then has; the caller advances it.
@@ -125,8 +136,11 @@ class NativeStep:
             return None
         tokens, logits = tokens.contiguous(), torch.empty(b, n, self._net.num_tokens)
         self._point_at(row, tokens, logits)
-        for call in self._calls:
-            call.b, call.nq, call.nk, call.mask_row = b, n, cache.length + n, row
+        distances = ahead.distances
+        for index, call in enumerate(self._calls):
+            call.b, call.nq, call.nk, call.mask_row = b, n, cache.layer(index).length + n, row
+            if distances is not None:
+                call.q_positions = distances.rows.data_ptr() + distances.rows.element_size() * row
         run_step(self._step)
         for index in range(self._config.depth):
             layer = cache.layer(index)
@@ -139,15 +153,17 @@ class NativeStep:
             return False
         new, group = tokens.shape[1], config.heads // config.kv_heads
         small = rows <= MOST_ROWS and group * new <= MOST_STACKED and len(tokens) == cache.batch
-        fits = cache.past + new <= cache.tokens and cache.length + new <= self._room()
+        fits = cache.past + new <= cache.tokens and new <= self._spare()
         return cache.begun and small and fits and _may_run() and self._are_words(tokens)
 
     def _are_words(self, tokens: Tensor) -> bool:
         low, high = tokens.aminmax()
         return int(low) >= 0 and int(high) < self._net.num_tokens
 
-    def _room(self) -> int:
-        return min(self._cache.layer(index).room for index in range(self._config.depth))
+    def _spare(self) -> int:
+        """How many keys fit behind those that there are, in every layer."""
+        layers = map(self._cache.layer, range(self._config.depth))
+        return min(layer.room - layer.length for layer in layers)
 
     # -- what many steps have in common ------------------------------------------------------------------------------
 
@@ -164,7 +180,7 @@ class NativeStep:
 
     def _prepare(self, new: int) -> Ahead:
         cache = self._cache
-        rows = max(new, min(TILE, cache.tokens - cache.past, self._room() - cache.length))
+        rows = max(new, min(TILE, cache.tokens - cache.past, self._spare()))
         layout = self._net.attn_layers.layout(cache.batch, rows, cache, self._net.num_memory_tokens)
         return self._prepared_at(layout, token_positions(self._own_mask, layout, None))
 
@@ -172,9 +188,10 @@ class NativeStep:
         """What the rows of a layout need, whose tokens stand at these positions [(b) n]."""
         cache, mask, rows, positions = self._cache, self._own_mask, layout.new, positions.contiguous()
         angles = self._angles_of(positions)
-        held = [*angles, self._read_mask(mask, layout)]
+        tiles, distances = self._read_mask(mask, layout)
         known = self._known(positions)
-        return Ahead(mask, cache.past, cache.past + rows, cache.moves, known, positions, angles, held)
+        held = [*angles, *tiles]
+        return Ahead(mask, cache.past, cache.past + rows, cache.moves, known, positions, angles, distances, held)
 
     def _known(self, positions: Tensor) -> int:
         """Of how many rows, from the first on, the model has learned the positions."""
@@ -188,18 +205,32 @@ class NativeStep:
         rotary = self._net.attn_layers.rotary
         return () if rotary is None else tuple(x.contiguous() for x in rotary(positions, torch.float32))
 
-    def _read_mask(self, mask: Mask, layout: Layout) -> Any:
-        """The mask of the rows to come, in the structures of all layers."""
-        cache, config = self._cache, self._config
-        mask = combine(mask, layout, causal_too=self._causal, placed=cache.placed)
-        memory = cache.layer(0).memory  # 2 b g room e
-        keys = cache.length + layout.new
-        sizes = (cache.batch, config.heads, config.kv_heads, layout.new, keys, config.attn.dim_head, memory.shape[-1])
-        job = Job(mask, Request(*sizes, memory.dtype, memory.device))
-        tiles = TilesProposal(job).lower().data[0]
-        for index, call in enumerate(self._calls):
-            _fill(call, tiles.template, config, cache.layer(index).memory)
-        return tiles
+    def _read_mask(self, mask: Mask, layout: Layout) -> tuple[list[Any], Distances | None]:
+        """The masks of the rows to come, in the structures of their layers.
+
+        With what they point to, and what ALiBi counts rows by, which is the same in all layers.
+        """
+        layers, held = self._net.attn_layers, []
+        for term, own in enumerate(layers.combined(mask, layout, causal_too=self._causal, cache=self._cache)):
+            indices = [index for index, which in enumerate(layers.masks.which) if which == term]
+            held += self._read_one(own, layout.new, indices)
+        return held, next((part for part in held if isinstance(part, Distances)), None)
+
+    def _read_one(self, mask: Mask, new: int, indices: list[int]) -> list[Any]:
+        """The mask of `new` rows of these layers, over the keys that they have; what its structures point to."""
+        config, cache = self._config, self._cache.layer(indices[0])
+        memory, keys = cache.memory, cache.length + new  # 2 b g room e
+        sizes = (self._cache.batch, config.heads, config.kv_heads, new, keys, config.attn.dim_head, memory.shape[-1])
+        tiles = TilesProposal(Job(mask, Request(*sizes, memory.dtype, memory.device))).lower().data[0]
+        held = [tiles]
+        if config.alibi_pos_bias:
+            at, to = mask.positions(new, keys)
+            held.append(Distances(at.long().contiguous(), to.long().contiguous(), self._slopes))
+        for index in indices:
+            _fill(self._calls[index], tiles.template, config, self._cache.layer(index).memory)
+            if config.alibi_pos_bias:
+                _fill_alibi(self._calls[index], held[1])
+        return held
 
     def _point_at(self, row: int, tokens: Tensor, logits: Tensor) -> None:
         """What the structure points to, for a step whose first token is so many rows ahead."""
@@ -286,6 +317,13 @@ def _described(net: TransformerWrapper) -> StepStruct:
     step.positions_scale = net.pos_emb.scale if net.pos_emb is not None else 0.0
     step.logits_scale = net.tie_embedding_scale if net.tie_embedding else 1.0
     return step
+
+
+def _fill_alibi(call: CallStruct, by: Distances) -> None:
+    rows, keys, slopes = by
+    call.bias_kind, call.bias, call.bias_strides = ALIBI, slopes.data_ptr(), (c_int64 * 4)(0, slopes.stride(0), 0, 0)
+    call.q_positions, call.k_positions = rows.data_ptr(), keys.data_ptr()
+    call.q_stride, call.k_stride = _apart(rows), _apart(keys)
 
 
 def _fill(call: CallStruct, template: CallStruct, config: Any, memory: Tensor) -> None:

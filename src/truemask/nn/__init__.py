@@ -18,6 +18,8 @@ Names, keywords, defaults and initial weights are x-transformers' (2.31), and th
 | and padding reads no register that reads tokens             |                                                       |
 | positions restart in packed and padded documents            | `seq_start_pos`, not with registers                   |
 | angles of rotary are computed in fp32 always                | in the model's dtype after `.bfloat16()`              |
+| `alibi_pos_bias` counts the mask's positions, which restart | places in the input or the caller's `pos`; registers  |
+| with documents and padding; registers, memories: refused    | counted, memories at distance 0                       |
 | `ff_no_bias` leaves no bias                                 | the gated projection keeps one                        |
 | attention always projects its output, also for one head     | not if `heads=1`                                      |
 | `attn_qk_norm` and `attn_qk_rmsnorm` exclude each other     | both are applied                                      |

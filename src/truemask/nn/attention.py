@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from truemask.attention.attend import results
 from truemask.attention.call import AttendArgs
+from truemask.biases import alibi
 from truemask.masks.core.mask import Mask
 from truemask.nn.config import LayersConfig
 from truemask.nn.norms import HeadRMSNorm
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         self.qk_norm = attn.qk_norm
         self.dropout = attn.dropout
         self.flash = attn.flash
+        self.bias = alibi(heads) if config.alibi_pos_bias else None  # no buffer: halves would round the slopes
         self.to_q = nn.Linear(dim, heads * attn.dim_head, bias=False)
         self.to_k = nn.Linear(dim, kv_heads * attn.dim_head, bias=False)
         self.to_v = nn.Linear(dim, kv_heads * attn.dim_head, bias=False)
@@ -78,7 +80,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)  # b g j e
         drop = self.dropout if self.training else 0.0
         plain = "reference" if drop else "sdpa"  # sdpa cannot drop the same cells
-        args = AttendArgs(scale=self.scale, dropout=drop, preferred=None if self.flash else plain)
+        args = AttendArgs(bias=self.bias, scale=self.scale, dropout=drop, preferred=None if self.flash else plain)
         out = results(q, k, v, mask, args).out  # b h n e
         return self.to_out(out.transpose(1, 2).flatten(2))
 

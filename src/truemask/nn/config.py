@@ -14,11 +14,13 @@ from typing import Any
 
 from truemask.common.formatting import describe, suggest
 from truemask.nn import x_transformers_names as foreign_names
+from truemask.nn.layer_masks import texts_of_layers
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("True or False", (bool,)),
     "int": ("a whole number", (int,)),
     "float": ("a number", (int, float)),
+    "str": ("a text", (str,)),
     "None": ("None", (type(None),)),
 }
 
@@ -139,6 +141,10 @@ class FeedForwardConfig:
 class LayersConfig:
     """A stack of layers: everything that `Decoder` and `Encoder` take, and `causal`, in which they differ.
 
+    `alibi_pos_bias` adds `-slope * distance` to the scores (ALiBi, arXiv 2108.12409), with the usual slopes of so many
+    heads (`alibi`). Distances are those of the mask's logical positions: in packed documents they restart, padding does
+    not count, and a cache keeps them. It stands beside rotary or absolute positions, or alone.
+
     >>> config = LayersConfig.from_keywords(dim=32, depth=2, attn_kv_heads=2, ff_glu=True)
     >>> config.attn.kv_heads, config.ff.glu
     (2, True)
@@ -160,6 +166,9 @@ class LayersConfig:
     rotary_emb_dim: int | None = None
     rotary_interpolation_factor: float | None = None  # 1
     rotary_base_rescale_factor: float | None = None  # 1
+    alibi_pos_bias: bool = False
+    layer_masks: Any = None  # tuple[str, ...], one for each layer, whatever was given
+    layer_pattern: str | None = None  # None, once it is read
     attn: AttentionConfig = field(default_factory=AttentionConfig)
     ff: FeedForwardConfig = field(default_factory=FeedForwardConfig)
 
@@ -179,6 +188,13 @@ class LayersConfig:
         )
         if self.rotary_pos_emb:
             self._check_rotary()
+        _require(
+            not (self.alibi_pos_bias and self.attn.num_mem_kv),
+            f"alibi_pos_bias counts distances, and the {self.attn.num_mem_kv} keys of attn_num_mem_kv stand nowhere: "
+            "leave one of them out",
+        )
+        object.__setattr__(self, "layer_masks", texts_of_layers(self.layer_masks, self.layer_pattern, self.depth))
+        object.__setattr__(self, "layer_pattern", None)
 
     def _check_rotary(self) -> None:
         _require(

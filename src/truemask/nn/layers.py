@@ -5,6 +5,7 @@ Shapes: b batch, n rows of this call, j keys, d features.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from truemask.nn.attention import Attention, LayerCache
 from truemask.nn.config import LayersConfig, reject_keywords
 from truemask.nn.feedforward import FeedForward
 from truemask.nn.forward_mask import Layout, agreed, combine, positions_with_registers, read_masks, token_positions
+from truemask.nn.layer_masks import LayerMasks
 from truemask.nn.norms import LayerNorm, RMSNorm
 from truemask.nn.positions import RotaryEmbedding, Rotation
 from truemask.nn.x_transformers_names import LAYERS_CALL
@@ -48,8 +50,8 @@ class Cache(Protocol):
         """Raise ValueError if `new` tokens of `batch` samples cannot be read by these layers into this cache."""
         ...
 
-    def placed(self, mask: Mask, new: int) -> Mask:
-        """The mask of all keys as one of those that are kept, and of the new ones."""
+    def placed(self, mask: Mask, new: int, layer: int = 0) -> Mask:
+        """The mask of all keys as one of those that a layer keeps, and of the new ones."""
         ...
 
 
@@ -83,6 +85,7 @@ class AttentionLayers(nn.Module):
     * `attn_mask`: bool (q, k), (h, q, k) or (b, h, q, k), size 1 broadcasts. Or a mask expression. Both are ANDed.
     * `causal`: overrides, for this call, whether rows may read later keys; on every backend.
     * `pos`: int64 (n) or (b, n), positions for rotary; by default the mask's own, which restart in `packed` documents.
+    * each layer ANDs its own of the config's `layer_masks` to that, at the same logical positions.
     * `registers`: the sequence begins with so many rows that masks and positions do not count and every row reads.
     * `cache`: `x` holds the rows after the cached ones; masks speak of both. The caller advances the cache.
 
@@ -96,6 +99,7 @@ class AttentionLayers(nn.Module):
         self.dim = config.dim
         self.depth = config.depth
         self.causal = config.causal
+        self.masks = LayerMasks(config.layer_masks, config.depth)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = make_norm(config)
         self.rotary = (
@@ -144,11 +148,12 @@ class AttentionLayers(nn.Module):
         self._check_input(x, registers, cache)
         layout = self.layout(x.shape[0], x.shape[1], cache, registers)
         causal_too = self.causal if causal is None else causal
+        self.check_distances(pos, registers)
         user = read_masks(mask, attn_mask, layout, x)
         if cache is not None and cache.mask is not None:
             given = None if mask is None and attn_mask is None else user
             user = agreed(given, cache.mask, causal_too=causal_too)
-        full = combine(user, layout, causal_too=causal_too, placed=None if cache is None else cache.placed)  # n j
+        full = self.combined(user, layout, causal_too=causal_too, cache=cache)  # n j, each
         rotation = None
         if self.rotary is not None:
             positions = positions_with_registers(token_positions(user, layout, pos), layout)  # (b) n
@@ -156,8 +161,19 @@ class AttentionLayers(nn.Module):
         elif pos is not None:
             raise ValueError("pos= was given, but this model has no positions: make it with rotary_pos_emb=True")
         for index, layer in enumerate(self.layers):
-            x = layer(x, full, rotation, None if cache is None else cache.layer(index))  # b n d
+            x = layer(
+                x, full[self.masks.which[index]], rotation, None if cache is None else cache.layer(index)
+            )  # b n d
         return self.final_norm(x)
+
+    def combined(self, user: Mask, layout: Layout, *, causal_too: bool, cache: Cache | None) -> list[Mask]:
+        """The masks of a call, one for each distinct mask of the layers; `user` is that of the call."""
+        masks = []
+        for term, mask in enumerate(self.masks.each(user)):
+            layer = self.masks.which.index(term)
+            placed = None if cache is None else partial(cache.placed, layer=layer)
+            masks.append(combine(mask, layout, causal_too=causal_too, placed=placed))
+        return masks
 
     def _check_input(self, x: Tensor, registers: int, cache: Cache | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.dim or not x.is_floating_point():
@@ -170,6 +186,19 @@ class AttentionLayers(nn.Module):
             raise ValueError(f"registers={registers}, but the input has only {x.shape[1]} rows")
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache is for inference: call the model under torch.no_grad() or inference_mode()")
+
+    def check_distances(self, pos: Tensor | None, registers: int) -> None:
+        """Raise ValueError on what ALiBi has no distances of."""
+        if self.config.alibi_pos_bias and pos is not None:
+            raise ValueError(
+                "pos= was given, and alibi_pos_bias counts distances by the mask: say what restarts by the mask, such "
+                "as mask.packed(lengths) or mask.padded(starts)"
+            )
+        if self.config.alibi_pos_bias and registers:
+            raise ValueError(
+                f"registers={registers}, but alibi_pos_bias counts distances, and registers stand nowhere: use rotary "
+                "or absolute positions with registers"
+            )
 
     def _check_place(self, x: Tensor) -> None:
         """The device of `x` and, unless autocast chooses it, the dtype are the parameters'."""

@@ -66,6 +66,7 @@ class TransformerWrapper(nn.Module):
         check_type("emb_dropout", emb_dropout, "float")
         check_rate("emb_dropout", emb_dropout)
         check_needs("tie_embedding", tie_embedding, tie_embedding_scale=tie_embedding_scale)
+        attn_layers.check_distances(None, num_memory_tokens or 0)
         dim = attn_layers.dim
         self.num_tokens = num_tokens
         self.max_seq_len = max_seq_len
@@ -97,7 +98,7 @@ class TransformerWrapper(nn.Module):
         **unknown: Any,
     ) -> Tensor:
         reject_keywords("TransformerWrapper.forward", TransformerWrapper.forward, unknown, WRAPPER_CALL)
-        self._check_ids(ids)
+        self.check_ids(ids)
         registers = self.num_memory_tokens
         begins = cache is None or not cache.begun  # then registers and memories come first
         layout = self.attn_layers.layout(len(ids), ids.shape[1] + (registers if begins else 0), cache, registers)
@@ -111,7 +112,8 @@ class TransformerWrapper(nn.Module):
         x = self.emb_dropout(x)
         if registers and begins:
             x = torch.cat((self.memory_tokens.expand(len(ids), -1, -1), x), dim=1)  # b m+n d
-        rest = pos if self.pos_emb is None else None  # absolute positions are already in x
+        told = self.pos_emb is not None and not self.attn_layers.config.alibi_pos_bias
+        rest = None if told else pos  # absolute positions are already in x
         x = self.attn_layers(x, user, causal=causal, pos=rest, registers=registers, cache=cache)
         if registers and begins:
             x = x[:, registers:]  # b n d
@@ -142,7 +144,8 @@ class TransformerWrapper(nn.Module):
         layers = layers_from_config(LayersConfig.from_dict(values["attn_layers"]))
         return cls(**{**values, "attn_layers": layers})
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError unless these are tokens (b, n) that the model knows, on its device."""
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"ids are {describe(ids)}; expected whole numbers, int64 [batch, tokens]"

@@ -12,7 +12,7 @@ def _names(text: str) -> frozenset[str]:
 
 LAYERS = _names(
     """
-    adaptive_condition_mlp adaptive_condition_mlp_expansion add_value_residual alibi_num_heads alibi_pos_bias
+    adaptive_condition_mlp adaptive_condition_mlp_expansion add_value_residual alibi_num_heads
     attn_aggregated_residual_kwargs attn_aggregated_residuals cross_attend cross_attn_tokens_dropout
     cross_residual_attn custom_layers depth_scale_residual dim_condition disable_abs_pos_emb dynamic_pos_bias
     dynamic_pos_bias_log_distance dynamic_pos_bias_mlp_depth dynamic_pos_bias_norm dynamic_tanh_init_alpha

@@ -52,7 +52,7 @@ def assert_reads_paths(net: TransformerWrapper, mask: Mask, texts: list[list[int
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["absolute", "rotary", "registers", "grouped", "memories"])
+@pytest.mark.parametrize("name", ["absolute", "rotary", "alibi", "registers", "grouped", "memories"])
 @pytest.mark.parametrize("kind", MASKS)
 def test_nodes_are_read_as_their_paths(name: str, kind: str) -> None:
     net, mask, numbers = featured(name), MASKS[kind], random.Random(4)
@@ -109,13 +109,13 @@ def test_the_cache_is_as_small_as_the_mask() -> None:
 
 
 @pytest.mark.skipif(bool(missing()), reason=f"the move is whoever builds the kernel: {missing()}")
-@pytest.mark.parametrize("positions", ["rotary", "learned", "none"])
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi", "none"])
 @pytest.mark.parametrize("kind", MASKS)
 @torch.no_grad()
 def test_the_native_kernel_reads_the_same(positions: str, kind: str) -> None:
     torch.manual_seed(0)
-    rotary = {"rotary_pos_emb": positions == "rotary"}
-    layers = Decoder(dim=64, depth=2, heads=4, attn_dim_head=16, attn_kv_heads=2, **rotary)
+    known = {"rotary_pos_emb": positions == "rotary", "alibi_pos_bias": positions == "alibi"}
+    layers = Decoder(dim=64, depth=2, heads=4, attn_dim_head=16, attn_kv_heads=2, **known)
     net = TransformerWrapper(
         num_tokens=TOKENS, max_seq_len=60, attn_layers=layers, use_abs_pos_emb=positions == "learned"
     ).eval()

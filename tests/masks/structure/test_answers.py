@@ -23,7 +23,7 @@ from truemask.masks.structure.data import cells_held, tokens_held
 from truemask.masks.structure.documents import depths, is_documents_only, labels_at, lengths_of_documents, packed_like
 from truemask.masks.structure.order import band, is_order, looks_back, names_order, window_size
 from truemask.masks.structure.padding import paddings, real_queries, seen_by_all
-from truemask.masks.structure.parts import all_parts, conjuncts, droppable_terms, of_head
+from truemask.masks.structure.parts import all_parts, conjuncts, droppable_terms, of_head, with_term
 from truemask.masks.structure.placement import offset, reindexed_like, step_into, without_positions
 from truemask.masks.structure.registers import with_registers
 
@@ -263,3 +263,29 @@ def test_registers_behind_the_tokens() -> None:
     before, behind = with_registers(mask, 1).to_dense(4)[0, 0], with_registers(mask, 1, behind=3).to_dense(4)[0, 0]
     order = torch.tensor([1, 2, 3, 0])
     assert torch.equal(behind, before[order][:, order])
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("causal | prefix(2)", "(causal | prefix(2)) & local(1)"),
+        ("causal.packed([2, 3])", "(causal & local(1)).packed([2, 3])"),
+        ("everything.padded([1, 2])", "local(1).padded([1, 2])"),
+        ("causal.padded([1]) & keys([True, False])", "(causal & local(1)).padded([1]) & keys([True, False])"),
+        (
+            "causal.padded([1]) | prefix(2).padded([1])",
+            "(causal & local(1)).padded([1]) | (prefix(2) & local(1)).padded([1])",
+        ),
+        ("causal.at(q_start=2) - prefix(1)", "(causal & local(1)).at(q_start=2) - prefix(1)"),
+        ("causal.padded([1, 0]).select(samples=[1])", "(causal & local(1)).padded([1, 0]).select(samples=[1])"),
+        ("~causal", "~causal & local(1)"),
+    ],
+)
+def test_terms_count_as_the_mask_does(mask: str, expected: str) -> None:
+    assert with_term(tm.parse(mask), tm.local(1)) == tm.parse(expected)
+
+
+def test_terms_that_nobody_says_how_to_count() -> None:
+    assert with_term(~tm.causal.packed([2, 3]), tm.local(1)) is None
+    assert with_term(tm.window(2) & (~tm.causal.packed([2, 3]) | tm.causal), tm.local(1)) is None
+    assert with_term(tm.causal.padded([1]).select(heads=[0, 0]), tm.per_head([tm.causal, tm.local(1)])) is None

@@ -28,7 +28,14 @@ for _module in pkgutil.walk_packages(truemask.__path__, "truemask."):
         importlib.import_module(_module.name)
 
 # What the functions ask for besides the mask, by the name of the argument.
-ARGUMENTS: dict[str, Any] = {"plain": causal, "cell": Cell(0, 0, 0, 0), "head": 0, "seen": True, "start": 0}
+ARGUMENTS: dict[str, Any] = {
+    "plain": causal,
+    "term": causal,
+    "cell": Cell(0, 0, 0, 0),
+    "head": 0,
+    "seen": True,
+    "start": 0,
+}
 
 every_function = pytest.mark.parametrize("function", OPEN_FUNCTIONS, ids=lambda function: function.__name__)
 

@@ -68,7 +68,9 @@ class Places:
         parents = torch.cat((torch.full((batch, 2), -1), torch.where(nodes.depths > 0, nodes.parents + 2, -1)), dim=1)
         parents[:, 2][nodes.parents[:, 0] < 0] = 0
         lengths = torch.cat((kept + keys, self.stop - kept, torch.ones(batch, new, dtype=torch.int64)), dim=1)
-        branches = tree(_alike(parents), lengths=_alike(lengths)).at(q_start=keys + self.stop - first)
+        branches = tree(_alike(parents), lengths=_alike(lengths)).at(q_start=keys + self.stop)
+        if first:
+            branches = branches.prepended(q=first)  # whose rows count no positions: those of `mask` are the only ones
         return mask.take(q=_alike(q), k=_alike(k)) & branches
 
     def accept(self, paths: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:

@@ -80,7 +80,7 @@ class RaggedCache:
         assert registers == self._registers
         assert self._nodes is None or (batch, new) == self._nodes.tokens.shape
 
-    def placed(self, mask: Mask, new: int) -> Mask:
+    def placed(self, mask: Mask, new: int, layer: int = 0) -> Mask:
         """The mask of all tokens, of the call's rows and of what lies in the places and is new."""
         if self._nodes is None:
             return mask  # a prompt, whose rows are the first that there are

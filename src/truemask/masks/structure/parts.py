@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor
+from truemask.masks.compose.boolean import And, Minus, Not, Or, Xor, conjunction
 from truemask.masks.compose.packed import Packed, Padded, Prepended
 from truemask.masks.compose.per_axis import PerHead, PerSample, Select
+from truemask.masks.compose.reindex import At, Take, Transposed
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.matrices import Dense, dense
 from truemask.masks.leaves.patterns import Random
@@ -155,3 +156,77 @@ def _in_each_term(mask: And | Or, head: int) -> Mask:
 @register(of_head, Dense)
 def _cut_out(mask: Dense, head: int) -> Mask:
     return mask if mask.head_count == 1 else dense(mask.tensor.tensor[:, head : head + 1])
+
+
+@open_function
+def with_term(mask: Mask, term: Mask) -> Mask | None:
+    """The mask AND a term that counts positions as the mask does: from the begin of each document, behind padding.
+
+    None where the mask does not say from where: outside of what it negates, or where it chooses heads that differ.
+
+    >>> from truemask.masks.leaves.bands import causal, window
+    >>> with_term(causal, window(3)), with_term(causal.packed([2, 2]), window(3))
+    (causal & window(3), (causal & window(3)).packed([2, 2]))
+    """
+    raise NotImplementedError
+
+
+@register(with_term, *CONSTANTS, *LEAVES, Transposed, Prepended)
+def _beside(mask: Mask, term: Mask) -> Mask:
+    return conjunction(mask, term)
+
+
+@register(with_term, Packed, Padded, At, Take)
+def _in_the_base(mask: Packed | Padded | At | Take, term: Mask) -> Mask | None:
+    base = with_term(mask.base, term)
+    return None if base is None else replace(mask, base=base)
+
+
+@register(with_term, Select)
+def _of_the_chosen(mask: Select, term: Mask) -> Mask | None:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    base = None if mask.heads is not None and term.head_count > 1 else with_term(mask.base, term)
+    return None if base is None else replace(mask, base=base)
+
+
+@register(with_term, And)
+def _in_laid_out_terms(mask: And, term: Mask) -> Mask | None:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    terms = [with_term(part, term) if _is_laid_out(part) else part for part in mask.terms]
+    known = [part for part in terms if part is not None]
+    return joined(And, known) if len(known) == len(terms) else None
+
+
+@register(with_term, Or, Xor)
+def _in_each(mask: Or | Xor, term: Mask) -> Mask | None:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    terms = [with_term(part, term) for part in mask.terms]
+    return None if None in terms else replace(mask, terms=tuple(terms))
+
+
+@register(with_term, *PER_AXIS)
+def _in_each_choice(mask: PerHead | PerSample, term: Mask) -> Mask | None:
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    masks = [with_term(part, term) for part in mask.masks]
+    return None if None in masks else replace(mask, masks=tuple(masks))
+
+
+@register(with_term, Minus)
+def _in_the_left(mask: Minus, term: Mask) -> Mask | None:
+    left = with_term(mask.left, term)
+    if not _is_laid_out(mask):
+        return conjunction(mask, term)
+    return None if left is None else replace(mask, left=left)
+
+
+@register(with_term, Not)
+def _outside(mask: Not, term: Mask) -> Mask | None:
+    return None if _is_laid_out(mask) else conjunction(mask, term)
+
+
+def _is_laid_out(mask: Mask) -> bool:
+    return any(isinstance(part, (Packed, Padded, At, Take)) for part in mask.walk())
