@@ -22,8 +22,8 @@ from harness import Table, finish, options, race, verdict
 from torch import Tensor
 
 import truemask as tm
-from truemask.cli.tour import smollm
 from truemask.interop.use import use
+from truemask.textmodels import smollm
 
 MASK = tm.causal & (tm.window(512) | tm.prefix(4))
 CAUSAL = "causal"

@@ -26,9 +26,9 @@ from huggingface import model as smollm2_model
 from torch import Tensor
 
 import truemask as tm
-from truemask.cli.tour import smollm
 from truemask.generation.options import DRAFT_TOKENS
 from truemask.generation.speculation.loop import Speculated
+from truemask.textmodels import smollm
 
 FILES = ("textwrap.py", "heapq.py", "fnmatch.py")
 MASKS = {"own masks": None, "window(256) | prefix(4)": tm.window(256) | tm.prefix(4)}

@@ -188,6 +188,8 @@ template <int MOST, class F>
 TM_INLINE void rows_of_result(int64_t m, F run) {
   int64_t i = 0;
   for (; i + MOST <= m; i += MOST) run(i, Count<MOST>());
+  if constexpr (MOST > 4)
+    if (i + 4 <= m) run(i, Count<4>()), i += 4;
   if (MOST > 3 && m - i == 3) run(i, Count<3>());
   if (MOST > 2 && m - i == 2) run(i, Count<2>());
   if (m - i == 1) run(i, Count<1>());
@@ -197,7 +199,8 @@ template <class K>
 __attribute__((noinline)) void dots(int64_t m, int64_t n, int64_t d, const typename K::Left* a, int64_t row,
                                     RowsOf<K> b, float* c, int64_t ldc) {
   const int64_t away = further(b, d);
-  rows_of_result<4>(m, [&](int64_t i, auto count) {
+  constexpr int MOST = W == 16 && K::VECTORS == 1 ? 8 : 4;  // as the registers have room for
+  rows_of_result<MOST>(m, [&](int64_t i, auto count) {
     dots_of<decltype(count)::value, K>(n, d, a + i * row, row, b, c + i * ldc, ldc, i ? 0 : away);
   });
 }

