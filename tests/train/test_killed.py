@@ -30,6 +30,7 @@ KILLS = int(os.environ.get("TRUEMASK_KILLS", "8"))
 STEPS = 20 * (KILLS + 1)
 SIZE = ["--length", "31", "--dim", "16", "--depth", "1", "--heads", "2", "--batch", "3"]
 OFTEN = ["--save-every", "3", "--evaluate-every", "50"]
+SLOW_TO_IMPORT = ["truemask.cli.commands.train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 STARTING, STEP = 0.3, 0.02  # seconds; about what a life takes to begin, and a few steps with a checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -50,7 +51,7 @@ def life(text: Path, out: Path) -> ForkServerProcess:
         shutil.rmtree(out, ignore_errors=True)
         arguments = ["--data", str(text), "--out", str(out), "--steps", str(STEPS), *SIZE, *OFTEN]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "truemask.cli.commands.train"])
+    context.set_forkserver_preload([__name__, *SLOW_TO_IMPORT])
     process = context.Process(target=train, args=(arguments,))
     process.start()
     return process
