@@ -30,10 +30,18 @@ KILLS = int(os.environ.get("TRUEMASK_KILLS", "8"))
 STEPS = 20 * (KILLS + 1)
 SIZE = ["--length", "31", "--dim", "16", "--depth", "1", "--heads", "2", "--batch", "3"]
 OFTEN = ["--save-every", "3", "--evaluate-every", "50"]
-SLOW_TO_IMPORT = ["truemask.cli.commands.train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-STARTING, STEP = 0.3, 0.02  # seconds; about what a life takes to begin, and a few steps with a checkpoint
+SLOW_TO_IMPORT = [
+    "truemask.cli.commands.train",
+    "torch._dynamo",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
+STARTING, STEP = 0.5, 0.02  # seconds; about what a life takes to begin, and a few steps with a checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL"),
+]
 
 
 def train(arguments: list[str]) -> None:
