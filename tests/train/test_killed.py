@@ -52,7 +52,7 @@ def train(arguments: list[str]) -> None:
 
 
 def life(text: Path, out: Path) -> ForkServerProcess:
-    """The next one: on from the newest checkpoint, or from nothing. Its server has read the modules, and run nothing."""
+    """The next one: on from the newest checkpoint, or from nothing. Its server has read modules and run nothing."""
     if checkpoints(out):
         arguments = ["--resume", str(out)]
     else:
