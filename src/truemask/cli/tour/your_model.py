@@ -68,8 +68,7 @@ def goes_on(model: Any, row: Tensor, mask: Mask | None) -> list[int]:
 def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
     stage.say(
         f"How much of a text does it need? The perplexity of the last {JUDGED_TOKENS} of {TOKENS} tokens (Python's own "
-        "argparse.py), how many keys have to be kept, and what a cache takes that keeps no others, after half of the text and "
-        "after all of it."
+        "argparse.py), how many keys have to be kept, and what such a cache takes after half of the text and after all."
     )
     ids = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, :TOKENS]
     masks = (causal, causal & window(256), causal & (window(256) | prefix(4)))
