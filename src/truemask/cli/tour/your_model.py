@@ -89,12 +89,13 @@ def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
 def perplexity(model: Any, ids: Tensor, mask: Mask) -> tuple[float, list[int]]:
     """Of the last tokens of a text, under a mask; and the bytes of the cache after each half of it."""
     sizes: list[int] = []
+    logits = torch.empty(0)  # of the half that was read last
     with use(model, mask):
         cache = cache_for(model, tokens=TOKENS)
         for half in ids.tensor_split(2, dim=1):
-            logits = model(input_ids=half, past_key_values=cache, logits_to_keep=JUDGED_TOKENS + 1).logits[:, :-1]
+            logits = model(input_ids=half, past_key_values=cache, logits_to_keep=JUDGED_TOKENS + 1).logits
             sizes.append(cache.bytes)
-    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[0, -JUDGED_TOKENS:])), sizes
+    return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, -JUDGED_TOKENS:])), sizes
 
 
 ACT = Act("model", "Your model: a secret in a packed row, and what forgetting costs", play)
