@@ -30,9 +30,18 @@ KILLS = int(os.environ.get("TRUEMASK_KILLS", "8"))
 STEPS = 20 * (KILLS + 1)
 SIZE = ["--length", "31", "--dim", "16", "--depth", "1", "--heads", "2", "--batch", "3"]
 OFTEN = ["--save-every", "3", "--evaluate-every", "50"]
-STARTING, STEP = 0.3, 0.02  # seconds; about what a life takes to begin, and a few steps with a checkpoint
+SLOW_TO_IMPORT = [
+    "truemask.cli.commands.train",
+    "torch._dynamo",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
+STARTING, STEP = 0.5, 0.02  # seconds; about what a life takes to begin, and a few steps with a checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL"),
+]
 
 
 def train(arguments: list[str]) -> None:
@@ -43,14 +52,18 @@ def train(arguments: list[str]) -> None:
 
 
 def life(text: Path, out: Path) -> ForkServerProcess:
+<<<<<<< HEAD
     """The next one: on from the newest checkpoint, or from nothing. Its server has read the modules, no more."""
+=======
+    """The next one: on from the newest checkpoint, or from nothing. Its server has read modules and run nothing."""
+>>>>>>> cmd
     if checkpoints(out):
         arguments = ["--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)
         arguments = ["--data", str(text), "--out", str(out), "--steps", str(STEPS), *SIZE, *OFTEN]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "truemask.cli.commands.train"])
+    context.set_forkserver_preload([__name__, *SLOW_TO_IMPORT])
     process = context.Process(target=train, args=(arguments,))
     process.start()
     return process

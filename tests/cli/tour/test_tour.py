@@ -265,13 +265,12 @@ def test_a_real_model_tells_a_packed_secret_and_under_a_mask_does_not(monkeypatc
     }
     assert said["own mask"] == "maroon elephant"
     assert said["packed(...)"] == said["B alone"] != "maroon elephant"
-    worth = {
-        line.split("  ")[0]: float(line.split()[-4])
-        for line in out.splitlines()
-        if " of 640" in line and "causal" in line
-    }
-    full, window, sinks = worth.values()
+    rows = [line.rsplit(maxsplit=8) for line in out.splitlines() if " of 640" in line and "causal" in line]
+    full, window, sinks = (float(row[1].replace(",", "")) for row in rows)
     assert full < sinks < window
+    (grows, size), *constant = ((float(row[5]), float(row[7])) for row in rows)
+    assert size > grows
+    assert all(half == whole < size for half, whole in constant)
 
 
 def test_the_audit_finds_the_planted_mask_where_it_leaks() -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from truemask.cli.tour.stage import Act, Part, Stage
+from truemask.common.formatting import memory
+from truemask.interop.cache_for import cache_for
 from truemask.interop.use import use
 from truemask.masks.core.mask import Mask
 from truemask.masks.leaves.bands import causal, window
@@ -66,15 +68,17 @@ def goes_on(model: Any, row: Tensor, mask: Mask | None) -> list[int]:
 def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
     stage.say(
         f"How much of a text does it need? The perplexity of the last {JUDGED_TOKENS} of {TOKENS} tokens (Python's own "
-        "argparse.py), and how many keys a cache has to keep."
+        "argparse.py), how many keys have to be kept, and what such a cache takes after half of the text and after all."
     )
     ids = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, :TOKENS]
     masks = (causal, causal & window(256), causal & (window(256) | prefix(4)))
     rows: list[list[Part]] = []
     for mask in masks:
         live = int(mask.live_keys(TOKENS, q_stop=2 * TOKENS).sum())
-        rows.append([str(mask), f"{perplexity(model, ids, mask):.1f}", f"{live:,} of {TOKENS:,}"])
-    stage.table(["tm.use(model, mask)", "perplexity", "keys to keep"], rows)
+        found, sizes = perplexity(model, ids, mask)
+        took = ", ".join(memory(size) for size in sizes)
+        rows.append([str(mask), f"{found:.1f}", f"{live:,} of {TOKENS:,}", took])
+    stage.table(["tm.use(model, mask)", "perplexity", "keys to keep", "tm.cache_for(model)"], rows)
     stage.say(
         "A window alone takes away the first tokens, on which the model rests its attention (StreamingLLM, "
         "arXiv 2309.17453); four of them bring it back."
@@ -82,11 +86,16 @@ def _forgetting(stage: Stage, model: Any, tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids: Tensor, mask: Mask) -> float:
-    """Of the last tokens of a text, under a mask."""
+def perplexity(model: Any, ids: Tensor, mask: Mask) -> tuple[float, list[int]]:
+    """Of the last tokens of a text, under a mask; and the bytes of the cache after each half of it."""
+    sizes: list[int] = []
+    logits = torch.empty(0)  # of the half that was read last
     with use(model, mask):
-        logits = model(input_ids=ids, logits_to_keep=JUDGED_TOKENS + 1, use_cache=False).logits[:, :-1]
-    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[0, -JUDGED_TOKENS:]))
+        cache = cache_for(model, tokens=TOKENS)
+        for half in ids.tensor_split(2, dim=1):
+            logits = model(input_ids=half, past_key_values=cache, logits_to_keep=JUDGED_TOKENS + 1).logits
+            sizes.append(cache.bytes)
+    return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, -JUDGED_TOKENS:])), sizes
 
 
 ACT = Act("model", "Your model: a secret in a packed row, and what forgetting costs", play)
