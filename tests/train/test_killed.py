@@ -52,11 +52,7 @@ def train(arguments: list[str]) -> None:
 
 
 def life(text: Path, out: Path) -> ForkServerProcess:
-<<<<<<< HEAD
-    """The next one: on from the newest checkpoint, or from nothing. Its server has read the modules, no more."""
-=======
     """The next one: on from the newest checkpoint, or from nothing. Its server has read modules and run nothing."""
->>>>>>> cmd
     if checkpoints(out):
         arguments = ["--resume", str(out)]
     else:
