@@ -80,6 +80,7 @@ def kill(process: ForkServerProcess, out: Path, step: int | None, chance: random
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it was over before"
+    assert step is None or last_step(out) >= step
 
 
 def results(out: Path) -> tuple[list[tuple[Any, ...]], dict[str, bytes]]:
@@ -91,11 +92,11 @@ def results(out: Path) -> tuple[list[tuple[Any, ...]], dict[str, bytes]]:
 
 def test_a_killed_run_ends_as_one_that_was_left_alone(folder: Path, tmp_path: Path) -> None:
     chance = random.Random(16)
-    moments = sorted(chance.sample(range(1, STEPS - 20), KILLS))
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     undisturbed = life(folder, alone)
-    for step in moments:
-        kill(life(folder, killed), killed, chance.choice((None, step, step, step)), chance)
+    for death in range(KILLS):  # every fourth life ends while it starts, the others get farther than the one before
+        step = None if death % 4 == 3 else last_step(killed) + chance.randint(1, 10)
+        kill(life(folder, killed), killed, step, chance)
     for process, out in ((undisturbed, alone), (life(folder, killed), killed)):
         process.join(120)
         assert process.exitcode == 0

@@ -139,21 +139,23 @@ def attention(
     model_mask.note(module, layer)
     model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
     _refuse(options, model_mask)
-    user_mask = None
+    user_mask, kept, needs = None, None, None
+    keys = model_mask.keys_written
+    bias = _bias(position_bias, model_mask.bias, keys)
     if layer.cross:
         rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
         mask = model_mask.combined_across(layer.mask, rows, layer.replace)
     else:
-        user_mask = _with_batch(layer.mask, options.get("mask"))
-        mask = _self_attention_mask(layer, model_mask, user_mask, options.get("position_ids"), heads=query.shape[1])
+        user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
+        _warn(layer, model_mask, user_mask, positions, heads=query.shape[1])
+        if context.cache is not None:
+            kept = context.cache.layer_of(module)
+            needs = needs_of(kept, key, layer, model_mask, user_mask, heads=query.shape[1])
+            key, value, mask, bias = from_kept(kept, needs, bias)
+        else:
+            mask = model_mask.combined_with(user_mask, layer.replace, positions)
         context.rows = layer, model_mask
-    keys = model_mask.keys_written
-    bias, kept, needs = _bias(position_bias, model_mask.bias, keys), None, None
-    if context.cache is not None and not layer.cross:
-        kept = context.cache.layer_of(module)
-        needs = needs_of(kept, key, layer, model_mask, user_mask, heads=query.shape[1])
-        key, value, mask, bias = from_kept(kept, needs, bias)
-    elif keys < key.shape[2]:
+    if kept is None and keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
     weights = _wants_weights(module, options)
     result = attend(
@@ -176,16 +178,12 @@ def attention(
     return out.transpose(1, 2).contiguous(), shares
 
 
-def _self_attention_mask(
-    layer: AttentionLayer, model_mask: ModelMask, user_mask: Mask | None, positions: object, heads: int
-) -> Mask:
-    """The model's own mask with the user's; says what of the user's the model's rule removes."""
+def _warn(layer: AttentionLayer, model_mask: ModelMask, user_mask: Mask | None, positions: object, heads: int) -> None:
+    """Say what of the user's mask the model's rule removes, and which documents nothing keeps apart."""
     model_mask.warn_of_documents(user_mask)
-    mask = model_mask.combined_with(user_mask, layer.replace, positions)
     if user_mask is not None and not layer.replace and model_mask.is_first_with(user_mask, layer.used):
         rule, length = model_mask.rule_beside(user_mask, positions)
         warn_of_removed_pairs(layer.used, layer.path, user_mask, rule, length, model_mask.batch, heads)
-    return mask
 
 
 def _with_batch(user_mask: Mask | None, batch_mask: object) -> Mask | None:

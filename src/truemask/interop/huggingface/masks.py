@@ -170,6 +170,7 @@ class ModelMask(MaskPlaceholder):
         return self._needs[key]
 
     def _over_places(self, user_mask: Mask | None, replace: bool) -> Mask:
+        check_samples(user_mask, self.batch)
         if self._visible is not None:
             raise MaskError(f"a 4-D attention_mask does not say what later queries see, so {NOT_SIZED}")
         placement = self.placement
