@@ -37,6 +37,13 @@ class Capabilities(NamedTuple):
         return lacks
 
 
+class Around(NamedTuple):
+    """The rows around a step of decoding, as a call of their own, and which of them the step is."""
+
+    job: Job
+    row: int
+
+
 class Proposal(ABC):
     """How a backend would run one job.
 
@@ -64,6 +71,13 @@ class Proposal(ABC):
         It happens once for each plan; the result is immutable, shared between threads and layers, and says its own size
         in bytes.
         """
+
+    def around(self) -> Around | None:
+        """The call of many rows that this one's only row is one of, if what is lowered for those serves each of them.
+
+        So that steps of decoding share it. None: the row is lowered for itself.
+        """
+        return None
 
     @property
     def doubt(self) -> bool:

@@ -121,10 +121,11 @@ class Result(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """A job worked out ahead of its tensors, and how many bytes that holds."""
+    """A job worked out ahead of its tensors, how many bytes that holds, and which of its rows is the call's first."""
 
     data: Any = None
     nbytes: int = 0
+    row: int = 0
 
 
 class JobSlabs(NamedTuple):

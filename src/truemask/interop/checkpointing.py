@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -57,6 +57,8 @@ class Checkpoints:
 
     def as_in_forward(self, key: Hashable, now: Callable[[], T]) -> T:
         """What counts now, which is written down; in a recomputation what counted in its forward, None if unknown."""
+        if self is NO_CHECKPOINTS:
+            return now()
         value: Any = now() if self.recomputed is None else self._recorded(key)
         for checkpoint in self.forwards:
             vars(checkpoint).setdefault(RECORDS, {}).setdefault(key, RecordedCalls()).values.append(value)
@@ -67,21 +69,21 @@ class Checkpoints:
         return None if calls is None else calls.next(self.turn)
 
 
+NO_CHECKPOINTS = Checkpoints()
+
+
 def checkpoints() -> Checkpoints:
     """Those around the call that runs now, in this thread."""
     forwards = [] if (innermost := _hooked()) is None else [innermost]
-    for frame in _frames():
-        checkpoint_in = READERS_BY_CODE_ID.get(id(frame.f_code))
-        if checkpoint_in is None:
-            continue
+    for frame in _checkpoint_frames():
         names = frame.f_locals
-        checkpoint, recomputed = checkpoint_in(names)
+        checkpoint, recomputed = READERS_BY_CODE_ID[id(frame.f_code)](names)
         if recomputed:
             turn = names.get("gid", torch._C._current_graph_task_id())
             return Checkpoints(tuple(forwards), checkpoint, turn)
         if checkpoint is not None and checkpoint not in forwards:
             forwards.append(checkpoint)
-    return Checkpoints(tuple(forwards))
+    return Checkpoints(tuple(forwards)) if forwards else NO_CHECKPOINTS
 
 
 def in_backward() -> bool:
@@ -89,11 +91,15 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
+def _checkpoint_frames() -> list[FrameType]:
+    """The calls of torch.utils.checkpoint on Python's stack, the innermost first; every layer of a model asks."""
+    found, readers = [], READERS_BY_CODE_ID
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        yield frame
+        if id(frame.f_code) in readers:
+            found.append(frame)
         frame = frame.f_back
+    return found
 
 
 def _inside(code: CodeType, name: str) -> CodeType:

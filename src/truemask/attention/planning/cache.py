@@ -32,6 +32,7 @@ from truemask.backends.backend import Backend
 from truemask.backends.base import Job, Lowered, Request
 from truemask.common.memory import Memory, arrays_in, memory_of
 from truemask.common.real_tensors import ordinary_tensors
+from truemask.errors import MaskError
 from truemask.masks.core.mask import Mask
 from truemask.masks.core.memory import mask_memory
 from truemask.masks.structure.placement import without_positions
@@ -176,7 +177,7 @@ class PlanCache:
         with entry.lock:
             if entry.lowered is None:
                 with ordinary_tensors(), torch.inference_mode(False), torch.no_grad():
-                    lowered = entry.proposal.lower()
+                    lowered = self._lowered_around(entry) or entry.proposal.lower()
                     entry.proposal.forget()
                     if entry.plan.request.bias_object:
                         _ = entry.plan.job.positions  # now, so that they are weighed with the job
@@ -187,6 +188,17 @@ class PlanCache:
                         self._kept.weigh(entry)
                         self._shrink()
             return entry.lowered
+
+    def _lowered_around(self, entry: Entry) -> Lowered | None:
+        """What an entry for the rows around holds: steps of decoding share it."""
+        around = entry.proposal.around()
+        if around is None:
+            return None
+        try:
+            rows = self.entry(around.job.mask, around.job.request, entry.plan.backend)
+        except MaskError:  # its data ends before
+            return None
+        return None if rows.plan.job.exact is None else self.lowered(rows)._replace(nbytes=0, row=around.row)
 
     def _put(self, holder: Entry | Family) -> None:
         self._kept.put(holder)

@@ -6,6 +6,7 @@ The library says a hash of its own (`tm_abi`); one that says another was built f
 from __future__ import annotations
 
 import ctypes
+import struct
 from ctypes import c_float, c_int64, c_uint64, c_void_p
 
 import torch
@@ -46,6 +47,10 @@ class CallStruct(ctypes.Structure):
     )
 
 
+SIZES_AND_ARRAYS = struct.Struct("@10q2f16q")  # the fields of a call up to `out`, which every call fills in at once
+assert SIZES_AND_ARRAYS.size == CallStruct.out.offset + CallStruct.out.size
+
+
 def hash_of(text: str) -> int:
     """Its hash (FNV-1a)."""
     value = 14695981039346656037
@@ -59,8 +64,8 @@ Line = tuple[str, int, int]
 
 def fields_of(*structures: type[ctypes.Structure]) -> list[Line]:
     """The names of their fields, with places and sizes."""
-    fields = [(struct, name) for struct in structures for name, *_ in struct._fields_]
-    return [(name, getattr(struct, name).offset, getattr(struct, name).size) for struct, name in fields]
+    fields = [(structure, name) for structure in structures for name, *_ in structure._fields_]
+    return [(name, getattr(structure, name).offset, getattr(structure, name).size) for structure, name in fields]
 
 
 def lines(said: list[Line]) -> str:

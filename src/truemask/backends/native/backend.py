@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from truemask.backends.backend import BIASES, Backend, Capabilities, Proposal
+from truemask.backends.backend import BIASES, Around, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs.model import is_doubtful, table
 from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, spread
@@ -27,6 +27,7 @@ from truemask.common.formatting import memory
 from truemask.common.real_tensors import remembered
 from truemask.geometry.tiles.tile_map import TileCounts, TileMap
 from truemask.masks.structure.data import cells_held
+from truemask.masks.structure.placement import offset
 
 UNPACKED_ROWS = 32  # up to which keys are read as they lie, for more they are packed before: `csrc/reading_cut.h`
 LAID_OUT_BACKWARD = {
@@ -164,6 +165,17 @@ class TilesProposal(Proposal):
         tiles = tiles_of(self.tiles, self.job.exact)
         return Lowered((tiles, in_parts(self.job.request)), tiles.nbytes)
 
+    def around(self) -> Around | None:
+        """The tiles of a row are those of its row of tiles, for every row and number of keys within."""
+        job, r = self.job, self.job.request
+        if r.q_len != 1 or job.mask.functions:
+            return None
+        base, q_start, k_start = offset(job.mask)
+        row = q_start % TILE
+        mask = base.at(q_start=q_start - row, k_start=k_start)
+        kv_len = math.ceil(r.kv_len / TILE) * TILE
+        return Around(Job(mask, r._replace(q_len=TILE, kv_len=kv_len, bias="", bias_shape=())), row)
+
     def forget(self) -> None:
         vars(self).pop("tiles", None)
 
@@ -200,7 +212,7 @@ class Native(Backend):
         r = job.request
         positions = job.positions if r.bias_object else None
         tiles, planned = lowered.data
-        call = NativeCall(tiles, inputs, positions, r.grad, or_forced(planned, r))
+        call = NativeCall(tiles, inputs, positions, r.grad, or_forced(planned, r), lowered.row)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
         out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
         return Result(out, lse if r.return_lse else None)

@@ -18,6 +18,7 @@ from truemask.backends.native.abi import (
     DTYPES,
     ENDS,
     RELATIVE,
+    SIZES_AND_ARRAYS,
     SLABS,
     TENSOR,
     TILE,
@@ -127,8 +128,8 @@ class NativeCall:
 
     name = "native"
 
-    def __init__(self, tiles: Tiles, numbers: Inputs, positions: Any, grad: bool, in_parts: bool) -> None:
-        self.tiles, self.bias, self.grad, self.in_parts = tiles, numbers.bias, grad, in_parts
+    def __init__(self, tiles: Tiles, numbers: Inputs, positions: Any, grad: bool, in_parts: bool, row: int = 0) -> None:
+        self.tiles, self.bias, self.grad, self.in_parts, self.row = tiles, numbers.bias, grad, in_parts, row
         self.scale, self.softcap = numbers.scale, numbers.softcap or 0.0
         self.dropout, self.seed = numbers.dropout, numbers.seed
         self.positions = positions
@@ -142,7 +143,7 @@ class NativeCall:
         if not (out.numel() and k.shape[2]):
             return out.zero_(), *(x.fill_(-torch.inf) for x in (lse, *parts))
         call, held = self._described(q, k, v, out)
-        call.lse, call.in_parts = lse.data_ptr(), self.in_parts
+        call.lse = lse.data_ptr()
         column = None if sinks is None else sinks.detach().float().contiguous()
         call.sinks = None if column is None else column.data_ptr()
         if parts:
@@ -185,8 +186,8 @@ class NativeCall:
         if not (out.numel() and k.shape[2]):
             return dq.zero_(), dk.zero_(), dv.zero_(), delta
         call, held = self._described(q, k, v, out)
-        call.base, call.log_total, call.in_parts = base.data_ptr(), log_total.data_ptr(), self.in_parts
-        call.dout, call.dq, call.dk, call.dv_out = (_array(x) for x in (dout, dq, dk, dv))
+        call.base, call.log_total = base.data_ptr(), log_total.data_ptr()
+        call.dout, call.dq, call.dk, call.dv_out = (ArrayStruct(*_array(x)) for x in (dout, dq, dk, dv))
         call.delta = delta.data_ptr()
         call.dlse, call.keys_log_total = (None if x is None else x.data_ptr() for x in (dlse, keys_log_total))
         run("tm_backward", call)
@@ -201,9 +202,9 @@ class NativeCall:
         reading = tiles * hk // hq * TILE * (d + dv) * q.element_size()
         threads = max(1, min(torch.get_num_threads(), max(work // THREAD_WORK, reading // THREAD_BYTES)))
         call = CallStruct.from_buffer_copy(self.tiles.template)
-        call.b, call.hq, call.hk, call.nq, call.nk, call.d, call.dv = b, hq, hk, nq, nk, d, dv
-        call.dtype, call.threads, call.scale, call.softcap = DTYPES[q.dtype], threads, self.scale, self.softcap
-        call.q, call.k, call.v, call.out = (_array(x) for x in (q, k, v, out))
+        numbers = b, hq, hk, nq, nk, d, dv, DTYPES[q.dtype], threads, self.in_parts, self.scale, self.softcap
+        SIZES_AND_ARRAYS.pack_into(call, 0, *numbers, *_array(q), *_array(k), *_array(v), *_array(out))
+        call.mask_row = self.row
         if self.dropout:
             call.drop_below, call.seed, call.keep_scale = threshold(self.dropout), self.seed, 1 / (1 - self.dropout)
         return call, self._bias(call)
@@ -242,6 +243,6 @@ def _laid_out_as(x: Tensor) -> Tensor:
     return room if room.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype)
 
 
-def _array(x: Tensor) -> ArrayStruct:
-    b, h, n, _ = x.stride()
-    return ArrayStruct(x.data_ptr(), b, h, n)
+def _array(x: Tensor) -> tuple[int, int, int, int]:
+    """The fields of an `ArrayStruct`."""
+    return (x.data_ptr(), *x.stride()[:3])

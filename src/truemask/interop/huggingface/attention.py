@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
 from truemask.interop.huggingface.layers import ScopedLayer, scoped_layer_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import ModelMask
+from truemask.interop.huggingface.repeated import asked, keep_ready
 from truemask.interop.huggingface.sized_attention import from_kept, needs_of, of_all_keys
 from truemask.interop.huggingface.tensor_masks import of_tensor
 from truemask.interop.layer_masks import AttentionLayer
@@ -124,6 +125,30 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
+    context = forward_context()
+    asks = asked(layer, around, context, module, options)
+    ready = attention_mask.ready.get(asks) if isinstance(attention_mask, ModelMask) else None
+    if ready is None or not ready.takes(query, key, value):
+        return _read(layer, around, context, asks, module, query, key, value, attention_mask, **options)
+    attention_mask.note(module, layer)
+    _refuse(options, attention_mask)
+    context.rows = layer, attention_mask
+    return ready(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _read(
+    layer: AttentionLayer,
+    around: Checkpoints,
+    context: ForwardContext,
+    asks: Hashable | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -132,8 +157,7 @@ def attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
-    context = forward_context()
+    """A call of the attention function that no layer before has made ready."""
     model_mask = _model_mask_for(context, module, layer, attention_mask, query, key, is_causal)
     refuse_other(model_mask, layer.path)
     model_mask.note(module, layer)
@@ -175,6 +199,8 @@ def attention(
     if kept is not None and needs is not None:
         shares = None if shares is None else of_all_keys(shares, kept)
         kept.advance(needs)
+    if asks is not None and bias is None and shares is None:
+        keep_ready(asks, layer, scaling, model_mask, mask, query, key, value)
     return out.transpose(1, 2).contiguous(), shares
 
 

@@ -5,13 +5,14 @@ The mask function makes a `ModelMask`; transformers carries it to every attentio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from truemask.attention.run import Ready
 from truemask.errors import MaskError
 from truemask.interop.huggingface.kept_keys import Needs
 from truemask.interop.huggingface.mask_checks import (
@@ -70,6 +71,7 @@ class ModelMask(MaskPlaceholder):
         self._masks: dict[tuple[Mask | None, bool], Mask] = {}
         self._needs: dict[tuple[Mask | None, bool, int, int | None], Needs] = {}
         self._met: set[tuple[Mask, int]] = set()
+        self.ready: dict[Hashable, Ready] = {}  # calls of layers that ran, for those that ask the same
         self._readers: WeakKeyDictionary[nn.Module, AttentionLayer] = WeakKeyDictionary()
 
     # -- as transformers sees it -------------------------------------------------------------------------------------
@@ -255,7 +257,8 @@ class ModelMask(MaskPlaceholder):
     def warn_of_documents(self, user_mask: Mask | None) -> None:
         """Say it if positions restart and nothing keeps the documents apart; once for each mask."""
         has_positions = self._caller_positions is not None and self._caller_positions.positions is not None
-        if self._warned or not has_positions or self.packing is not None or may_keep_apart(user_mask):
+        settled = self._warned or self.q_len == 1 or self.packing is not None  # a row alone has no other document
+        if settled or not has_positions or may_keep_apart(user_mask):
             return
         self._warned = True
         sizes = self.batch, self.q_len, self.k_len

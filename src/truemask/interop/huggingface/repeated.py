@@ -1,0 +1,44 @@
+"""The layers behind the first one of a forward, which ask what it asked: nothing is read, joined or planned twice."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from truemask.attention.call import AttendArgs, read_call
+from truemask.attention.run import Ready
+from truemask.common.real_tensors import cannot_look
+from truemask.interop.checkpointing import NO_CHECKPOINTS, Checkpoints
+from truemask.interop.huggingface.forward_context import ForwardContext
+from truemask.interop.huggingface.masks import ModelMask
+from truemask.interop.layer_masks import AttentionLayer
+from truemask.masks.core.mask import Mask
+
+CHANGING = ("position_bias", "softcap", "s_aux", "dropout", "mask", "output_attentions")  # with one, each call is read
+
+
+def asked(
+    layer: AttentionLayer, around: Checkpoints, context: ForwardContext, module: nn.Module, options: dict[str, Any]
+) -> Hashable | None:
+    """What layers of one forward share if their calls differ in tensors alone; None of a layer that asks for more.
+
+    A model mask lives as long as a forward, and so does what `id` names here.
+    """
+    if around is not NO_CHECKPOINTS or context.cache is not None or layer.cross:
+        return None
+    if any(isinstance(value, Tensor) or value for value in map(options.get, CHANGING)):
+        return None
+    config = vars(module).get("config")
+    return id(layer.mask), layer.used, layer.replace, layer.backend, options.get("scaling"), id(config)
+
+
+def keep_ready(
+    asks: Hashable, layer: AttentionLayer, scale: float | None, model_mask: ModelMask, mask: Mask, *tensors: Tensor
+) -> None:
+    """Keep a call that ran, for the layers that ask the same."""
+    if not cannot_look():
+        ready = Ready.of(read_call(*tensors, mask, AttendArgs(scale=scale, backend=layer.backend)))
+        if ready is not None:
+            model_mask.ready[asks] = ready
