@@ -7,7 +7,7 @@ from torch import Tensor
 
 from truemask.attention.call import Call
 from truemask.attention.planning.cache import CACHE
-from truemask.backends.base import Inputs, Request, Result
+from truemask.backends.base import Request, Result
 from truemask.backends.context import CHOSEN
 from truemask.common.real_tensors import is_diverted
 from truemask.common.torch_internals import transform
@@ -31,21 +31,23 @@ class Ready:
     """A call without gradients that was read and planned: for tensors of the same make it need not be again.
 
     So the layers of a model, which ask the same of other tensors, read a call once in every step of decoding.
+    `run(q, k, v)` is out `[b, h, q, dv]`.
     """
 
     def __init__(self, call: Call) -> None:
-        self._entry = CACHE.entry(call.mask, call.request, call.backend)
-        self._lowered, self._inputs, self._named = CACHE.lowered(self._entry), call.inputs[3:], CHOSEN.get()
+        entry = CACHE.entry(call.mask, call.request, call.backend)
+        self.run = entry.backend.repeated(CACHE.lowered(entry), call.inputs, entry.plan.job)
+        self.warning, self._named = entry.plan.warning, CHOSEN.get()
         self._makes = [_make_of(x) for x in call.inputs[:3]]
         self._threads = torch.get_num_threads()
 
     @classmethod
     def of(cls, call: Call) -> Ready | None:
-        """None of a call that is not alike each time: with gradients, dropout, a bias, within a transform, a warning."""
+        """None of a call that is not the same each time: with gradients, dropout, a bias, in a transform, a warning."""
         r = call.request
         changes = r.grad or r.dropout or r.bias or r.sinks or r.transform or call.mask.functions
         ready = None if changes or call.inputs.q.is_meta or is_diverted() else cls(call)
-        return None if ready is None or ready._entry.plan.warning else ready
+        return None if ready is None or ready.warning else ready
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether a call of these tensors, in these surroundings, would be the same but for their numbers."""
@@ -58,10 +60,6 @@ class Ready:
             and not is_diverted()
             and not transform()
         )
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """out `[b, h, q, dv]`."""
-        return self._entry.backend.run(self._lowered, Inputs(q, k, v, *self._inputs), self._entry.plan.job).out
 
 
 def _make_of(x: Tensor) -> tuple[object, ...]:

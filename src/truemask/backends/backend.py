@@ -11,10 +11,11 @@ to make either, nothing large is built, and no reason depends on the values of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from truemask.backends.base import OPTIONS, Inputs, Job, Lowered, Request, Result
 
@@ -112,6 +113,11 @@ class Backend(ABC):
     @abstractmethod
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         """The attention."""
+
+    def repeated(self, lowered: Lowered, inputs: Inputs, job: Job) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`run` for out alone, without gradients, for more q, k and v of the same make as those of `inputs`."""
+        numbers = inputs[3:]
+        return lambda q, k, v: self.run(lowered, Inputs(q, k, v, *numbers), job).out
 
     def unavailable(self) -> str:
         """Why it runs nothing at all here; empty if it does."""

@@ -57,8 +57,6 @@ class Checkpoints:
 
     def as_in_forward(self, key: Hashable, now: Callable[[], T]) -> T:
         """What counts now, which is written down; in a recomputation what counted in its forward, None if unknown."""
-        if self is NO_CHECKPOINTS:
-            return now()
         value: Any = now() if self.recomputed is None else self._recorded(key)
         for checkpoint in self.forwards:
             vars(checkpoint).setdefault(RECORDS, {}).setdefault(key, RecordedCalls()).values.append(value)

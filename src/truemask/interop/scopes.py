@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from truemask.errors import MaskError
-from truemask.interop.checkpointing import Checkpoints, checkpoints, in_backward
+from truemask.interop.checkpointing import NO_CHECKPOINTS, Checkpoints, checkpoints, in_backward
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Shared")
@@ -142,7 +142,7 @@ class ScopedValue(Generic[T]):
     def entry(self, around: Checkpoints | None = None) -> ScopedEntry[T] | None:
         """The same, with the use that says it."""
         around = checkpoints() if around is None else around
-        entry = around.as_in_forward(self, self.now)
+        entry = self.now() if around is NO_CHECKPOINTS else around.as_in_forward(self, self.now)
         if entry is None and around.recomputed is None and self._entries and in_backward():
             raise MaskError(
                 "a layer of a model in use runs inside `backward`, outside any block, and not by "

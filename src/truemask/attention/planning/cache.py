@@ -28,7 +28,7 @@ from truemask.attention.planning.selection import (
     select_again,
 )
 from truemask.attention.planning.shelf import Holder, Shelf
-from truemask.backends.backend import Backend
+from truemask.backends.backend import Backend, Proposal
 from truemask.backends.base import Job, Lowered, Request
 from truemask.common.memory import Memory, arrays_in, memory_of
 from truemask.common.real_tensors import ordinary_tensors
@@ -95,6 +95,30 @@ class Family(Holder):
         return mask_memory(self.mask)
 
 
+class Rows(Holder):
+    """What was lowered for rows of which each is a step of decoding; None where the mask has no exact form for them."""
+
+    def __init__(self, key: Hashable, job: Job, backend: Backend) -> None:
+        super().__init__(key)
+        self.mask, self.lowered = job.mask, self._lowered(job, backend)
+
+    @staticmethod
+    def _lowered(job: Job, backend: Backend) -> Lowered | None:
+        try:
+            checked_job(job.mask, job.request)
+        except MaskError:  # its data ends before
+            return None
+        proposal = backend.propose(job) if job.exact is not None else None
+        return proposal.lower() if isinstance(proposal, Proposal) else None
+
+    def memory(self) -> Memory:
+        """The mask, and what was lowered."""
+        return mask_memory(self.mask) | ({} if self.lowered is None else {(-id(self), 0): self.lowered.nbytes})
+
+
+Kept = Entry | Family | Rows
+
+
 class CacheInfo(NamedTuple):
     """What a plan cache has done: plans found and made, masks lowered, entries and bytes held now.
 
@@ -116,8 +140,10 @@ class PlanCache:
         self.most_plans, self.most_bytes = most_plans, most_bytes
         self.most_steps = min(MAX_STEPS, most_plans)
         self._lock = threading.Lock()
-        self._kept: Shelf[Entry | Family] = Shelf()
-        self._numbers: Counter[str] = Counter()  # of entries, of those for few queries, of families; and of events
+        self._kept: Shelf[Kept] = Shelf()
+        self._numbers: Counter[str] = (
+            Counter()
+        )  # of entries, of those for few queries, of families, of rows; and of events
 
     def entry(self, mask: Mask, request: Request, wanted: str | None) -> Entry:
         """The plan for such a call, made now if there is none; `wanted` names the backend."""
@@ -194,21 +220,26 @@ class PlanCache:
         around = entry.proposal.around()
         if around is None:
             return None
-        try:
-            rows = self.entry(around.job.mask, around.job.request, entry.plan.backend)
-        except MaskError:  # its data ends before
-            return None
-        return None if rows.plan.job.exact is None else self.lowered(rows)._replace(nbytes=0, row=around.row)
+        key = Rows, around.job.mask, around.job.request, entry.plan.backend, torch.get_num_threads()
+        with self._lock:
+            rows = self._kept.get(key)
+        if not isinstance(rows, Rows):
+            rows = Rows(key, around.job, entry.backend)
+            with self._lock:
+                self._put(rows)
+                self._kept.weigh(rows)
+                self._shrink()
+        return None if rows.lowered is None else rows.lowered._replace(nbytes=0, row=around.row)
 
-    def _put(self, holder: Entry | Family) -> None:
+    def _put(self, holder: Kept) -> None:
         self._kept.put(holder)
         self._numbers.update(_counted_as(holder))
 
-    def _drop(self, holder: Entry | Family) -> None:
+    def _drop(self, holder: Kept) -> None:
         self._kept.drop(holder)
         self._numbers.subtract(_counted_as(holder))
 
-    def _drop_oldest(self, condition: Callable[[Entry | Family], bool]) -> bool:
+    def _drop_oldest(self, condition: Callable[[Kept], bool]) -> bool:
         """Whether there was one."""
         oldest = next(filter(condition, self._kept), None)
         if oldest is not None:
@@ -216,13 +247,19 @@ class PlanCache:
         return oldest is not None
 
     def _shrink(self) -> None:
-        for name, most in (("steps", self.most_steps), ("entries", self.most_plans), ("families", self.most_plans)):
+        limits = {
+            "steps": self.most_steps,
+            "rows": self.most_steps,
+            "entries": self.most_plans,
+            "families": self.most_plans,
+        }
+        for name, most in limits.items():
             while self._numbers[name] > most:
                 self._drop_oldest(lambda holder, name=name: name in _counted_as(holder))
         while self._kept.nbytes > self.most_bytes and self._drop_oldest(self._is_not_the_last):
             pass
 
-    def _is_not_the_last(self, holder: Entry | Family) -> bool:
+    def _is_not_the_last(self, holder: Kept) -> bool:
         """The newest entry and the newest family are kept whatever their size."""
         return self._numbers[_counted_as(holder)[0]] > 1
 
@@ -241,9 +278,9 @@ class PlanCache:
             self._numbers.clear()
 
 
-def _counted_as(holder: Entry | Family) -> tuple[str, ...]:
-    if isinstance(holder, Family):
-        return ("families",)
+def _counted_as(holder: Kept) -> tuple[str, ...]:
+    if not isinstance(holder, Entry):
+        return ("families",) if isinstance(holder, Family) else ("rows",)
     return ("entries", "steps") if holder.is_short else ("entries",)
 
 

@@ -47,6 +47,7 @@ class CallStruct(ctypes.Structure):
     )
 
 
+ARRAYS = struct.Struct("@17q")  # q, k, v, out and lse
 SIZES_AND_ARRAYS = struct.Struct("@10q2f16q")  # the fields of a call up to `out`, which every call fills in at once
 assert SIZES_AND_ARRAYS.size == CallStruct.out.offset + CallStruct.out.size
 

@@ -10,16 +10,18 @@ whatever the number of threads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from truemask.backends.backend import BIASES, Around, Backend, Capabilities, Proposal
 from truemask.backends.base import Inputs, Job, Lowered, Request, Result
 from truemask.backends.costs.model import is_doubtful, table
 from truemask.backends.costs.prediction import BACKWARD_PRODUCTS, cell_seconds, spread
 from truemask.backends.native.abi import TILE
-from truemask.backends.native.call import THREAD_BYTES, THREAD_WORK, NativeCall, tiles_of
+from truemask.backends.native.call import THREAD_BYTES, THREAD_WORK, NativeCall, Repeated, tiles_of
 from truemask.backends.native.library import isa, missing, passed_over
 from truemask.backends.native.parts import in_parts, native_paces, or_forced
 from truemask.backends.shared.autograd import attention, tensors_of
@@ -168,7 +170,7 @@ class TilesProposal(Proposal):
     def around(self) -> Around | None:
         """The tiles of a row are those of its row of tiles, for every row and number of keys within."""
         job, r = self.job, self.job.request
-        if r.q_len != 1 or job.mask.functions:
+        if r.q_len != 1 or r.grad or job.mask.functions:
             return None
         base, q_start, k_start = offset(job.mask)
         row = q_start % TILE
@@ -208,11 +210,19 @@ class Native(Backend):
         proposal = TilesProposal(job)
         return self.lacking(job.request) or proposal.too_many_words() or proposal
 
+    def repeated(self, lowered: Lowered, inputs: Inputs, job: Job) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return Repeated(_call(lowered, inputs, job), *inputs[:3], inputs.sink_logits)
+
     def run(self, lowered: Lowered, inputs: Inputs, job: Job) -> Result:
         r = job.request
-        positions = job.positions if r.bias_object else None
-        tiles, planned = lowered.data
-        call = NativeCall(tiles, inputs, positions, r.grad, or_forced(planned, r), lowered.row)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3])
+        call = _call(lowered, inputs, job)
+        q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3]]
         out, lse = attention(call, (q, k, v, inputs.sink_logits), tensors_of(inputs.bias), grad=r.grad)
         return Result(out, lse if r.return_lse else None)
+
+
+def _call(lowered: Lowered, inputs: Inputs, job: Job) -> NativeCall:
+    tiles, planned = lowered.data
+    r = job.request
+    positions = job.positions if r.bias_object else None
+    return NativeCall(tiles, inputs, positions, r.grad, or_forced(planned, r), lowered.row)

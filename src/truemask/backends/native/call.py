@@ -15,6 +15,7 @@ from truemask.backends.base import Inputs, JobSlabs
 from truemask.backends.native.abi import (
     ALIBI,
     ALL,
+    ARRAYS,
     DTYPES,
     ENDS,
     RELATIVE,
@@ -142,10 +143,8 @@ class NativeCall:
         parts = (torch.empty(b, h, n), torch.empty(b, h, n)) if self.grad else ()
         if not (out.numel() and k.shape[2]):
             return out.zero_(), *(x.fill_(-torch.inf) for x in (lse, *parts))
-        call, held = self._described(q, k, v, out)
+        call, held = self.described(q, k, v, out, sinks)
         call.lse = lse.data_ptr()
-        column = None if sinks is None else sinks.detach().float().contiguous()
-        call.sinks = None if column is None else column.data_ptr()
         if parts:
             call.base, call.log_total = (x.data_ptr() for x in parts)
         run("tm_forward", call)
@@ -194,8 +193,17 @@ class NativeCall:
         del held
         return dq, dk, dv, delta
 
-    def _described(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[CallStruct, list[Any]]:
+    def described(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sinks: Tensor | None
+    ) -> tuple[CallStruct, list[Any]]:
         """The structure, and what must outlive it."""
+        call, held = self._described(q, k, v, out)
+        column = None if sinks is None else sinks.detach().float().contiguous()
+        call.sinks = None if column is None else column.data_ptr()
+        return call, [*held, column]
+
+    def _described(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[CallStruct, list[Any]]:
+        """The same without sinks, which a backward finds in the log-sum-exp."""
         (b, hq, nq, d), (_, hk, nk, dv) = q.shape, v.shape
         tiles = self.tiles.total * (b * hq // (self.tiles.shape[0] * self.tiles.shape[1]))
         work = 2 * tiles * min(nq, TILE) * TILE * (d + dv)
@@ -237,12 +245,33 @@ class NativeCall:
         return [numbers, *sides]
 
 
+class Repeated:
+    """A call without gradients for more tensors: its structure is filled in once, and a copy pointed at each three."""
+
+    def __init__(self, call: NativeCall, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+        self._call, self._sinks = call, sinks
+        self._out, self._lse = (q.shape[0], q.shape[2], q.shape[1], v.shape[3]), q.shape[:3]
+        self._struct, self._held = call.described(q, k, v, q, sinks)
+        self._is_empty = not (q.numel() and k.shape[2])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """out `[b, h, q, dv]`."""
+        q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
+        if self._is_empty:
+            return self._call.results(q, k, v, self._sinks)[0]
+        out, lse = torch.empty(self._out, dtype=q.dtype).transpose(1, 2), torch.empty(self._lse)
+        call = CallStruct.from_buffer_copy(self._struct)
+        ARRAYS.pack_into(call, CallStruct.q.offset, *_array(q), *_array(k), *_array(v), *_array(out), lse.data_ptr())
+        run("tm_forward", call)
+        return out
+
+
 def _laid_out_as(x: Tensor) -> Tensor:
     """Room for its gradient, in its own layout: `[b, n, h, d]` in memory, if that is how a model made it."""
     room = torch.empty_like(x)
     return room if room.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype)
 
 
-def _array(x: Tensor) -> tuple[int, int, int, int]:
+def _array(x: Tensor) -> tuple[int, ...]:
     """The fields of an `ArrayStruct`."""
     return (x.data_ptr(), *x.stride()[:3])

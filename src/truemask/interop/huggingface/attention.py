@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from truemask.attention.attend import attend
 from truemask.common.formatting import describe
 from truemask.errors import MaskError
-from truemask.interop.checkpointing import Checkpoints, checkpoints
+from truemask.interop.checkpointing import Checkpoints
 from truemask.interop.huggingface.configs import account_of
 from truemask.interop.huggingface.drafted import DRAFTED, DraftedMask, refuse_other
 from truemask.interop.huggingface.fallback import EAGER, named, own_attention, own_mask, refuse_unknown
@@ -64,10 +64,11 @@ def mask_here(*, config: Any = None, **arguments: Any) -> Any:
 
 def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
     """The attention function: ours in a layer in use, else the one that the layer runs without us."""
-    scoped_layer, around = scoped_layer_of(module), checkpoints()
+    scoped_layer, context = scoped_layer_of(module), forward_context()
+    around = context.checkpoints()
     layer = None if scoped_layer is None else scoped_layer.here(around)
     if layer is not None:
-        return attention(layer, around, module, *tensors, **options)
+        return attention(layer, around, context, module, *tensors, **options)
     name = named(getattr(module, "config", None), scoped_layer) or EAGER
     if name == KEY or any(isinstance(argument, ModelMask) for argument in (*tensors, options.get("attention_mask"))):
         refuse_unknown(module)
@@ -76,7 +77,7 @@ def attention_here(module: nn.Module, *tensors: Any, **options: Any) -> Any:
         return original(module, *tensors, **options)
     if scoped_layer is None:
         refuse_unknown(module)
-    return attention(scoped_layer.plain, around, module, *tensors, **options)
+    return attention(scoped_layer.plain, around, context, module, *tensors, **options)
 
 
 # -- the mask function -------------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ def model_mask(
 def attention(
     layer: AttentionLayer,
     around: Checkpoints,
+    context: ForwardContext,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -128,7 +130,6 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: `[b, h, q, d]` in, `[b, q, h, d]` and perhaps the weights out."""
-    context = forward_context()
     asks = asked(layer, around, context, module, options)
     ready = attention_mask.ready.get(asks) if isinstance(attention_mask, ModelMask) else None
     if ready is None or not ready.takes(query, key, value):
@@ -136,7 +137,7 @@ def attention(
     attention_mask.note(module, layer)
     _refuse(options, attention_mask)
     context.rows = layer, attention_mask
-    return ready(query, key, value).transpose(1, 2).contiguous(), None
+    return ready.run(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def _read(
@@ -159,10 +160,7 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:
     """A call of the attention function that no layer before has made ready."""
     model_mask = _model_mask_for(context, module, layer, attention_mask, query, key, is_causal)
-    refuse_other(model_mask, layer.path)
-    model_mask.note(module, layer)
-    model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
-    _refuse(options, model_mask)
+    _note(model_mask, layer, around, context, module, options)
     user_mask, kept, needs = None, None, None
     keys = model_mask.keys_written
     bias = _bias(position_bias, model_mask.bias, keys)
@@ -200,8 +198,23 @@ def _read(
         shares = None if shares is None else of_all_keys(shares, kept)
         kept.advance(needs)
     if asks is not None and bias is None and shares is None:
-        keep_ready(asks, layer, scaling, model_mask, mask, query, key, value)
+        keep_ready(model_mask, asks, (query, key, value), mask, scaling, layer.backend)
     return out.transpose(1, 2).contiguous(), shares
+
+
+def _note(
+    model_mask: ModelMask,
+    layer: AttentionLayer,
+    around: Checkpoints,
+    context: ForwardContext,
+    module: nn.Module,
+    options: dict[str, Any],
+) -> None:
+    """Note that a layer reads a model's mask, and tell it what the forward was told; refuse what cannot be honoured."""
+    refuse_other(model_mask, layer.path)
+    model_mask.note(module, layer)
+    model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
+    _refuse(options, model_mask)
 
 
 def _warn(layer: AttentionLayer, model_mask: ModelMask, user_mask: Mask | None, positions: object, heads: int) -> None:

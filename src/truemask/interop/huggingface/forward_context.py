@@ -13,9 +13,10 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from truemask.interop.checkpointing import in_backward
+from truemask.interop.checkpointing import NO_CHECKPOINTS, Checkpoints, checkpoints, in_backward
 from truemask.interop.huggingface.masks import ModelMask
 from truemask.interop.huggingface.sized_cache import SizedCache
 from truemask.interop.layer_masks import AttentionLayer
@@ -40,6 +41,7 @@ class ForwardContext:
         self._model = None if model is None else weakref.ref(model)
         self._caller_positions, self.outer, self._call = caller_positions or CallerPositions(), outer, call
         self.running = model is not None
+        self._recomputes = self.running and (torch.is_grad_enabled() or checkpoints() is not NO_CHECKPOINTS)
         self._whole: ForwardContext | None = None  # None for itself: a circle would outlive the forward
         self.rows: tuple[AttentionLayer, ModelMask] | None = None
         self.tensor: tuple[weakref.ref[Tensor], int, ModelMask] | None = None
@@ -54,6 +56,11 @@ class ForwardContext:
     def caller_positions(self) -> CallerPositions:
         """What the caller said; behind the forward only `backward` hears it, and no layer that is called by itself."""
         return self._caller_positions if self.running or in_backward() else CallerPositions()
+
+    def checkpoints(self) -> Checkpoints:
+        """Those around a layer that runs now. In a forward without gradients nothing will be recomputed."""
+        settled = self.running and not self._recomputes and not torch.is_grad_enabled()
+        return NO_CHECKPOINTS if settled else checkpoints()
 
     def runs_around(self, stack: list[FrameType]) -> bool:
         """Whether this forward has not ended, and the last call of a stack runs inside of it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from truemask.attention.call import AttendArgs, read_call
@@ -16,7 +17,8 @@ from truemask.interop.huggingface.masks import ModelMask
 from truemask.interop.layer_masks import AttentionLayer
 from truemask.masks.core.mask import Mask
 
-CHANGING = ("position_bias", "softcap", "s_aux", "dropout", "mask", "output_attentions")  # with one, each call is read
+# options with which each call is read
+CHANGING = frozenset(("position_bias", "softcap", "s_aux", "dropout", "mask", "output_attentions"))
 
 
 def asked(
@@ -26,19 +28,28 @@ def asked(
 
     A model mask lives as long as a forward, and so does what `id` names here.
     """
-    if around is not NO_CHECKPOINTS or context.cache is not None or layer.cross:
+    if torch.is_grad_enabled() or around is not NO_CHECKPOINTS or context.cache is not None or layer.cross:
         return None
-    if any(isinstance(value, Tensor) or value for value in map(options.get, CHANGING)):
+    if not all(_is_off(options[name]) for name in CHANGING & options.keys()):
         return None
     config = vars(module).get("config")
     return id(layer.mask), layer.used, layer.replace, layer.backend, options.get("scaling"), id(config)
 
 
+def _is_off(option: object) -> bool:
+    return option is None or (isinstance(option, (int, float)) and not option)
+
+
 def keep_ready(
-    asks: Hashable, layer: AttentionLayer, scale: float | None, model_mask: ModelMask, mask: Mask, *tensors: Tensor
+    model_mask: ModelMask,
+    asks: Hashable,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Mask,
+    scale: float | None,
+    backend: str | None,
 ) -> None:
     """Keep a call that ran, for the layers that ask the same."""
     if not cannot_look():
-        ready = Ready.of(read_call(*tensors, mask, AttendArgs(scale=scale, backend=layer.backend)))
+        ready = Ready.of(read_call(*tensors, mask, AttendArgs(scale=scale, backend=backend)))
         if ready is not None:
             model_mask.ready[asks] = ready
