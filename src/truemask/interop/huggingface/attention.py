@@ -22,7 +22,7 @@ from truemask.interop.huggingface.inputs import GRAPH_BREAK_REASON
 from truemask.interop.huggingface.layers import ScopedLayer, scoped_layer_of
 from truemask.interop.huggingface.mask_functions import Lifted, lift
 from truemask.interop.huggingface.masks import ModelMask
-from truemask.interop.huggingface.repeated import asked, keep_ready
+from truemask.interop.huggingface.repeated import asked, made_ready
 from truemask.interop.huggingface.sized_attention import from_kept, needs_of, of_all_keys
 from truemask.interop.huggingface.tensor_masks import of_tensor
 from truemask.interop.layer_masks import AttentionLayer
@@ -165,8 +165,7 @@ def _read(
     keys = model_mask.keys_written
     bias = _bias(position_bias, model_mask.bias, keys)
     if layer.cross:
-        rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
-        mask = model_mask.combined_across(layer.mask, rows, layer.replace)
+        mask = _mask_across(layer, around, context, module, model_mask)
     else:
         user_mask, positions = _with_batch(layer.mask, options.get("mask")), options.get("position_ids")
         _warn(layer, model_mask, user_mask, positions, heads=query.shape[1])
@@ -180,6 +179,10 @@ def _read(
     if kept is None and keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
     weights = _wants_weights(module, options)
+    asks = None if weights or bias is not None else asks
+    ready = made_ready(model_mask, asks, (query, key, value), mask, scaling, layer.backend)
+    if ready is not None:
+        return ready.run(query, key, value).transpose(1, 2).contiguous(), None
     result = attend(
         query,
         key,
@@ -197,8 +200,6 @@ def _read(
     if kept is not None and needs is not None:
         shares = None if shares is None else of_all_keys(shares, kept)
         kept.advance(needs)
-    if asks is not None and bias is None and shares is None:
-        keep_ready(model_mask, asks, (query, key, value), mask, scaling, layer.backend)
     return out.transpose(1, 2).contiguous(), shares
 
 
@@ -215,6 +216,14 @@ def _note(
     model_mask.note(module, layer)
     model_mask.tell(around.as_in_forward((module, "told"), lambda: context.caller_positions))
     _refuse(options, model_mask)
+
+
+def _mask_across(
+    layer: AttentionLayer, around: Checkpoints, context: ForwardContext, module: nn.Module, model_mask: ModelMask
+) -> Mask:
+    """The mask of cross-attention, whose rows stand where those of the self-attention before did."""
+    rows = around.as_in_forward((module, "rows"), lambda: _rows_before(context, layer, model_mask))
+    return model_mask.combined_across(layer.mask, rows, layer.replace)
 
 
 def _warn(layer: AttentionLayer, model_mask: ModelMask, user_mask: Mask | None, positions: object, heads: int) -> None:

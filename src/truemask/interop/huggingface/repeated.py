@@ -40,16 +40,18 @@ def _is_off(option: object) -> bool:
     return option is None or (isinstance(option, (int, float)) and not option)
 
 
-def keep_ready(
+def made_ready(
     model_mask: ModelMask,
-    asks: Hashable,
+    asks: Hashable | None,
     tensors: tuple[Tensor, Tensor, Tensor],
     mask: Mask,
     scale: float | None,
     backend: str | None,
-) -> None:
-    """Keep a call that ran, for the layers that ask the same."""
-    if not cannot_look():
-        ready = Ready.of(read_call(*tensors, mask, AttendArgs(scale=scale, backend=backend)))
-        if ready is not None:
-            model_mask.ready[asks] = ready
+) -> Ready | None:
+    """A call, kept for the layers that ask the same; None where each has to be read."""
+    if asks is None or cannot_look():
+        return None
+    ready = Ready.of(read_call(*tensors, mask, AttendArgs(scale=scale, backend=backend)))
+    if ready is not None:
+        model_mask.ready[asks] = ready
+    return ready
