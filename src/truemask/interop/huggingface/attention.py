@@ -179,8 +179,7 @@ def _read(
     if kept is None and keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
     weights = _wants_weights(module, options)
-    asks = None if weights or bias is not None else asks
-    ready = made_ready(model_mask, asks, (query, key, value), mask, scaling, layer.backend)
+    ready = made_ready(model_mask, None if weights else asks, (query, key, value), mask, scaling, layer.backend)
     if ready is not None:
         return ready.run(query, key, value).transpose(1, 2).contiguous(), None
     result = attend(

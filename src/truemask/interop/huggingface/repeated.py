@@ -49,7 +49,7 @@ def made_ready(
     backend: str | None,
 ) -> Ready | None:
     """A call, kept for the layers that ask the same; None where each has to be read."""
-    if asks is None or cannot_look():
+    if asks is None or model_mask.bias is not None or cannot_look():
         return None
     ready = Ready.of(read_call(*tensors, mask, AttendArgs(scale=scale, backend=backend)))
     if ready is not None:
